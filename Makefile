@@ -1,0 +1,39 @@
+# make demo   from nothing to a trained policy       make test   the whole suite
+# PYTHON chooses the interpreter (3.11 to 3.13) that .venv is made with; SEED the demo's seed.
+
+PYTHON ?= python3
+SEED ?= 1
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint format bench-cpu clean
+
+setup: .venv/.done
+
+# torch goes in first, pinned: the newest release may want other drivers than the machine has.
+.venv/.done: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "Python 3.11 to 3.13 is wanted, found $$($(PYTHON) --version); try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	mkdir -p .types && ln -sfn .. .types/flashgrpo
+	touch $@
+
+demo: setup
+	$(BIN)/python -m flashgrpo.grpo.demo --seed $(SEED)
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .venv-trl .types runs build *.egg-info

@@ -1,0 +1,196 @@
+"""The peer of `cpu_step.py`: one GRPO step of TRL's GRPOTrainer on CPU, or transformers' `generate` alone.
+
+    python bench/peer_trl.py --model DIR --prompts FILE --group-size 8 --num-prompts 8 --max-new-tokens 64 --steps 6
+    python bench/peer_trl.py --model DIR --prompts FILE --generate
+
+Runs in an environment of its own (`make .venv-trl/.done`) and needs nothing of flashgrpo. Everything is fp32. A step is
+one rollout, its rewards, one optimizer update and its log line; no KL, no reference model, no old log-probs. TRL's
+defaults that would slow it down here are off: bf16 autocast and gradient checkpointing. Every completion has exactly
+`max_new_tokens` tokens, since `min_new_tokens` bars the end-of-sequence token; the run fails if one came out shorter.
+The last line on stdout is one JSON object; times are seconds, memory is in units of 10^6 bytes.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+WARMUP_STEPS = 2
+
+
+def even_words(
+    prompts: list[str],
+    completions: list[str],
+    **columns: Any,
+) -> list[float]:
+    """Share of a completion's words that end in an even digit: cheap, and hardly ever equal throughout a group."""
+    words = [completion.split() for completion in completions]
+    return [sum(word[-1] in "02468" for word in row) / max(len(row), 1) for row in words]
+
+
+class StepClock(TrainerCallback):
+    """Notes the time after every update; between two notes lie a rollout, its rewards, an update and a log line."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.times.append(time.perf_counter())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.times.append(time.perf_counter())
+
+    def step_seconds(self) -> list[float]:
+        return [end - begin for begin, end in zip(self.times, self.times[1:], strict=False)]
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far.
+
+    Read from /proc, because `getrusage` also counts what the process that started this one held before the exec.
+    """
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("/proc/self/status has no VmHWM line; peak memory can only be measured on Linux")
+    return int(found[1]) * 1024 / 1e6
+
+
+def read_prompts(path: Path, needed: int) -> list[str]:
+    """The prompts of a JSONL file with a `prompt` column. Raises ValueError if there are fewer than `needed`."""
+    prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    if len(prompts) < needed:
+        raise ValueError(f"{path} has {len(prompts)} prompts, {needed} are needed; write more of them")
+    return prompts
+
+
+def grpo_config(trl: Any, args: argparse.Namespace, output: str) -> Any:
+    """TRL's settings for the step described above; what is not named keeps its default."""
+    num_completions = args.num_prompts * args.group_size
+    return trl.GRPOConfig(
+        output_dir=output,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=args.micro_batch,
+        gradient_accumulation_steps=num_completions // args.micro_batch,
+        num_generations=args.group_size,
+        max_completion_length=args.max_new_tokens,
+        generation_kwargs={"min_new_tokens": args.max_new_tokens},
+        temperature=1.0,
+        loss_type="grpo",
+        beta=0.0,
+        num_iterations=1,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        max_steps=args.steps,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def time_steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Train for `args.steps` steps; report all but the warm-up."""
+    trl = importlib.import_module("trl")  # not installed where flashgrpo is, so a type checker cannot see it
+    trainer_class = trl.GRPOTrainer
+    baseline_mb = peak_mb()
+    prompts = read_prompts(args.prompts, args.num_prompts)
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as output:
+        trainer = trainer_class(
+            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+            reward_funcs=even_words,
+            args=grpo_config(trl, args, output),
+            train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+            processing_class=AutoTokenizer.from_pretrained(args.model, padding_side="left"),
+            callbacks=[clock],
+        )
+        trainer.train()
+    shortest = min(row["completions/min_length"] for row in trainer.state.log_history if "reward" in row)
+    if shortest != args.max_new_tokens:
+        raise RuntimeError(f"a completion has {shortest} tokens, all must have {args.max_new_tokens}")
+    step_s = clock.step_seconds()[WARMUP_STEPS:]
+    return {
+        "peer": f"trl {trl.__version__}",
+        "step_s": step_s,
+        "median_step_s": statistics.median(step_s),
+        "peak_mb": peak_mb(),
+        "baseline_mb": baseline_mb,
+    }
+
+
+def time_generate(args: argparse.Namespace) -> dict[str, Any]:
+    """Sample one completion for each of `num_prompts x group_size` distinct prompts, `args.steps` times."""
+    baseline_mb = peak_mb()
+    num_prompts = args.num_prompts * args.group_size
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    batch = tokenizer(read_prompts(args.prompts, num_prompts)[:num_prompts], padding=True, return_tensors="pt")
+    prompt_len = batch["input_ids"].shape[1]
+    clock = []
+    for _ in range(args.steps):
+        begin = time.perf_counter()
+        output = model.generate(
+            **batch, do_sample=True, min_new_tokens=args.max_new_tokens, max_new_tokens=args.max_new_tokens
+        )
+        clock.append(time.perf_counter() - begin)
+        if output.shape[1] - prompt_len != args.max_new_tokens:
+            raise RuntimeError(f"{output.shape[1] - prompt_len} new tokens, wanted {args.max_new_tokens}")
+    generate_s = clock[WARMUP_STEPS:]
+    median_s = statistics.median(generate_s)
+    return {
+        "peer": f"transformers {transformers.__version__}",
+        "generate_s": generate_s,
+        "median_generate_s": median_s,
+        "tokens_per_s": num_prompts * args.max_new_tokens / median_s,
+        "peak_mb": peak_mb(),
+        "baseline_mb": baseline_mb,
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL with a prompt column")
+    parser.add_argument("--num-prompts", type=int, default=8, help="prompts a step")
+    parser.add_argument("--group-size", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of every completion")
+    parser.add_argument("--micro-batch", type=int, help="completions a backward pass; default: all of them")
+    parser.add_argument("--steps", type=int, default=6, help=f"of which the first {WARMUP_STEPS} are not reported")
+    parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
+    parser.add_argument("--generate", action="store_true", help="time generation alone, on distinct prompts")
+    args = parser.parse_args()
+    num_completions = args.num_prompts * args.group_size
+    args.micro_batch = args.micro_batch or num_completions
+    if num_completions % args.micro_batch:
+        parser.error(f"--micro-batch is {args.micro_batch}, it must divide the {num_completions} completions of a step")
+    if args.steps <= WARMUP_STEPS:
+        parser.error(f"--steps is {args.steps}, it must be more than the {WARMUP_STEPS} warm-up steps")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    result = time_generate(args) if args.generate else time_steps(args)
+    result["settings"] = {
+        key: value if not isinstance(value, Path) else str(value) for key, value in vars(args).items()
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The `flashgrpo` command. Exit codes: 2 for what is wrong before the first step, 1 for a later failure, 130 for Ctrl-C."""
+
+import argparse
+import json
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flashgrpo.grpo.recipe import Recipe, RecipeError, SftRecipe, load_recipe, recipe_keys
+
+_RECIPE_COMMANDS = {"train": Recipe, "sft": SftRecipe}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) >= 2 and arguments[0] in _RECIPE_COMMANDS and {"-h", "--help"} & set(arguments[1:]):
+        _print_recipe_help(arguments[0])
+        return 0
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and options.command not in (*_RECIPE_COMMANDS, "eval"):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        options.run(options, overrides)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # the one place that turns the package's own errors into a line and an exit code
+        return _report(error)
+    return 0
+
+
+def _report(error: Exception) -> int:
+    from flashgrpo.grpo.data import DataError
+    from flashgrpo.grpo.packing import PackingError
+    from flashgrpo.grpo.reward_pool import RewardError
+    from flashgrpo.grpo.run_folder import RunError
+    from flashgrpo.model.checkpoint import CheckpointError
+
+    codes = {RecipeError: 2, DataError: 2, CheckpointError: 2, RewardError: 2, PackingError: 1, RunError: 1}
+    for kind, code in codes.items():
+        if isinstance(error, kind):
+            print(f"flashgrpo: {error}", file=sys.stderr)
+            return code
+    raise error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flashgrpo", description="GRPO training with fused kernels.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text in (("train", "train a policy by GRPO"), ("sft", "fine-tune on prompts and completions")):
+        command = commands.add_parser(name, help=help_text + f"; `flashgrpo {name} --help` lists every key")
+        command.add_argument("recipe", help="TOML file; any key can be overridden as --section.key=value")
+        command.add_argument("--resume", action="store_true", help="continue the run in run.output, or start it")
+        command.set_defaults(run=_train if name == "train" else _sft)
+    command = commands.add_parser("eval", help="held-out pass@1, pass@k and cons@k of a model")
+    command.add_argument("recipe", help="a training recipe; its keys can be overridden, as --eval.samples=16")
+    command.add_argument("--model", help="Hugging Face folder; default: the run's final model, else model.path")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=_evaluate)
+    command = commands.add_parser("sample", help="complete one prompt")
+    command.add_argument("model", help="Hugging Face folder")
+    command.add_argument("prompt")
+    command.add_argument("-n", type=int, default=1, help="completions (default 1)")
+    command.add_argument("--template", choices=("r1", "chat", "none"), default="r1", help="default r1")
+    command.add_argument("--max-new-tokens", type=int, default=512, help="default 512")
+    command.add_argument("--temperature", type=float, default=0.6, help="0: greedy; default 0.6")
+    command.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
+    command.add_argument("--seed", type=int, default=0, help="default 0")
+    command.set_defaults(run=_sample)
+    command = commands.add_parser("report", help="draw RUN/report.png and print the run's summary and samples")
+    command.add_argument("run_folder", metavar="RUN", help="a run's output folder")
+    command.set_defaults(run=_report_run)
+    return parser
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.report import print_summary, write_report
+    from flashgrpo.grpo.train import train
+
+    recipe = load_recipe(Recipe, options.recipe, overrides)
+    model = train(recipe, resume=options.resume)
+    picture = write_report(recipe.run.output)
+    print_summary(recipe.run.output)
+    print(f"model: {model}\npicture: {picture}")
+
+
+def _sft(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.sft import sft
+
+    print(f"model: {sft(load_recipe(SftRecipe, options.recipe, overrides), resume=options.resume)}")
+
+
+def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.evaluate import evaluate_recipe
+
+    scores = evaluate_recipe(load_recipe(Recipe, options.recipe, overrides), options.model)
+    if options.json:
+        print(json.dumps(scores))
+        return
+    table = Table("score", "value")
+    for name, value in scores.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.evaluate import sample_texts
+    from flashgrpo.grpo.rollout import Sampling
+
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
+    for text in sample_texts(options.model, options.prompt, options.template, options.n, sampling, options.seed):
+        print(text)
+
+
+def _report_run(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.report import print_summary, write_report
+
+    picture = write_report(options.run_folder)
+    print_summary(options.run_folder)
+    print(f"picture: {picture}")
+
+
+def _print_recipe_help(command: str) -> None:
+    kind = _RECIPE_COMMANDS[command]
+    console = Console()
+    console.print(
+        f"usage: flashgrpo {command} RECIPE.toml [--resume] [--section.key=value ...]\n", highlight=False, markup=False
+    )
+    console.print(
+        "Every key of the recipe; all can be given on the command line, as --train.lr=1e-5.\n", highlight=False
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("key", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    section = ""
+    for key, type_name, default, meaning in recipe_keys(kind):
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            table.add_row(f"[bold]\\[{section}][/bold]")
+        table.add_row(key, f"[dim]{escape(type_name)}[/dim]", escape(default), escape(meaning))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Problems and their prompts: reasoning-gym tasks, JSONL, Parquet and Hugging Face data sets.
+
+Everything ends as a list of `Problem`. Training and held-out problems never share a question, and the split depends
+on the seed alone. A fault in the data is a `DataError` that says where it is.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flashgrpo.grpo.rewards import REASONING_GYM, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
+Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its columns
+
+TEMPLATES = ("r1", "chat", "none")
+
+# arXiv 2501.12948, table 1
+_R1_TEMPLATE = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: {prompt}\nAssistant:"
+)
+
+
+class DataError(ValueError):
+    """Data that cannot be read or used; the message names the place, what was found and what was wanted."""
+
+
+class DataSpec(Protocol):
+    """Where problems come from; the recipe's `[data]` section has these fields."""
+
+    @property
+    def task(self) -> str | None: ...  # "reasoning_gym:<name>", or
+    @property
+    def path(self) -> str | None: ...  # a .jsonl or .parquet file, a folder, or a data set's hub name
+    @property
+    def options(self) -> Mapping[str, Any]: ...  # of the reasoning-gym task
+    @property
+    def size(self) -> int: ...  # problems made of a reasoning-gym task
+    @property
+    def subset(self) -> str | None: ...  # configuration of a hub data set, such as gsm8k's "main"
+    @property
+    def split(self) -> str: ...  # split of a Hugging Face data set
+    @property
+    def prompt_column(self) -> str: ...
+    @property
+    def answer_column(self) -> str | None: ...
+    @property
+    def held_out(self) -> int: ...  # problems kept for evaluation
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt and the other columns of its row, which the rewards get; the expected answer is `columns["answer"]`."""
+
+    prompt: Prompt
+    columns: dict[str, Any]
+
+    @property
+    def question(self) -> str:
+        """The prompt as text: of chat messages, what the user says."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(str(message["content"]) for message in self.prompt if message["role"] == "user")
+
+
+def load_problems(data: DataSpec, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Training problems in the order of the data, and `data.held_out` other ones drawn by `seed`.
+
+    Problems with the same prompt fall on the same side; the held-out ones differ from each other. A reasoning-gym
+    task is made with `seed` and has each question once, so there may be fewer than `data.size`.
+
+    Raises:
+        DataError: no or two sources, unreadable data, missing column, empty prompt, or nothing left to train on.
+    """
+    if (data.task is None) == (data.path is None):
+        raise DataError(f"give either a task or a path; found task={data.task!r} and path={data.path!r}")
+    if data.task is not None:
+        problems = _task_problems(data.task, data.options, data.size, seed)
+    else:
+        rows = _read(str(data.path), data.subset, data.split)
+        problems = [_problem(where, row, data.prompt_column, data.answer_column) for where, row in rows]
+    if not problems:
+        raise DataError(f"no problems in {data.task or data.path}")
+    return split_problems(problems, data.held_out, seed)
+
+
+def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) with no prompt in common.
+
+    Raises:
+        DataError: `held_out` is negative, or as large as the number of different prompts.
+    """
+    first_of: dict[str, int] = {}
+    keys = [json.dumps(problem.prompt) for problem in problems]
+    for i, key in enumerate(keys):
+        first_of.setdefault(key, i)
+    if not 0 <= held_out < len(first_of):
+        raise DataError(
+            f"held_out is {held_out}, and there are {len(first_of)} different prompts; it must be 0 to "
+            f"{len(first_of) - 1}, so that one is left to train on"
+        )
+    drawn = random.Random(seed).sample(list(first_of), held_out)
+    kept = set(drawn)
+    return [p for p, key in zip(problems, keys, strict=True) if key not in kept], [problems[first_of[k]] for k in drawn]
+
+
+def render_prompt(prompt: Prompt, template: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a prompt in its template: "r1" (arXiv 2501.12948, table 1), "chat" (the tokenizer's) or "none".
+
+    Raises:
+        DataError: unknown template, a tokenizer without chat template, messages in a template for text, or no tokens.
+    """
+    if template not in TEMPLATES:
+        raise DataError(f"unknown template {template!r}{nearest(template, TEMPLATES)}; use one of {list(TEMPLATES)}")
+    if template == "chat":
+        ids = _render_chat(prompt, tokenizer)
+    else:
+        ids = list(tokenizer(render_text(prompt, template))["input_ids"])
+    if not ids:
+        raise DataError(f"prompt {str(prompt)[:80]!r} has no tokens in template {template!r}")
+    return ids
+
+
+def render_text(prompt: Prompt, template: str) -> str:
+    """A prompt in one of the templates that need no tokenizer, "r1" or "none". Raises DataError for chat messages."""
+    if not isinstance(prompt, str):
+        raise DataError(f'template {template!r} wants text, found chat messages; use template = "chat"')
+    return _R1_TEMPLATE.format(prompt=prompt) if template == "r1" else prompt
+
+
+def _render_chat(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    if not tokenizer.chat_template:
+        raise DataError(
+            'the tokenizer has no chat template; use template = "r1" or "none", or a chat model\'s tokenizer'
+        )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return list(encoded["input_ids"])
+
+
+def _problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
+    for column in filter(None, (prompt_column, answer_column)):
+        if column not in row:
+            found = ", ".join(map(repr, row)) or "none"
+            raise DataError(f"{where}: no column {column!r}{nearest(column, row)}; found {found}")
+    prompt = row[prompt_column]
+    is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    if not (isinstance(prompt, str) or is_chat):
+        raise DataError(
+            f"{where}: column {prompt_column!r} holds {type(prompt).__name__}, wanted text or a list of chat messages"
+        )
+    columns = {name: value for name, value in row.items() if name != prompt_column}
+    if answer_column:
+        columns["answer"] = row[answer_column]
+        if columns["answer"] is None:
+            raise DataError(f"{where}: column {answer_column!r} is null")
+    problem = Problem(prompt, columns)
+    if not problem.question.strip():
+        raise DataError(f"{where}: the prompt in column {prompt_column!r} is empty")
+    return problem
+
+
+def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) -> list[Problem]:
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    name = task.removeprefix(REASONING_GYM)
+    if not task.startswith(REASONING_GYM) or name not in DATASETS:
+        known = [REASONING_GYM + dataset for dataset in sorted(DATASETS)]
+        raise DataError(f"unknown task {task!r}{nearest(REASONING_GYM + name, known)}")
+    valid = sorted({field.name for field in fields(DATASETS[name][1])} - {"seed", "size"})
+    for option in options:
+        if option not in valid:
+            raise DataError(f"{task} has no option {option!r}{nearest(option, valid)}; it has {', '.join(valid)}")
+    try:
+        first_item = random.Random(seed).getrandbits(31)  # items i of seed s and i - 1 of seed s + 1 would be equal
+        dataset = create_dataset(name, seed=first_item, size=size, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise DataError(f"{task} refuses size = {size} and options {dict(options)}: {error}") from error
+    columns = {"task": task, "task_options": dict(options)}
+    first_of: dict[str, Problem] = {}
+    for item in dataset:
+        if item["question"] not in first_of:
+            rest = {"answer": item["answer"], "metadata": item["metadata"]}
+            first_of[item["question"]] = Problem(item["question"], {**columns, **rest})
+    return list(first_of.values())
+
+
+def _read(path: str, subset: str | None, split: str) -> Iterable[Row]:
+    file = Path(path).expanduser()
+    is_local_name = path.startswith(("/", ".", "~")) or file.suffix in (".jsonl", ".parquet") or path.count("/") > 1
+    if is_local_name and not file.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if file.is_file():
+        if file.suffix == ".jsonl":
+            return _read_jsonl(file)
+        if file.suffix == ".parquet":
+            return _read_parquet(file)
+        raise DataError(f"{path}: files must be .jsonl or .parquet, found {file.suffix or 'no suffix'}")
+    return _read_dataset(file if file.exists() else path, subset, split)
+
+
+def _read_jsonl(file: Path) -> Iterator[Row]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{file}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+                raise DataError(f"{where}: unreadable line: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: unreadable line: wanted a JSON object, found {type(row).__name__}")
+            yield where, row
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: unreadable Parquet file: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{file} row {number}", row
+
+
+def _read_dataset(source: Path | str, subset: str | None, split: str) -> Iterator[Row]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if isinstance(source, Path) and any((source / n).exists() for n in ("state.json", "dataset_dict.json")):
+            loaded: Any = datasets.load_from_disk(str(source))
+        else:
+            loaded = datasets.load_dataset(str(source), subset, split=split)
+    except (DatasetsError, OSError, ValueError) as error:
+        wanted = f"split {split!r}" + (f" of subset {subset!r}" if subset else "")
+        raise DataError(f"{source}: cannot load {wanted} as a Hugging Face data set: {error}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError(f"{source}: no split {split!r}; found {', '.join(map(repr, loaded))}")
+        loaded = loaded[split]
+    for number, row in enumerate(loaded.to_list(), start=1):
+        yield f"{source} row {number}", row

@@ -1,0 +1,140 @@
+"""Held-out evaluation: pass@1 as the mean over k samples, pass@k, and cons@k by majority vote over extracted answers.
+
+The score is accuracy alone: a partial credit counts as wrong, and the format is not asked for.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flashgrpo.grpo.data import DataError, Problem, load_problems, render_prompt
+from flashgrpo.grpo.native_generator import NativeGenerator
+from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts, resolve_device
+from flashgrpo.grpo.progress import console
+from flashgrpo.grpo.recipe import EvalSection, ModelSection, Recipe
+from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards import extract_answer, is_correct
+from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
+
+_EVAL_STREAM = 1 << 32  # keeps evaluation's seeds apart from those of the training steps
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`correct` and `answers` have one row a problem and one entry a sample."""
+
+    correct: np.ndarray  # [num_problems, k] bool
+    answers: list[list[str | None]]
+    lengths: np.ndarray  # [num_problems, k]
+    truncated: np.ndarray  # [num_problems, k] bool
+    texts: list[Sequence[str]]
+
+    def scores(self) -> dict[str, float]:
+        """pass@1, pass@k, cons@k, k, num_problems, mean length in tokens, truncated share."""
+        consensus = [_majority(*row) for row in zip(self.answers, self.correct, strict=True)]
+        return {
+            "pass@1": float(self.correct.mean()),
+            "pass@k": float(self.correct.any(axis=1).mean()),
+            "cons@k": float(np.mean(consensus)),
+            "k": self.correct.shape[1],
+            "num_problems": self.correct.shape[0],
+            "length": float(self.lengths.mean()),
+            "truncated": float(self.truncated.mean()),
+        }
+
+
+def evaluate(
+    prompts: list[Prompt],
+    policy: Policy,
+    generator: Generator,
+    pool: RewardPool,
+    section: EvalSection,
+    max_new_tokens: int,
+    seed: int,
+    step: int = 0,
+) -> Evaluation:
+    """Sample `section.samples` completions a prompt and score them with the accuracy reward."""
+    requests = [
+        Request(i, prompt.token_ids, sample_seeds(seed, _EVAL_STREAM + step, i, section.samples))
+        for i, prompt in enumerate(prompts)
+    ]
+    sampling = Sampling(max_new_tokens, section.temperature, section.top_p)
+    groups: list[list[Rollout]] = [[] for _ in prompts]
+    for group in generator.generate(requests, sampling):
+        groups[group[0].group] = group
+    scored = [completion_group(prompt, group, policy) for prompt, group in zip(prompts, groups, strict=True)]
+    accuracy = pool.score(scored, "accuracy")
+    texts = [group.completions for group in scored]
+    return Evaluation(
+        correct=np.vectorize(is_correct)(accuracy),
+        answers=[[extract_answer(text) for text in row] for row in texts],
+        lengths=np.array([[len(r.completion_ids) for r in group] for group in groups]),
+        truncated=np.array([[r.finish_reason == "length" for r in group] for group in groups]),
+        texts=texts,
+    )
+
+
+def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float]:
+    """Scores of `model` (default: the run's final model, else model.path) on a recipe's held-out problems."""
+    final = Path(recipe.run.output) / "model"
+    path = model or (final if final.exists() else recipe.model.path)
+    console.print(f"evaluating {path}", highlight=False)
+    policy = open_policy(path, recipe.model, resolve_device(recipe.run.device))
+    _, held_out = load_problems(recipe.data, recipe.run.seed)
+    if not held_out:
+        raise DataError("data.held_out = 0 leaves no problem to evaluate on; set it, or point data.path to a test set")
+    prompts = render_prompts(held_out[: recipe.eval.problems], policy, recipe.data)
+    generator = NativeGenerator(policy.model, policy.stop_token_ids)
+    with open_reward_pool(recipe, held_out[0]) as pool:
+        result = evaluate(
+            prompts, policy, generator, pool, recipe.eval, recipe.rollout.max_new_tokens, seed=recipe.run.seed
+        )
+    return result.scores()
+
+
+def sample_texts(
+    model: str, prompt: str, template: str, num_samples: int, sampling: Sampling, seed: int = 0
+) -> list[str]:
+    """Completions of one prompt by the model in a Hugging Face folder."""
+    device = resolve_device("auto")
+    policy = open_policy(model, ModelSection(model), device)
+    prompt_ids = render_prompt(prompt, template, policy.tokenizer)
+    request = Request(0, prompt_ids, sample_seeds(seed, 0, 0, num_samples))
+    (group,) = NativeGenerator(policy.model, policy.stop_token_ids).generate([request], sampling)
+    return [policy.decode(rollout.completion_ids) for rollout in group]
+
+
+def open_reward_pool(recipe: Recipe, example: Problem) -> RewardPool:
+    """The recipe's reward functions in worker processes."""
+    rewards = recipe.rewards
+    return RewardPool(
+        rewards.functions,
+        rewards.weights or None,
+        max_new_tokens=recipe.rollout.max_new_tokens,
+        timeout_s=rewards.timeout_s,
+        num_workers=rewards.workers,
+        example=example,
+    )
+
+
+def completion_group(prompt: Prompt, group: list[Rollout], policy: Policy) -> CompletionGroup:
+    """What reward functions are given of a group."""
+    return CompletionGroup(
+        problem=prompt.problem,
+        prompt=prompt.text,
+        completions=[policy.decode(rollout.completion_ids) for rollout in group],
+        completion_ids=[rollout.completion_ids.tolist() for rollout in group],
+        finish_reasons=[rollout.finish_reason for rollout in group],
+    )
+
+
+def _majority(answers: list[str | None], correct: np.ndarray) -> bool:
+    """Whether the commonest answer is right; of equally common ones the first sampled; no answer is no vote."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return False
+    winner = votes.most_common(1)[0][0]
+    return bool(correct[answers.index(winner)])

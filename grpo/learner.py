@@ -1,0 +1,139 @@
+"""Weights under training: AdamW on fp32 masters, clipping, and no update from a gradient that is not finite."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashgrpo.grpo.recipe import OptimizerSection
+from flashgrpo.model.batch import PackedBatch
+from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
+from flashgrpo.model.decoder import Decoder
+
+Stats = dict[str, Tensor]
+
+
+class Learner:
+    """A model and its optimizer. An update sums the gradients of its micro-batches in fp32, then takes one AdamW step.
+
+    A model in fp32 is its own master. A model in a lower precision gets fp32 masters: each micro-batch's gradients are
+    added to theirs and freed, and the new weights are rounded back into the model.
+    """
+
+    def __init__(self, model: Decoder, config: OptimizerSection, total_steps: int):
+        self.model, self.config, self.total_steps = model, config, total_steps
+        self.device = model.lm_head_weight.device
+        self.params = dict(model.named_parameters())
+        self.masters = {
+            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for name, p in self.params.items()
+        }
+        for name, p in self.params.items():
+            if p is not self.masters[name]:
+                p.register_post_accumulate_grad_hook(lambda p, master=self.masters[name]: _move_grad(p, master))
+        matrices = [p for p in self.masters.values() if p.dim() >= 2]
+        vectors = [p for p in self.masters.values() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        for p in self.masters.values():
+            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=self.device), **zeros}
+        self.skipped = torch.zeros((), device=self.device)  # updates in a row, up to now
+        self.most_skipped = torch.zeros((), device=self.device)  # the longest such row since the last `take_skipped`
+        self.total_skipped = torch.zeros((), device=self.device)
+
+    def set_lr(self, step: int) -> float:
+        """Set and return the learning rate of a step, counted from 1."""
+        lr = self.config.lr * _schedule(self.config, step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def update(
+        self, batches: Iterable[PackedBatch], loss_of: Callable[[PackedBatch], tuple[Tensor, Stats]]
+    ) -> tuple[list[Stats], Tensor]:
+        """One optimizer step on the summed losses of `batches`; returns their stats and the gradient norm (0-d).
+
+        Nothing waits for the device. Where the norm is not finite the weights and moments stay as they are.
+        """
+        collected = []
+        for batch in batches:
+            loss, stats = loss_of(batch)
+            loss.backward()
+            collected.append({"loss": loss.detach(), **stats})
+        grads = [_grad_or_zeros(p) for p in self.masters.values()]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.grad_clip, norm, foreach=True)
+        found_inf = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by the fused kernel, as GradScaler does
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._round_masters()
+        self.skipped = (self.skipped + 1) * found_inf
+        self.most_skipped = torch.maximum(self.most_skipped, self.skipped)
+        self.total_skipped = self.total_skipped + found_inf
+        return collected, norm
+
+    def take_skipped(self) -> Stats:
+        """Skipped updates since the last call, and the longest run of them, as device scalars."""
+        taken = {"update/skipped": self.total_skipped, "update/skipped_in_a_row": self.most_skipped}
+        self.total_skipped = torch.zeros_like(self.total_skipped)
+        self.most_skipped = self.skipped
+        return taken
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the optimizer by name, for saving, and for loading in place."""
+        return {
+            f"optimizer.{name}.{key}": value
+            for name, p in self.masters.items()
+            for key, value in self.optimizer.state[p].items()
+        }
+
+    def save_masters(self, folder: Path, tokenizer_files_from: Path) -> None:
+        """Write the fp32 weights as a Hugging Face folder."""
+        save_checkpoint(self.model, folder, tokenizer_files_from=tokenizer_files_from)
+
+    @torch.no_grad()
+    def load_masters(self, folder: Path) -> None:
+        """Take over the fp32 weights of a folder that `save_masters` wrote."""
+        for name, p in load_checkpoint(folder, dtype=torch.float32, device=self.device).named_parameters():
+            self.masters[name].copy_(p)
+        self._round_masters()
+
+    @torch.no_grad()
+    def _round_masters(self) -> None:
+        for name, p in self.params.items():
+            if p is not self.masters[name]:
+                p.copy_(self.masters[name])
+
+
+def _schedule(config: OptimizerSection, step: int, total_steps: int) -> float:
+    """Share of the peak learning rate at `step`, counted from 1."""
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _move_grad(p: Tensor, master: Tensor) -> None:
+    assert p.grad is not None
+    if master.grad is None:
+        master.grad = p.grad.float()
+    else:
+        master.grad += p.grad
+    p.grad = None
+
+
+def _grad_or_zeros(p: Tensor) -> Tensor:
+    if p.grad is None:
+        p.grad = torch.zeros_like(p)
+    return p.grad

@@ -1,0 +1,252 @@
+"""The embedded generator: the trainer's own weights, one KV cache, the whole batch at once.
+
+A prompt's keys and values are computed once and read by all of its completions; each completion keeps only its own.
+One decoding step of `rows` live completions reads the weights once, so its cost on a CPU is 2 N FLOPs a row and on a
+GPU the N weights' bytes. Rows that are finished leave the batch once an eighth of it is idle. It runs without CUDA
+graphs and pages: it is the default where vLLM is not installed, and the reference that vLLM is tested against.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashgrpo.grpo.rollout import Request, Rollout, Sampling, splitmix64
+from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.model.decoder import Decoder
+
+_CACHE_STEP = 64
+_IDLE_SHARE = 1 / 8
+
+
+class NativeGenerator:
+    """Samples from `model` as it stands when `generate` is called; `weight_version` is stamped on the rollouts."""
+
+    def __init__(self, model: Decoder, stop_token_ids: list[int]):
+        self.model = model
+        self.stop_token_ids = stop_token_ids
+        self.weight_version = 0
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
+        """Yield each request's rollouts, in the order of its seeds, as soon as the last of them is done."""
+        if not requests:
+            return
+        with torch.inference_mode():
+            batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids)
+        while batch.has_live_rows:
+            with torch.inference_mode():
+                finished = batch.step()
+            for index in finished:
+                yield [self._rollout(requests[index], *sample) for sample in batch.samples_of(index)]
+
+    def _rollout(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, stopped: bool) -> Rollout:
+        reason = "stop" if stopped else "length"
+        return Rollout(request.prompt_ids, tokens, logprobs, reason, request.group, self.weight_version)
+
+
+class _DecodingBatch:
+    """State of one call. A row is a completion; live rows sit in the first `len(self.rows)` places of the caches."""
+
+    def __init__(self, model: Decoder, requests: list[Request], sampling: Sampling, stop_token_ids: list[int]):
+        self.model, self.sampling = model, sampling
+        weight = model.lm_head_weight
+        self.device, self.dtype = weight.device, weight.dtype
+        counts = [len(request.seeds) for request in requests]
+        num_rows = sum(counts)
+        self.first_row = np.concatenate([[0], np.cumsum(counts)])
+        self.seeds = np.concatenate([request.seeds for request in requests]).astype(np.uint64)
+        self.stop_tokens = torch.tensor(stop_token_ids, device=self.device)
+        self.tokens = torch.zeros(num_rows, sampling.max_new_tokens, dtype=torch.int64)
+        self.logprobs = torch.zeros(num_rows, sampling.max_new_tokens)
+        self.lengths = np.zeros(num_rows, dtype=np.int64)
+        self.stopped = np.zeros(num_rows, dtype=bool)
+
+        self.rows = np.arange(num_rows)  # live rows, in cache order
+        self.done = np.zeros(num_rows, dtype=bool)  # by cache place
+        self.group_of_row = np.repeat(np.arange(len(requests)), counts)
+        self.unfinished = np.array(counts)
+        self.prompt_lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=self.device)
+        self.prompt_cache: list[tuple[Tensor, Tensor]] = []
+        self.own_cache: list[tuple[Tensor, Tensor]] = []
+        self.position = 0  # tokens that the live rows have been given beyond their prompts
+        self._place_rows()
+        hidden = self._prefill([request.prompt_ids for request in requests])
+        self.hidden = hidden.index_select(0, self.group_of_place)
+
+    @property
+    def has_live_rows(self) -> bool:
+        return len(self.rows) > 0
+
+    def samples_of(self, index: int) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+        """(tokens, log-probs, stopped) of every completion of request `index`."""
+        for row in range(self.first_row[index], self.first_row[index + 1]):
+            length = self.lengths[row]
+            tokens, logprobs = self.tokens[row, :length], self.logprobs[row, :length]
+            yield tokens.numpy().copy(), logprobs.numpy().copy(), bool(self.stopped[row])
+
+    def step(self) -> list[int]:
+        """Sample one token for every live row, run the decoder on them; returns the requests that are now complete."""
+        logits = F.linear(self.hidden, self.model.lm_head_weight)
+        tokens, logprobs = sample_tokens(logits, self._uniforms(), self.sampling)
+        stops = torch.isin(tokens, self.stop_tokens).cpu().numpy()
+        live = ~self.done
+        rows = torch.from_numpy(self.rows[live])
+        self.tokens[rows, self.position] = tokens.cpu()[torch.from_numpy(live)]
+        self.logprobs[rows, self.position] = logprobs.cpu()[torch.from_numpy(live)]
+        self.position += 1
+
+        newly_done = live & (stops | (self.position == self.sampling.max_new_tokens))
+        ended = self.rows[newly_done]
+        self.lengths[ended] = self.position
+        self.stopped[ended] = stops[newly_done]
+        self.done |= newly_done
+        groups, counts = np.unique(self.group_of_row[ended], return_counts=True)
+        self.unfinished[groups] -= counts
+        complete = [int(group) for group in groups if self.unfinished[group] == 0]
+
+        if self.done.all():
+            self.rows = self.rows[:0]
+        else:
+            tokens = self._drop_idle_rows(tokens)
+            positions = self.prompt_lengths.index_select(0, self.group_of_place) + (self.position - 1)
+            self.hidden = self.model.run(tokens, positions, self._decode_attention)
+        return complete
+
+    def _uniforms(self) -> Tensor:
+        """One number in [0, 1) a live row, from its seed and position: [rows] float64."""
+        with np.errstate(over="ignore"):
+            bits = splitmix64(self.seeds[self.rows] ^ splitmix64(np.uint64(self.position)))
+        return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).to(self.device)
+
+    def _drop_idle_rows(self, tokens: Tensor) -> Tensor:
+        if self.done.sum() < _IDLE_SHARE * len(self.rows):
+            return tokens
+        keep = torch.from_numpy(np.flatnonzero(~self.done)).to(self.device)
+        self.rows, self.done = self.rows[~self.done], self.done[~self.done]
+        written = self.position - 1
+        for layer, (k, v) in enumerate(self.own_cache):
+            self.own_cache[layer] = (_keep_rows(k, keep, written), _keep_rows(v, keep, written))
+        self._place_rows()
+        return tokens.index_select(0, keep)
+
+    def _place_rows(self) -> None:
+        """Lay the live rows of each group side by side in a grid [groups, width]: a prompt's keys are read by group."""
+        groups = self.group_of_row[self.rows]
+        num_groups = len(self.unfinished)
+        counts = np.bincount(groups, minlength=num_groups)
+        within = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.grid_width = int(counts.max(initial=0))
+        slots = groups * self.grid_width + within
+        row_of_slot = np.zeros(num_groups * self.grid_width, dtype=np.int64)
+        row_of_slot[slots] = np.arange(len(groups))
+        self.group_of_place = torch.from_numpy(groups).to(self.device)
+        self.slots = torch.from_numpy(slots).to(self.device)
+        self.row_of_slot = torch.from_numpy(row_of_slot).to(self.device)
+
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Run every prompt once, keep its keys and values; returns its last hidden state, [requests, hidden_size]."""
+        lengths = [len(prompt) for prompt in prompts]
+        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=self.device)
+        input_ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        longest = max(lengths)
+        columns = torch.arange(longest, device=self.device)
+        inside = columns < self.prompt_lengths[:, None]
+        places = (cu_seqlens[:-1, None].long() + columns).where(inside, 0)
+        self.prompt_bias = torch.zeros_like(inside, dtype=self.dtype).masked_fill(~inside, float("-inf"))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys = k[places].permute(0, 2, 3, 1).contiguous()  # [requests, num_kv_heads, head_dim, longest]
+            values = v[places].transpose(1, 2).contiguous()  # [requests, num_kv_heads, longest, head_dim]
+            self.prompt_cache.append((keys, values))
+            return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest)
+
+        hidden = self.model.run(input_ids, positions, attend)
+        return hidden.index_select(0, cu_seqlens[1:].long() - 1)
+
+    def _decode_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One query a row against its prompt's keys, shared by the group, and its own: one softmax over both."""
+        rows, num_heads, head_dim = q.shape
+        num_kv_heads = k.shape[1]
+        repeat = num_heads // num_kv_heads
+        keys, values = self._append(layer, k, v)
+        prompt_keys, prompt_values = self.prompt_cache[layer]
+        groups, _, _, longest = prompt_keys.shape
+        width = self.grid_width
+        q = q * head_dim**-0.5
+
+        grid = q.index_select(0, self.row_of_slot).view(groups, width, num_kv_heads, repeat, head_dim).transpose(1, 2)
+        shared = grid.reshape(groups, num_kv_heads, width * repeat, head_dim) @ prompt_keys
+        shared = (shared + self.prompt_bias[:, None, None, :]).view(groups, num_kv_heads, width, repeat, longest)
+        shared = shared.transpose(1, 2).reshape(groups * width, num_kv_heads, repeat, longest)
+        own = q.view(rows, num_kv_heads, repeat, head_dim) @ keys.transpose(-1, -2)
+        scores = torch.cat([shared.index_select(0, self.slots), own], dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+
+        grid = weights[..., :longest].index_select(0, self.row_of_slot)
+        grid = grid.view(groups, width, num_kv_heads, repeat, longest).transpose(1, 2)
+        shared = grid.reshape(groups, num_kv_heads, width * repeat, longest) @ prompt_values
+        shared = shared.view(groups, num_kv_heads, width, repeat, head_dim).transpose(1, 2)
+        shared = shared.reshape(groups * width, num_kv_heads, repeat, head_dim)
+        out = shared.index_select(0, self.slots) + weights[..., longest:] @ values
+        return out.reshape(rows, num_heads, head_dim)
+
+    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the rows' newest keys and values; returns all, [rows, num_kv_heads, position, head_dim] each."""
+        if layer == len(self.own_cache):
+            shape = (k.shape[0], k.shape[1], 0, k.shape[2])
+            self.own_cache.append((k.new_empty(shape), v.new_empty(shape)))
+        cache = self.own_cache[layer]
+        if cache[0].shape[2] < self.position:
+            room = min(max(2 * cache[0].shape[2], _CACHE_STEP), self.sampling.max_new_tokens) - cache[0].shape[2]
+            cache = self.own_cache[layer] = (F.pad(cache[0], (0, 0, 0, room)), F.pad(cache[1], (0, 0, 0, room)))
+        for store, new in zip(cache, (k, v), strict=True):
+            store[:, :, self.position - 1] = new
+        return cache[0][:, :, : self.position], cache[1][:, :, : self.position]
+
+
+def sample_tokens(
+    logits: Tensor,  # [rows, vocab]
+    uniforms: Tensor,  # [rows] float64 in [0, 1)
+    sampling: Sampling,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the distribution function; returns tokens [rows] and fp32 log-probs [rows].
+
+    The log-prob is that of the distribution sampled from: after temperature, and renormalised after top-k and top-p.
+    At temperature 0 it is the model's own.
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        logprobs, tokens = torch.log_softmax(logits, dim=-1).max(dim=-1)
+        return tokens, logprobs
+    logprobs = torch.log_softmax(logits / sampling.temperature, dim=-1)
+    order = None
+    if sampling.top_k or sampling.top_p < 1:
+        logprobs, order = logprobs.sort(dim=-1, descending=True, stable=True)
+        logprobs = _truncate(logprobs, sampling)
+    cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
+    places = drawn.clamp_max(logits.shape[-1] - 1)
+    tokens = places if order is None else order.gather(-1, places)
+    return tokens.squeeze(-1), logprobs.gather(-1, places).squeeze(-1)
+
+
+def _truncate(sorted_logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """Keep the k likeliest, then the smallest set that holds top_p of what is left; renormalise. -inf elsewhere."""
+    if sampling.top_k:
+        sorted_logprobs[:, sampling.top_k :] = float("-inf")
+        sorted_logprobs = torch.log_softmax(sorted_logprobs, dim=-1)
+    if sampling.top_p < 1:
+        probs = sorted_logprobs.exp()
+        before = probs.cumsum(dim=-1) - probs
+        sorted_logprobs = sorted_logprobs.masked_fill(before >= sampling.top_p, float("-inf"))
+        sorted_logprobs = torch.log_softmax(sorted_logprobs, dim=-1)
+    return sorted_logprobs
+
+
+def _keep_rows(cache: Tensor, keep: Tensor, written: int) -> Tensor:
+    kept = cache.new_empty(len(keep), *cache.shape[1:])
+    kept[:, :, :written] = cache[:, :, :written].index_select(0, keep)
+    return kept

@@ -1,0 +1,195 @@
+"""From rollouts to packs: groups of one update, best-fit under a token budget, one copy of a prompt a pack.
+
+Everything here is host work on numpy arrays; `PackedBatch` (model/batch.py) has the layout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.model.batch import PackedBatch
+
+
+class PackingError(ValueError):
+    """Sequences that do not fit the token budget, or an empty prompt or completion."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What is trained on: all of `token_ids`. `sequence_id` is its entry of the update's rewards.flatten()."""
+
+    token_ids: np.ndarray  # [num_tokens] int64, at least one
+    sequence_id: int
+    behavior_logprobs: np.ndarray | None = None  # [num_tokens] fp32
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and those of its completions that are trained on."""
+
+    prompt_ids: Sequence[int]
+    completions: list[Completion]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(_input_length(c) for c in self.completions)
+
+
+def pack_groups(groups: list[Group], token_budget: int) -> list[PackedBatch]:
+    """Pack groups into micro-batches of at most `token_budget` tokens, best-fit decreasing; order is deterministic.
+
+    A group that is too large is split, its prompt repeated in each part. Raises PackingError for an empty prompt or
+    completion, and where a prompt and one completion alone are over the budget.
+    """
+    bins: list[list[Group]] = []
+    room: list[int] = []
+    pieces = [piece for group in groups if group.completions for piece in _split(group, token_budget)]
+    for piece in sorted(pieces, key=lambda piece: -piece.num_tokens):
+        fitting = [i for i, free in enumerate(room) if free >= piece.num_tokens]
+        if fitting:
+            best = min(fitting, key=room.__getitem__)
+        else:
+            best = len(bins)
+            bins.append([])
+            room.append(token_budget)
+        bins[best].append(piece)
+        room[best] -= piece.num_tokens
+    return [build_batch(members) for members in bins]
+
+
+def build_batch(groups: list[Group]) -> PackedBatch:
+    """Lay groups out as one pack, in the order given; an empty list gives the empty micro-batch."""
+    input_ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    predictors: list[np.ndarray] = []
+    segment_lengths: list[int] = []
+    prefix: list[int] = []
+    start = 0
+    for group in groups:
+        _refuse_empty(group)
+        prompt = np.asarray(group.prompt_ids, dtype=np.int64)
+        input_ids.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        segment_lengths.append(len(prompt))
+        prompt_segment = len(prefix)
+        prefix.append(-1)
+        last_of_prompt = start + len(prompt) - 1
+        start += len(prompt)
+        for completion in group.completions:
+            length = _input_length(completion)
+            input_ids.append(completion.token_ids[:length])
+            positions.append(np.arange(len(prompt), len(prompt) + length))
+            predictors.append(np.concatenate([[last_of_prompt], np.arange(start, start + length)]))
+            segment_lengths.append(length)
+            prefix.append(prompt_segment)
+            start += length
+
+    completions = [completion for group in groups for completion in group.completions]
+    behavior = [c.behavior_logprobs for c in completions if c.behavior_logprobs is not None]
+    if behavior and len(behavior) != len(completions):
+        raise PackingError(
+            f"{len(behavior)} of {len(completions)} completions have behavior_logprobs, wanted all or none"
+        )
+    return PackedBatch(
+        input_ids=_int64(input_ids),
+        position_ids=_int64(positions),
+        cu_seqlens=_offsets(segment_lengths),
+        prefix=torch.tensor(prefix, dtype=torch.int32),
+        max_seqlen=max(segment_lengths, default=0),
+        targets=_int64([c.token_ids for c in completions]),
+        predictors=_int64(predictors),
+        target_cu_seqlens=_offsets([len(c.token_ids) for c in completions]),
+        sequence_ids=torch.tensor([c.sequence_id for c in completions], dtype=torch.int64),
+        completions_per_prompt=torch.tensor([len(group.completions) for group in groups], dtype=torch.int64),
+        behavior_logprobs=torch.from_numpy(np.concatenate(behavior).astype(np.float32)) if behavior else None,
+    )
+
+
+def live_groups(
+    groups: list[Group],
+    rewards: np.ndarray,  # [num_groups, group_size]
+    config: LossConfig,
+) -> list[Group]:
+    """Leave out what has no gradient: completions without a reward, and groups of equal rewards.
+
+    With a KL penalty or an entropy bonus a group of equal rewards has a gradient and stays.
+    """
+    keep_equal = config.kl_coef != 0 or config.entropy_coef != 0
+    kept = []
+    for group, row in zip(groups, rewards, strict=True):
+        if keep_equal or not is_dead(row):
+            first = rewards.shape[1]
+            completions = [c for c in group.completions if not np.isnan(row[c.sequence_id % first])]
+            kept.append(Group(group.prompt_ids, completions))
+    return kept
+
+
+def is_dead(
+    rewards: np.ndarray,  # [group_size]
+) -> bool:
+    """Whether every advantage of the group is exactly 0: fewer than two rewards, or all of them equal."""
+    known = rewards[~np.isnan(rewards)]
+    return len(known) < 2 or bool((known == known[0]).all())
+
+
+def loss_denominator(
+    groups: list[Group],
+    rewards: np.ndarray,  # [num_groups, group_size]
+    config: LossConfig,
+    max_new_tokens: int,
+) -> float:
+    """What the sums of one optimizer update are divided by, over all its micro-batches and ranks.
+
+    Every completion with a reward counts, those of dead groups included, so that leaving them out changes nothing.
+    """
+    num_rewarded = int((~np.isnan(rewards)).sum())
+    if config.aggregate == "sequence_mean":
+        return float(max(num_rewarded, 1))
+    if config.aggregate == "constant":
+        return float(max(num_rewarded * max_new_tokens, 1))
+    flat = rewards.reshape(-1)
+    tokens = sum(len(c.token_ids) for g in groups for c in g.completions if not np.isnan(flat[c.sequence_id]))
+    return float(max(tokens, 1))
+
+
+def _split(group: Group, token_budget: int) -> list[Group]:
+    if group.num_tokens <= token_budget:
+        return [group]
+    room = token_budget - len(group.prompt_ids)
+    longest = max(_input_length(c) for c in group.completions)
+    if longest > room:
+        raise PackingError(
+            f"a prompt of {len(group.prompt_ids)} tokens with a completion of {longest} does not fit "
+            f"token_budget = {token_budget}; raise train.token_budget to {len(group.prompt_ids) + longest} or more"
+        )
+    parts: list[list[Completion]] = [[]]
+    used = 0
+    for completion in group.completions:
+        if used + _input_length(completion) > room:
+            parts.append([])
+            used = 0
+        parts[-1].append(completion)
+        used += _input_length(completion)
+    return [Group(group.prompt_ids, part) for part in parts]
+
+
+def _refuse_empty(group: Group) -> None:
+    if not len(group.prompt_ids):
+        raise PackingError("found an empty prompt: its completions have no token to be predicted from")
+    if any(not len(c.token_ids) for c in group.completions):
+        raise PackingError("found a completion without tokens; leave it out of the group")
+
+
+def _input_length(completion: Completion) -> int:
+    return len(completion.token_ids) - 1
+
+
+def _offsets(lengths: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def _int64(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.zeros(0, dtype=torch.int64)

@@ -1,0 +1,103 @@
+"""Opening a model: device, type, tokenizer, stop tokens."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flashgrpo.grpo.data import DataError, Problem, render_prompt
+from flashgrpo.grpo.recipe import DataSection, ModelSection
+from flashgrpo.model.checkpoint import CheckpointError, load_checkpoint
+from flashgrpo.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A decoder and what turns its tokens into text and back."""
+
+    path: Path
+    model: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: list[int]
+
+    def decode(self, token_ids) -> str:
+        """Text of a prompt or completion, without end-of-sequence and other special tokens."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def open_policy(path: str | Path, section: ModelSection, device: torch.device) -> Policy:
+    """Load a Hugging Face folder for training or sampling. Raises CheckpointError."""
+    dtype = resolve_dtype(section.dtype, device)
+    model = load_checkpoint(path, dtype=dtype, device=device)
+    model.activation_checkpointing = section.activation_checkpointing
+    if section.compile:
+        model.compile_blocks()
+    tokenizer = open_tokenizer(path)
+    return Policy(Path(path), model, tokenizer, stop_token_ids(path, tokenizer))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the model sees it."""
+
+    problem: Problem
+    token_ids: list[int]
+    text: str
+
+
+def render_prompts(problems: Sequence[Problem], policy: Policy, data: DataSection) -> list[Prompt]:
+    """Every problem through the template. Raises DataError for an empty prompt, or one over data.max_prompt_tokens."""
+    prompts = []
+    for problem in problems:
+        token_ids = render_prompt(problem.prompt, data.template, policy.tokenizer)
+        if len(token_ids) > data.max_prompt_tokens:
+            raise DataError(
+                f"a prompt has {len(token_ids)} tokens, data.max_prompt_tokens = {data.max_prompt_tokens}; raise it or "
+                f"remove the prompt that begins {str(problem.prompt)[:60]!r}"
+            )
+        prompts.append(Prompt(problem, token_ids, policy.decode(token_ids)))
+    return prompts
+
+
+def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder. Raises CheckpointError."""
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no usable tokenizer: {error}") from error
+
+
+def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion: those of the tokenizer, config.json and generation_config.json together."""
+    found: list[Any] = [tokenizer.eos_token_id]
+    for name in ("config.json", "generation_config.json"):
+        file = Path(path) / name
+        if file.exists():
+            ids = json.loads(file.read_text()).get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids]
+    ids = {int(token) for token in found if token is not None}
+    if not ids:
+        raise CheckpointError(
+            f"{path}: no end-of-sequence token in its tokenizer, config.json or generation_config.json"
+        )
+    return sorted(ids)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("run.device = cuda, but torch finds no CUDA device; use run.device = cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA, float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)

@@ -1,0 +1,98 @@
+"""What a person sees while a run works: progress bar, phase clock, and a Ctrl-C that never tears an update apart."""
+
+import resource
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+class Clock:
+    """Wall seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+    @property
+    def total_s(self) -> float:
+        return time.perf_counter() - self.start
+
+
+@contextmanager
+def step_bar(title: str, done: int, total: int) -> Iterator["StepBar"]:
+    """A progress bar over steps; where there is no terminal, one line a step."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total, completed=done, values="")
+        yield StepBar(progress, task, title)
+
+
+class StepBar:
+    def __init__(self, progress: Progress, task, title: str):
+        self.progress, self.task, self.title = progress, task, title
+
+    def phase(self, name: str) -> None:
+        """Show what the running step is doing."""
+        self.progress.update(self.task, description=f"{self.title} · {name}")
+
+    def advance(self, step: int, values: str) -> None:
+        """A step is done."""
+        self.progress.update(self.task, completed=step, values=values)
+        if not console.is_terminal:
+            print(f"{self.title} {step}: {values}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back until the block has ended; a second one ends the process where it stands."""
+    received = False
+
+    def hold(signum, frame) -> None:
+        nonlocal received
+        if received:
+            signal.default_int_handler(signum, frame)
+        received = True
+        console.print("[yellow]Ctrl-C: finishing this update, then a checkpoint; again to stop at once[/yellow]")
+
+    try:
+        before = signal.signal(signal.SIGINT, hold)
+    except ValueError:  # not the main thread: signals never arrive here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        raise KeyboardInterrupt
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far: allocated on the device, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,379 @@
+"""A recipe: TOML (and `--section.key=value`) checked into frozen dataclasses. The text under each key is its help."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from flashgrpo.kernels.grpo_loss import LossConfig
+
+_CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_Int = Annotated[int, Field(strict=True)]
+_Positive = Annotated[int, Field(strict=True, ge=1)]
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_Bool = Annotated[bool, Field(strict=True)]
+_Share = Annotated[float, Field(strict=True, ge=0, le=1)]  # strict floats take integers, not text
+_PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+_NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message is one line that names the key."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class ModelSection:
+    path: str
+    """Hugging Face folder: config.json, safetensors, tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; bfloat16 keeps fp32 master weights. auto: bfloat16 on CUDA, float32 on a CPU."""
+    attention_backend: Literal["torch"] = "torch"
+    """Implementation of the packed attention."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes instead of keeping: nothing, all but matrix products, or whole blocks."""
+    compile: _Bool = False
+    """torch.compile each block (CUDA)."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class DataSection:
+    task: str | None = None
+    """A reasoning-gym task, as "reasoning_gym:chain_sum"; or give `path`."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Parameters of the task, as [data.options]."""
+    size: _Positive = 20_000
+    """Problems to make of the task, held-out ones included."""
+    path: str | None = None
+    """JSONL or Parquet file, or Hugging Face dataset (folder or hub name); or give `task`."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset, as gsm8k's "main"."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or a list of chat messages for the chat template."""
+    answer_column: str = "answer"
+    """Column with the reference answer."""
+    template: Literal["r1", "chat", "none"] = "r1"
+    """How a prompt becomes tokens: R1-Zero's template, the tokenizer's chat template, or as it is."""
+    held_out: _Count = 256
+    """Problems set aside for evaluation, chosen by run.seed."""
+    max_prompt_tokens: _Positive = 2048
+    """A longer prompt is an error."""
+
+    def __post_init__(self) -> None:
+        if (self.task is None) == (self.path is None):
+            raise ValueError(f"found task={self.task!r} and path={self.path!r}, wanted exactly one of them")
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class RewardsSection:
+    functions: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])
+    """accuracy, exact_match, format, language_consistency, overlong, repetition, or "package.module:function"."""
+    weights: list[float] = dataclasses.field(default_factory=list)
+    """One weight a function; empty: all 1."""
+    timeout_s: _PositiveFloat = 10.0
+    """Time limit of one call: one function on one group."""
+    workers: _Positive = 2
+    """Worker processes."""
+
+    def __post_init__(self) -> None:
+        if not self.functions:
+            raise ValueError("functions is empty, wanted at least one reward function")
+        if self.weights and len(self.weights) != len(self.functions):
+            raise ValueError(f"found {len(self.weights)} weights for {len(self.functions)} functions, wanted one each")
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class RolloutSection:
+    generator: Literal["native"] = "native"
+    """What samples the completions."""
+    prompts_per_step: _Positive = 32
+    """Prompts of one rollout; a step is one rollout and the updates made from it."""
+    group_size: Annotated[int, Field(strict=True, ge=2)] = 16
+    """Completions a prompt (G)."""
+    max_new_tokens: _Positive = 1024
+    """Longest completion."""
+    temperature: _PositiveFloat = 1.0
+    """Sampling temperature; the trainer's log-probs are taken at the same."""
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    """Nucleus sampling: smallest set of tokens with at least this probability."""
+    top_k: _Count = 0
+    """Sample among the k likeliest tokens; 0: all."""
+    refill_limit: _Count = 0
+    """Dynamic sampling (DAPO): most extra rounds of prompts that replace groups of equal rewards."""
+    mask_overlong: _Bool = False
+    """Completions cut at max_new_tokens give no gradient."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class OptimizerSection:
+    lr: _PositiveFloat = 1e-6
+    """Peak learning rate (AdamW)."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up."""
+    lr_end: _Share = 0.1
+    """Cosine only: share of the peak at the last update."""
+    warmup_steps: _Count = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: _NonNegative = 0.0
+    """AdamW's; matrices only, not norms and biases."""
+    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    """AdamW's."""
+    grad_clip: _PositiveFloat = 1.0
+    """Largest gradient norm."""
+    token_budget: _Positive = 16_384
+    """Most tokens of one micro-batch."""
+    checkpoint_every: _Count = 50
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: _Positive = 2
+    """The newest that are kept."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class TrainSection(OptimizerSection):
+    steps: _Positive = 100
+    """Rollouts in all."""
+    mini_batches: _Positive = 1
+    """Optimizer updates that a rollout is split into."""
+    epochs: _Positive = 1
+    """Passes over a rollout."""
+    ref_refresh_every: _Count = 0
+    """Steps between replacements of the reference by the policy; 0: never."""
+    mismatch_alarm: _PositiveFloat = 0.1
+    """Warn when the sampler's log-probs differ from the trainer's by more than this on average."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class EvalSection:
+    every: _Count = 0
+    """Steps between evaluations on held-out problems, also before the first and after the last step; 0: never."""
+    samples: _Positive = 4
+    """Completions a problem (k of pass@k and cons@k)."""
+    problems: _Positive = 256
+    """Held-out problems used."""
+    temperature: _NonNegative = 0.6
+    """Sampling temperature; 0: greedy."""
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
+    """Nucleus sampling."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class RunSection:
+    output: str
+    """Folder of the run."""
+    seed: _Int = 0
+    """Of the data order, the split and every sample."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is one."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class Recipe:
+    """GRPO: `flashgrpo train`."""
+
+    model: ModelSection
+    data: DataSection
+    run: RunSection
+    rewards: RewardsSection = RewardsSection()
+    rollout: RolloutSection = RolloutSection()
+    loss: LossConfig = dataclasses.field(default_factory=lambda: LossConfig.preset("grpo"))
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+
+    def __post_init__(self) -> None:
+        if self.rollout.prompts_per_step % self.train.mini_batches:
+            raise ValueError(
+                f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not a multiple of "
+                f"train.mini_batches = {self.train.mini_batches}"
+            )
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class SftDataSection:
+    path: str
+    """JSONL or Parquet file, or Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    prompt_column: str = "prompt"
+    """Column with the prompt."""
+    completion_column: str = "completion"
+    """Column with the text to learn; the end-of-sequence token is appended."""
+    template: Literal["r1", "chat", "none"] = "r1"
+    """As in training by GRPO."""
+    max_tokens: _Positive = 32_768
+    """An example longer than this, prompt included, is an error."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class SftTrainSection(OptimizerSection):
+    epochs: _Positive = 2
+    """Passes over the data."""
+    batch_size: _Positive = 128
+    """Examples of one optimizer update (a step)."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class SftRecipe:
+    """Supervised fine-tuning: `flashgrpo sft`."""
+
+    model: ModelSection
+    data: SftDataSection
+    run: RunSection
+    train: SftTrainSection = SftTrainSection()
+
+
+_R = TypeVar("_R", Recipe, SftRecipe)
+
+
+def load_recipe(kind: type[_R], path: str | Path, overrides: list[str] | None = None) -> _R:
+    """Read a TOML recipe, lay `--section.key=value` overrides over it, check it.
+
+    Raises RecipeError with one line: the file or option, the key, what was found and what was wanted.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from error
+    for override in overrides or []:
+        _apply_override(kind, values, override)
+    return build_recipe(kind, values, source=str(path))
+
+
+def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe") -> _R:
+    """A recipe from nested dictionaries; RecipeError as `load_recipe`."""
+    _refuse_unknown_keys(kind, values, source)
+    if "loss" in values and isinstance(values["loss"], dict):
+        values = values | {"loss": _loss_config(values["loss"], source)}
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise RecipeError(f"{source}: {key}: missing, and it has no default") from None
+        found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
+        raise RecipeError(f"{source}: {key + ': ' if key else ''}{message}{found}") from None
+
+
+def recipe_to_toml(recipe: Any) -> str:
+    """The resolved recipe, every default written out; keys without a value are left out."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
+
+
+def recipe_keys(kind: type) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key, in order: what `--help` shows."""
+    rows = []
+    for section in dataclasses.fields(kind):
+        section_type = _type_of(kind, section.name)
+        if section_type is LossConfig:
+            rows.append(("loss.preset", "str", "grpo", "One of " + ", ".join(LossConfig.presets()) + "."))
+            rows += [
+                (f"loss.{f.name}", _type_name(LossConfig, f.name), "of the preset", "") for f in _fields(LossConfig)
+            ]
+            continue
+        for f in _fields(section_type):
+            rows.append(
+                (f"{section.name}.{f.name}", _type_name(section_type, f.name), *_default_and_help(section_type, f))
+            )
+    return rows
+
+
+def _loss_config(values: dict[str, Any], source: str) -> LossConfig:
+    fields = dict(values)
+    preset = fields.pop("preset", "grpo")
+    for name, value in fields.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            fields[name] = float(value)
+    try:
+        return LossConfig.preset(preset, **fields)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{source}: loss: {error}") from None
+
+
+def _refuse_unknown_keys(kind: type, values: dict[str, Any], source: str) -> None:
+    sections = {f.name: _type_of(kind, f.name) for f in dataclasses.fields(kind)}
+    every_key = [f"{name}.{key}" for name, section in sections.items() for key in _keys(section)]
+    for name, section_values in values.items():
+        if name not in sections:
+            raise RecipeError(f"{source}: {name}: unknown section{_nearest(name, list(sections))}")
+        if not isinstance(section_values, dict):
+            raise RecipeError(f"{source}: {name}: found {section_values!r}, wanted a section [{name}]")
+        for key in section_values:
+            if key not in _keys(sections[name]):
+                known_here = [f"{name}.{known}" for known in _keys(sections[name])]
+                hint = _nearest(f"{name}.{key}", known_here) or _nearest(f"{name}.{key}", every_key)
+                raise RecipeError(f"{source}: {name}.{key}: unknown key{hint}")
+
+
+def _apply_override(kind: type, values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.removeprefix("--").partition("=")
+    section, dot, name = key.partition(".")
+    if not (override.startswith("--") and equals and dot):
+        raise RecipeError(f"{override}: wanted --section.key=value")
+    target = values.setdefault(section, {})
+    _refuse_unknown_keys(kind, {section: {name.partition(".")[0]: text}}, override)
+    name, dot, option = name.partition(".")
+    if dot:
+        target, name = target.setdefault(name, {}), option
+    elif section != "loss" and _is_text(_type_of(_type_of(kind, section), name)):
+        target[name] = text
+        return
+    try:
+        target[name] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        target[name] = text
+
+
+def _fields(section: type) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(section)
+
+
+def _keys(section: type) -> list[str]:
+    return [f.name for f in _fields(section)] + (["preset"] if section is LossConfig else [])
+
+
+def _type_of(kind: type, name: str) -> Any:
+    return typing.get_type_hints(kind)[name]
+
+
+def _is_text(hint: Any) -> bool:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return str in typing.get_args(hint)
+    return hint is str or typing.get_origin(hint) is Literal
+
+
+def _type_name(kind: type, name: str) -> str:
+    hint = _type_of(kind, name)
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _default_and_help(section: type, f: dataclasses.Field) -> tuple[str, str]:
+    schema = section.__pydantic_fields__[f.name]  # type: ignore[attr-defined]
+    default = "required" if schema.is_required() else schema.get_default(call_default_factory=True)
+    return str(default), schema.description or ""
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,398 @@
+r"""Rule-based rewards of DeepSeek-R1 (arXiv 2501.12948) and their kin, by name, in TRL's signature.
+
+    fn(prompts, completions, **columns) -> list[float | None]
+
+Every argument is a list with one entry per completion: the text the model continued (`prompts`), what it wrote
+(`completions`), the columns of the data set, and from the pool `questions` (the prompt before its template),
+`completion_ids`, `finish_reasons`; `max_new_tokens` is one number. None means that no score could be computed.
+
+Workers import this module, so it costs nothing: heavy libraries are imported by the function that needs them.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+REASONING_GYM = "reasoning_gym:"  # a row whose `task` starts so is scored by that task's own scorer
+_CORRECT = 1 - 1e-6
+_MAX_MATH_CHARS = 1000  # an answer longer than this is no final answer
+_MAX_EXPONENT = 10_000  # beyond it a power or factorial may take for ever to evaluate
+_OVERLONG_CACHE = 0.2  # L_cache as a share of L_max
+_NGRAM = 8  # tokens; shorter phrases recur in sound reasoning
+_WINDOW_WORDS = 8  # fewer words do not show their language
+_FOREIGN_CONFIDENCE = 0.02  # words are foreign where the target language is less likely than this
+_LANGUAGES = "AR BN CS DE EL EN ES FA FR HE HI ID IT JA KO NL PL PT RU SV TH TR UK VI ZH"
+_OWN_SCRIPTS = {
+    "BN": "BENGALI", "EL": "GREEK", "GU": "GUJARATI", "HE": "HEBREW", "HY": "ARMENIAN", "JA": "CJK HIRAGANA KATAKANA",
+    "KA": "GEORGIAN", "KO": "HANGUL", "PA": "GURMUKHI", "TA": "TAMIL", "TE": "TELUGU", "TH": "THAI", "ZH": "CJK",
+}  # fmt: skip
+_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}  # written without spaces: every letter counts as a word
+_BETWEEN_WORDS = re.compile(
+    r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?\w+>|`[^`\n]*`", re.DOTALL
+)
+_INTEGER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)")
+_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
+_PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019][^\W\d_]+)*")
+
+
+class RewardError(ValueError):
+    """A reward function that cannot be found, or that breaks its contract."""
+
+
+def is_correct(scores: Any) -> Any:
+    """Whether a score counts as solved in an evaluation, for a number or an array: partial credit and NaN do not."""
+    return scores >= _CORRECT
+
+
+def extract_answer(completion: str, prompt: str = "", *, whole: bool = False) -> str | None:
+    r"""The final answer in a completion, or None.
+
+    The last `<answer>` block if there is an `<answer>` tag at all, else the last `\boxed{}`, else what follows
+    `####` (GSM8K), else the last line, or the whole text with `whole`. What precedes `</think>` is cut; where the
+    reasoning was not closed, only an `<answer>` block counts.
+    """
+    text = _with_opening(prompt, completion)
+    is_open = "<think>" in text and "</think>" not in text
+    text = text.rpartition("</think>")[2]
+    if "<answer>" in text:
+        block = text.rpartition("</answer>")[0].rpartition("<answer>")[2]
+        return (_last_boxed(block) or block).strip() or None
+    if is_open:
+        return None
+    if boxed := _last_boxed(text):
+        return boxed.strip() or None
+    if "####" in text:
+        text = text.rsplit("####", 1)[1].strip().split("\n")[0]
+    lines = text.strip().splitlines()
+    if not lines:
+        return None
+    return text.strip() if whole else lines[-1].strip()
+
+
+def accuracy(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
+) -> list[float | None]:
+    """Score of the final answer: by the task's own scorer for reasoning-gym rows, else 1 or 0 by math-verify.
+
+    A reasoning-gym scorer may give partial credit between 0 and 1. An `answer` may be LaTeX, a number, plain words,
+    or a GSM8K solution that ends with `#### 42`.
+    """
+    tasks = columns.get("task") or [None] * len(completions)
+    scores: list[float | None] = []
+    for i, (prompt, completion, task) in enumerate(zip(prompts, completions, tasks, strict=True)):
+        if isinstance(task, str) and task.startswith(REASONING_GYM):
+            row = {"answer": answer[i], "metadata": columns["metadata"][i]}
+            options = columns["task_options"][i] if "task_options" in columns else {}
+            found = extract_answer(completion, prompt, whole=row["answer"] is None or "\n" in row["answer"])
+            scores.append(_task_score(task, options, found, row))
+        else:
+            found = extract_answer(completion, prompt)
+            scores.append(float(found is not None and answers_match(found, _gold(answer[i]))))
+    return scores
+
+
+def exact_match(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
+) -> list[float | None]:
+    """1 where the final answer is the expected one, character by character but for white space at its ends."""
+    found = map(extract_answer, completions, prompts)
+    return [float(text == _gold(gold)) for text, gold in zip(found, answer, strict=True)]
+
+
+def format_tags(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
+    """1 where the completion is `<think>..</think><answer>..</answer>` and nothing else, neither of them empty.
+
+    Each tag stands exactly once. The opening `<think>` may be the end of the prompt instead.
+    """
+    return [float(_is_formatted(_with_opening(p, c))) for p, c in zip(prompts, completions, strict=True)]
+
+
+def overlong(
+    completions: Sequence[str], completion_ids: Sequence[Sequence[int]], max_new_tokens: int, **columns: Any
+) -> list[float | None]:
+    """Soft overlong punishment, arXiv 2503.14476 eq. 13: 0, then linearly down to -1 over the last fifth of tokens."""
+    cache = _OVERLONG_CACHE * max_new_tokens
+    return [min(0.0, max(-1.0, (max_new_tokens - cache - len(ids)) / cache)) for ids in completion_ids]
+
+
+def repetition(
+    completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **columns: Any
+) -> list[float | None]:
+    """Minus the share of 8-token sequences that occurred before in the completion: -1 to 0 (cf. arXiv 2502.03373)."""
+    scores: list[float | None] = []
+    for ids in completion_ids:
+        ngrams = [tuple(ids[i : i + _NGRAM]) for i in range(len(ids) - _NGRAM + 1)]
+        scores.append(len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0)
+    return scores
+
+
+def language_consistency(
+    prompts: Sequence[str], completions: Sequence[str], questions: Sequence[str], **columns: Any
+) -> list[float | None]:
+    """Share of the reasoning's words that are in the target language (arXiv 2501.12948, section 2.3.2).
+
+    The target is the column `language` (a name or an ISO 639-1 code), else the language of the question, else
+    English. A word in another script is foreign; words in the right script are judged by lingua, eight or more
+    together. Formulas, code and single letters are no words. Reasoning without words scores 1, and none at all 0.
+
+    Raises:
+        ValueError: a `language` that lingua does not know.
+    """
+    targets = columns.get("language") or [None] * len(completions)
+    rows = zip(prompts, completions, questions, targets, strict=True)
+    return [_share_in_language(_reasoning(p, c), _target_language(t, q)) for p, c, q, t in rows]
+
+
+BUILTINS: Mapping[str, RewardFunction] = {
+    "accuracy": accuracy,
+    "exact_match": exact_match,
+    "format": format_tags,
+    "language_consistency": language_consistency,
+    "overlong": overlong,
+    "repetition": repetition,
+}
+
+
+def resolve_reward(name: str) -> RewardFunction:
+    """The reward function of a name: a built-in, or `package.module:function`, also from the current folder.
+
+    Raises:
+        RewardError: no such built-in, module or function, or one that does not accept TRL's arguments.
+    """
+    if name in BUILTINS:
+        return BUILTINS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise RewardError(
+            f"unknown reward {name!r}{nearest(name, BUILTINS)}; there are {', '.join(BUILTINS)}, "
+            "and your own as package.module:function"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise RewardError(f"reward {name!r}: cannot import {module_name!r}: {error}") from error
+    function: RewardFunction | None = getattr(module, attribute, None)
+    if not callable(function):
+        public = [key for key, value in vars(module).items() if callable(value)]
+        raise RewardError(f"reward {name!r}: {module_name} has no function {attribute!r}{nearest(attribute, public)}")
+    signature = inspect.signature(function)
+    try:
+        signature.bind_partial(prompts=[], completions=[], any_other_column=[])
+    except TypeError as error:
+        raise RewardError(
+            f"reward {name!r} must accept (prompts, completions, **columns), found {attribute}{signature}"
+        ) from error
+    return function
+
+
+def answers_match(found: str, gold: str) -> bool:
+    """Whether an answer equals the expected one: as text, or as mathematics by math-verify.
+
+    Expected plain words are compared as text alone: as mathematics "listen" would equal "silent".
+    """
+    if _plain(found) == _plain(gold):
+        return True
+    if _PLAIN_WORDS.fullmatch(_plain(gold)) or len(found) > _MAX_MATH_CHARS:
+        return False
+    if _INTEGER.fullmatch(found) and _INTEGER.fullmatch(gold):
+        return int(found.replace(",", "")) == int(gold.replace(",", ""))
+    from math_verify import verify
+
+    target = _parse_math(found)
+    if any(_is_intractable(expression) for expression in target):
+        return False
+    # Its own limits are alarm signals, which the pool's limit replaces.
+    return verify(list(_parse_gold(gold)), target, timeout_seconds=None)
+
+
+def _parse_math(text: str) -> list[Any]:
+    from math_verify import parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    has_delimiters = any(mark in text for mark in ("$", r"\(", r"\[", r"\boxed"))
+    has_prose = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z(])", _LATEX_TEXT.sub("", text))
+    if not (has_delimiters or has_prose):
+        text = f"${text.rstrip('.')}$"
+    return parse(text, parsing_timeout=0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_gold(gold: str) -> tuple[Any, ...]:
+    return tuple(_parse_math(gold))
+
+
+def _is_intractable(expression: Any) -> bool:
+    """Whether the expression holds a power or factorial such as 10^(10^10), which no verifier survives."""
+    if isinstance(expression, str):
+        return False
+    import sympy
+
+    for node in sympy.postorder_traversal(expression):
+        if isinstance(node, sympy.Pow | sympy.factorial):
+            size: Any = node.args[-1]
+            if size.is_number and not abs(size.evalf(5)) <= _MAX_EXPONENT:
+                return True
+    return False
+
+
+def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict[str, Any]) -> float:
+    if found is None:
+        return 0.0
+    score = _task_scorer(task.removeprefix(REASONING_GYM), json.dumps(options))
+    try:
+        return float(score(found, row))
+    except Exception:  # many scorers raise, in ways of their own, on an answer that they cannot read
+        score(row["answer"], row)  # raises again where the row is at fault, not the answer
+        return 0.0
+
+
+@functools.lru_cache(maxsize=64)
+def _task_scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(task, seed=0, **json.loads(options)).score_answer
+
+
+def _gold(answer: Any) -> str:
+    text = str(answer)
+    if "####" in text:
+        text = text.rsplit("####", 1)[1].replace(",", "")
+    return (_last_boxed(text) or text).strip()
+
+
+def _plain(text: str) -> str:
+    """The text for comparison: no case, no mark-up, and around words, such as the letter of a choice, no brackets."""
+    text = " ".join(_LATEX_TEXT.sub(r"\1", text).strip(" \t\n$").rstrip(".").casefold().split())
+    word = text.strip("()[]")
+    return word if _PLAIN_WORDS.fullmatch(word) else text
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""Content of the last complete `\boxed{...}`, its braces balanced."""
+    open_braces: list[tuple[bool, int]] = []
+    last_start, content = -1, None
+    for brace in re.finditer(r"\\[{}]|\\f?boxed\s*\{|\{|\}", text):
+        if brace.group() == "}" and open_braces:
+            is_box, start = open_braces.pop()
+            if is_box and start > last_start:
+                last_start, content = start, text[start : brace.start()]
+        elif brace.group().endswith("{") and brace.group() != r"\{":
+            open_braces.append((brace.group() != "{", brace.end()))
+    return content
+
+
+def _is_formatted(text: str) -> bool:
+    parts = re.split(r"(</?(?:think|answer)>)", text)
+    if parts[1::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return False
+    before, thought, between, answer, after = (part.strip() for part in parts[::2])
+    return bool(thought and answer) and not (before or between or after)
+
+
+def _with_opening(prompt: str, completion: str) -> str:
+    return f"<think>{completion}" if prompt.rstrip().endswith("<think>") else completion
+
+
+def _reasoning(prompt: str, completion: str) -> str:
+    text = _with_opening(prompt, completion)
+    return text.split("</think>")[0].split("<answer>")[0].replace("<think>", "")
+
+
+def _words(text: str) -> Iterator[tuple[str, str]]:
+    """(word, script) for each word; runs of mixed scripts are split."""
+    for run in re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*", _BETWEEN_WORDS.sub(" ", text)):
+        scripts = [_script(letter) for letter in run]
+        start = 0
+        for end in range(1, len(run) + 1):
+            if end < len(run) and scripts[end] == scripts[start] and scripts[start] not in _UNSPACED:
+                continue
+            if scripts[start] in _UNSPACED or end - start > 1:
+                yield run[start:end], scripts[start]
+            start = end
+
+
+@functools.lru_cache(maxsize=4096)
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "UNKNOWN").split()[0]
+
+
+def _share_in_language(text: str, target: str) -> float:
+    words = list(_words(text))
+    if not words:
+        return float(bool(text.strip()))
+    scripts = _scripts(target)
+    right = [word for word, script in words if script in scripts]
+    space = "" if scripts & _UNSPACED else " "
+    num_windows = max(1, len(right) // _WINDOW_WORDS)
+    bounds = [i * len(right) // num_windows for i in range(num_windows + 1)]
+    consistent = 0
+    for start, end in itertools.pairwise(bounds):
+        window = space.join(right[start:end])
+        if window and _detector(target).compute_language_confidence(window, _language(target)) >= _FOREIGN_CONFIDENCE:
+            consistent += end - start
+    return consistent / len(words)
+
+
+@functools.lru_cache(maxsize=256)
+def _scripts(target: str) -> set[str]:
+    """Unicode names of the scripts a language is written in."""
+    from lingua import Language
+
+    shared = {
+        "CYRILLIC": Language.all_with_cyrillic_script(),
+        "ARABIC": Language.all_with_arabic_script(),
+        "DEVANAGARI": Language.all_with_devanagari_script(),
+    }
+    names = [script for script, languages in shared.items() if _language(target) in languages]
+    return set(names or _OWN_SCRIPTS.get(target, "LATIN").split())
+
+
+@functools.lru_cache(maxsize=256)
+def _target_language(name: str | None, question: str) -> str:
+    """ISO 639-1 code, upper case, of a language given by name or code, or of the question."""
+    from lingua import Language
+
+    if name is not None:
+        known = {language.iso_code_639_1.name: language.name for language in Language.all()}
+        for code, full_name in known.items():
+            if name.upper() in (code, full_name):
+                return code
+        raise ValueError(f"language {name!r} is unknown{nearest(name.upper(), known.values())}; give a code such as en")
+    words = " ".join(word for word, _ in _words(question))
+    detected = _detector("EN").detect_language_of(words)
+    return detected.iso_code_639_1.name if detected else "EN"
+
+
+def _language(code: str) -> Any:
+    from lingua import IsoCode639_1, Language
+
+    return Language.from_iso_code_639_1(getattr(IsoCode639_1, code))
+
+
+@functools.lru_cache(maxsize=8)
+def _detector(target: str) -> Any:
+    """Detector among the languages that models mix, and the target; 35 MB where all of lingua takes 900."""
+    from lingua import LanguageDetectorBuilder
+
+    languages = [_language(code) for code in sorted({target, *_LANGUAGES.split()})]
+    return LanguageDetectorBuilder.from_languages(*languages).with_low_accuracy_mode().build()
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The tail of an error message that proposes the likeliest of `candidates`, or nothing."""
+    matches = difflib.get_close_matches(name, list(candidates), n=2, cutoff=0.5)
+    return f", did you mean {' or '.join(map(repr, matches))}?" if matches else ""

@@ -1,0 +1,67 @@
+"""What a generator is asked for, what it gives back, and the seeds that make every sample its own.
+
+A sample's random numbers depend on (seed, step, prompt, sample) alone: not on rank, batch position or what else is
+generated beside it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 leave out none."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and the seeds of its completions: as many as there are seeds."""
+
+    group: int
+    prompt_ids: list[int]
+    seeds: np.ndarray  # [group_size] uint64
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion. `completion_ids` ends with the stop token where there is one."""
+
+    prompt_ids: list[int]
+    completion_ids: np.ndarray  # [num_tokens] int64
+    behavior_logprobs: np.ndarray  # [num_tokens] fp32, of the distribution that was sampled from
+    finish_reason: Literal["stop", "length"]
+    group: int
+    weight_version: int
+
+
+class Generator(Protocol):
+    """Native or vLLM: yields each group as soon as its last completion is done, in any order."""
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]: ...
+
+
+def sample_seeds(seed: int, step: int, prompt: int, num_samples: int) -> np.ndarray:
+    """Seeds of a prompt's samples, [num_samples] uint64, by splitmix64 (Steele et al. 2014) over the four numbers."""
+    state = np.full(num_samples, seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
+    for part in (step, prompt, np.arange(num_samples, dtype=np.uint64)):
+        state = splitmix64(state ^ splitmix64(np.asarray(part).astype(np.uint64)))
+    return state
+
+
+def splitmix64(state: np.ndarray) -> np.ndarray:
+    """One output of splitmix64 for each uint64 state."""
+    with np.errstate(over="ignore"):
+        z = state + _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

@@ -1,0 +1,184 @@
+"""A run's folder: recipe.toml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/step_N/. Whole or not at all.
+
+A checkpoint is written beside its place and renamed. `checkpoints/step_N/model` is a Hugging Face folder with the fp32
+weights; `state` has the optimizer and the reference (torch DCP), `state.json` the step and the data position. After a
+resume the logs are cut back to the checkpoint, so that every step stands once.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils.tensorboard.writer import SummaryWriter
+
+
+class RunError(RuntimeError):
+    """A run that cannot start, continue or be saved; the message says what to do."""
+
+
+class RunFolder:
+    """Opens `output` for a new run, or for continuing one: `self.checkpoint` is then the newest, or None."""
+
+    def __init__(self, output: str | Path, recipe_toml: str, resume: bool):
+        self.path = Path(output)
+        if self.path.exists() and not resume and any(self.path.iterdir()):
+            raise RunError(f"{self.path} exists: continue it with --resume, or choose another run.output")
+        self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.glob("checkpoints/*.tmp"):
+            shutil.rmtree(leftover)
+        self.checkpoint = newest_checkpoint(self.path)
+        self.state = _read_state(self.checkpoint) if self.checkpoint else {}
+        write_text(self.path / "recipe.toml", recipe_toml)
+        last_step = self.state.get("step", -1)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _cut_rows(self.path / name, last_step)
+        self._metrics = (self.path / "metrics.jsonl").open("a")
+        self._samples = (self.path / "samples.jsonl").open("a")
+        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=last_step + 1 if resume else None)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a row; NaN and infinity are written as null."""
+        row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        _append(self._metrics, [row])
+        for key, value in metrics.items():
+            self._tensorboard.add_scalar(key, value, step)
+
+    def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
+        """Append sampled completions."""
+        _append(self._samples, ({"step": step} | sample for sample in samples))
+
+    def save(self, step: int, write_model, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+        """Write checkpoints/step_N and remove all but the newest `keep`. `write_model(path)` makes the model's folder.
+
+        On any failure the unfinished folder is removed, the last good checkpoint stays, and RunError is raised.
+        """
+        final = self.path / "checkpoints" / f"step_{step}"
+        temporary = final.with_suffix(".tmp")
+        try:
+            temporary.mkdir(parents=True)
+            write_model(temporary / "model")
+            if tensors:
+                state_dict_saver.save(tensors, checkpoint_id=temporary / "state", no_dist=True)
+            write_text(temporary / "state.json", json.dumps({"step": step, **state, "rng": _rng_state()}))
+            sync_folder(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = newest_checkpoint(self.path)
+            raise RunError(
+                f"checkpoint of step {step} could not be written to {final.parent}: {error}; "
+                + (f"{kept.name} is kept: free some space and continue with --resume" if kept else "none was kept")
+            ) from error
+        for old in _checkpoints(self.path)[:-keep]:
+            shutil.rmtree(old)
+        self.checkpoint = final
+        return final
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Fill `tensors` in place from the open checkpoint, and set every random generator as it was."""
+        if self.checkpoint is None:
+            raise RunError(f"{self.path} has no checkpoint to continue from")
+        if tensors:
+            state_dict_loader.load(tensors, checkpoint_id=self.checkpoint / "state", no_dist=True)
+        _set_rng_state(self.state["rng"])
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._metrics.close()
+        self._samples.close()
+        self._tensorboard.close()
+
+
+def newest_checkpoint(run: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder, if there is one."""
+    return next(reversed(_checkpoints(Path(run))), None)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL log; a last line that was cut by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file and folder below `folder` to the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    found = [p for p in run.glob("checkpoints/step_*") if p.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / "state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(
+            f"{checkpoint}: broken checkpoint ({error}); remove it to continue from the one before"
+        ) from error
+
+
+def _cut_rows(path: Path, last_step: int) -> None:
+    rows = [row for row in read_rows(path) if row["step"] <= last_step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _append(file, rows: Iterable[dict[str, Any]]) -> None:
+    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.flush()
+
+
+def _rng_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    _, keys, *position = np.random.get_state()  # noqa: NPY002  # the global generator is what a library may draw from
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [np.asarray(keys).tolist(), *position],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()],
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(("MT19937", np.array(state["numpy"][0], dtype=np.uint32), *state["numpy"][1:]))  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])

@@ -1,0 +1,143 @@
+"""Supervised fine-tuning on prompt and completion: the same packs, attention and head as GRPO; `flashgrpo sft RECIPE`.
+
+Cross-entropy is GRPO's loss on-policy with advantage 1 and token_mean: its gradient is that of the mean log-prob over
+the completion's tokens, the prompt's tokens are not trained on, and there is no second loss kernel.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashgrpo.grpo.data import DataError, load_problems, render_prompt
+from flashgrpo.grpo.learner import Learner, Stats
+from flashgrpo.grpo.packing import Completion, Group, pack_groups
+from flashgrpo.grpo.policy import Policy, open_policy, resolve_device
+from flashgrpo.grpo.progress import Clock, console, deferred_interrupt, peak_memory_mb, step_bar
+from flashgrpo.grpo.recipe import DataSection, SftDataSection, SftRecipe, recipe_to_toml
+from flashgrpo.grpo.run_folder import RunError, RunFolder
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss
+from flashgrpo.model.batch import PackedBatch, gather_predictors
+from flashgrpo.model.checkpoint import save_checkpoint
+
+_CROSS_ENTROPY = LossConfig.preset("bnpo")
+_MOST_SKIPPED = 3
+
+
+def sft(recipe: SftRecipe, resume: bool = False) -> Path:
+    """Run an SFT recipe, or continue it; returns the folder of the final model. Errors as `train`."""
+    with RunFolder(recipe.run.output, recipe_to_toml(recipe), resume) as folder:
+        trainer = SftTrainer(recipe, folder)
+        try:
+            return trainer.run()
+        except KeyboardInterrupt:
+            trainer.save()
+            console.print(f"[yellow]stopped after step {trainer.step}; continue with --resume[/yellow]")
+            raise
+
+
+class SftTrainer:
+    def __init__(self, recipe: SftRecipe, folder: RunFolder):
+        self.recipe, self.folder = recipe, folder
+        self.device = resolve_device(recipe.run.device)
+        self.step = folder.state.get("step", 0)
+        start = folder.checkpoint / "model" if folder.checkpoint else recipe.model.path
+        self.policy = open_policy(start, recipe.model, self.device)
+        self.examples = load_examples(recipe.data, self.policy)
+        self.steps_per_epoch = -(-len(self.examples) // recipe.train.batch_size)
+        self.total_steps = recipe.train.epochs * self.steps_per_epoch
+        self.learner = Learner(self.policy.model, recipe.train, self.total_steps)
+        if folder.checkpoint:
+            self.learner.load_masters(folder.checkpoint / "model")
+            folder.restore(self.learner.state_tensors())
+
+    def run(self) -> Path:
+        """Every step that is left, then the final model; returns its folder."""
+        with step_bar("sft", self.step, self.total_steps) as bar:
+            for step in range(self.step + 1, self.total_steps + 1):
+                metrics = self.run_step(step)
+                bar.advance(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_s/trained']:,.0f} tokens/s")
+                every = self.recipe.train.checkpoint_every
+                if (every and step % every == 0) or step == self.total_steps:
+                    self.save()
+        final = self.folder.path / "model"
+        save_checkpoint(self.policy.model, final, tokenizer_files_from=self.policy.path)
+        return final
+
+    def run_step(self, step: int) -> dict[str, float]:
+        """One optimizer update on batch_size examples."""
+        clock = Clock()
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        order = np.random.default_rng([self.recipe.run.seed, epoch]).permutation(len(self.examples))
+        size = self.recipe.train.batch_size
+        groups = [self.examples[i] for i in order[place * size : (place + 1) * size]]
+        batches = [batch.to(self.device) for batch in pack_groups(groups, self.recipe.train.token_budget)]
+        num_targets = sum(batch.num_targets for batch in batches)
+        with deferred_interrupt():
+            lr = self.learner.set_lr(step)
+            stats, norm = self.learner.update(batches, functools.partial(self._loss, denominator=float(num_targets)))
+            self.step = step
+            loss = -torch.stack([s["logprobs"].sum() for s in stats]).sum() / num_targets
+            taken = self.learner.take_skipped()
+            values = torch.stack([loss.float(), norm.float(), *taken.values()]).tolist()
+        metrics = dict(zip(["loss", "grad_norm", *taken], values, strict=True))
+        tokens = sum(batch.total_tokens for batch in batches)
+        metrics |= {"lr": lr, "epoch": step / self.steps_per_epoch, "tokens_per_s/trained": tokens / clock.total_s}
+        metrics["memory/peak_mb"] = peak_memory_mb(self.device)
+        self.folder.log(step, metrics)
+        if metrics["update/skipped_in_a_row"] >= _MOST_SKIPPED:
+            raise RunError(
+                f"{_MOST_SKIPPED} updates in a row had a gradient that is not finite, up to step {step}; lower train.lr"
+            )
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint of the last completed step."""
+        write_model = functools.partial(self.learner.save_masters, tokenizer_files_from=self.policy.path)
+        self.folder.save(self.step, write_model, self.learner.state_tensors(), {}, self.recipe.train.keep_checkpoints)
+
+    def _loss(self, batch: PackedBatch, denominator: float) -> tuple[Tensor, Stats]:
+        model = self.policy.model
+        return linear_grpo_loss(
+            gather_predictors(model(batch), batch),
+            model.lm_head_weight,
+            batch.targets,
+            batch.target_cu_seqlens,
+            _CROSS_ENTROPY,
+            denominator=denominator,
+            advantages=torch.ones(len(batch.sequence_ids), device=self.device),
+        )
+
+
+def load_examples(data: SftDataSection, policy: Policy) -> list[Group]:
+    """Prompt and completion of every row as a group of one; the end-of-sequence token closes the completion.
+
+    Raises DataError for a missing column, an empty text, or an example over data.max_tokens.
+    """
+    source = DataSection(
+        path=data.path,
+        subset=data.subset,
+        split=data.split,
+        prompt_column=data.prompt_column,
+        answer_column=data.completion_column,
+        held_out=0,
+    )
+    problems, _ = load_problems(source, seed=0)
+    end = policy.tokenizer.eos_token_id
+    examples = []
+    for number, problem in enumerate(problems, start=1):
+        prompt_ids = render_prompt(problem.prompt, data.template, policy.tokenizer)
+        completion_ids = policy.tokenizer(problem.columns["answer"], add_special_tokens=False)["input_ids"]
+        if not completion_ids:
+            raise DataError(f"{data.path}: row {number}: {data.completion_column} is empty")
+        if completion_ids[-1] != end:
+            completion_ids = [*completion_ids, end]
+        length = len(prompt_ids) + len(completion_ids)
+        if length > data.max_tokens:
+            raise DataError(f"{data.path}: row {number} has {length} tokens, data.max_tokens = {data.max_tokens}")
+        completion = Completion(np.array(completion_ids, dtype=np.int64), sequence_id=number - 1)
+        examples.append(Group(prompt_ids, [completion]))
+    return examples

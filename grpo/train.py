@@ -1,0 +1,337 @@
+"""GRPO: sample groups, reward them, pack what has a gradient, update, once a step; `flashgrpo train RECIPE`.
+
+The methods of `Trainer` stand in the order of a step. It waits for the device once a step, in `device_metrics`, besides
+what the generator does.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashgrpo.grpo.data import Problem, load_problems
+from flashgrpo.grpo.evaluate import completion_group, evaluate, open_reward_pool
+from flashgrpo.grpo.learner import Learner, Stats
+from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
+from flashgrpo.grpo.native_generator import NativeGenerator
+from flashgrpo.grpo.packing import Completion, Group, is_dead, live_groups, loss_denominator, pack_groups
+from flashgrpo.grpo.policy import Prompt, open_policy, render_prompts, resolve_device, resolve_dtype
+from flashgrpo.grpo.progress import Clock, StepBar, console, deferred_interrupt, step_bar
+from flashgrpo.grpo.recipe import Recipe, recipe_to_toml
+from flashgrpo.grpo.reward_pool import RewardPool, RewardTable
+from flashgrpo.grpo.rollout import Request, Rollout, Sampling, sample_seeds
+from flashgrpo.grpo.run_folder import RunError, RunFolder, newest_checkpoint
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
+from flashgrpo.model.batch import PackedBatch, gather_predictors
+from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
+from flashgrpo.model.decoder import Decoder
+
+_MOST_SKIPPED = 3
+_LOGGED_GROUPS = 2
+
+
+@dataclass(frozen=True)
+class Update:
+    """One mini-batch: an optimizer update."""
+
+    batches: list[PackedBatch]
+    rewards: Tensor  # [num_groups, group_size] fp32
+    denominator: float
+
+
+def train(recipe: Recipe, resume: bool = False) -> Path:
+    """Run a recipe, or continue it; returns the folder of the final model.
+
+    Raises DataError, RewardError or CheckpointError for what is wrong before the first step, RunError for later failures.
+    Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
+    """
+    problems, held_out = load_problems(recipe.data, recipe.run.seed)
+    with (
+        open_reward_pool(recipe, problems[0]) as pool,
+        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume) as folder,
+    ):
+        trainer = Trainer(recipe, folder, pool, problems, held_out)
+        try:
+            return trainer.run()
+        except KeyboardInterrupt:
+            trainer.save()
+            console.print(f"[yellow]stopped after step {trainer.step}; continue with --resume[/yellow]")
+            raise
+
+
+class Trainer:
+    """The loop and its state: weights, optimizer, reference, data position, step."""
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, pool: RewardPool, problems: list[Problem], held_out: list[Problem]
+    ):
+        self.recipe, self.folder, self.pool = recipe, folder, pool
+        self.device = resolve_device(recipe.run.device)
+        self.step, self.position = folder.state.get("step", 0), folder.state.get("position", 0)
+        start = folder.checkpoint / "model" if folder.checkpoint else recipe.model.path
+        self.policy = open_policy(start, recipe.model, self.device)
+        self.learner = Learner(self.policy.model, recipe.train, recipe.train.steps)
+        self.reference = self._open_reference()
+        render = partial(render_prompts, policy=self.policy, data=recipe.data)
+        self.prompts, self.held_out = render(problems), render(held_out[: recipe.eval.problems])
+        self._order_epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+        self.generator = NativeGenerator(self.policy.model, self.policy.stop_token_ids)
+        rollout = recipe.rollout
+        self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        if folder.checkpoint:
+            self._restore(folder.checkpoint)
+
+    def run(self) -> Path:
+        """Every step that is left, then the final model; returns its folder."""
+        recipe = self.recipe
+        if self.step == 0 and recipe.eval.every:
+            self.folder.log(0, self._evaluate(0))
+        with step_bar("train", self.step, recipe.train.steps) as bar:
+            for step in range(self.step + 1, recipe.train.steps + 1):
+                metrics = self.run_step(step, bar)
+                bar.advance(step, one_line(metrics))
+                every = recipe.train.checkpoint_every
+                if (every and step % every == 0) or step == recipe.train.steps:
+                    self.save()
+        final = self.folder.path / "model"
+        save_checkpoint(self.policy.model, final, tokenizer_files_from=self.policy.path)
+        return final
+
+    def save(self) -> None:
+        """Write a checkpoint of the last completed step."""
+        tensors = self.learner.state_tensors() | self._reference_tensors()
+        write_model = partial(self.learner.save_masters, tokenizer_files_from=self.policy.path)
+        self.folder.save(
+            self.step, write_model, tensors, {"position": self.position}, self.recipe.train.keep_checkpoints
+        )
+
+    def run_step(self, step: int, bar: StepBar) -> dict[str, float]:
+        """Rollout, rewards, packing, scoring, updates, metrics; Ctrl-C waits from the first update to the last."""
+        clock = Clock()
+        bar.phase("generate")
+        data = self._rollout(step, clock)
+        with clock("pack"):
+            updates = self._plan_updates(data)
+        bar.phase("train")
+        with deferred_interrupt():
+            lr = self.learner.set_lr(step)
+            with clock("train"):
+                stats, norms = self._learn(updates, clock)
+                metrics = device_metrics(stats, norms, self.learner)
+            self.step, self.position = step, data.position
+            self.generator.weight_version = step
+            self._refresh_reference()
+        trained_tokens = sum(batch.total_tokens for update in updates for batch in update.batches)
+        metrics |= {"lr": lr} | rollout_metrics(data) | speed_metrics(data, clock, trained_tokens, self.device)
+        try:
+            if self._evaluates_at(step):
+                bar.phase("evaluate")
+                metrics |= self._evaluate(step)
+        finally:
+            self.folder.log_samples(step, self._samples(data))
+            self.folder.log(step, metrics)
+        self._raise_alarms(metrics)
+        return metrics
+
+    def _rollout(self, step: int, clock: Clock) -> StepData:
+        """Sample and reward prompts_per_step groups; with refill_limit, replace those whose rewards are equal."""
+        config = self.recipe.rollout
+        groups: list[list[Rollout]] = []
+        tables: list[RewardTable] = []
+        position = self.position
+        for attempt in range(1 + config.refill_limit):
+            wanted = config.prompts_per_step - len(groups)
+            rollouts, table = self._sample_groups(step, position, wanted, clock)
+            position += wanted
+            dead = [is_dead(row) for row in table.rewards]
+            last = attempt == config.refill_limit
+            keep = [i for i in range(wanted) if last or not dead[i]]
+            groups += [rollouts[i] for i in keep]
+            tables.append(_rows(table, keep))
+            if len(groups) == config.prompts_per_step:
+                break
+        return StepData(groups, _concatenate(tables), position)
+
+    def _sample_groups(
+        self, step: int, position: int, num_groups: int, clock: Clock
+    ) -> tuple[list[list[Rollout]], RewardTable]:
+        """Generate for the next prompts; each group's rewards are computed while others still generate."""
+        prompts = [self._prompt_at(position + i) for i in range(num_groups)]
+        seed, size = self.recipe.run.seed, self.recipe.rollout.group_size
+        requests = [
+            Request(i, prompt.token_ids, sample_seeds(seed, step, position + i, size))
+            for i, prompt in enumerate(prompts)
+        ]
+        rollouts: list[list[Rollout]] = [[] for _ in requests]
+        finished = []
+        with clock("generate"):
+            for group in self.generator.generate(requests, self.sampling):
+                index = group[0].group
+                rollouts[index] = group
+                finished.append(index)
+                self.pool.submit(completion_group(prompts[index], group, self.policy))
+        with clock("reward"):
+            table = self.pool.collect()
+        return rollouts, _rows(table, np.argsort(finished))
+
+    def _plan_updates(self, data: StepData) -> list[Update]:
+        """Split the groups into mini-batches; pack those with a gradient."""
+        recipe = self.recipe
+        size = recipe.rollout.prompts_per_step // recipe.train.mini_batches
+        updates = []
+        for first in range(0, recipe.rollout.prompts_per_step, size):
+            rewards = data.table.rewards[first : first + size]
+            groups = [
+                _trainable_group(rollouts, i * rewards.shape[1], recipe.rollout.mask_overlong)
+                for i, rollouts in enumerate(data.rollouts[first : first + size])
+            ]
+            denominator = loss_denominator(groups, rewards, recipe.loss, recipe.rollout.max_new_tokens)
+            batches = pack_groups(live_groups(groups, rewards, recipe.loss), recipe.train.token_budget)
+            on_device = torch.from_numpy(rewards).to(self.device, torch.float32)
+            updates.append(Update([batch.to(self.device) for batch in batches], on_device, denominator))
+        return updates
+
+    def _learn(self, updates: list[Update], clock: Clock) -> tuple[list[list[Stats]], list[Tensor]]:
+        """Score the packs where that is needed, then every update of the step, in order, `epochs` times."""
+        with clock("score"):
+            updates = [self._score(update, on_policy=i == 0) for i, update in enumerate(updates)]
+        results = [
+            self.learner.update(update.batches, lambda batch, update=update: self._loss(batch, update))
+            for _ in range(self.recipe.train.epochs)
+            for update in updates
+        ]
+        return [stats for stats, _ in results], [norm for _, norm in results]
+
+    def _score(self, update: Update, on_policy: bool) -> Update:
+        """Add old and reference log-probs. Old ones are left out where the weights have not moved since the rollout."""
+        needs_old = not (on_policy and self.recipe.train.epochs == 1)
+        batches = []
+        for batch in update.batches:
+            old = self._logprobs(self.policy.model, batch) if needs_old else None
+            ref = self._logprobs(self.reference, batch) if self.reference else None
+            batches.append(dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref))
+        return dataclasses.replace(update, batches=batches)
+
+    @torch.no_grad()
+    def _logprobs(self, model: Decoder, batch: PackedBatch) -> Tensor:
+        hidden = gather_predictors(model(batch), batch)
+        temperature = self.recipe.rollout.temperature
+        return linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature)[0]
+
+    def _loss(self, batch: PackedBatch, update: Update) -> tuple[Tensor, Stats]:
+        model = self.policy.model
+        return linear_grpo_loss(
+            gather_predictors(model(batch), batch),
+            model.lm_head_weight,
+            batch.targets,
+            batch.target_cu_seqlens,
+            self.recipe.loss,
+            denominator=update.denominator,
+            rewards=update.rewards,
+            sequence_ids=batch.sequence_ids,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            behavior_logprobs=batch.behavior_logprobs,
+            temperature=self.recipe.rollout.temperature,
+        )
+
+    def _evaluates_at(self, step: int) -> bool:
+        every = self.recipe.eval.every
+        return bool(every) and (step % every == 0 or step == self.recipe.train.steps)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        recipe = self.recipe
+        result = evaluate(
+            self.held_out,
+            self.policy,
+            self.generator,
+            self.pool,
+            recipe.eval,
+            recipe.rollout.max_new_tokens,
+            seed=recipe.run.seed,
+            step=step,
+        )
+        return {f"eval/{name}": float(value) for name, value in result.scores().items()}
+
+    def _raise_alarms(self, metrics: dict[str, float]) -> None:
+        if metrics["update/skipped"]:
+            console.print(
+                f"[yellow]step {self.step}: {metrics['update/skipped']:.0f} updates skipped: gradient not finite[/]"
+            )
+        if metrics["update/skipped_in_a_row"] >= _MOST_SKIPPED:
+            kept = newest_checkpoint(self.folder.path)
+            raise RunError(
+                f"{_MOST_SKIPPED} updates in a row had a gradient that is not finite, up to step {self.step}; "
+                f"{f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'}: lower train.lr, "
+                "or look at samples.jsonl for what the rewards score"
+            )
+        if metrics.get("mismatch/mean", 0.0) > self.recipe.train.mismatch_alarm:
+            console.print(
+                f"[yellow]step {self.step}: the sampler's log-probs are {metrics['mismatch/mean']:.3g} off the "
+                f"trainer's on average (train.mismatch_alarm = {self.recipe.train.mismatch_alarm})[/]"
+            )
+
+    def _samples(self, data: StepData) -> Iterator[dict[str, Any]]:
+        """The first groups of the step, every completion with its rewards."""
+        for index, group in enumerate(data.rollouts[:_LOGGED_GROUPS]):
+            prompt = self.policy.decode(group[0].prompt_ids)
+            for sample, rollout in enumerate(group):
+                scores = {name: _number(scores[index, sample]) for name, scores in data.table.scores.items()}
+                completion = self.policy.decode(rollout.completion_ids)
+                reward = _number(data.table.rewards[index, sample])
+                yield {"prompt": prompt, "completion": completion, "reward": reward, "rewards": scores}
+
+    def _prompt_at(self, position: int) -> Prompt:
+        """Prompts come in a new order every pass over the data, from the seed and the pass alone."""
+        epoch, place = divmod(position, len(self.prompts))
+        if epoch != self._order_epoch:
+            self._order = np.random.default_rng([self.recipe.run.seed, epoch]).permutation(len(self.prompts))
+            self._order_epoch = epoch
+        return self.prompts[self._order[place]]
+
+    def _open_reference(self) -> Decoder | None:
+        if self.recipe.loss.kl_coef == 0:
+            return None
+        dtype = resolve_dtype(self.recipe.model.dtype, self.device)
+        return load_checkpoint(self.recipe.model.path, dtype=dtype, device=self.device).requires_grad_(False)
+
+    def _refresh_reference(self) -> None:
+        every = self.recipe.train.ref_refresh_every
+        if self.reference and every and self.step % every == 0:
+            self.reference.load_state_dict(self.policy.model.state_dict())
+
+    def _reference_tensors(self) -> dict[str, Tensor]:
+        return {f"reference.{k}": v for k, v in self.reference.state_dict().items()} if self.reference else {}
+
+    def _restore(self, checkpoint: Path) -> None:
+        self.generator.weight_version = self.step
+        self.learner.load_masters(checkpoint / "model")
+        self.folder.restore(self.learner.state_tensors() | self._reference_tensors())
+
+
+def _trainable_group(rollouts: list[Rollout], first_id: int, mask_overlong: bool) -> Group:
+    completions = [
+        Completion(rollout.completion_ids, first_id + i, rollout.behavior_logprobs)
+        for i, rollout in enumerate(rollouts)
+        if not (mask_overlong and rollout.finish_reason == "length")
+    ]
+    return Group(rollouts[0].prompt_ids, completions)
+
+
+def _rows(table: RewardTable, rows: Sequence[int] | np.ndarray) -> RewardTable:
+    return RewardTable({name: scores[rows] for name, scores in table.scores.items()}, table.rewards[rows])
+
+
+def _concatenate(tables: list[RewardTable]) -> RewardTable:
+    scores = {name: np.concatenate([table.scores[name] for table in tables]) for name in tables[0].scores}
+    return RewardTable(scores, np.concatenate([table.rewards for table in tables]))
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,298 @@
+"""Group advantages, clipped ratio, KL, gradient and metrics of GRPO and its relatives, from packed rewards.
+
+For token i of completion c, with advantage A_c and log-ratio l_i = logprob_i - old_i (its mean over the completion
+at `ratio_level="sequence"`), r_i = exp(min(l_i, 20)):
+
+    policy_i = -b_i A_c bound(r_i)                  clip     bound: at most 1 + clip_high where A > 0,
+                                                             at least 1 - clip_low, at most clip_max where A < 0
+    policy_i = -b_i A_c min(r_i, 1 + clip_high) logprob_i    cispo, the ratio without gradient
+    kl_i     = k1, k2 or k3 of d_i = ref_i - logprob_i       -d, d^2 / 2, exp(min(d, 20)) - min(d, 20) - 1
+    loss     = sum_i w_i (policy_i + kl_coef kl_i - entropy_coef entropy_i) / denominator
+
+w_i is 1 / tokens of c for `sequence_mean` and 1 otherwise; b_i is the detached weight p_old / p_behavior. The gradient
+by logprob_i is w_i (-b_i A_c r_i + kl_coef dkl_i) / denominator while r_i is within its bounds, bounds included. At
+sequence level it is the same expression, since the tokens of a completion share ratio, weight and advantage.
+
+All shapes are [num_targets] but rewards and offsets; a token costs at most 16 bytes read and 4 written. Nothing here
+reads a device tensor on the host. Bounds on offsets are checked on the CPU only.
+
+Sources: GRPO arXiv 2402.03300, R1 2501.12948, k3 joschu.net/blog/kl-approx.html, DAPO 2503.14476, Dr. GRPO 2503.20783,
+GSPO 2507.18071, CISPO 2506.13585, dual clip 1912.09729, TIS fengyao.notion.site/off-policy-rl, IcePop 2510.18855.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashgrpo.kernels.logprob import accumulation_dtype, backward_once, gather_logprobs
+from flashgrpo.kernels.loss_terms import (
+    ADVANTAGE_SCALES,
+    AdvantageScale,
+    LossConfig,
+    LossInputs,
+    Stats,
+    entropy_gradient,
+    spread_over_tokens,
+    token_losses,
+    token_stats,
+    total_loss,
+)
+
+__all__ = ["LossConfig", "group_advantages", "grpo_loss", "logits_grpo_loss", "merge_stats", "pack_padded"]
+
+_PER_TOKEN_STATS = ("logprobs", "entropies")
+
+
+def group_advantages(
+    rewards: Tensor,  # [num_groups, group_size]
+    *,
+    scale: AdvantageScale = "std",
+    eps: float = 1e-4,
+) -> Tensor:  # [num_groups, group_size]
+    """Rewards relative to their group's mean, over the sample standard deviation + eps unless `scale` is "none".
+
+    fp32, or float64 for float64 rewards. NaN marks a reward that is not there: NaN stays NaN and leaves the group's
+    statistics. A group of one reward, or of equal ones, gets exactly 0.
+
+    Raises ValueError unless rewards has two dimensions and `scale` is known.
+    """
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; wanted [num_groups, group_size]")
+    if scale not in ADVANTAGE_SCALES:
+        raise ValueError(f"scale is {scale!r}; wanted one of {', '.join(ADVANTAGE_SCALES)}")
+    rewards = rewards.to(accumulation_dtype(rewards.dtype))
+    present = ~rewards.isnan()
+    count = present.sum(1, keepdim=True)
+    # Measured from a reward of the group, equal rewards deviate by exactly 0 and large ones keep their digits.
+    origin = rewards.gather(1, present.int().argmax(1, keepdim=True)) if rewards.shape[1] else rewards
+    relative = torch.where(present, rewards - origin, 0)
+    deviation = torch.where(present, relative - relative.sum(1, keepdim=True) / count, torch.nan)
+    if scale == "none":
+        return deviation
+    variance = deviation.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return deviation / (variance.sqrt() + eps)
+
+
+def grpo_loss(
+    logprobs: Tensor,  # [num_targets]
+    target_cu_seqlens: Tensor,  # [num_completions + 1] int32 or int64
+    config: LossConfig,
+    *,
+    denominator: float | Tensor,
+    rewards: Tensor | None = None,  # [num_groups, group_size]
+    sequence_ids: Tensor | None = None,  # [num_completions], entries of rewards.flatten()
+    advantages: Tensor | None = None,  # [num_completions]
+    old_logprobs: Tensor | None = None,  # [num_targets]
+    ref_logprobs: Tensor | None = None,  # [num_targets]
+    behavior_logprobs: Tensor | None = None,  # [num_targets]
+) -> tuple[Tensor, Stats]:
+    """The policy loss, a scalar that is differentiable once by `logprobs`, and its metrics.
+
+    Advantages come from `rewards` (then `sequence_ids` says whose completion is whose, by default in order) or as they
+    are. A completion whose advantage is NaN takes no part in anything. Without `old_logprobs` the step is exactly
+    on-policy: every ratio is 1, with the ratio's gradient. `denominator` is a number, or a 0-d tensor on the device.
+
+    Metrics are fp32 scalars on the device, means over the tokens that count: num_tokens, ratio_mean, ratio_max,
+    clip_low_fraction, clip_high_fraction, live_fraction (gradient not 0), kl with a reference, and
+    behavior_mismatch_mean and _max with behavior log-probs. `merge_stats` combines calls.
+
+    Raises ValueError for both or neither of rewards and advantages, a coefficient whose log-probs are missing,
+    entropy_coef (log-probs have no entropy), a denominator number that is not above 0, and shapes that do not fit
+    together; TypeError for wrong dtypes.
+    """
+    if config.entropy_coef:
+        raise ValueError(f"entropy_coef is {config.entropy_coef}; use logits_grpo_loss or linear_grpo_loss, or 0")
+    if logprobs.dim() != 1:
+        raise ValueError(f"logprobs has shape {tuple(logprobs.shape)}; wanted [num_targets]")
+    if not logprobs.is_floating_point():
+        raise TypeError(f"logprobs is {logprobs.dtype}; wanted a floating dtype")
+    check_denominator(denominator)
+    inputs = prepare_inputs(
+        logprobs, target_cu_seqlens, config, None, rewards, sequence_ids, advantages,
+        old_logprobs, ref_logprobs, behavior_logprobs,
+    )  # fmt: skip
+    return _GRPOLoss.apply(logprobs, None, inputs, config, denominator)
+
+
+def logits_grpo_loss(
+    logits: Tensor,  # [num_targets, vocab], any stride over rows
+    targets: Tensor,  # [num_targets] int32 or int64
+    target_cu_seqlens: Tensor,  # [num_completions + 1] int32 or int64
+    config: LossConfig,
+    *,
+    denominator: float | Tensor,
+    rewards: Tensor | None = None,  # [num_groups, group_size]
+    sequence_ids: Tensor | None = None,  # [num_completions], entries of rewards.flatten()
+    advantages: Tensor | None = None,  # [num_completions]
+    old_logprobs: Tensor | None = None,  # [num_targets]
+    ref_logprobs: Tensor | None = None,  # [num_targets]
+    behavior_logprobs: Tensor | None = None,  # [num_targets]
+    temperature: float = 1.0,
+) -> tuple[Tensor, Stats]:
+    """`grpo_loss` of the log-probs of `targets` under softmax(logits / temperature), with the entropy bonus.
+
+    Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs and entropies. The
+    gradient is written over logits that are another operation's result, which autograd then refuses to use again;
+    logits that are a leaf keep their values. Raises what `grpo_loss` and `gather_logprobs` raise.
+    """
+    check_denominator(denominator)
+    logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not logits.is_leaf)
+    inputs = prepare_inputs(
+        logprobs, target_cu_seqlens, config, targets, rewards, sequence_ids, advantages,
+        old_logprobs, ref_logprobs, behavior_logprobs,
+    )  # fmt: skip
+    return _GRPOLoss.apply(logprobs, entropies, inputs, config, denominator)
+
+
+def pack_padded(
+    completion_mask: Tensor,  # [num_completions, max_length] bool or integer
+) -> tuple[Tensor, Tensor]:  # [num_targets] int64, [num_completions + 1] int32
+    """Rows of the flattened [num_completions, max_length] tensors that are tokens, and the offsets of each completion.
+
+    `padded.flatten(0, 1)[rows]` brings a padded tensor of another trainer into target space.
+    Raises ValueError unless the mask has two dimensions, TypeError for a floating mask.
+    """
+    if completion_mask.dim() != 2:
+        raise ValueError(f"completion_mask has shape {tuple(completion_mask.shape)}; wanted [num_completions, length]")
+    if completion_mask.is_floating_point() or completion_mask.is_complex():
+        raise TypeError(f"completion_mask is {completion_mask.dtype}; wanted bool or an integer dtype")
+    kept = completion_mask != 0
+    rows = kept.flatten().nonzero().squeeze(1)
+    return rows, torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+
+
+def merge_stats(stats: Sequence[Stats]) -> Stats:
+    """Metrics of several calls as of one: sums, means over all tokens, largest values, per-token ones end to end.
+
+    Raises ValueError for no calls, and for calls that report different metrics.
+    """
+    if not stats:
+        raise ValueError("merge_stats needs the metrics of at least one call; found none")
+    if different := {key for call in stats for key in call.keys() ^ stats[0].keys()}:
+        raise ValueError(
+            f"calls differ in the metrics {', '.join(sorted(different))}; merge calls of one configuration"
+        )
+    num_tokens = torch.stack([call["num_tokens"] for call in stats])
+    total = num_tokens.sum()
+    merged: Stats = {}
+    for key in stats[0]:
+        values = [call[key] for call in stats]
+        if key in _PER_TOKEN_STATS:
+            merged[key] = torch.cat(values)
+        elif key == "num_tokens":
+            merged[key] = total
+        elif key.endswith("_max"):
+            merged[key] = torch.stack(values).amax()
+        else:
+            merged[key] = (torch.stack(values) * num_tokens).sum() / total.clamp(min=1)
+    return merged
+
+
+def check_denominator(denominator: float | Tensor) -> None:
+    """Raises unless `denominator` is a finite number above 0 or a 0-d tensor."""
+    if isinstance(denominator, Tensor):
+        if denominator.dim():
+            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
+    elif not (denominator > 0 and math.isfinite(denominator)):
+        raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
+
+
+def prepare_inputs(
+    like: Tensor,  # [num_targets], for shape, dtype and device
+    target_cu_seqlens: Tensor,  # [num_completions + 1]
+    config: LossConfig,
+    targets: Tensor | None,  # [num_targets]
+    rewards: Tensor | None,  # [num_groups, group_size]
+    sequence_ids: Tensor | None,  # [num_completions]
+    advantages: Tensor | None,  # [num_completions]
+    old_logprobs: Tensor | None,  # [num_targets]
+    ref_logprobs: Tensor | None,  # [num_targets]
+    behavior_logprobs: Tensor | None,  # [num_targets]
+) -> LossInputs:
+    """Checks what the loss functions have in common and spreads it over tokens. Raises as `grpo_loss` says."""
+    if (rewards is None) == (advantages is None):
+        raise ValueError(f"{'neither' if rewards is None else 'both'} of rewards and advantages given; wanted one")
+    if config.kl_coef and ref_logprobs is None:
+        raise ValueError(f"kl_coef is {config.kl_coef}, which needs ref_logprobs; found None")
+    if config.behavior_cap is not None and behavior_logprobs is None:
+        raise ValueError(f"behavior_cap is {config.behavior_cap}, which needs behavior_logprobs; found None")
+    _check_offsets(target_cu_seqlens, like)
+    per_token = {
+        "targets": targets,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "behavior_logprobs": behavior_logprobs,
+    }
+    for name, tensor in per_token.items():
+        if tensor is not None and tensor.shape != like.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {tuple(like.shape)}, one entry a target")
+    num_completions = target_cu_seqlens.shape[0] - 1
+    if rewards is not None:
+        advantages = _gather_advantages(rewards, sequence_ids, num_completions, config)
+    elif sequence_ids is not None:
+        raise ValueError("sequence_ids says where rewards belong; leave it out with advantages")
+    if advantages is None or advantages.shape != (num_completions,):
+        found = None if advantages is None else tuple(advantages.shape)
+        raise ValueError(f"advantages has shape {found}; wanted [{num_completions}], one a completion")
+    return spread_over_tokens(
+        like, target_cu_seqlens, config, targets, advantages, old_logprobs, ref_logprobs, behavior_logprobs
+    )
+
+
+def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:
+    if target_cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"target_cu_seqlens is {target_cu_seqlens.dtype}; wanted int32 or int64")
+    if target_cu_seqlens.dim() != 1 or not target_cu_seqlens.numel():
+        raise ValueError(
+            f"target_cu_seqlens has shape {tuple(target_cu_seqlens.shape)}; wanted [num_completions + 1], with 0 first"
+        )
+    if target_cu_seqlens.device != like.device:
+        raise ValueError(f"target_cu_seqlens is on {target_cu_seqlens.device}; wanted {like.device}")
+    if target_cu_seqlens.device.type == "cpu":
+        first, last = int(target_cu_seqlens[0]), int(target_cu_seqlens[-1])
+        if first != 0 or last != like.shape[0] or bool((target_cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"target_cu_seqlens goes from {first} to {last}; wanted offsets that rise from 0 to the number of "
+                f"target rows, {like.shape[0]}"
+            )
+
+
+def _gather_advantages(
+    rewards: Tensor,  # [num_groups, group_size]
+    sequence_ids: Tensor | None,  # [num_completions]
+    num_completions: int,
+    config: LossConfig,
+) -> Tensor:  # [num_completions]
+    advantages = group_advantages(rewards.detach(), scale=config.advantage_scale).flatten()
+    if sequence_ids is None:
+        if advantages.shape[0] != num_completions:
+            raise ValueError(
+                f"rewards has shape {tuple(rewards.shape)} for {num_completions} completions; wanted one reward a "
+                "completion, or sequence_ids"
+            )
+        return advantages
+    if sequence_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"sequence_ids is {sequence_ids.dtype}; wanted int32 or int64")
+    if sequence_ids.shape != (num_completions,):
+        raise ValueError(f"sequence_ids has shape {tuple(sequence_ids.shape)}; wanted [{num_completions}]")
+    return advantages.index_select(0, sequence_ids)
+
+
+class _GRPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, entropies, inputs, config, denominator):
+        terms = token_losses(logprobs, inputs, config)
+        ctx.save_for_backward(terms.d_logprob, entropy_gradient(inputs, config))
+        ctx.denominator, ctx.dtype = denominator, logprobs.dtype
+        stats = token_stats(terms, logprobs, entropies, inputs, config)
+        return total_loss(terms, entropies, inputs, config, denominator), stats
+
+    @staticmethod
+    @backward_once
+    def backward(ctx, *grad_outputs):
+        d_logprob, d_entropy = ctx.saved_tensors
+        scale = grad_outputs[0] / ctx.denominator
+        d_entropy = None if d_entropy is None else d_entropy * scale
+        return (d_logprob * scale).to(ctx.dtype), d_entropy, None, None, None

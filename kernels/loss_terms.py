@@ -1,0 +1,296 @@
+"""The arithmetic that the loss functions share: configuration, per-token loss and gradient, metrics.
+
+grpo_loss.py has the formulas. Everything here is per token, [num_targets], without the denominator, and without
+autograd: the gradient by the log-prob is written out, as a kernel has it, so that a chunk of tokens can have its
+gradient before the next chunk's log-probs exist.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from flashgrpo.kernels.logprob import IGNORE_TARGET, accumulation_dtype
+
+Stats = dict[str, Tensor]
+RatioLevel = Literal["token", "sequence"]
+Objective = Literal["clip", "cispo"]
+KLEstimator = Literal["k1", "k2", "k3"]
+Aggregate = Literal["sequence_mean", "token_mean", "constant"]
+AdvantageScale = Literal["std", "none"]
+BehaviorMode = Literal["truncate", "mask"]
+ADVANTAGE_SCALES = get_args(AdvantageScale)
+
+
+# Log-ratios above this are as good as infinite: exp of them is bounded, and without gradient.
+_MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised. `LossConfig.preset("dapo", kl_coef=0.01)` starts from a published recipe.
+
+    Raises ValueError for a value that is not among a field's choices, or out of its range.
+    """
+
+    ratio_level: RatioLevel = "token"  # sequence: geometric mean over the completion
+    objective: Objective = "clip"
+    clip_low: float = 0.2  # not used by cispo
+    clip_high: float = 0.2
+    clip_max: float | None = None  # bound on the ratio where the advantage is negative
+    kl_coef: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    entropy_coef: float = 0.0  # bonus; from logits or hidden states only
+    aggregate: Aggregate = "sequence_mean"
+    advantage_scale: AdvantageScale = "std"
+    behavior_cap: float | None = None  # None: no correction for the sampler's probabilities
+    behavior_floor: float = 0.0  # of mode "mask"
+    behavior_mode: BehaviorMode = "truncate"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; wanted one of {', '.join(choices)}")
+        for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "behavior_floor"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; wanted a finite number, 0 or above")
+        if self.clip_max is not None:
+            if self.objective == "cispo":
+                raise ValueError(f"clip_max is {self.clip_max}, which objective 'cispo' does not have; leave it None")
+            if not self.clip_max > 1 + self.clip_high:
+                raise ValueError(f"clip_max is {self.clip_max}; wanted above 1 + clip_high = {1 + self.clip_high}")
+        if self.behavior_cap is not None and not self.behavior_cap > self.behavior_floor:
+            raise ValueError(f"behavior_cap is {self.behavior_cap}; wanted above behavior_floor={self.behavior_floor}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "LossConfig":
+        """The configuration of a published method, with `overrides` on top. Raises ValueError for an unknown name."""
+        if name not in _PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(_PRESETS)}")
+        known = [field.name for field in fields(cls)]
+        if unknown := [key for key in overrides if key not in known]:
+            raise ValueError(f"LossConfig has no field {unknown[0]!r}; its fields: {', '.join(known)}")
+        return cls(**{**_PRESETS[name], **overrides})
+
+
+_CHOICES = {
+    "ratio_level": get_args(RatioLevel),
+    "objective": get_args(Objective),
+    "kl_estimator": get_args(KLEstimator),
+    "aggregate": get_args(Aggregate),
+    "advantage_scale": ADVANTAGE_SCALES,
+    "behavior_mode": get_args(BehaviorMode),
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {"kl_coef": 0.04},
+    "r1": {"clip_low": 10.0, "clip_high": 10.0, "kl_coef": 0.001},
+    "dapo": {"aggregate": "token_mean", "clip_high": 0.28},
+    "bnpo": {"aggregate": "token_mean"},
+    "dr_grpo": {"aggregate": "constant", "advantage_scale": "none"},
+    "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"aggregate": "token_mean", "objective": "cispo", "clip_high": 4.0},
+}
+
+
+class LossInputs(NamedTuple):
+    """What the loss knows of each token besides its log-prob. Tokens that do not count hold zeros throughout."""
+
+    counted: Tensor  # [num_targets] bool: has an advantage, and a target that is not ignored
+    sequence: Tensor  # [num_targets] int64, completion of the token
+    spans: Tensor  # [num_completions], tokens
+    lengths: Tensor  # [num_completions], tokens that count
+    advantages: Tensor  # [num_targets]
+    weights: Tensor  # [num_targets], of the aggregate, before the denominator
+    old: Tensor | None  # [num_targets], None: exactly on-policy
+    ref: Tensor | None  # [num_targets]
+    behavior: Tensor | None  # [num_targets]
+
+    def rows(self, chunk: slice) -> "LossInputs":
+        """The same for a slice of the tokens. Only token-level ratios can be had from it."""
+        per_token = self._asdict() | {"spans": None, "lengths": None}
+        sliced = {name: value[chunk] for name, value in per_token.items() if value is not None}
+        return self._replace(**sliced)
+
+
+class TokenLoss(NamedTuple):
+    """Per token, [num_targets] each, before the denominator; zeros where a token does not count."""
+
+    loss: Tensor
+    d_logprob: Tensor
+    ratio: Tensor
+    kl: Tensor | None
+    mismatch: Tensor | None  # |old - behavior|
+
+
+def spread_over_tokens(
+    like: Tensor,  # [num_targets], for dtype and device
+    target_cu_seqlens: Tensor,  # [num_completions + 1]
+    config: LossConfig,
+    targets: Tensor | None,  # [num_targets]
+    advantages: Tensor,  # [num_completions]
+    old: Tensor | None,  # [num_targets]
+    ref: Tensor | None,  # [num_targets]
+    behavior: Tensor | None,  # [num_targets]
+) -> LossInputs:
+    """The inputs of the loss, token by token, with zeros in place of whatever must not count."""
+    dtype = accumulation_dtype(like.dtype)
+    offsets = target_cu_seqlens.long()
+    sequence = torch.searchsorted(offsets[1:], torch.arange(like.shape[0], device=like.device), right=True)
+    advantages = advantages.detach().to(dtype).index_select(0, sequence)
+    counted = ~advantages.isnan()
+    if targets is not None:
+        counted &= targets != IGNORE_TARGET
+
+    def keep(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(counted, x.detach().to(dtype), 0)
+
+    spans = offsets.diff()
+    lengths = _segment_sum(counted.to(dtype), spans)
+    weights = counted.to(dtype)
+    if config.aggregate == "sequence_mean":
+        weights /= lengths.clamp(min=1).index_select(0, sequence)
+    return LossInputs(
+        counted=counted,
+        sequence=sequence,
+        spans=spans,
+        lengths=lengths,
+        advantages=torch.where(counted, advantages, 0),
+        weights=weights,
+        old=keep(old),
+        ref=keep(ref),
+        behavior=keep(behavior),
+    )
+
+
+def token_losses(
+    logprobs: Tensor,  # [num_targets]
+    inputs: LossInputs,
+    config: LossConfig,
+) -> TokenLoss:
+    """Loss and its gradient by the log-prob for every token."""
+    logprobs = torch.where(inputs.counted, logprobs.detach().to(inputs.weights.dtype), 0)
+    if inputs.old is None:
+        log_ratio = torch.where(logprobs.isnan(), logprobs, 0)
+    else:
+        log_ratio = _at_ratio_level(logprobs - inputs.old, inputs, config)
+    ratio = _bounded_exp(log_ratio)
+    old = logprobs if inputs.old is None else inputs.old
+    mismatch = None if inputs.behavior is None else old - inputs.behavior
+    scaled_advantages = inputs.advantages
+    if config.behavior_cap is not None and mismatch is not None:
+        scaled_advantages = scaled_advantages * _behavior_weights(mismatch, config.behavior_cap, inputs, config)
+    if config.objective == "cispo":
+        d_logprob = -scaled_advantages * ratio.clamp(max=1 + config.clip_high)
+        loss = torch.where(d_logprob == 0, 0, d_logprob * logprobs)
+    else:
+        above, below = ratio.clamp(max=1 + config.clip_high), ratio.clamp(1 - config.clip_low, config.clip_max)
+        bounded = torch.where(inputs.advantages < 0, below, above)
+        loss = -scaled_advantages * bounded
+        beyond = (bounded < ratio) | (bounded > ratio) | (log_ratio > _MAX_LOG_RATIO)
+        d_logprob = torch.where(beyond, 0, loss)
+    kl = None
+    if inputs.ref is not None:
+        kl, d_kl = _kl_and_gradient(inputs.ref - logprobs, config)
+        if config.kl_coef:
+            loss = loss + config.kl_coef * kl
+            d_logprob = d_logprob + config.kl_coef * d_kl
+    return TokenLoss(
+        inputs.weights * loss, inputs.weights * d_logprob, ratio, kl, None if mismatch is None else mismatch.abs()
+    )
+
+
+def entropy_gradient(inputs: LossInputs, config: LossConfig) -> Tensor | None:
+    """Gradient of the loss by each token's entropy, [num_targets]; None without an entropy bonus."""
+    return -config.entropy_coef * inputs.weights if config.entropy_coef else None
+
+
+def total_loss(
+    terms: TokenLoss,
+    entropies: Tensor | None,  # [num_targets]
+    inputs: LossInputs,
+    config: LossConfig,
+    denominator: float | Tensor,
+) -> Tensor:
+    """The scalar that is minimised."""
+    loss = terms.loss
+    d_entropy = entropy_gradient(inputs, config)
+    if d_entropy is not None and entropies is not None:
+        loss = loss + d_entropy * torch.where(inputs.counted, entropies, 0)
+    return loss.sum() / denominator
+
+
+def token_stats(
+    terms: TokenLoss,
+    logprobs: Tensor,  # [num_targets]
+    entropies: Tensor | None,  # [num_targets]
+    inputs: LossInputs,
+    config: LossConfig,
+) -> Stats:
+    """The metrics that `grpo_loss` describes; with entropies also those of `logits_grpo_loss`."""
+    counted = inputs.counted
+    num_tokens = counted.sum()
+
+    def mean(x: Tensor) -> Tensor:
+        return (torch.where(counted, x, 0).sum() / num_tokens.clamp(min=1)).float()
+
+    def largest(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(torch.where(counted, x, 0), (0, 1)).amax().float()
+
+    below, above = terms.ratio < 1 - config.clip_low, terms.ratio > 1 + config.clip_high
+    stats = {
+        "num_tokens": num_tokens.float(),
+        "ratio_mean": mean(terms.ratio),
+        "ratio_max": largest(terms.ratio),
+        "clip_low_fraction": mean(below & (inputs.advantages < 0)),
+        "clip_high_fraction": mean(above & (inputs.advantages > 0)),
+        "live_fraction": mean(terms.d_logprob != 0),
+    }
+    if terms.kl is not None:
+        stats["kl"] = mean(terms.kl)
+    if terms.mismatch is not None:
+        stats["behavior_mismatch_mean"] = mean(terms.mismatch)
+        stats["behavior_mismatch_max"] = largest(terms.mismatch)
+    if entropies is not None:
+        stats |= {"entropy": mean(entropies), "logprobs": logprobs.detach(), "entropies": entropies.detach()}
+    return stats
+
+
+def _segment_sum(
+    x: Tensor,  # [num_targets]
+    spans: Tensor,  # [num_completions]
+) -> Tensor:  # [num_completions]
+    return torch.segment_reduce(x, "sum", lengths=spans, unsafe=True)
+
+
+def _at_ratio_level(log_ratio: Tensor, inputs: LossInputs, config: LossConfig) -> Tensor:
+    if config.ratio_level == "token":
+        return log_ratio
+    means = _segment_sum(log_ratio, inputs.spans) / inputs.lengths.clamp(min=1)
+    return means.index_select(0, inputs.sequence)
+
+
+def _bounded_exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
+
+
+def _behavior_weights(mismatch: Tensor, cap: float, inputs: LossInputs, config: LossConfig) -> Tensor:
+    weights = _bounded_exp(_at_ratio_level(mismatch, inputs, config))
+    if config.behavior_mode == "truncate":
+        return weights.clamp(max=cap)
+    return torch.where((weights >= config.behavior_floor) & (weights <= cap), weights, 0)
+
+
+def _kl_and_gradient(
+    difference: Tensor,  # [num_targets], ref - logprob
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    if config.kl_estimator == "k1":
+        return -difference, torch.ones_like(difference)
+    if config.kl_estimator == "k2":
+        return difference.square() / 2, -difference
+    bounded = difference.clamp(max=_MAX_LOG_RATIO)
+    growth = bounded.expm1()
+    return growth - bounded, torch.where(difference > _MAX_LOG_RATIO, 0, -growth)

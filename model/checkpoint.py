@@ -1,0 +1,249 @@
+"""Hugging Face checkpoints: a folder with config.json, safetensors (one file, or shards and their index), a tokenizer.
+
+Whatever is written here loads in transformers and vLLM, and whatever is read is checked name by name and shape by
+shape. A folder appears under its name only when every byte of it is on the disk.
+"""
+
+import contextlib
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flashgrpo.model.config import CheckpointError, ModelConfig
+from flashgrpo.model.decoder import Decoder
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def init_decoder(
+    config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder:
+    """A decoder with random weights: matrices normal(0, initializer_range), norms 1, biases 0.
+
+    Equal seeds give equal weights on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    decoder = _empty_decoder(config)
+    for name, parameter in list(decoder.named_parameters()):
+        value = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
+        if parameter.dim() == 2:
+            value.normal_(0.0, config.initializer_range, generator=generator)
+        _set_parameter(decoder, name, value.to(device, dtype))
+    return decoder
+
+
+def read_config(path: str | os.PathLike) -> ModelConfig:
+    """The model that `path`/config.json describes; raises CheckpointError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; a Hugging Face checkpoint is wanted")
+    raw = _read_json(folder / CONFIG)
+    try:
+        return ModelConfig.from_dict(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+
+
+def load_checkpoint(
+    path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Decoder:
+    """The decoder in folder `path`, its weights cast to `dtype` (None keeps each weight's own), on `device`.
+
+    Tensors are read one by one, so no more than one is held twice. Raises CheckpointError, naming the file or the
+    tensor, for a folder or file that is missing or broken, a tensor that is missing, unexpected or of the wrong shape,
+    and a model that is not supported (`ModelConfig.from_dict`).
+    """
+    folder = Path(path)
+    decoder = _empty_decoder(read_config(folder))
+    missing = dict(decoder.named_parameters())
+    unexpected: list[str] = []
+    tied_head = None
+    for name, tensor in _stored_tensors(folder):
+        if name in missing:
+            wanted = missing.pop(name).shape
+            if tensor.shape != wanted:
+                raise CheckpointError(f"{folder}: {name} has shape {[*tensor.shape]}; {CONFIG} wants {[*wanted]}")
+            # copied even if nothing is cast: a stored tensor is a view of the file, which may be gone tomorrow
+            _set_parameter(decoder, name, tensor.to(device, dtype or tensor.dtype, copy=True))
+        elif name == "lm_head.weight" and decoder.lm_head is None:
+            tied_head = tensor
+        elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that older checkpoints carry
+            unexpected.append(name)
+    _check_names(folder, list(missing), unexpected)
+    if tied_head is not None and not torch.equal(tied_head.to(decoder.lm_head_weight), decoder.lm_head_weight):
+        raise CheckpointError(
+            f"{folder}: {CONFIG} ties lm_head.weight to model.embed_tokens.weight, but they differ in the file; "
+            "set tie_word_embeddings to false"
+        )
+    return decoder
+
+
+def save_checkpoint(
+    decoder: Decoder,
+    path: str | os.PathLike,
+    *,
+    tokenizer_files_from: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes folder `path`: config.json with every key of the original, the weights in `dtype` (None: as they are), and
+    the tokenizer and generation_config.json of the folder `tokenizer_files_from`.
+
+    All of it is written and synced to `path`'s neighbour `.NAME.partial`, which then takes the name; a folder that was
+    there stays whole until then. Raises OSError when the disk fails or is full, with the old folder untouched.
+    """
+    folder = Path(path)
+    tokenizer_files: list[Path] = []
+    if tokenizer_files_from is not None:
+        tokenizer_files = [Path(tokenizer_files_from, name) for name in TOKENIZER_FILES]
+        tokenizer_files = [file for file in tokenizer_files if file.is_file()]
+        if not tokenizer_files:
+            raise CheckpointError(f"{tokenizer_files_from}: holds no tokenizer files")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while writing
+    partial.mkdir(parents=True)
+    try:
+        weights = {name: tensor.detach() for name, tensor in decoder.state_dict().items()}
+        stored = dtype or decoder.lm_head_weight.dtype
+        _write_json(partial / CONFIG, decoder.config.to_dict(str(stored).removeprefix("torch.")))
+        _write_weights(partial, weights, dtype, max_shard_bytes)
+        for file in tokenizer_files:
+            shutil.copyfile(file, partial / file.name)
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
+        _replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _empty_decoder(config: ModelConfig) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+def _set_parameter(decoder: Decoder, name: str, value: Tensor) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(decoder.get_submodule(module), attribute, nn.Parameter(value))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds a JSON {type(content).__name__}; an object is wanted")
+    return content
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint, one at a time; with an index, those it lists, from the shards it names."""
+    shards: dict[str, list[str]] = {}  # no names: all that the file holds
+    if (folder / WEIGHTS).is_file():
+        shards[WEIGHTS] = []
+    elif (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{folder / INDEX}: has no object 'weight_map'")
+        for name, shard in weight_map.items():
+            shards.setdefault(str(shard), []).append(name)
+    else:
+        raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}; only safetensors weights are read")
+    for shard, names in shards.items():
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder / shard}: no such file, though {INDEX} names it")
+        try:
+            with safe_open(folder / shard, framework="pt") as stored:
+                for name in names or stored.keys():
+                    yield name, stored.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / shard}: broken or incomplete: {error}") from None
+
+
+def _check_names(folder: Path, missing: list[str], unexpected: list[str]) -> None:
+    if missing:
+        near = difflib.get_close_matches(missing[0], unexpected, n=1)
+        hint = f"; the nearest unused one is {near[0]}" if near else ""
+        raise CheckpointError(f"{folder}: {missing[0]} is missing, one of {len(missing)} missing tensors{hint}")
+    if unexpected:
+        raise CheckpointError(
+            f"{folder}: {unexpected[0]} is unexpected, one of {len(unexpected)} tensors that have no place in the "
+            f"model of {CONFIG}"
+        )
+
+
+def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+    """Shards hold at most `max_shard_bytes`, or one tensor; only one shard at a time is held in `dtype`."""
+    shards: list[list[str]] = [[]]
+    total = shard_bytes = 0
+    for name, tensor in weights.items():
+        num_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(name)
+        shard_bytes += num_bytes
+        total += num_bytes
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        tensors = {name: weights[name].to("cpu", dtype or weights[name].dtype).contiguous() for name in names}
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file}: {error}") from None
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Gives `partial` the name `folder`; a folder of that name steps aside first, and back if that fails."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,207 @@
+"""The decoder of Llama, Qwen2 and Qwen3 on packed tokens: [n] token ids -> [n, hidden_size] hidden states.
+
+Attention is an argument of the forward pass, so that training (packed segments) and generation (a KV cache) share
+every other line. The LM head is not applied: `lm_head_weight` goes to the fused loss or log-prob kernels instead, and
+the logits never exist. Parameters have the names that Hugging Face checkpoints use.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.model.batch import PackedBatch
+from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.rope import apply_rope, rotary_cos_sin
+
+# (layer index, q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim]) -> [n, num_heads, head_dim];
+# q and k come after QK norm and RoPE
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+
+class Decoder(nn.Module):
+    """A causal language model without its logits.
+
+    `activation_checkpointing` trades time for memory, block by block: "full" keeps each block's input and recomputes
+    the rest, "selective" keeps the outputs of matrix products too and recomputes what is cheap. `attention_options`
+    are further arguments of `packed_attention`, such as its backend.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.activation_checkpointing: ActivationCheckpointing = "none"
+        self.attention_options: dict[str, Any] = {}
+
+    @property
+    def lm_head_weight(self) -> Tensor:  # [vocab_size, hidden_size]
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Hidden states of every packed token, [total_tokens, hidden_size], after the final norm."""
+
+        def attend(_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return packed_attention(
+                q, k, v, batch.cu_seqlens, batch.prefix, max_seqlen=batch.max_seqlen, **self.attention_options
+            )
+
+        return self.run(batch.input_ids, batch.position_ids, attend)
+
+    def run(
+        self,
+        input_ids: Tensor,  # [n]
+        position_ids: Tensor,  # [n]
+        attend: Attend,
+    ) -> Tensor:
+        """Hidden states of the tokens, [n, hidden_size], after the final norm; tokens meet only inside `attend`."""
+        if self.activation_checkpointing not in get_args(ActivationCheckpointing):
+            wanted = ", ".join(get_args(ActivationCheckpointing))
+            raise ValueError(f"activation_checkpointing is {self.activation_checkpointing!r}; wanted one of {wanted}")
+        cos, sin = rotary_cos_sin(self.config.rope, self.config.head_dim, position_ids)
+        hidden = self.model.embed_tokens(input_ids)
+        for index, block in enumerate(self.model.layers):
+            hidden = block(hidden, cos, sin, attend, index, self.activation_checkpointing)
+        return self.model.norm(hidden)
+
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        """Compiles each block in place, for any number of tokens; parameter names stay. Meant for CUDA."""
+        for block in self.model.layers:
+            block.compile(backend=backend, dynamic=True)
+
+
+class Trunk(nn.Module):
+    """What Hugging Face names `model`: embedding, blocks, final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        hidden: Tensor,  # [n, hidden_size]
+        cos: Tensor,  # [n, 1, head_dim]
+        sin: Tensor,  # [n, 1, head_dim]
+        attend: Attend,
+        index: int,
+        checkpointing: ActivationCheckpointing = "none",
+    ) -> Tensor:
+        if checkpointing == "none" or not torch.is_grad_enabled():
+            return self.transform(hidden, cos, sin, attend, index)
+        recompute = functools.partial(checkpoint, self.transform, use_reentrant=False, preserve_rng_state=False)
+        if checkpointing == "selective":
+            return recompute(hidden, cos, sin, attend, index, context_fn=_keep_matmuls)
+        return recompute(hidden, cos, sin, attend, index)
+
+    def transform(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attend, index)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:
+        q = self.q_norm(self.q_proj(hidden).unflatten(1, (self.num_heads, -1)))
+        k = self.k_norm(self.k_proj(hidden).unflatten(1, (self.num_kv_heads, -1)))
+        v = self.v_proj(hidden).unflatten(1, (self.num_kv_heads, -1))
+        return self.o_proj(attend(index, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _SwiGLU.apply(hidden, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype.itemsize >= 4:  # where torch has no fused kernel, only its composition
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and 1 / rms for the backward pass, where plain autograd also keeps the normalised x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        inverse_rms = (mean_square + eps).rsqrt()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return (x * inverse_rms).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (d_out,) = grad_outputs
+        x, weight, inverse_rms = ctx.saved_tensors
+        normed = x * inverse_rms
+        d_scaled = d_out * normed  # summed over rows it is d_weight, weighted over columns the part of d_out along x
+        along = (d_scaled @ weight).div_(-x.shape[-1]).unsqueeze(-1)
+        d_x = torch.addcmul(d_out * weight, normed, along).mul_(inverse_rms)
+        return d_x, d_scaled.flatten(0, -2).sum(0), None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """(silu(x gate^T) * (x up^T)) down^T (Shazeer 2020), which keeps two tensors of [n, intermediate_size] for the
+    backward pass where plain autograd keeps four: silu and the product are computed again, at no matmul's cost.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate_weight, up_weight, down_weight):
+        gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
+        ctx.save_for_backward(x, gate, up, gate_weight, up_weight, down_weight)
+        return F.linear(F.silu(gate) * up, down_weight)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (d_out,) = grad_outputs
+        x, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        silu = F.silu(gate)
+        d_down_weight = d_out.T @ (silu * up)
+        d_product = d_out @ down_weight
+        d_up = silu.mul_(d_product)
+        d_gate = torch.ops.aten.silu_backward(d_product.mul_(up), gate)
+        d_x = torch.addmm(d_gate @ gate_weight, d_up, up_weight)
+        return d_x, d_gate.T @ x, d_up.T @ x, d_down_weight
+
+
+_keep_matmuls = functools.partial(
+    create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+)

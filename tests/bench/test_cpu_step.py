@@ -1,0 +1,46 @@
+"""The benchmark compares equal work: both sides must read the same small model and prompts of the length asked for."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flashgrpo.bench.cpu_step import make_inputs
+from flashgrpo.bench.peer_trl import even_words, read_prompts
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"), prompt_len=17, num_prompts=5)
+
+
+def test_prompts_are_distinct_and_exactly_as_long_as_asked_for(inputs):
+    """A prompt that grew or shrank in tokenization would change the work of the step that the table names."""
+    prompts = [json.loads(line)["prompt"] for line in inputs.prompts.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(inputs.model)
+    ids = tokenizer(prompts)["input_ids"]
+    assert [len(row) for row in ids] == [17] * 5
+    assert len({tuple(row) for row in ids}) == 5
+    assert not {token for row in ids for token in row} & set(tokenizer.all_special_ids)
+    assert tokenizer.batch_decode(ids) == prompts
+
+
+def test_model_has_the_size_that_is_reported_and_reads_every_token(inputs):
+    """The README speaks of 4.7M parameters; a token beyond the embedding would crash the peer."""
+    model = AutoModelForCausalLM.from_pretrained(inputs.model)
+    tokenizer = AutoTokenizer.from_pretrained(inputs.model)
+    assert 4.65e6 < sum(parameter.numel() for parameter in model.parameters()) < 4.75e6
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_too_few_prompts_are_an_error_with_both_numbers(inputs):
+    """A benchmark on fewer prompts than it says would report too small a time."""
+    with pytest.raises(ValueError, match="has 5 prompts, 6 are needed"):
+        read_prompts(inputs.prompts, 6)
+
+
+def test_reward_tells_completions_apart():
+    """Equal rewards would make dead groups, which cost one side nothing."""
+    assert even_words(["p", "p", "p"], ["w2 w11 w30 w4", "w1 w3", ""]) == [0.75, 0.0, 0.0]

@@ -1,0 +1,218 @@
+"""Data: every fault is named with its place, and no held-out question is ever trained on."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from flashgrpo.grpo.data import DataError, Problem, load_problems, render_prompt, render_text, split_problems
+
+
+@dataclass
+class Spec:
+    task: str | None = None
+    path: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    size: int = 300
+    subset: str | None = None
+    split: str = "train"
+    prompt_column: str = "prompt"
+    answer_column: str | None = "answer"
+    held_out: int = 2
+
+
+ROWS = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1), "level": i} for i in range(8)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def make_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token per character, and a beginning-of-sequence token that the tokenizer adds."""
+    vocab = {"<s>": 0} | {chr(code): code for code in range(1, 127)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", chat_template=chat_template)
+
+
+def test_task_questions_are_distinct_and_disjoint_and_depend_on_the_seed():
+    """One-digit sums repeat many times in 300; a repeated one in both parts would be trained on and tested."""
+    spec = Spec(task="reasoning_gym:chain_sum", options={"max_terms": 2, "max_digits": 1}, held_out=50)
+    train, held_out = load_problems(spec, seed=3)
+    questions = [problem.question for problem in train + held_out]
+    assert len(held_out) == 50
+    assert len(set(questions)) == len(questions) < 300
+    assert load_problems(spec, seed=3) == (train, held_out)
+    assert load_problems(spec, seed=4)[1] != held_out
+    columns = held_out[0].columns
+    assert json.loads(json.dumps(columns))["task"] == "reasoning_gym:chain_sum"
+    assert columns["task_options"] == spec.options
+    assert columns["answer"] == str(eval(columns["metadata"]["expression"]))
+
+
+def test_neighbouring_seeds_make_other_problems():
+    first, second = (load_problems(Spec(task="reasoning_gym:chain_sum", size=50), seed) for seed in (1, 2))
+    shared = {p.question for p in first[0]} & {p.question for p in second[0]}
+    assert len(shared) < 10  # items i + 1 and i would coincide if the seed were passed on as it is
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Spec(task="reasoning_gym:chain_sums"), "unknown task .*did you mean 'reasoning_gym:chain_sum'"),
+        (Spec(task="chain_sum"), "unknown task 'chain_sum', did you mean 'reasoning_gym:chain_sum'"),
+        (
+            Spec(task="reasoning_gym:chain_sum", options={"max_term": 3}),
+            "no option 'max_term', did you mean 'max_terms'",
+        ),
+        (Spec(task="reasoning_gym:chain_sum", options={"max_terms": 0}), "refuses .*max_terms must be >= min_terms"),
+        (Spec(task="reasoning_gym:chain_sum", size=3, held_out=3), "held_out is 3, and there are 3 different prompts"),
+        (Spec(), "give either a task or a path"),
+        (Spec(path="missing.jsonl"), "missing.jsonl: no such file or folder"),
+        (Spec(path="./missing"), "no such file or folder"),
+    ],
+)
+def test_faulty_sources_are_named(spec, message):
+    with pytest.raises(DataError, match=message):
+        load_problems(spec, seed=0)
+
+
+def test_jsonl_keeps_order_and_columns(tmp_path):
+    file = tmp_path / "data.jsonl"
+    write_jsonl(file, ROWS)
+    file.write_text(file.read_text().replace("\n", "\n\n", 1))  # a blank line is no row
+    train, held_out = load_problems(Spec(path=str(file)), seed=0)
+    assert [p.columns["level"] for p in train] == sorted(p.columns["level"] for p in train)
+    assert sorted(p.question for p in train + held_out) == [row["prompt"] for row in ROWS]
+    assert "prompt" not in train[0].columns
+
+
+def test_other_column_names_and_the_answer_under_its_own(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"q": "a?", "solution": "1"}, {"q": "b?", "solution": "2"}])
+    spec = Spec(path=path, prompt_column="q", answer_column="solution", held_out=0)
+    assert load_problems(spec, 0)[0][1] == Problem("b?", {"solution": "2", "answer": "2"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a", "answer": 1}\n{"prompt": "b", \n', r"bad\.jsonl:2: unreadable line: "),
+        (b'{"prompt": "a", "answer": 1}\n\n{"prompt": "\xff"}\n', r"bad\.jsonl:3: unreadable line: .*utf-8"),
+        (b"[1]\n", r"bad\.jsonl:1: unreadable line: wanted a JSON object, found list"),
+        (
+            b'{"promt": "a", "answer": 1}\n',
+            r"bad\.jsonl:1: no column 'prompt', did you mean 'promt'\?; found 'promt', 'a",
+        ),
+        (b'{"prompt": "a"}\n', r"bad\.jsonl:1: no column 'answer'; found 'prompt'"),
+        (b'{"prompt": "a", "answer": null}\n', r"bad\.jsonl:1: column 'answer' is null"),
+        (b'{"prompt": "a", "answer": 1}\n{"prompt": " ", "answer": 1}\n', r"bad\.jsonl:2: the prompt .* is empty"),
+        (b'{"prompt": 7, "answer": 1}\n', r"bad\.jsonl:1: column 'prompt' holds int, wanted text or"),
+        (b'{"prompt": [{"role": "user", "content": ""}], "answer": 1}\n', r"bad\.jsonl:1: the prompt .* is empty"),
+        (b"\n", "no problems in .*bad.jsonl"),
+    ],
+)
+def test_faulty_lines_are_named_with_file_and_line(tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_problems(Spec(path=str(tmp_path / "bad.jsonl"), held_out=0), seed=0)
+
+
+def test_parquet_and_saved_data_sets_give_the_same_problems(tmp_path):
+    data = Dataset.from_list(ROWS)
+    data.to_parquet(tmp_path / "data.parquet")
+    data.save_to_disk(str(tmp_path / "single"))
+    DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(str(tmp_path / "splits"))
+    from_jsonl = load_problems(Spec(path=write_jsonl(tmp_path / "data.jsonl", ROWS)), seed=5)
+    assert load_problems(Spec(path=str(tmp_path / "data.parquet")), seed=5) == from_jsonl
+    assert load_problems(Spec(path=str(tmp_path / "single")), seed=5) == from_jsonl
+    assert load_problems(Spec(path=str(tmp_path / "splits"), split="test"), seed=5) == from_jsonl
+    with pytest.raises(DataError, match="no split 'val'; found 'train', 'test'"):
+        load_problems(Spec(path=str(tmp_path / "splits"), split="val"), seed=0)
+
+
+def test_folder_of_data_files_is_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "train.jsonl", ROWS)
+    train, held_out = load_problems(Spec(path=str(tmp_path / "folder")), seed=0)
+    assert len(train) + len(held_out) == len(ROWS)
+    with pytest.raises(DataError, match="cannot load split 'test'"):
+        load_problems(Spec(path=str(tmp_path / "folder"), split="test"), seed=0)
+
+
+def test_broken_files_are_data_errors(tmp_path):
+    for name, message in {
+        "d.parquet": "unreadable Parquet file",
+        "d.csv": r"must be \.jsonl or \.parquet, found \.csv",
+    }.items():
+        (tmp_path / name).write_text("nonsense")
+        with pytest.raises(DataError, match=message):
+            load_problems(Spec(path=str(tmp_path / name)), seed=0)
+
+
+def test_repeated_prompts_stay_on_one_side():
+    problems = [Problem(f"q{i % 4}", {"answer": i}) for i in range(12)]
+    train, held_out = split_problems(problems, held_out=2, seed=1)
+    assert len(held_out) == 2
+    assert len(train) == 6
+    assert not {p.question for p in train} & {p.question for p in held_out}
+
+
+def test_r1_template_is_the_papers():
+    text = render_text("What is 1 + 1?", "r1")
+    assert text.startswith(
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves"
+    )
+    assert "i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: " in text
+    assert text.endswith("User: What is 1 + 1?\nAssistant:")
+    assert render_prompt("What is 1 + 1?", "r1", make_tokenizer()) == [0, *map(ord, text)]
+
+
+def test_plain_prompt_gets_the_tokenizers_special_tokens():
+    assert render_prompt("ab{c}", "none", make_tokenizer()) == [0, *map(ord, "ab{c}")]
+
+
+def test_chat_template_takes_text_and_messages():
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}ai:{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    assert render_prompt("hi", "chat", tokenizer) == list(map(ord, "user:hi;ai:"))
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    assert render_prompt(messages, "chat", tokenizer) == list(map(ord, "system:s;user:hi;ai:"))
+    assert Problem(messages, {}).question == "hi"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "message"),
+    [
+        ("hi", "chat", "the tokenizer has no chat template"),
+        ("hi", "chatt", "unknown template 'chatt', did you mean 'chat'"),
+        ([{"role": "user", "content": "hi"}], "r1", "wants text, found chat messages"),
+        ("\u4f60", "bare", "has no tokens in template 'none'"),
+    ],
+)
+def test_unusable_prompts_are_refused(prompt, template, message):
+    tokenizer = make_tokenizer()
+    if template == "bare":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+        template = "none"
+    with pytest.raises(DataError, match=message):
+        render_prompt(prompt, template, tokenizer)
+
+
+def test_hub_failure_names_the_data_set(monkeypatch):
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(DataError, match=re.escape("some/set: cannot load split 'train' of subset 'main'")):
+        load_problems(Spec(path="some/set", subset="main"), seed=0)

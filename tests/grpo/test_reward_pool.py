@@ -1,0 +1,281 @@
+"""The pool: a faulty reward costs what the rules say and no more, and no process is left behind."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from flashgrpo.grpo.data import Problem
+from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards import RewardError
+
+# What each function does is told by the text of a completion.
+FUNCTIONS = """
+import os, time
+import numpy as np
+
+def obey(prompts, completions, **columns):
+    order = completions[0]
+    if order == "hang":
+        time.sleep(60)
+    if order == "exit":
+        os._exit(3)
+    if order == "crash":
+        os.kill(os.getpid(), 11)
+    if order == "raise":
+        raise KeyError("no luck")
+    if order == "slow":
+        time.sleep(0.2)
+    print("a reward may print")
+    num = len(prompts)
+    results = {
+        "short": [1.0], "number": 1.0, "words": ["good"] * num, "array": np.ones(num), "infinite": [float("inf")] * num,
+    }
+    return results.get(order, [None if text == "none" else float(len(text)) for text in completions])
+
+def see(prompts, completions, completion_ids, finish_reasons, questions, max_new_tokens, answer, **columns):
+    num = len(prompts)
+    seen = [
+        prompts == ["Q: q"] * num, questions == ["q"] * num, completion_ids == [[7]] * num, max_new_tokens == 99,
+        finish_reasons == ["stop"] * num, answer == ["a"] * num, columns == {"level": [3] * num},
+    ]
+    return [float(all(seen))] * num
+
+def pid(prompts, completions, **columns):
+    return [os.getpid()] * len(prompts)
+
+def blank(prompts, completions, **columns):
+    return [None] * len(prompts)
+"""
+
+GOOD = "<think>a</think><answer>a</answer>"
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "pool_test_rewards.py").write_text(FUNCTIONS)
+    sys.path.append(str(folder))
+    yield str(folder)
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def make_pool(functions) -> Iterator[Callable[..., RewardPool]]:
+    """Pools of one worker, or shared ones: starting a process takes a fifth of a second."""
+    pools = []
+
+    def make(names: Sequence[str], **options) -> RewardPool:
+        names = [name if name in ("format", "accuracy") else f"pool_test_rewards:{name}" for name in names]
+        pools.append(RewardPool(names, **{"max_new_tokens": 99, "timeout_s": 1.0, "num_workers": 1, **options}))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def obey(make_pool) -> RewardPool:
+    return make_pool(["obey"])
+
+
+def group(*completions: str) -> CompletionGroup:
+    num = len(completions)
+    return CompletionGroup(Problem("q", {"answer": "a", "level": 3}), "Q: q", completions, [[7]] * num, ["stop"] * num)
+
+
+def step(pool: RewardPool, *groups: CompletionGroup) -> np.ndarray:
+    for each in groups:
+        pool.submit(each)
+    return pool.collect().rewards
+
+
+def test_scores_stand_in_the_order_of_submission_and_are_weighted(make_pool):
+    pool = make_pool(["obey", "format"], weights=[0.5, 2], num_workers=2)
+    for each in (group("slow", GOOD), group("a", "bb"), group("array", GOOD)):
+        pool.submit(each)
+    table = pool.collect()
+    assert table.scores["pool_test_rewards:obey"].tolist() == [[4, 34], [1, 2], [1, 1]]
+    assert table.scores["format"].tolist() == [[0, 1], [0, 0], [0, 1]]
+    assert table.rewards.tolist() == [[2, 19], [0.5, 1], [0.5, 2.5]]
+    assert table.rewards.dtype == np.float64
+
+
+def test_functions_see_the_columns_and_what_the_pool_adds(make_pool):
+    assert step(make_pool(["see"]), group("a", "b")).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        ("hang", "no result within the limit of 1 s"),
+        ("exit", "its process ended with exit code 3"),
+        ("crash", "its process ended with exit code -11"),
+        ("raise", "KeyError: 'no luck'"),
+        ("infinite", "it returned inf"),
+    ],
+)
+def test_a_fault_costs_its_own_group_and_gives_one_warning(obey, caplog, order, reason):
+    with caplog.at_level(logging.WARNING):
+        rewards = step(obey, group("a", "bb"), group(order, "bb"), group(order, "bb"), group("ccc", "bb"))
+    assert np.array_equal(rewards, [[1, 2], [np.nan] * 2, [np.nan] * 2, [3, 2]], equal_nan=True)
+    (warning,) = caplog.messages
+    assert warning == f"reward 'pool_test_rewards:obey': 4 of 8 scores missing: {reason}"
+
+
+def test_none_costs_its_own_completion(obey, caplog):
+    rewards = step(obey, group("a", "none", "ccc"))
+    assert np.array_equal(rewards, [[1, np.nan, 3]], equal_nan=True)
+    assert "1 of 3 scores missing: it returned None" in caplog.text
+
+
+def test_missing_scores_of_weight_zero_leave_the_reward(make_pool):
+    pool = make_pool(["blank", "format"], weights=[0, 1])
+    pool.submit(group(GOOD, "a"))
+    table = pool.collect()
+    assert table.rewards.tolist() == [[1, 0]]
+    assert np.isnan(table.scores["pool_test_rewards:blank"]).all()
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ("short", r"pool_test_rewards:obey' returned 1 scores for 3 completions, wanted 3"),
+        ("number", "returned float, wanted a list of 3 numbers or None"),
+        ("words", "returned str 'good' as a score, wanted a number or None"),
+    ],
+)
+def test_a_malformed_result_ends_the_run_at_once(obey, order, message):
+    with pytest.raises(RewardError, match=message):
+        step(obey, group("a", "b", "c"), group(order, "b", "c"))
+    assert step(obey, group("a")).tolist() == [[1]]  # nothing of the failed step is left
+
+
+def test_three_steps_without_a_number_end_the_run_but_not_with_one_between(make_pool):
+    pool = make_pool(["obey"])
+    for order in ("none", "raise", "a", "none", "raise"):
+        step(pool, group(order))
+    with pytest.raises(RewardError, match="obey' gave no number in 3 steps in a row: it returned None"):
+        step(pool, group("none"))
+
+
+def test_groups_of_different_sizes_are_refused_and_a_step_may_be_empty(obey):
+    with pytest.raises(ValueError, match=r"equally many completions, found \[1, 2\]"):
+        step(obey, group("a"), group("a", "b"))
+    assert step(obey).shape == (0, 0)
+
+
+def test_evaluation_scores_by_a_function_of_its_own_while_a_step_is_open(obey):
+    obey.submit(group("a", "bb"))
+    assert obey.score([group(GOOD, "a"), group("b", GOOD)], "format").tolist() == [[1, 0], [0, 1]]
+    assert obey.collect().rewards.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        ([], None, "no reward functions"),
+        (["acuracy"], None, "did you mean 'accuracy'"),
+        (["format", "format"], None, "'format' is named 2 times"),
+        (["format"], [1, 2], "2 weights for 1 reward functions"),
+        (["format"], [0], "one not 0"),
+        (["format"], [float("nan")], "all must be finite"),
+    ],
+)
+def test_faulty_configuration_fails_before_the_first_step(names, weights, message):
+    with pytest.raises(RewardError, match=message):
+        RewardPool(names, weights, max_new_tokens=1)
+
+
+def test_a_worker_killed_while_idle_is_replaced_without_loss(make_pool, caplog):
+    pool = make_pool(["pid"])
+    (first,) = step(pool, group("a"))[0]
+    os.kill(int(first), signal.SIGKILL)
+    time.sleep(0.1)
+    (second,) = step(pool, group("a"))[0]
+    assert second not in (first, np.nan)
+    assert not caplog.messages
+
+
+def test_imports_of_a_builtin_are_done_before_the_limit_counts(make_pool):
+    """reasoning_gym takes a second to import; the first group must not pay for it."""
+    problem = Problem("1 + 1", {"task": "reasoning_gym:chain_sum", "task_options": {}, "answer": "2", "metadata": {}})
+    pool = make_pool(["accuracy"], timeout_s=0.3, example=problem)
+    scored = CompletionGroup(problem, "", ["<answer>2</answer>", "<answer>3</answer>"], [[0], [0]], ["stop", "stop"])
+    assert step(pool, scored).tolist() == [[1, 0]]
+
+
+def test_closing_ends_hanging_workers_at_once(functions):
+    children = set(psutil.Process().children())
+    with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, timeout_s=60) as pool:
+        for _ in range(4):
+            pool.submit(group("hang"))
+        time.sleep(0.5)
+        start = time.perf_counter()
+    assert time.perf_counter() - start < 2
+    assert set(psutil.Process().children()) <= children
+
+
+SCRIPT = """
+import sys, time
+sys.path.append({folder!r})
+from flashgrpo.grpo.data import Problem
+from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
+with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, timeout_s=0.5) as pool:
+    group = lambda text: CompletionGroup(Problem("q", {{}}), "q", [text], [[0]], ["stop"])
+    pool.submit(group("a"))
+    pool.collect()
+    {then}
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "then"),
+    [(signal.SIGINT, "pass"), (signal.SIGKILL, "pass"), (signal.SIGKILL, "pool.submit(group('hang'))")],
+)
+def test_workers_end_with_the_main_process(functions, sent, then):
+    """Written without a main guard, which spawned workers must not need; Ctrl-C must not print their tracebacks."""
+    script = SCRIPT.format(folder=functions, then=then)
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as main:
+        assert main.stdout is not None
+        assert main.stdout.readline() == "ready\n"  # and nothing of what the reward printed
+        workers = psutil.Process(main.pid).children()
+        assert len(workers) == 2
+        for worker in workers:
+            worker.send_signal(signal.SIGINT)
+        main.send_signal(sent)
+        _, errors = main.communicate(timeout=20)
+    assert main.returncode == -sent
+    assert errors.count("Traceback") == (1 if sent == signal.SIGINT else 0)
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert not alive
+
+
+def test_workers_do_not_import_the_main_script_or_torch(functions):
+    (Path(functions) / "modules_of_test.py").write_text(
+        "import sys\n"
+        "def loaded(prompts, completions, **columns): return [float(name in sys.modules) for name in completions]\n"
+    )
+    with RewardPool(["modules_of_test:loaded"], max_new_tokens=1, num_workers=1) as pool:
+        assert step(pool, group("torch", "transformers", "pytest", "numpy")).tolist() == [[0, 0, 0, 1]]
+
+
+def test_a_warm_step_takes_milliseconds(make_pool):
+    """Twice 64 tasks; 0.05 s on two idle cores, where a poll interval per task would make seconds."""
+    pool = make_pool(["accuracy", "format"], num_workers=2)
+    step(pool, *[group(GOOD, "a")] * 64)
+    start = time.perf_counter()
+    assert step(pool, *[group(*[GOOD] * 8)] * 64).sum() == 2 * 64 * 8
+    assert time.perf_counter() - start < 1

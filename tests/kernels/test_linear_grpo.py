@@ -1,0 +1,305 @@
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
+from flashgrpo.kernels.logprob import gather_logprobs
+
+HIDDEN, VOCAB = 5, 13
+OFFSETS = torch.tensor([0, 3, 3, 8, 9, 13, 15], dtype=torch.int32)
+NUM_TOKENS = 15
+ADVANTAGES = torch.tensor([1.3, 0.4, -0.8, -2.0, 0.5, 0.0], dtype=torch.float64)
+CONFIGS = {
+    **{name: LossConfig.preset(name) for name in ("grpo", "r1", "dapo", "bnpo", "dr_grpo", "gspo", "cispo")},
+    "everything": LossConfig(kl_coef=0.2, entropy_coef=0.1, behavior_cap=1.2, clip_max=2.0),
+    "everything_by_sequence": LossConfig(ratio_level="sequence", kl_coef=0.2, entropy_coef=0.1, behavior_cap=1.2),
+}
+PER_TOKEN = ("old_logprobs", "ref_logprobs", "behavior_logprobs")
+
+
+def make_head(num_rows=NUM_TOKENS, hidden_size=HIDDEN, vocab=VOCAB, dtype=torch.float64) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(num_rows, hidden_size, dtype=torch.float64, generator=generator)
+    weight = torch.randn(vocab, hidden_size, dtype=torch.float64, generator=generator)
+    targets = torch.randint(0, vocab, (num_rows,), generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def make_per_token(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    logprobs = gather_logprobs(hidden.detach() @ weight.detach().T, targets, temperature=temperature)[0]
+    return {
+        name: logprobs + 0.3 * torch.randn(targets.shape, dtype=torch.float64, generator=generator)
+        for name in PER_TOKEN
+    }
+
+
+def assert_same(actual: tuple, expected: tuple, inputs: list[Tensor], tolerance: float = 1e-12) -> None:
+    """Equal losses, metrics and gradients."""
+    torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=tolerance)
+    assert actual[1].keys() == expected[1].keys()
+    for key, value in expected[1].items():
+        torch.testing.assert_close(actual[1][key], value)
+    pairs = zip(*(torch.autograd.grad(4 * x[0], inputs) for x in (actual, expected)), strict=True)
+    for actual_gradient, expected_gradient in pairs:
+        torch.testing.assert_close(actual_gradient, expected_gradient, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("compact", [None, False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, None])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_the_loss_of_whole_logits(name, chunk_tokens, compact):
+    hidden, weight, targets = make_head()
+    targets[6] = -100
+    advantages = ADVANTAGES.clone()
+    advantages[3] = torch.nan
+    options = {"denominator": 7, "advantages": advantages, "temperature": 0.8}
+    options |= make_per_token(hidden, weight, targets, 0.8)
+    actual = linear_grpo_loss(
+        hidden, weight, targets, OFFSETS, CONFIGS[name], chunk_tokens=chunk_tokens, compact=compact, **options
+    )
+    expected = logits_grpo_loss(hidden @ weight.T, targets, OFFSETS, CONFIGS[name], **options)
+    assert_same(actual, expected, [hidden, weight])
+
+
+@pytest.mark.parametrize("name", ["dapo", "everything", "everything_by_sequence"])
+def test_gradcheck(name):
+    hidden, weight, targets = make_head()
+    per_token = make_per_token(hidden, weight, targets, 0.7)
+    config = LossConfig(**{**asdict(CONFIGS[name]), "behavior_cap": None})
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_grpo_loss(
+            hidden, weight, targets, OFFSETS, config, denominator=2, advantages=ADVANTAGES, temperature=0.7,
+            chunk_tokens=4, **per_token,
+        )[0]  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, None])
+def test_logprobs_equal_those_of_whole_logits_and_differentiate(chunk_tokens):
+    hidden, weight, targets = make_head()
+    targets[2] = -100
+    options = {"temperature": 0.7}
+    actual = linear_logprobs(hidden, weight, targets, chunk_tokens=chunk_tokens, **options)
+    expected = gather_logprobs(hidden @ weight.T, targets, **options)
+    upstream = torch.randn(2, NUM_TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for used in ([0], [1], [0, 1]):
+        losses = [sum((upstream[i] * x[i]).sum() for i in used) for x in (actual, expected)]
+        pairs = zip(*(torch.autograd.grad(x, (hidden, weight), retain_graph=True) for x in losses), strict=True)
+        for pair in pairs:
+            torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
+    for pair in zip(actual, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
+
+
+def test_gradcheck_of_logprobs():
+    hidden, weight, targets = make_head(6)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logprobs(h, w, targets, temperature=0.6, chunk_tokens=4), (hidden, weight)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_scored_logprobs_equal_the_trained_ones_bit_for_bit(name, dtype):
+    hidden, weight, targets = make_head(NUM_TOKENS, 64, 300, dtype)
+    with torch.no_grad():
+        scored, entropies = linear_logprobs(hidden, weight, targets, chunk_tokens=4)
+    _, stats = linear_grpo_loss(
+        hidden, weight, targets, OFFSETS, CONFIGS[name], denominator=1, advantages=ADVANTAGES, old_logprobs=scored,
+        chunk_tokens=4,
+    )  # fmt: skip
+    assert torch.equal(stats["logprobs"], scored)
+    assert torch.equal(stats["entropies"], entropies)
+    assert stats["ratio_max"] == stats["ratio_mean"] == 1
+
+
+class Operations(TorchDispatchMode):
+    """Records the largest tensor made and the number of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.matmuls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.matmuls += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm)
+        tensors = result if isinstance(result, (tuple, list)) else [result]
+        self.largest = max([self.largest, *(x.untyped_storage().nbytes() for x in tensors if isinstance(x, Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo", "everything"])
+def test_memory_grows_with_the_chunk_and_not_with_the_logits(name):
+    num_rows, vocab, chunk_tokens = 240, 500, 16
+    hidden, weight, targets = make_head(num_rows, 8, vocab, torch.float32)
+    per_token = {key: torch.zeros(num_rows) for key in PER_TOKEN}
+    with Operations() as loss_operations:
+        loss, _ = linear_grpo_loss(
+            hidden, weight, targets, torch.tensor([0, 100, num_rows]), CONFIGS[name], denominator=1,
+            advantages=torch.tensor([1.0, -1.0]), chunk_tokens=chunk_tokens, **per_token,
+        )  # fmt: skip
+        loss.backward()
+    with Operations() as scoring_operations:
+        linear_logprobs(hidden, weight, targets, chunk_tokens=chunk_tokens)[0].sum().backward()
+    assert loss_operations.largest == 4 * vocab * chunk_tokens
+    assert scoring_operations.largest == 4 * vocab * chunk_tokens
+
+
+def count_matmuls(*, name="dapo", grad=(True, True), advantages=(1.0, -1.0), **options) -> int:
+    hidden, weight, targets = make_head(16, 4, 9, torch.float32)
+    hidden.requires_grad_(grad[0])
+    weight.requires_grad_(grad[1])
+    with Operations() as operations:
+        linear_grpo_loss(
+            hidden, weight, targets, torch.tensor([0, 8, 16]), CONFIGS[name], denominator=1,
+            advantages=torch.tensor(advantages), chunk_tokens=8, **options,
+        )  # fmt: skip
+    return operations.matmuls
+
+
+def test_only_the_gemms_that_are_needed_run():
+    assert count_matmuls() == 6
+    assert count_matmuls(grad=(True, False)) == 4
+    assert count_matmuls(grad=(False, True)) == 4
+    assert count_matmuls(grad=(False, False)) == 2
+    assert count_matmuls(name="gspo") == 8
+    assert count_matmuls(name="gspo", grad=(False, False)) == 2
+    with torch.no_grad():
+        assert count_matmuls() == 2
+        assert count_matmuls(name="gspo") == 2
+
+
+def test_dead_rows_leave_the_gradient_gemms():
+    assert count_matmuls(name="gspo", advantages=(0.0, 1.0)) == 2 + 3
+    assert count_matmuls(name="gspo", advantages=(0.0, 1.0), compact=False) == 2 + 6
+    assert count_matmuls(name="gspo", advantages=(0.0, 0.0), compact=True) == 2
+
+
+def test_gradients_wait_for_the_upstream_scalar_and_can_be_taken_again():
+    hidden, weight, targets = make_head()
+    loss, _ = linear_grpo_loss(
+        hidden, weight, targets, OFFSETS, LossConfig(), denominator=torch.tensor(3), advantages=ADVANTAGES
+    )
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss * -2.5, (hidden, weight), retain_graph=True)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(-2.5 * a, b)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_a_frozen_input_gets_no_gradient():
+    hidden, weight, targets = make_head()
+    arguments = (targets, OFFSETS, LossConfig())
+    full, _ = linear_grpo_loss(hidden, weight, *arguments, denominator=3, advantages=ADVANTAGES)
+    d_hidden, d_weight = torch.autograd.grad(full, (hidden, weight))
+    frozen_head, _ = linear_grpo_loss(hidden, weight.detach(), *arguments, denominator=3, advantages=ADVANTAGES)
+    assert torch.equal(torch.autograd.grad(frozen_head, hidden)[0], d_hidden)
+    frozen_body, _ = linear_grpo_loss(hidden.detach(), weight, *arguments, denominator=3, advantages=ADVANTAGES)
+    assert torch.equal(torch.autograd.grad(frozen_body, weight)[0], d_weight)
+    nothing, _ = linear_grpo_loss(hidden.detach(), weight.detach(), *arguments, denominator=3, advantages=ADVANTAGES)
+    assert not nothing.requires_grad
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_rows_give_zero_loss_and_zero_gradients(name):
+    hidden, weight, targets = make_head(0)
+    empty = {key: torch.zeros(0) for key in PER_TOKEN}
+    loss, _ = linear_grpo_loss(
+        hidden, weight, targets, torch.tensor([0, 0]), CONFIGS[name], denominator=2, advantages=torch.ones(1), **empty
+    )
+    d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
+    assert loss == 0
+    assert d_hidden.shape == (0, HIDDEN)
+    assert torch.equal(d_weight, torch.zeros_like(weight))
+    logprobs, _ = linear_logprobs(hidden, weight, targets)
+    assert not torch.autograd.grad(logprobs.sum(), weight)[0].any()
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+def test_bfloat16_is_as_exact_as_plain_torch(logits_dtype):
+    """Error against float64 of the same bf16 numbers: at most 1.1x that of dense torch with bf16 logits."""
+    num_rows = 96
+    hidden, weight, targets = make_head(num_rows, 64, 200, torch.bfloat16)
+    with torch.no_grad():
+        weight *= 0.2
+    offsets, advantages = torch.tensor([0, 50, num_rows]), torch.tensor([1.0, -1.0])
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+
+    def naive(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        logits = hidden @ weight.T
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logprobs = torch.log_softmax(logits, 1)[torch.arange(num_rows), targets]
+        loss = logprobs[50:].mean() - logprobs[:50].mean()
+        return logprobs.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    loss, stats = linear_grpo_loss(
+        hidden, weight, targets, offsets, LossConfig(), denominator=1, advantages=advantages, chunk_tokens=16,
+        logits_dtype=logits_dtype,
+    )  # fmt: skip
+    actual = stats["logprobs"], *torch.autograd.grad(loss, (hidden, weight))
+    assert actual[1].dtype == actual[2].dtype == torch.bfloat16
+    for ours, plain, true in zip(actual, naive(hidden, weight), naive(*wide), strict=True):
+        error, plain_error = ((x.double() - true).square().mean().sqrt() for x in (ours, plain))
+        assert error <= 1.1 * plain_error + 1e-6
+
+
+def test_float16_gradients_survive_a_large_denominator():
+    hidden, weight, targets = make_head(NUM_TOKENS, dtype=torch.float16)
+    arguments = (hidden, weight, targets, OFFSETS, LossConfig.preset("bnpo"))
+    scaled, _ = linear_grpo_loss(*arguments, denominator=2.0**20, advantages=ADVANTAGES)
+    plain, _ = linear_grpo_loss(*arguments, denominator=1, advantages=ADVANTAGES)
+    for a, b in zip(
+        torch.autograd.grad(scaled * 2**20, (hidden, weight)), torch.autograd.grad(plain, (hidden, weight)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_target_out_of_range_is_nan():
+    hidden, weight, targets = make_head()
+    targets[4] = VOCAB
+    logprobs, _ = linear_logprobs(hidden, weight, targets)
+    assert logprobs.isnan().nonzero().tolist() == [[4]]
+    loss, _ = linear_grpo_loss(hidden, weight, targets, OFFSETS, LossConfig(), denominator=1, advantages=ADVANTAGES)
+    assert loss.isnan()
+
+
+H, W, T = torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((H[0], W, T), {}, ValueError, "hidden has shape"),
+        ((H, W[:, :3], T), {}, ValueError, r"lm_head_weight has shape \(7, 3\); wanted \[vocab, 4\]"),
+        ((H, W[:0], T), {}, ValueError, "lm_head_weight has shape"),
+        ((H, W.double(), T), {}, TypeError, "lm_head_weight torch.float64"),
+        ((H.long(), W.long(), T), {}, TypeError, "floating"),
+        ((H, W, T[:2]), {}, ValueError, r"targets has shape \(2,\); wanted \[3\]"),
+        ((H, W, T.float()), {}, TypeError, "targets is torch.float32"),
+        ((H, W, T), {"temperature": -1.0}, ValueError, "temperature is -1"),
+        ((H, W, T), {"chunk_tokens": 0}, ValueError, "chunk_tokens is 0"),
+        ((H, W, T), {"logits_dtype": torch.bfloat16}, ValueError, "logits_dtype is torch.bfloat16"),
+        ((H.double(), W.double(), T), {"logits_dtype": torch.float32}, ValueError, "logits_dtype is torch.float32"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        linear_logprobs(*arguments, **options)
+    with pytest.raises(error, match=message):
+        linear_grpo_loss(
+            *arguments, torch.tensor([0, 3]), LossConfig(), denominator=1, advantages=torch.ones(1), **options
+        )
+
+
+def test_a_bad_denominator_is_named():
+    with pytest.raises(ValueError, match="denominator is 0"):
+        linear_grpo_loss(H, W, T, torch.tensor([0, 3]), LossConfig(), denominator=0, advantages=torch.ones(1))

@@ -1,0 +1,230 @@
+"""What is trained must load in transformers with the same logits, and a bad checkpoint must say what is wrong."""
+
+import json
+import resource
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from flashgrpo.model.checkpoint import init_decoder, load_checkpoint, read_config, save_checkpoint
+from flashgrpo.model.config import CheckpointError, ModelConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SEQUENCE = list(range(3, 23))
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "custom_key": {"kept": True},
+}
+
+
+@pytest.fixture
+def decoder():
+    return init_decoder(ModelConfig.from_dict(TINY), seed=0)
+
+
+@pytest.fixture
+def folder(decoder, tmp_path):
+    save_checkpoint(decoder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS)
+
+
+def assert_equal_weights(found, wanted):
+    assert found.state_dict().keys() == wanted.state_dict().keys()
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 10_000])
+def test_saved_models_load_in_transformers(model_name, max_shard_bytes, reference, pack, tmp_path):
+    """From transformers to us and back, in one file and in shards: names, ties, config and logits."""
+    reference(model_name).save_pretrained(tmp_path / "theirs", max_shard_size=max_shard_bytes)
+    ours = load_checkpoint(tmp_path / "theirs")
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.mul_(1.1)
+        save_checkpoint(ours, tmp_path / "ours", max_shard_bytes=max_shard_bytes)
+        assert (tmp_path / "ours" / INDEX).exists() == (max_shard_bytes == 10_000)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        logits = ours(pack([SEQUENCE])) @ ours.lm_head_weight.T
+        torch.testing.assert_close(logits, theirs(torch.tensor([SEQUENCE])).logits[0], atol=1e-4, rtol=0)
+    assert_equal_weights(load_checkpoint(tmp_path / "ours"), ours)
+
+
+def test_dtype_is_cast_and_recorded(decoder, tmp_path):
+    save_checkpoint(decoder, tmp_path / "model", dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    stored = load_checkpoint(tmp_path / "model")
+    assert {parameter.dtype for parameter in stored.parameters()} == {torch.bfloat16}
+    cast = load_checkpoint(tmp_path / "model", dtype=torch.float32)
+    for name, parameter in cast.named_parameters():
+        assert torch.equal(parameter, decoder.get_parameter(name).bfloat16().float()), name
+
+
+def test_config_and_tokenizer_files_travel_with_the_weights(decoder, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "pytorch_model.bin"):
+        (source / name).write_text(name)
+    save_checkpoint(decoder, tmp_path / "model", tokenizer_files_from=source)
+    written = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    assert written.keys() == {"config.json", WEIGHTS, "tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    assert written["tokenizer.json"] == b"tokenizer.json"
+    assert json.loads(written["config.json"])["custom_key"] == {"kept": True}
+
+
+def test_loaded_weights_outlive_the_file(decoder, folder):
+    """A checkpoint that is pruned or overwritten while the run goes on must not change the weights, or crash."""
+    loaded = load_checkpoint(folder)
+    with open(folder / WEIGHTS, "r+b") as file:
+        file.truncate(0)
+    assert_equal_weights(loaded, decoder)
+
+
+def test_replacing_a_checkpoint_leaves_nothing_behind(decoder, folder):
+    with torch.no_grad():
+        decoder.lm_head_weight.add_(1)
+    (folder.parent / ".model.partial").mkdir()  # of a run that was killed
+    save_checkpoint(decoder, folder)
+    assert_equal_weights(load_checkpoint(folder), decoder)
+    assert [file.name for file in folder.parent.iterdir()] == ["model"]
+
+
+def test_full_disk_keeps_the_last_checkpoint(decoder, folder):
+    """A limit on the file size stands for the full disk: the write fails half way."""
+    before = load_checkpoint(folder)
+    with torch.no_grad():
+        decoder.lm_head_weight.add_(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=WEIGHTS):
+            save_checkpoint(decoder, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_equal_weights(load_checkpoint(folder), before)
+    assert [file.name for file in folder.parent.iterdir()] == ["model"]
+
+
+def test_initialisation_follows_the_seed():
+    config = ModelConfig.from_dict(TINY | {"attention_bias": True, "initializer_range": 0.05})
+    first, again, other = (init_decoder(config, seed=seed) for seed in (1, 1, 2))
+    assert_equal_weights(first, again)
+    assert not torch.equal(first.lm_head_weight, other.lm_head_weight)
+    assert first.lm_head_weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert (first.get_parameter("model.layers.0.self_attn.q_norm.weight") == 1).all()
+    assert (first.get_parameter("model.layers.0.self_attn.o_proj.bias") == 0).all()
+
+
+def test_tied_head_in_the_file_must_equal_the_embedding(tmp_path):
+    tied = init_decoder(ModelConfig.from_dict(TINY | {"tie_word_embeddings": True}), seed=0)
+    save_checkpoint(tied, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
+    edit_weights(tmp_path, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    assert_equal_weights(load_checkpoint(tmp_path, dtype=torch.float32), tied)
+    edit_weights(tmp_path, lambda w: w["lm_head.weight"].add_(1))
+    with pytest.raises(CheckpointError, match="but they differ in the file"):
+        load_checkpoint(tmp_path)
+
+
+def test_rotary_buffers_of_older_checkpoints_are_ignored(decoder, folder):
+    edit_weights(folder, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
+    assert_equal_weights(load_checkpoint(folder), decoder)
+
+
+NORM = "model.layers.1.self_attn.q_norm.weight"
+BROKEN_FOLDERS = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text('{"model_type": '), "config.json: not valid JSON"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds a JSON list"),
+    "config is binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json: not valid JSON"),
+    "unknown family": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="qwen3_moe")),
+        "model_type is 'qwen3_moe'; supported families are llama, qwen2, qwen3",
+    ),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds neither model.safetensors nor"),
+    "truncated": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]),
+        "model.safetensors: broken or incomplete",
+    ),
+    "not safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"PK" * 100), "model.safetensors: broken or incomplete"),
+    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "model.safetensors: broken or incomplete"),
+    "renamed": (
+        lambda f: edit_weights(f, lambda w: w.update({NORM.replace("q_norm", "query_norm"): w.pop(NORM)})),
+        f"{NORM} is missing, one of 1 missing tensors; the nearest unused one is "
+        "model.layers.1.self_attn.query_norm.weight",
+    ),
+    "missing": (lambda f: edit_weights(f, lambda w: w.pop(NORM)), f"{NORM} is missing"),
+    "unexpected": (
+        lambda f: edit_weights(f, lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32)})),
+        "model.layers.2.mlp.up_proj.weight is unexpected",
+    ),
+    "wrong shape": (
+        lambda f: edit_weights(f, lambda w: w.update({NORM: torch.zeros(4)})),
+        f"{NORM} has shape [4]; config.json wants [16]",
+    ),
+}
+SHARD = "model-00002-of-00003.safetensors"
+BROKEN_SHARDS = {
+    "missing": (lambda f: (f / SHARD).unlink(), f"{SHARD}: no such file, though {INDEX} names it"),
+    "truncated": (lambda f: (f / SHARD).write_bytes(b"0123456789"), f"{SHARD}: broken or incomplete"),
+    "index is not JSON": (lambda f: (f / INDEX).write_text("weight_map"), f"{INDEX}: not valid JSON"),
+    "index is empty": (lambda f: (f / INDEX).write_text("{}"), f"{INDEX}: has no object 'weight_map'"),
+    "tensor elsewhere": (
+        lambda f: edit_json(f / INDEX, lambda c: c["weight_map"].update({"model.norm.weight": SHARD})),
+        f"{SHARD}: broken or incomplete",
+    ),
+    "tensor not listed": (
+        lambda f: edit_json(f / INDEX, lambda c: c["weight_map"].pop("model.norm.weight")),
+        "model.norm.weight is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FOLDERS)
+def test_broken_checkpoints_say_what_is_wrong(case, folder):
+    spoil, message = BROKEN_FOLDERS[case]
+    spoil(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folder)
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("case", BROKEN_SHARDS)
+def test_broken_shards_say_what_is_wrong(case, decoder, tmp_path):
+    save_checkpoint(decoder, tmp_path, max_shard_bytes=40_000)
+    assert (tmp_path / SHARD).exists()
+    spoil, message = BROKEN_SHARDS[case]
+    spoil(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path)
+    assert message in str(caught.value)
+
+
+def test_missing_folders_are_named(decoder, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="nowhere: holds no tokenizer files"):
+        save_checkpoint(decoder, tmp_path / "model", tokenizer_files_from=tmp_path / "nowhere")
