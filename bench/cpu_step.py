@@ -5,8 +5,8 @@
 
 A step is one rollout of 8 prompts x 8 completions of 64 tokens each, their rewards, one optimizer update and its log
 line. Both sides run as processes of their own with 2 threads, in turns, so that a slow spell of the machine meets both.
-TRL runs with all completions in one backward pass, as ours does, and with fewer, which is as fast or faster and needs less
-memory. The machine should be idle: on 2 busy cores a step takes up to ten times as long, by chance.
+TRL runs with all completions in one backward pass, as ours does, and with fewer, which is as fast or faster and needs
+less memory. The machine should be idle: on 2 busy cores a step takes up to ten times as long, by chance.
 Prints a table and writes every run to bench/results/cpu_step.json. Times are seconds, memory is in units of 10^6 bytes.
 """
 

@@ -97,10 +97,10 @@ def make_model(folder: Path, texts: list[str], seed: int) -> Path:
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
     config = Qwen3Config(
         vocab_size=_VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=4,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,

@@ -56,17 +56,16 @@ def apply_rope(
 @functools.cache
 def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
     """Radians per position of every plane, [head_dim / 2] fp32; cached, so that no step copies it to the device."""
-    with torch.inference_mode(False):  # a tensor first made while sampling must be good for training
-        wavelengths = rope.theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
-        frequencies = 1.0 / wavelengths
-        if rope.kind == "linear":
-            frequencies = frequencies / rope.factor
-        elif rope.kind == "llama3":
-            frequencies = _llama3(rope, frequencies)
-        elif rope.kind == "yarn":
-            kept = 1 - _yarn_ramp(rope, head_dim)
-            frequencies = 1.0 / (rope.factor * wavelengths) * (1 - kept) + frequencies * kept
-        return frequencies.to(device)
+    wavelengths = rope.theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
+    frequencies = 1.0 / wavelengths
+    if rope.kind == "linear":
+        frequencies = frequencies / rope.factor
+    elif rope.kind == "llama3":
+        frequencies = _llama3(rope, frequencies)
+    elif rope.kind == "yarn":
+        kept = 1 - _yarn_ramp(rope, head_dim)
+        frequencies = 1.0 / (rope.factor * wavelengths) * (1 - kept) + frequencies * kept
+    return frequencies.to(device)
 
 
 def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:

@@ -118,7 +118,7 @@ def test_a_task_without_one_expected_answer_is_scored_from_its_metadata():
     metadata = {"puzzle": {"vertices": [0, 1], "edges": [[0, 1]], "num_colors": 2, "color_options": [1, 2]}}
     row = {"task": "reasoning_gym:graph_color", "answer": None, "metadata": metadata}
     assert one(accuracy, '{"0": 1, "1": 2}', **row) == 1.0
-    assert one(accuracy, '{"0": 1,\n "1": 1}', **row) < 1
+    assert not is_correct(one(accuracy, '{"0": 1,\n "1": 1}', **row))
 
 
 def test_accuracy_uses_the_options_of_the_task():

@@ -1,0 +1,53 @@
+import math
+from dataclasses import asdict
+
+import pytest
+
+from flashgrpo.kernels.grpo_loss import LossConfig
+
+
+def test_presets_are_the_published_settings():
+    default = asdict(LossConfig())
+    published = {
+        "grpo": {"kl_coef": 0.04},
+        "r1": {"clip_low": 10, "clip_high": 10, "kl_coef": 0.001},
+        "dapo": {"aggregate": "token_mean", "clip_high": 0.28},
+        "bnpo": {"aggregate": "token_mean"},
+        "dr_grpo": {"aggregate": "constant", "advantage_scale": "none"},
+        "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+        "cispo": {"aggregate": "token_mean", "objective": "cispo", "clip_high": 4},
+    }
+    for name, changes in published.items():
+        assert asdict(LossConfig.preset(name)) == default | changes
+    assert (default["clip_low"], default["clip_high"], default["kl_coef"]) == (0.2, 0.2, 0)
+    assert (default["aggregate"], default["advantage_scale"], default["kl_estimator"]) == ("sequence_mean", "std", "k3")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ratio_level": "word"}, "ratio_level is 'word'; wanted one of token, sequence"),
+        ({"objective": "ppo"}, "objective"),
+        ({"kl_estimator": "k4"}, "kl_estimator"),
+        ({"aggregate": "mean"}, "aggregate"),
+        ({"advantage_scale": "mad"}, "advantage_scale"),
+        ({"behavior_mode": "drop"}, "behavior_mode"),
+        ({"clip_low": -0.1}, "clip_low is -0.1"),
+        ({"clip_high": math.nan}, "clip_high is nan"),
+        ({"kl_coef": -1.0}, "kl_coef"),
+        ({"entropy_coef": math.inf}, "entropy_coef"),
+        ({"clip_max": 1.2}, "clip_max is 1.2; wanted above"),
+        ({"clip_max": 3.0, "objective": "cispo"}, "leave it None"),
+        ({"behavior_cap": 0.4, "behavior_floor": 0.5}, "behavior_cap is 0.4"),
+    ],
+)
+def test_bad_configurations_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**fields)
+
+
+def test_unknown_presets_and_fields_are_named():
+    with pytest.raises(ValueError, match="known presets: grpo, r1"):
+        LossConfig.preset("ppo")
+    with pytest.raises(ValueError, match="no field 'kl'"):
+        LossConfig.preset("grpo", kl=0.1)
