@@ -69,7 +69,7 @@ def evaluate(
     accuracy = pool.score(scored, "accuracy")
     texts = [group.completions for group in scored]
     return Evaluation(
-        correct=np.vectorize(is_correct)(accuracy),
+        correct=is_correct(accuracy),
         answers=[[extract_answer(text) for text in row] for row in texts],
         lengths=np.array([[len(r.completion_ids) for r in group] for group in groups]),
         truncated=np.array([[r.finish_reason == "length" for r in group] for group in groups]),

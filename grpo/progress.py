@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -92,7 +93,11 @@ def deferred_interrupt() -> Iterator[None]:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far: allocated on the device, or resident on a CPU."""
+    """Largest memory so far, in 10^6 bytes: allocated on the device, or resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")  # getrusage keeps the parent's peak across exec
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024 / 1e6

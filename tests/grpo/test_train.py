@@ -1,0 +1,294 @@
+"""The loop as a user runs it: it learns, it resumes bit for bit, and it ends with clear words when it must."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flashgrpo.grpo.progress import deferred_interrupt
+from flashgrpo.grpo.recipe import Recipe, build_recipe
+from flashgrpo.grpo.reward_pool import RewardError
+from flashgrpo.grpo.run_folder import RunError, newest_checkpoint, read_rows
+from flashgrpo.grpo.train import Trainer, train
+from flashgrpo.kernels.loss_terms import LossConfig
+
+TIMING = ("time/", "tokens_per_s", "memory/")
+
+
+def changed(recipe: Recipe, section: str, **values) -> Recipe:
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
+
+
+def comparable_rows(folder: Path) -> list[dict]:
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in rows]
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def assert_equal_weights(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_reward_rises(recipe):
+    recipe = changed(changed(recipe, "train", steps=25, lr=5e-3), "rollout", prompts_per_step=8, group_size=8)
+    train(recipe)
+    rewards = [row["reward/mean"] for row in read_rows(Path(recipe.run.output) / "metrics.jsonl")]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"loss": LossConfig.preset("grpo"), "train": {"ref_refresh_every": 3, "mini_batches": 2, "epochs": 2}},
+        {"loss": LossConfig.preset("gspo", behavior_cap=2.0), "rollout": {"refill_limit": 2, "mask_overlong": True}},
+    ],
+    ids=["on-policy", "kl, refreshed reference, two epochs of two mini-batches", "gspo, refills, masked overlong"],
+)
+def test_resume_is_bitwise(recipe, tmp_path, variant):
+    for section, values in variant.items():
+        recipe = dataclasses.replace(recipe, loss=values) if section == "loss" else changed(recipe, section, **values)
+    recipe = changed(changed(recipe, "train", steps=6), "eval", every=2, samples=2, problems=3)
+    whole = changed(recipe, "run", output=str(tmp_path / "whole"))
+    train(whole)
+    stopped = changed(recipe, "run", output=str(tmp_path / "stopped"))
+    train(changed(stopped, "train", steps=4))
+    train(stopped, resume=True)
+    assert_equal_weights(weights(whole.run.output), weights(stopped.run.output))
+    rows, again = comparable_rows(tmp_path / "whole"), comparable_rows(tmp_path / "stopped")
+    assert [row["step"] for row in rows] == list(range(7))
+    assert rows == again
+    assert read_rows(tmp_path / "whole/samples.jsonl") == read_rows(tmp_path / "stopped/samples.jsonl")
+
+
+def test_logs_are_cut_back_to_the_checkpoint(recipe):
+    folder = Path(train(recipe)).parent
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    assert newest.name == "step_4"
+    import shutil
+
+    shutil.rmtree(newest)  # as if the run had died after step 4's row and before its checkpoint
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')
+    train(recipe, resume=True)
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_on_policy_ratio_is_exactly_one(recipe):
+    """New minus old log-probs are 0, not merely small, when scored on the packs that are trained."""
+    recipe = dataclasses.replace(recipe, loss=LossConfig.preset("dapo"))
+    recipe = changed(recipe, "train", epochs=2, steps=1, lr=1e-12)
+    train(recipe)
+    (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert row["ratio/max"] == row["ratio/mean"] == 1.0
+    assert row["mismatch/max"] < 1e-4
+
+
+def test_zero_kl_at_the_reference(recipe):
+    recipe = changed(dataclasses.replace(recipe, loss=LossConfig.preset("grpo")), "train", steps=2, ref_refresh_every=1)
+    train(recipe)
+    assert [row["kl"] for row in read_rows(Path(recipe.run.output) / "metrics.jsonl")] == [0.0, 0.0]
+
+
+def test_final_model_and_checkpoints_load_in_transformers(recipe):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = train(recipe)
+    newest = newest_checkpoint(recipe.run.output)
+    assert newest is not None
+    for folder in (model, newest / "model"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+        assert loaded.num_parameters() > 10_000
+
+
+def test_only_the_newest_checkpoints_are_kept(recipe):
+    recipe = changed(recipe, "train", checkpoint_every=1, keep_checkpoints=2)
+    train(recipe)
+    assert sorted(p.name for p in Path(recipe.run.output, "checkpoints").iterdir()) == ["step_3", "step_4"]
+
+
+def test_an_existing_output_is_not_overwritten(recipe):
+    train(changed(recipe, "train", steps=1))
+    with pytest.raises(RunError, match="continue it with --resume, or choose another run.output"):
+        train(recipe)
+
+
+def test_bfloat16_trains_with_fp32_masters(recipe):
+    recipe = changed(changed(recipe, "model", dtype="bfloat16"), "train", lr=1e-4)
+    train(recipe)
+    newest = newest_checkpoint(recipe.run.output)
+    assert newest is not None
+    masters, final = load_file(newest / "model" / "model.safetensors"), weights(recipe.run.output)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert masters[name].dtype == torch.float32
+    assert final[name].dtype == torch.bfloat16
+    assert torch.equal(masters[name].bfloat16(), final[name])
+    assert not torch.equal(masters[name].bfloat16().float(), masters[name])
+
+
+def test_non_finite_gradients_are_skipped_and_end_the_run(recipe, monkeypatch):
+    """Weights and the last good checkpoint stay; three in a row are an error."""
+    recipe = changed(recipe, "train", steps=8)
+    original = Trainer._loss
+
+    def poisoned(self, batch, update):
+        loss, stats = original(self, batch, update)
+        return (loss * float("nan") if self.step >= 3 else loss), stats
+
+    monkeypatch.setattr(Trainer, "_loss", poisoned)
+    with pytest.raises(RunError, match="3 updates in a row had a gradient that is not finite, up to step 6"):
+        train(recipe)
+    rows = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert [row["update/skipped"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    newest = newest_checkpoint(recipe.run.output)
+    assert newest is not None
+    saved = load_file(newest / "model" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_single_non_finite_gradient_changes_nothing(recipe, monkeypatch):
+    original = Trainer._loss
+
+    def poisoned(self, batch, update):
+        loss, stats = original(self, batch, update)
+        return (loss * float("inf") if self.step == 1 else loss), stats
+
+    monkeypatch.setattr(Trainer, "_loss", poisoned)
+    recipe = changed(recipe, "train", steps=2, checkpoint_every=1)
+    train(recipe)
+    first, second = (
+        load_file(Path(recipe.run.output, "checkpoints", f"step_{n}", "model", "model.safetensors")) for n in (1, 2)
+    )
+    assert_equal_weights(first, second)
+
+
+def test_rewards_that_never_come_end_the_run(recipe):
+    recipe = changed(changed(recipe, "rewards", functions=["custom_rewards:never"]), "train", steps=5)
+    with pytest.raises(RewardError, match="3 steps in a row"):
+        train(recipe)
+
+
+def test_dead_groups_still_take_their_step(recipe, monkeypatch):
+    """All rewards equal: nothing is packed, the optimizer's moments decay, the step is logged."""
+    recipe = changed(changed(recipe, "rewards", functions=["format"]), "train", steps=2)
+    train(recipe)
+    rows = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert [(row["groups/dead"], row["grad_norm"], row["loss"]) for row in rows] == [(1.0, 0.0, 0.0)] * 2
+
+
+def test_masked_overlong_completions_are_not_packed(recipe_values, custom_rewards):
+    recipe_values["rollout"] |= {"mask_overlong": True, "max_new_tokens": 1}
+    recipe_values["train"]["steps"] = 1
+    recipe = build_recipe(Recipe, recipe_values)
+    train(recipe)
+    (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert row["length/truncated"] > 0.9
+    assert row["tokens_per_s/trained"] < 1e5
+    assert row["grad_norm"] == 0.0 or row["length/truncated"] < 1.0
+
+
+def test_refills_replace_dead_groups(recipe, monkeypatch):
+    recipe = changed(recipe, "rollout", refill_limit=8, max_new_tokens=2)
+    recipe = changed(recipe, "train", steps=1)
+    train(recipe)
+    (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    state = json.loads((Path(recipe.run.output) / "checkpoints/step_1/state.json").read_text())
+    assert row["groups/dead"] == 0.0
+    assert state["position"] > recipe.rollout.prompts_per_step
+
+
+def run_command(recipe_values: dict, custom_rewards: Path, tmp_path: Path, *flags: str, **options) -> subprocess.Popen:
+    import tomli_w
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps(recipe_values))
+    environment = os.environ | {"PYTHONPATH": str(custom_rewards), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "flashgrpo.grpo.cli", "train", str(path), *flags]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+
+def wait_for_rows(output: Path, number: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_rows(output / "metrics.jsonl")) < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_exits_130(recipe_values, custom_rewards, tmp_path):
+    recipe_values["train"] |= {"steps": 10_000, "checkpoint_every": 0}
+    process = run_command(recipe_values, custom_rewards, tmp_path)
+    wait_for_rows(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    state = json.loads((newest / "state.json").read_text())
+    assert state["step"] == read_rows(tmp_path / "run/metrics.jsonl")[-1]["step"] >= 3
+    assert "continue with --resume" in errors
+
+
+def test_a_killed_run_resumes(recipe_values, custom_rewards, tmp_path):
+    """SIGKILL at a random moment, three times over: the run ends as if it had never been killed."""
+    recipe_values["train"] |= {"steps": 12, "checkpoint_every": 1}
+    rng = np.random.default_rng(time.time_ns())
+    for number in (2, 4, 6):
+        process = run_command(recipe_values, custom_rewards, tmp_path, "--resume")
+        wait_for_rows(tmp_path / "run", number, process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    process = run_command(recipe_values, custom_rewards, tmp_path, "--resume")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    recipe_values["run"]["output"] = str(tmp_path / "whole")
+    train(build_recipe(Recipe, recipe_values))
+    assert_equal_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert comparable_rows(tmp_path / "run") == comparable_rows(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(recipe_values, custom_rewards, tmp_path):
+    """The limit on file size stands in for a full disk: from the second checkpoint on, writing fails."""
+    import resource
+
+    recipe_values["train"] |= {"steps": 1, "checkpoint_every": 1}
+    train(build_recipe(Recipe, recipe_values))
+    recipe_values["train"]["steps"] = 3
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = run_command(recipe_values, custom_rewards, tmp_path, "--resume", preexec_fn=limit)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "step_1 is kept: free some space and continue with --resume" in errors
+    assert [p.name for p in Path(tmp_path, "run/checkpoints").iterdir()] == ["step_1"]
+
+
+def test_interrupts_wait_for_the_end_of_an_update():
+    order = []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        order.append("update finished")
+    assert order == ["update finished"]
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        order.append("not reached")
+    assert order == ["update finished"]
