@@ -3,6 +3,7 @@
 The score is accuracy alone: a partial credit counts as wrong, and the format is not asked for.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
     final = Path(recipe.run.output) / "model"
     path = model or (final if final.exists() else recipe.model.path)
     console.print(f"evaluating {path}", highlight=False)
-    policy = open_policy(path, recipe.model, resolve_device(recipe.run.device))
+    policy = open_policy(dataclasses.replace(recipe.model, path=str(path)), resolve_device(recipe.run.device))
     _, held_out = load_problems(recipe.data, recipe.run.seed)
     if not held_out:
         raise DataError("data.held_out = 0 leaves no problem to evaluate on; set it, or point data.path to a test set")
@@ -100,7 +101,7 @@ def sample_texts(
 ) -> list[str]:
     """Completions of one prompt by the model in a Hugging Face folder."""
     device = resolve_device("auto")
-    policy = open_policy(model, ModelSection(model), device)
+    policy = open_policy(ModelSection(model), device)
     prompt_ids = render_prompt(prompt, template, policy.tokenizer)
     request = Request(0, prompt_ids, sample_seeds(seed, 0, 0, num_samples))
     (group,) = NativeGenerator(policy.model, policy.stop_token_ids).generate([request], sampling)

@@ -98,7 +98,7 @@ class Learner:
 
     def save_masters(self, folder: Path, tokenizer_files_from: Path) -> None:
         """Write the fp32 weights as a Hugging Face folder."""
-        save_checkpoint(self.model, folder, tokenizer_files_from=tokenizer_files_from)
+        save_checkpoint(self.model, folder, tokenizer_files_from=tokenizer_files_from, weights=self.masters)
 
     @torch.no_grad()
     def load_masters(self, folder: Path) -> None:

@@ -29,15 +29,18 @@ class Policy:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-def open_policy(path: str | Path, section: ModelSection, device: torch.device) -> Policy:
-    """Load a Hugging Face folder for training or sampling. Raises CheckpointError."""
-    dtype = resolve_dtype(section.dtype, device)
-    model = load_checkpoint(path, dtype=dtype, device=device)
+def open_policy(section: ModelSection, device: torch.device, weights: Path | None = None) -> Policy:
+    """Load the model at section.path for training or sampling, or other `weights` of it, as a checkpoint has them.
+
+    Raises CheckpointError.
+    """
+    model = load_checkpoint(weights or section.path, dtype=resolve_dtype(section.dtype, device), device=device)
     model.activation_checkpointing = section.activation_checkpointing
+    model.attention_options = {"backend": section.attention_backend}
     if section.compile:
         model.compile_blocks()
-    tokenizer = open_tokenizer(path)
-    return Policy(Path(path), model, tokenizer, stop_token_ids(path, tokenizer))
+    tokenizer = open_tokenizer(section.path)
+    return Policy(Path(section.path), model, tokenizer, stop_token_ids(section.path, tokenizer))
 
 
 @dataclass(frozen=True)

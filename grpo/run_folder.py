@@ -5,12 +5,14 @@ weights; `state` has the optimizer and the reference (torch DCP), `state.json` t
 resume the logs are cut back to the checkpoint, so that every step stands once.
 """
 
+import contextlib
 import json
 import math
 import os
 import random
 import shutil
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,8 @@ class RunFolder:
             temporary.mkdir(parents=True)
             write_model(temporary / "model")
             if tensors:
-                state_dict_saver.save(tensors, checkpoint_id=temporary / "state", no_dist=True)
+                with _single_process():
+                    state_dict_saver.save(tensors, checkpoint_id=temporary / "state", no_dist=True)
             write_text(temporary / "state.json", json.dumps({"step": step, **state, "rng": _rng_state()}))
             sync_folder(temporary)
             shutil.rmtree(final, ignore_errors=True)
@@ -90,7 +93,8 @@ class RunFolder:
         if self.checkpoint is None:
             raise RunError(f"{self.path} has no checkpoint to continue from")
         if tensors:
-            state_dict_loader.load(tensors, checkpoint_id=self.checkpoint / "state", no_dist=True)
+            with _single_process():
+                state_dict_loader.load(tensors, checkpoint_id=self.checkpoint / "state", no_dist=True)
         _set_rng_state(self.state["rng"])
 
     def __enter__(self) -> "RunFolder":
@@ -138,6 +142,14 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _single_process() -> Iterator[None]:
+    """DCP without a process group is meant, and needs no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -44,8 +44,7 @@ class SftTrainer:
         self.recipe, self.folder = recipe, folder
         self.device = resolve_device(recipe.run.device)
         self.step = folder.state.get("step", 0)
-        start = folder.checkpoint / "model" if folder.checkpoint else recipe.model.path
-        self.policy = open_policy(start, recipe.model, self.device)
+        self.policy = open_policy(recipe.model, self.device, folder.checkpoint and folder.checkpoint / "model")
         self.examples = load_examples(recipe.data, self.policy)
         self.steps_per_epoch = -(-len(self.examples) // recipe.train.batch_size)
         self.total_steps = recipe.train.epochs * self.steps_per_epoch

@@ -74,8 +74,7 @@ class Trainer:
         self.recipe, self.folder, self.pool = recipe, folder, pool
         self.device = resolve_device(recipe.run.device)
         self.step, self.position = folder.state.get("step", 0), folder.state.get("position", 0)
-        start = folder.checkpoint / "model" if folder.checkpoint else recipe.model.path
-        self.policy = open_policy(start, recipe.model, self.device)
+        self.policy = open_policy(recipe.model, self.device, folder.checkpoint and folder.checkpoint / "model")
         self.learner = Learner(self.policy.model, recipe.train, recipe.train.steps)
         self.reference = self._open_reference()
         render = partial(render_prompts, policy=self.policy, data=recipe.data)

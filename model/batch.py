@@ -70,7 +70,8 @@ class _GatherPredictors(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_gathered):
+    def backward(ctx, *grad_outputs):
+        (d_gathered,) = grad_outputs
         predictors, target_cu_seqlens, completions_per_prompt = ctx.saved_tensors
         d_hidden = d_gathered.new_zeros(ctx.num_tokens, d_gathered.shape[1])
         if not predictors.numel():

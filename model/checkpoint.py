@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,13 @@ def save_checkpoint(
     path: str | os.PathLike,
     *,
     tokenizer_files_from: str | os.PathLike | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes folder `path`: config.json with every key of the original, the weights in `dtype` (None: as they are), and
-    the tokenizer and generation_config.json of the folder `tokenizer_files_from`.
+    the tokenizer and generation_config.json of the folder `tokenizer_files_from`. `weights` take the place of the
+    decoder's own, as an optimizer's fp32 masters do.
 
     All of it is written and synced to `path`'s neighbour `.NAME.partial`, which then takes the name; a folder that was
     there stays whole until then. Raises OSError when the disk fails or is full, with the old folder untouched.
@@ -125,8 +127,8 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while writing
     partial.mkdir(parents=True)
     try:
-        weights = {name: tensor.detach() for name, tensor in decoder.state_dict().items()}
-        stored = dtype or decoder.lm_head_weight.dtype
+        weights = {name: tensor.detach() for name, tensor in (weights or decoder.state_dict()).items()}
+        stored = dtype or next(iter(weights.values())).dtype
         _write_json(partial / CONFIG, decoder.config.to_dict(str(stored).removeprefix("torch.")))
         _write_weights(partial, weights, dtype, max_shard_bytes)
         for file in tokenizer_files:
