@@ -16,6 +16,7 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -131,7 +132,20 @@ def run_peer(inputs: Inputs, setting: Setting, micro_batch: int) -> dict[str, An
 
 def run_ours(inputs: Inputs, setting: Setting) -> dict[str, Any]:
     """Our step in a process of its own. Returns at least `step_s` (without the warm-up) and `peak_mb`, as the peer."""
-    raise NotImplementedError(f"no step of ours yet for {inputs} and {setting}")
+    return run_process(own_command(inputs, setting, "step"))
+
+
+def own_command(inputs: Inputs, setting: Setting, what: str) -> list[str]:
+    flags = {
+        "--what": what,
+        "--model": inputs.model,
+        "--prompts": inputs.prompts,
+        "--num-prompts": setting.num_prompts,
+        "--group-size": setting.group_size,
+        "--max-new-tokens": setting.max_new_tokens,
+        "--steps": setting.steps,
+    }
+    return [sys.executable, "-m", "flashgrpo.bench.own_step", *(str(part) for flag in flags.items() for part in flag)]
 
 
 def measure(setting: Setting, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:

@@ -1,16 +1,14 @@
-"""The `flashgrpo` command. Exit codes: 2 for what is wrong before the first step, 1 for a later failure, 130 for Ctrl-C."""
+"""The `flashgrpo` command.
+
+Exit codes: 2 for what is wrong before the first step, 1 for a later failure, 130 for Ctrl-C.
+"""
 
 import argparse
 import json
+import math
 import sys
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from flashgrpo.grpo.recipe import Recipe, RecipeError, SftRecipe, load_recipe, recipe_keys
-
-_RECIPE_COMMANDS = {"train": Recipe, "sft": SftRecipe}
+_RECIPE_COMMANDS = ("train", "sft")  # what a command needs is imported by it: --help must not wait for torch
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,14 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _report(error: Exception) -> int:
     from flashgrpo.grpo.data import DataError
     from flashgrpo.grpo.packing import PackingError
+    from flashgrpo.grpo.recipe import RecipeError
     from flashgrpo.grpo.reward_pool import RewardError
     from flashgrpo.grpo.run_folder import RunError
     from flashgrpo.model.checkpoint import CheckpointError
 
-    codes = {RecipeError: 2, DataError: 2, CheckpointError: 2, RewardError: 2, PackingError: 1, RunError: 1}
+    codes = {RecipeError: 2, DataError: 2, CheckpointError: 2, RewardError: 2, PackingError: 1, RunError: 1, OSError: 1}
     for kind, code in codes.items():
         if isinstance(error, kind):
-            print(f"flashgrpo: {error}", file=sys.stderr)
+            print("flashgrpo:", " ".join(str(error).split()), file=sys.stderr)  # a library's error may have many lines
             return code
     raise error
 
@@ -51,11 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashgrpo", description="GRPO training with fused kernels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in (("train", "train a policy by GRPO"), ("sft", "fine-tune on prompts and completions")):
-        command = commands.add_parser(name, help=help_text + f"; `flashgrpo {name} --help` lists every key")
+        command = commands.add_parser(
+            name, help=f"{help_text}; `flashgrpo {name} --help` lists every key", allow_abbrev=False
+        )
         command.add_argument("recipe", help="TOML file; any key can be overridden as --section.key=value")
         command.add_argument("--resume", action="store_true", help="continue the run in run.output, or start it")
         command.set_defaults(run=_train if name == "train" else _sft)
-    command = commands.add_parser("eval", help="held-out pass@1, pass@k and cons@k of a model")
+    command = commands.add_parser("eval", help="held-out pass@1, pass@k and cons@k of a model", allow_abbrev=False)
     command.add_argument("recipe", help="a training recipe; its keys can be overridden, as --eval.samples=16")
     command.add_argument("--model", help="Hugging Face folder; default: the run's final model, else model.path")
     command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -63,11 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sample", help="complete one prompt")
     command.add_argument("model", help="Hugging Face folder")
     command.add_argument("prompt")
-    command.add_argument("-n", type=int, default=1, help="completions (default 1)")
+    command.add_argument("-n", type=_count, default=1, help="completions (default 1)")
     command.add_argument("--template", choices=("r1", "chat", "none"), default="r1", help="default r1")
-    command.add_argument("--max-new-tokens", type=int, default=512, help="default 512")
-    command.add_argument("--temperature", type=float, default=0.6, help="0: greedy; default 0.6")
-    command.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
+    command.add_argument("--max-new-tokens", type=_count, default=512, help="default 512")
+    command.add_argument("--temperature", type=_temperature, default=0.6, help="0: greedy; default 0.6")
+    command.add_argument("--top-p", type=_share, default=0.95, help="default 0.95")
     command.add_argument("--seed", type=int, default=0, help="default 0")
     command.set_defaults(run=_sample)
     command = commands.add_parser("report", help="draw RUN/report.png and print the run's summary and samples")
@@ -76,7 +77,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, wanted 1 or more")
+    return value
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text}, wanted a number, 0 or more")
+    return value
+
+
+def _share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"found {text}, wanted a number above 0, at most 1")
+    return value
+
+
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.recipe import Recipe, load_recipe
     from flashgrpo.grpo.report import print_summary, write_report
     from flashgrpo.grpo.train import train
 
@@ -88,13 +108,18 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _sft(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.recipe import SftRecipe, load_recipe
     from flashgrpo.grpo.sft import sft
 
     print(f"model: {sft(load_recipe(SftRecipe, options.recipe, overrides), resume=options.resume)}")
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     from flashgrpo.grpo.evaluate import evaluate_recipe
+    from flashgrpo.grpo.recipe import Recipe, load_recipe
 
     scores = evaluate_recipe(load_recipe(Recipe, options.recipe, overrides), options.model)
     if options.json:
@@ -124,24 +149,10 @@ def _report_run(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _print_recipe_help(command: str) -> None:
-    kind = _RECIPE_COMMANDS[command]
-    console = Console()
-    console.print(
-        f"usage: flashgrpo {command} RECIPE.toml [--resume] [--section.key=value ...]\n", highlight=False, markup=False
-    )
-    console.print(
-        "Every key of the recipe; all can be given on the command line, as --train.lr=1e-5.\n", highlight=False
-    )
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("key", "type", "default", "meaning"):
-        table.add_column(column, overflow="fold")
-    section = ""
-    for key, type_name, default, meaning in recipe_keys(kind):
-        if key.partition(".")[0] != section:
-            section = key.partition(".")[0]
-            table.add_row(f"[bold]\\[{section}][/bold]")
-        table.add_row(key, f"[dim]{escape(type_name)}[/dim]", escape(default), escape(meaning))
-    console.print(table)
+    from flashgrpo.grpo.recipe import Recipe, SftRecipe
+    from flashgrpo.grpo.recipe_help import print_recipe_help
+
+    print_recipe_help(command, Recipe if command == "train" else SftRecipe)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ The held-out score is accuracy, with no credit for form.
 import argparse
 import dataclasses
 import json
+import random
 import shutil
 import sys
 import time
@@ -35,7 +36,8 @@ from flashgrpo.model.config import ModelConfig
 
 _END = "<|endoftext|>"
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_COLD_START_EXAMPLES = 2_000
+_COLD_START_EXAMPLES = 3_000
+_CAREFUL = 0.45
 _VOCAB_SIZE = 512
 
 
@@ -63,7 +65,7 @@ def run_demo(recipe_path: str, output: Path, seed: int) -> None:
     problems, held_out = load_problems(recipe.data, seed)
     console.print(f"{len(problems):,} problems to train on, {len(held_out):,} held out; seed {seed}")
     base = make_model(output / "base", [render_text(p.prompt, recipe.data.template) for p in problems[:500]], seed)
-    examples = write_cold_start(output / "cold_start.jsonl", problems[:_COLD_START_EXAMPLES])
+    examples = write_cold_start(output / "cold_start.jsonl", problems[:_COLD_START_EXAMPLES], seed)
     sft(cold_start_recipe(base, examples, recipe, output / "cold_start"))
     train(recipe)
     picture = write_report(recipe.run.output)
@@ -116,21 +118,27 @@ def make_model(folder: Path, texts: list[str], seed: int) -> Path:
     return folder
 
 
-def write_cold_start(path: Path, problems: list[Problem]) -> Path:
-    """Worked examples as JSONL: each partial sum in <think>, the last in <answer>."""
-    rows = [{"prompt": p.prompt, "completion": worked_answer(p.columns["metadata"]["expression"])} for p in problems]
+def write_cold_start(path: Path, problems: list[Problem], seed: int) -> Path:
+    """Worked examples as JSONL, written by a teacher who is careful at times and hasty at others."""
+    rng = random.Random(seed)
+    rows = [
+        {"prompt": p.prompt, "completion": worked_answer(p.columns["metadata"]["expression"], rng.random() < _CAREFUL)}
+        for p in problems
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def worked_answer(expression: str) -> str:
-    """`12 + 45 - 30` as <think>12+45=57 57-30=27</think><answer>27</answer>."""
+def worked_answer(expression: str, careful: bool) -> str:
+    """`2 + 9 - 4` as <think>2+9=11 11-4=7</think><answer>7</answer>; in haste the work ends after the first sum."""
     total, *rest = expression.split()
     steps = []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):
         result = str(int(total) + int(sign + term))
         steps.append(f"{total}{sign}{term}={result}")
         total = result
+        if not careful:
+            break
     return f"<think>{' '.join(steps)}</think><answer>{total}</answer>"
 
 

@@ -71,7 +71,7 @@ def evaluate(
     texts = [group.completions for group in scored]
     return Evaluation(
         correct=is_correct(accuracy),
-        answers=[[extract_answer(text) for text in row] for row in texts],
+        answers=[[extract_answer(text, group.prompt) for text in group.completions] for group in scored],
         lengths=np.array([[len(r.completion_ids) for r in group] for group in groups]),
         truncated=np.array([[r.finish_reason == "length" for r in group] for group in groups]),
         texts=texts,

@@ -26,7 +26,8 @@ class Policy:
 
     def decode(self, token_ids) -> str:
         """Text of a prompt or completion, without end-of-sequence and other special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        text: Any = self.tokenizer.decode(token_ids, skip_special_tokens=True)  # a list for a batch, which this is not
+        return text
 
 
 def open_policy(section: ModelSection, device: torch.device, weights: Path | None = None) -> Policy:
@@ -80,7 +81,10 @@ def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list
     for name in ("config.json", "generation_config.json"):
         file = Path(path) / name
         if file.exists():
-            ids = json.loads(file.read_text()).get("eos_token_id")
+            try:
+                ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise CheckpointError(f"{file}: not a JSON object: {error}") from error
             found += ids if isinstance(ids, list) else [ids]
     ids = {int(token) for token in found if token is not None}
     if not ids:

@@ -3,10 +3,10 @@
 import dataclasses
 import difflib
 import tomllib
-import types
-import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -15,13 +15,14 @@ from pydantic.dataclasses import dataclass
 from flashgrpo.kernels.grpo_loss import LossConfig
 
 _CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-_Int = Annotated[int, Field(strict=True)]
 _Positive = Annotated[int, Field(strict=True, ge=1)]
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Bool = Annotated[bool, Field(strict=True)]
 _Share = Annotated[float, Field(strict=True, ge=0, le=1)]  # strict floats take integers, not text
 _PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 _NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+_Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 class RecipeError(ValueError):
@@ -76,7 +77,7 @@ class DataSection:
 class RewardsSection:
     functions: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])
     """accuracy, exact_match, format, language_consistency, overlong, repetition, or "package.module:function"."""
-    weights: list[float] = dataclasses.field(default_factory=list)
+    weights: list[_Finite] = dataclasses.field(default_factory=list)
     """One weight a function; empty: all 1."""
     timeout_s: _PositiveFloat = 10.0
     """Time limit of one call: one function on one group."""
@@ -124,7 +125,7 @@ class OptimizerSection:
     """Steps of linear warm-up from 0."""
     weight_decay: _NonNegative = 0.0
     """AdamW's; matrices only, not norms and biases."""
-    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     """AdamW's."""
     grad_clip: _PositiveFloat = 1.0
     """Largest gradient norm."""
@@ -168,7 +169,7 @@ class EvalSection:
 class RunSection:
     output: str
     """Folder of the run."""
-    seed: _Int = 0
+    seed: _Count = 0
     """Of the data order, the split and every sample."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is one."""
@@ -193,6 +194,8 @@ class Recipe:
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not a multiple of "
                 f"train.mini_batches = {self.train.mini_batches}"
             )
+        if self.eval.every and not self.data.held_out:
+            raise ValueError(f"eval.every = {self.eval.every}, but data.held_out = 0 leaves no problem to evaluate on")
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -234,28 +237,32 @@ class SftRecipe:
 _R = TypeVar("_R", Recipe, SftRecipe)
 
 
-def load_recipe(kind: type[_R], path: str | Path, overrides: list[str] | None = None) -> _R:
+def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ()) -> _R:
     """Read a TOML recipe, lay `--section.key=value` overrides over it, check it.
 
     Raises RecipeError with one line: the file or option, the key, what was found and what was wanted.
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from error
-    for override in overrides or []:
+    _refuse_unknown_keys(kind, values, str(path))
+    for override in overrides:
         _apply_override(kind, values, override)
-    return build_recipe(kind, values, source=str(path))
+    return build_recipe(kind, values, str(path), overrides)
 
 
-def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe") -> _R:
-    """A recipe from nested dictionaries; RecipeError as `load_recipe`."""
+def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> _R:
+    """A recipe from nested dictionaries, named `source` in errors, which already have `overrides` over them.
+
+    Raises RecipeError as `load_recipe`.
+    """
     _refuse_unknown_keys(kind, values, source)
-    if "loss" in values and isinstance(values["loss"], dict):
-        values = values | {"loss": _loss_config(values["loss"], source)}
+    if "loss" in values:
+        values = values | {"loss": _loss_config(values["loss"], _origin("loss", source, overrides))}
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -265,7 +272,8 @@ def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe")
         if first["type"] == "missing":
             raise RecipeError(f"{source}: {key}: missing, and it has no default") from None
         found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
-        raise RecipeError(f"{source}: {key + ': ' if key else ''}{message}{found}") from None
+        where = _origin(key, source, overrides)
+        raise RecipeError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
 
 
 def recipe_to_toml(recipe: Any) -> str:
@@ -273,39 +281,22 @@ def recipe_to_toml(recipe: Any) -> str:
     return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
 
 
-def recipe_keys(kind: type) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every key, in order: what `--help` shows."""
-    rows = []
-    for section in dataclasses.fields(kind):
-        section_type = _type_of(kind, section.name)
-        if section_type is LossConfig:
-            rows.append(("loss.preset", "str", "grpo", "One of " + ", ".join(LossConfig.presets()) + "."))
-            rows += [
-                (f"loss.{f.name}", _type_name(LossConfig, f.name), "of the preset", "") for f in _fields(LossConfig)
-            ]
-            continue
-        for f in _fields(section_type):
-            rows.append(
-                (f"{section.name}.{f.name}", _type_name(section_type, f.name), *_default_and_help(section_type, f))
-            )
-    return rows
-
-
 def _loss_config(values: dict[str, Any], source: str) -> LossConfig:
-    fields = dict(values)
-    preset = fields.pop("preset", "grpo")
-    for name, value in fields.items():
-        if isinstance(value, int) and not isinstance(value, bool):
-            fields[name] = float(value)
+    hints = get_type_hints(LossConfig)
+    fields = {k: float(v) if type(v) is int and not _is_text(hints.get(k)) else v for k, v in values.items()}
     try:
-        return LossConfig.preset(preset, **fields)
-    except (ValueError, TypeError) as error:
+        return LossConfig.preset(str(fields.pop("preset", "grpo")), **fields)
+    except ValueError as error:
         raise RecipeError(f"{source}: loss: {error}") from None
 
 
+def _origin(key: str, source: str, overrides: Sequence[str]) -> str:
+    """The options that set `key` or what is below it, or else `source`."""
+    return " ".join(o for o in overrides if o.removeprefix("--").startswith((f"{key}=", f"{key}."))) or source
+
+
 def _refuse_unknown_keys(kind: type, values: dict[str, Any], source: str) -> None:
-    sections = {f.name: _type_of(kind, f.name) for f in dataclasses.fields(kind)}
-    every_key = [f"{name}.{key}" for name, section in sections.items() for key in _keys(section)]
+    sections = get_type_hints(kind)
     for name, section_values in values.items():
         if name not in sections:
             raise RecipeError(f"{source}: {name}: unknown section{_nearest(name, list(sections))}")
@@ -313,8 +304,8 @@ def _refuse_unknown_keys(kind: type, values: dict[str, Any], source: str) -> Non
             raise RecipeError(f"{source}: {name}: found {section_values!r}, wanted a section [{name}]")
         for key in section_values:
             if key not in _keys(sections[name]):
-                known_here = [f"{name}.{known}" for known in _keys(sections[name])]
-                hint = _nearest(f"{name}.{key}", known_here) or _nearest(f"{name}.{key}", every_key)
+                elsewhere = [f"{other}.{key}" for other, section in sections.items() if key in _keys(section)]
+                hint = f"; did you mean {elsewhere[0]}?" if elsewhere else _nearest(key, _keys(sections[name]), name)
                 raise RecipeError(f"{source}: {name}.{key}: unknown key{hint}")
 
 
@@ -323,54 +314,37 @@ def _apply_override(kind: type, values: dict[str, Any], override: str) -> None:
     section, dot, name = key.partition(".")
     if not (override.startswith("--") and equals and dot):
         raise RecipeError(f"{override}: wanted --section.key=value")
+    name, nested, option = name.partition(".")
+    _refuse_unknown_keys(kind, {section: {name: text}}, override)
+    hint = get_type_hints(get_type_hints(kind)[section]).get(name, str)  # loss.preset is not a field
     target = values.setdefault(section, {})
-    _refuse_unknown_keys(kind, {section: {name.partition(".")[0]: text}}, override)
-    name, dot, option = name.partition(".")
-    if dot:
-        target, name = target.setdefault(name, {}), option
-    elif section != "loss" and _is_text(_type_of(_type_of(kind, section), name)):
-        target[name] = text
-        return
+    if nested:
+        target = target.setdefault(name, {})
+        if get_origin(hint) is not dict or not isinstance(target, dict):
+            raise RecipeError(f"{override}: {section}.{name} is not a table; wanted --{section}.{name}=value")
+        name = option
+    target[name] = text if _is_text(hint) else _parsed(text)
+
+
+def _parsed(text: str) -> Any:
     try:
-        target[name] = tomllib.loads(f"value = {text}")["value"]
+        return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        target[name] = text
-
-
-def _fields(section: type) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(section)
+        return text
 
 
 def _keys(section: type) -> list[str]:
-    return [f.name for f in _fields(section)] + (["preset"] if section is LossConfig else [])
-
-
-def _type_of(kind: type, name: str) -> Any:
-    return typing.get_type_hints(kind)[name]
+    return [f.name for f in dataclasses.fields(section)] + (["preset"] if section is LossConfig else [])
 
 
 def _is_text(hint: Any) -> bool:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return str in typing.get_args(hint)
-    return hint is str or typing.get_origin(hint) is Literal
+    return hint is str or (isinstance(hint, UnionType) and str in get_args(hint)) or get_origin(hint) is Literal
 
 
-def _type_name(kind: type, name: str) -> str:
-    hint = _type_of(kind, name)
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
-
-
-def _default_and_help(section: type, f: dataclasses.Field) -> tuple[str, str]:
-    schema = section.__pydantic_fields__[f.name]  # type: ignore[attr-defined]
-    default = "required" if schema.is_required() else schema.get_default(call_default_factory=True)
-    return str(default), schema.description or ""
-
-
-def _nearest(name: str, known: list[str]) -> str:
+def _nearest(name: str, known: list[str], section: str = "") -> str:
+    prefix = f"{section}." if section else ""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
+    return f"; did you mean {prefix}{match[0]}?" if match else f"; known: {', '.join(prefix + k for k in known)}"
 
 
 def _without_none(value: Any) -> Any:

@@ -1,19 +1,20 @@
-"""`flashgrpo report RUN`: the paper's two curves (score and response length over steps), rewards, and the time's shares."""
+"""`flashgrpo report RUN`: the paper's two curves (score and response length over steps), rewards, the time's shares."""
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from flashgrpo.grpo.run_folder import RunError, read_rows
 
 _PHASES = ("generate", "reward", "pack", "score", "train", "sync")
+_SHOWN_SHARE = 0.005  # of the time; a thinner band could not be seen
+_LEGEND_COLUMNS = 4
 _NOT_REWARDS = {"mean", "std", "missing"}
 
 
@@ -24,20 +25,22 @@ def write_report(run: str | Path) -> Path:
     steps = [row for row in rows if "reward/mean" in row]
     if not steps:
         raise RunError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a GRPO run?")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     _draw_scores(axes[0, 0], rows, steps)
     _draw_lengths(axes[0, 1], steps)
     _draw_rewards(axes[1, 0], steps)
     _draw_times(axes[1, 1], steps)
     for axis in axes.flat:
         axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(str(run))
+    figure.suptitle(str(run), fontsize="medium", color="0.4", parse_math=False)
     path = run / "report.png"
     temporary = path.with_name("report.tmp.png")
     figure.savefig(temporary, dpi=120)
-    plt.close(figure)
     temporary.rename(path)
     return path
 
@@ -48,19 +51,21 @@ def print_summary(run: str | Path, num_samples: int = 3) -> None:
     rows = read_rows(run / "metrics.jsonl")
     evaluations = [row for row in rows if "eval/pass@1" in row]
     steps = [row for row in rows if "reward/mean" in row]
-    table = Table(title=str(run), title_justify="left")
+    table = Table(title=Text(str(run)), title_justify="left")
     for column in ("step", "held-out pass@1", "reward", "length", "sampled tokens/s"):
         table.add_column(column, justify="right")
-    for row in evaluations or steps[:1] + steps[-1:]:
+    for row in evaluations or steps[:1] + steps[1:][-1:]:
         cells = [row.get("eval/pass@1"), row.get("reward/mean"), row.get("length/mean"), row.get("tokens_per_s")]
         formats = ("{:.1%}", "{:.3f}", "{:.1f}", "{:,.0f}")
         table.add_row(
             str(row["step"]), *["" if c is None else f.format(c) for f, c in zip(formats, cells, strict=True)]
         )
     console.print(table)
-    for sample in read_rows(run / "samples.jsonl")[-num_samples:]:
-        title = f"step {sample['step']}, reward {sample['reward']}"
-        console.print(Panel(f"[dim]{_plain(sample['prompt'])}[/dim]\n{_plain(sample['completion'])}", title=title))
+    newest = {sample["prompt"]: sample for sample in read_rows(run / "samples.jsonl")}
+    for prompt, sample in list(newest.items())[-num_samples:]:
+        reward = "missing" if sample["reward"] is None else f"{sample['reward']:.3g}"
+        text = Text.assemble((prompt.strip(), "dim"), "\n", sample["completion"].strip())
+        console.print(Panel(text, title=f"step {sample['step']}, reward {reward}"))
 
 
 def _draw_scores(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
@@ -72,9 +77,9 @@ def _draw_scores(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
         if evaluations[-1]["eval/k"] > 1:
             label = f"held-out cons@{evaluations[-1]['eval/k']:.0f}"
             axis.plot(*_series(evaluations, "eval/cons@k"), "s--", color="tab:green", label=label)
-    axis.set_title("score")
     axis.set_ylim(-0.02, 1.02)
-    axis.legend(loc="lower right")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _label(axis, "score")
 
 
 def _draw_lengths(axis: Axes, steps: list[dict]) -> None:
@@ -82,9 +87,8 @@ def _draw_lengths(axis: Axes, steps: list[dict]) -> None:
     axis.fill_between(
         *_series(steps, "length/min"), _series(steps, "length/max")[1], alpha=0.12, label="shortest to longest"
     )
-    axis.set_title("response length, tokens")
     axis.set_ylim(bottom=0)
-    axis.legend(loc="lower right")
+    _label(axis, "response length, tokens")
 
 
 def _draw_rewards(axis: Axes, steps: list[dict]) -> None:
@@ -92,22 +96,32 @@ def _draw_rewards(axis: Axes, steps: list[dict]) -> None:
     for name in names:
         axis.plot(*_series(steps, name), label=name.removeprefix("reward/"))
     axis.plot(*_series(steps, "reward/mean"), color="black", label="weighted sum")
-    axis.set_title("mean reward")
-    axis.legend(loc="lower right")
+    _label(axis, "mean reward")
 
 
 def _draw_times(axis: Axes, steps: list[dict]) -> None:
-    x = [row["step"] for row in steps]
     seconds = {phase: [row.get(f"time/{phase}_s") or 0.0 for row in steps] for phase in _PHASES}
-    shown = {phase: values for phase, values in seconds.items() if sum(values)}
-    axis.stackplot(x, *shown.values(), labels=list(shown), alpha=0.85)
-    axis.set_title("seconds a step")
-    axis.legend(loc="upper right")
+    total = sum(map(sum, seconds.values()))
+    shares = {phase: sum(values) / total for phase, values in seconds.items() if sum(values) > _SHOWN_SHARE * total}
+    if shares:
+        axis.stackplot(
+            [row["step"] for row in steps],
+            *[seconds[phase] for phase in shares],
+            labels=[f"{phase} {share:.0%}" for phase, share in shares.items()],
+            alpha=0.85,
+        )
+    _label(axis, "seconds a step")
+
+
+def _label(axis: Axes, title: str) -> None:
+    """Title, and the legend between it and the axes, where it hides no curve."""
+    handles, labels = axis.get_legend_handles_labels()
+    num_lines = -(-len(labels) // _LEGEND_COLUMNS)
+    axis.set_title(title, loc="left", pad=8 + 16 * num_lines, fontweight="bold")
+    if handles:
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.99), "frameon": False}
+        axis.legend(handles, labels, **place, ncols=_LEGEND_COLUMNS, fontsize="small", columnspacing=1.2)
 
 
 def _series(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in rows], [float("nan") if row.get(key) is None else row[key] for row in rows]
-
-
-def _plain(text: str) -> str:
-    return text.strip().replace("[", "\\[")

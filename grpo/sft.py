@@ -45,7 +45,7 @@ class SftTrainer:
         self.device = resolve_device(recipe.run.device)
         self.step = folder.state.get("step", 0)
         self.policy = open_policy(recipe.model, self.device, folder.checkpoint and folder.checkpoint / "model")
-        self.examples = load_examples(recipe.data, self.policy)
+        self.examples = load_examples(recipe.data, self.policy, recipe.train.token_budget)
         self.steps_per_epoch = -(-len(self.examples) // recipe.train.batch_size)
         self.total_steps = recipe.train.epochs * self.steps_per_epoch
         self.learner = Learner(self.policy.model, recipe.train, self.total_steps)
@@ -67,7 +67,7 @@ class SftTrainer:
         return final
 
     def run_step(self, step: int) -> dict[str, float]:
-        """One optimizer update on batch_size examples."""
+        """One optimizer update on batch_size examples; Ctrl-C waits until it is logged."""
         clock = Clock()
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         order = np.random.default_rng([self.recipe.run.seed, epoch]).permutation(len(self.examples))
@@ -82,11 +82,11 @@ class SftTrainer:
             loss = -torch.stack([s["logprobs"].sum() for s in stats]).sum() / num_targets
             taken = self.learner.take_skipped()
             values = torch.stack([loss.float(), norm.float(), *taken.values()]).tolist()
-        metrics = dict(zip(["loss", "grad_norm", *taken], values, strict=True))
-        tokens = sum(batch.total_tokens for batch in batches)
-        metrics |= {"lr": lr, "epoch": step / self.steps_per_epoch, "tokens_per_s/trained": tokens / clock.total_s}
-        metrics["memory/peak_mb"] = peak_memory_mb(self.device)
-        self.folder.log(step, metrics)
+            metrics = dict(zip(["loss", "grad_norm", *taken], values, strict=True))
+            tokens = sum(batch.total_tokens for batch in batches)
+            metrics |= {"lr": lr, "epoch": step / self.steps_per_epoch, "tokens_per_s/trained": tokens / clock.total_s}
+            metrics["memory/peak_mb"] = peak_memory_mb(self.device)
+            self.folder.log(step, metrics)
         if metrics["update/skipped_in_a_row"] >= _MOST_SKIPPED:
             raise RunError(
                 f"{_MOST_SKIPPED} updates in a row had a gradient that is not finite, up to step {step}; lower train.lr"
@@ -111,10 +111,10 @@ class SftTrainer:
         )
 
 
-def load_examples(data: SftDataSection, policy: Policy) -> list[Group]:
+def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> list[Group]:
     """Prompt and completion of every row as a group of one; the end-of-sequence token closes the completion.
 
-    Raises DataError for a missing column, an empty text, or an example over data.max_tokens.
+    Raises DataError for a missing column, an empty text, or an example over data.max_tokens or `token_budget`.
     """
     source = DataSection(
         path=data.path,
@@ -126,17 +126,25 @@ def load_examples(data: SftDataSection, policy: Policy) -> list[Group]:
     )
     problems, _ = load_problems(source, seed=0)
     end = policy.tokenizer.eos_token_id
+    end = policy.stop_token_ids[0] if end is None else end
     examples = []
     for number, problem in enumerate(problems, start=1):
+        where, text = f"{data.path}: row {number}", problem.columns["answer"]
+        if not isinstance(text, str):
+            raise DataError(f"{where}: column {data.completion_column!r} holds {type(text).__name__}, wanted text")
         prompt_ids = render_prompt(problem.prompt, data.template, policy.tokenizer)
-        completion_ids = policy.tokenizer(problem.columns["answer"], add_special_tokens=False)["input_ids"]
+        completion_ids = list(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not completion_ids:
-            raise DataError(f"{data.path}: row {number}: {data.completion_column} is empty")
+            raise DataError(f"{where}: column {data.completion_column!r} is empty")
         if completion_ids[-1] != end:
             completion_ids = [*completion_ids, end]
         length = len(prompt_ids) + len(completion_ids)
         if length > data.max_tokens:
-            raise DataError(f"{data.path}: row {number} has {length} tokens, data.max_tokens = {data.max_tokens}")
+            raise DataError(f"{where} has {length} tokens, data.max_tokens = {data.max_tokens}")
+        if length > token_budget:
+            raise DataError(
+                f"{where} has {length} tokens, train.token_budget = {token_budget}; raise it, or cut the row"
+            )
         completion = Completion(np.array(completion_ids, dtype=np.int64), sequence_id=number - 1)
         examples.append(Group(prompt_ids, [completion]))
     return examples

@@ -7,7 +7,7 @@ gradient before the next chunk's log-probs exist.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -32,22 +32,27 @@ _MAX_LOG_RATIO = 20.0
 class LossConfig:
     """What is minimised. `LossConfig.preset("dapo", kl_coef=0.01)` starts from a published recipe.
 
-    Raises ValueError for a value that is not among a field's choices, or out of its range.
+    The text beside each field is its help. Raises ValueError for a value that is not among a field's choices, is not
+    a number, or is out of its range.
     """
 
-    ratio_level: RatioLevel = "token"  # sequence: geometric mean over the completion
-    objective: Objective = "clip"
-    clip_low: float = 0.2  # not used by cispo
-    clip_high: float = 0.2
-    clip_max: float | None = None  # bound on the ratio where the advantage is negative
-    kl_coef: float = 0.0
-    kl_estimator: KLEstimator = "k3"
-    entropy_coef: float = 0.0  # bonus; from logits or hidden states only
-    aggregate: Aggregate = "sequence_mean"
-    advantage_scale: AdvantageScale = "std"
-    behavior_cap: float | None = None  # None: no correction for the sampler's probabilities
-    behavior_floor: float = 0.0  # of mode "mask"
-    behavior_mode: BehaviorMode = "truncate"
+    ratio_level: Annotated[RatioLevel, "Of each token, or the geometric mean over the completion (GSPO)."] = "token"
+    objective: Annotated[Objective, "PPO's clipped ratio, or CISPO's: the bounded ratio weighs the log-prob."] = "clip"
+    clip_low: Annotated[float, "The ratio counts down to 1 - clip_low; cispo has no lower bound."] = 0.2
+    clip_high: Annotated[float, "The ratio counts up to 1 + clip_high."] = 0.2
+    clip_max: Annotated[float | None, "Bound on the ratio where the advantage is negative, above 1 + clip_high."] = None
+    kl_coef: Annotated[float, "Weight of the KL penalty; 0: no reference model."] = 0.0
+    kl_estimator: Annotated[KLEstimator, "With d = ref - logprob: -d, d^2 / 2, or exp(d) - d - 1."] = "k3"
+    entropy_coef: Annotated[float, "Weight of the entropy bonus; from logits or hidden states only."] = 0.0
+    aggregate: Annotated[Aggregate, "Mean of completions' means, mean of tokens, or sum over a constant."] = (
+        "sequence_mean"
+    )
+    advantage_scale: Annotated[AdvantageScale, "Divide by the group's standard deviation, or not (Dr. GRPO)."] = "std"
+    behavior_cap: Annotated[float | None, "Largest weight p_old / p_behavior; none: no correction for the sampler."] = (
+        None
+    )
+    behavior_floor: Annotated[float, "Smallest such weight; mask only."] = 0.0
+    behavior_mode: Annotated[BehaviorMode, "Beyond the cap the weight is cut to it (TIS), or 0 (IcePop)."] = "truncate"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -55,8 +60,12 @@ class LossConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; wanted one of {', '.join(choices)}")
         for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "behavior_floor"):
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; wanted a finite number, 0 or above")
+            if not (_is_number(value) and value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value!r}; wanted a finite number, 0 or above")
+        for name in ("clip_max", "behavior_cap"):
+            value = getattr(self, name)
+            if not (value is None or _is_number(value)):
+                raise ValueError(f"{name} is {value!r}; wanted a number or None")
         if self.clip_max is not None:
             if self.objective == "cispo":
                 raise ValueError(f"clip_max is {self.clip_max}, which objective 'cispo' does not have; leave it None")
@@ -64,6 +73,11 @@ class LossConfig:
                 raise ValueError(f"clip_max is {self.clip_max}; wanted above 1 + clip_high = {1 + self.clip_high}")
         if self.behavior_cap is not None and not self.behavior_cap > self.behavior_floor:
             raise ValueError(f"behavior_cap is {self.behavior_cap}; wanted above behavior_floor={self.behavior_floor}")
+
+    @classmethod
+    def presets(cls) -> list[str]:
+        """Names that `preset` takes."""
+        return list(_PRESETS)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "LossConfig":
@@ -93,6 +107,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     "cispo": {"aggregate": "token_mean", "objective": "cispo", "clip_high": 4.0},
 }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class LossInputs(NamedTuple):

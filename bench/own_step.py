@@ -1,0 +1,152 @@
+"""Our side of bench/cpu_step.py: GRPO steps of `flashgrpo train`, every completion forced to its full length.
+
+    python -m flashgrpo.bench.own_step --model DIR --prompts FILE --num-prompts 8 --group-size 8 --max-new-tokens 64
+
+Prints one JSON object: `step_s` (wall seconds of each step after the warm-up, logging included) and `peak_mb`.
+`--what generate` times the generator alone, `--what prefix` a training step (forward, loss, backward, update) with the
+prompt shared by its completions and with the prompt repeated for each.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flashgrpo.bench.peer_trl import WARMUP_STEPS, peak_mb, read_prompts
+from flashgrpo.grpo.data import load_problems
+from flashgrpo.grpo.evaluate import open_reward_pool
+from flashgrpo.grpo.learner import Learner
+from flashgrpo.grpo.native_generator import NativeGenerator
+from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.grpo.policy import open_policy
+from flashgrpo.grpo.progress import step_bar
+from flashgrpo.grpo.recipe import ModelSection, Recipe, TrainSection, build_recipe, recipe_to_toml
+from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
+from flashgrpo.grpo.run_folder import RunFolder
+from flashgrpo.grpo.train import Trainer
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss
+from flashgrpo.model.batch import PackedBatch, gather_predictors
+
+
+def time_steps(options: argparse.Namespace) -> dict:
+    """Wall seconds of each training step after the warm-up."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {
+            "model": {"path": options.model},
+            "data": {"path": options.prompts, "answer_column": "prompt", "template": "none", "held_out": 0},
+            "rewards": {"functions": ["flashgrpo.bench.peer_trl:even_words"]},
+            "rollout": {
+                "prompts_per_step": options.num_prompts,
+                "group_size": options.group_size,
+                "max_new_tokens": options.max_new_tokens,
+            },
+            "loss": {"preset": "grpo", "kl_coef": 0.0},
+            "train": {"steps": options.steps, "token_budget": 1200},
+            "run": {"output": str(Path(folder) / "run"), "device": "cpu"},
+        }
+        recipe = build_recipe(Recipe, values)
+        problems, held_out = load_problems(recipe.data, recipe.run.seed)
+        seconds = []
+        with (
+            open_reward_pool(recipe, problems[0]) as pool,
+            RunFolder(recipe.run.output, recipe_to_toml(recipe), resume=False) as run,
+            step_bar("step", 0, options.steps) as bar,
+        ):
+            trainer = Trainer(recipe, run, pool, problems, held_out)
+            trainer.generator.stop_token_ids = []
+            for step in range(1, options.steps + 1):
+                start = time.perf_counter()
+                metrics = trainer.run_step(step, bar)
+                seconds.append(time.perf_counter() - start)
+                if metrics["length/min"] < options.max_new_tokens:
+                    raise RuntimeError(
+                        f"a completion ended after {metrics['length/min']:.0f} tokens, wanted full length"
+                    )
+    timed = seconds[WARMUP_STEPS:]
+    return {"peer": "flashgrpo", "step_s": timed, "median_step_s": statistics.median(timed), "peak_mb": peak_mb()}
+
+
+def time_generate(options: argparse.Namespace) -> dict:
+    """Sampled tokens a second of the generator alone, one completion a prompt."""
+    policy = open_policy(ModelSection(options.model), torch.device("cpu"))
+    generator = NativeGenerator(policy.model, [])
+    prompts = [policy.tokenizer(text)["input_ids"] for text in read_prompts(Path(options.prompts), options.num_prompts)]
+    requests = [Request(i, prompt, sample_seeds(0, 0, i, 1)) for i, prompt in enumerate(prompts)]
+    seconds = []
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        groups = list(generator.generate(requests, Sampling(options.max_new_tokens)))
+        seconds.append(time.perf_counter() - start)
+    tokens = sum(len(rollout.completion_ids) for group in groups for rollout in group)
+    median = statistics.median(seconds[WARMUP_STEPS:])
+    return {"peer": "flashgrpo", "generate_s": seconds, "tokens_per_s": tokens / median, "peak_mb": peak_mb()}
+
+
+def time_prefix(options: argparse.Namespace) -> dict:
+    """Wall seconds of a training step on the same completions, prompt shared and prompt repeated, in turns."""
+    policy = open_policy(ModelSection(options.model), torch.device("cpu"))
+    vocab_size = policy.model.config.vocab_size
+    rng = np.random.default_rng(0)
+    texts = read_prompts(Path(options.prompts), options.num_prompts)
+    shared, repeated = [], []
+    for number, text in enumerate(texts):
+        prompt_ids = policy.tokenizer(text)["input_ids"]
+        first = number * options.group_size
+        completions = [
+            Completion(rng.integers(0, vocab_size, size=options.max_new_tokens), first + i)
+            for i in range(options.group_size)
+        ]
+        shared.append(Group(prompt_ids, completions))
+        repeated += [Group(prompt_ids, [completion]) for completion in completions]
+    packs = {"shared": build_batch(shared), "repeated": build_batch(repeated)}
+    learner = Learner(policy.model, TrainSection(lr=1e-9), total_steps=1)
+    advantages = torch.from_numpy(rng.standard_normal(options.num_prompts * options.group_size)).float()
+    config = LossConfig.preset("grpo", kl_coef=0.0)
+
+    def loss_of(batch: PackedBatch):
+        hidden = gather_predictors(policy.model(batch), batch)
+        return linear_grpo_loss(
+            hidden,
+            policy.model.lm_head_weight,
+            batch.targets,
+            batch.target_cu_seqlens,
+            config,
+            denominator=float(len(advantages)),
+            advantages=advantages[batch.sequence_ids],
+        )
+
+    seconds: dict[str, list[float]] = {name: [] for name in packs}
+    for _ in range(options.steps):
+        for name, batch in packs.items():
+            start = time.perf_counter()
+            learner.update([batch], loss_of)
+            seconds[name].append(time.perf_counter() - start)
+    timed = {f"{name}_s": values[WARMUP_STEPS:] for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in timed.items()}
+    tokens = {f"{name}_tokens": batch.total_tokens for name, batch in packs.items()}
+    return timed | tokens | {"ratio": medians["repeated_s"] / medians["shared_s"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--what", choices=WHAT, default="step")
+    print(json.dumps(WHAT[(options := parser.parse_args()).what](options)))
+
+
+WHAT = {"step": time_steps, "generate": time_generate, "prefix": time_prefix}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""The command as a person types it: what it prints where, and how it ends."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from flashgrpo.grpo.cli import main
+from flashgrpo.grpo.recipe import Recipe, SftRecipe
+from flashgrpo.grpo.recipe_help import recipe_keys
+
+
+@pytest.fixture
+def write_recipe(recipe_values, custom_rewards, tmp_path):
+    def write(**sections: dict) -> str:
+        for name, values in sections.items():
+            recipe_values[name] = {**recipe_values.get(name, {}), **values}
+        path = tmp_path / "recipe.toml"
+        path.write_text(tomli_w.dumps(recipe_values))
+        return str(path)
+
+    return write
+
+
+def error_line(capsys) -> str:
+    """The error, which must be all that the command said."""
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("flashgrpo: ")
+    return lines[0]
+
+
+def test_help_is_quick():
+    """It needs none of the libraries that take seconds to import."""
+    program = (
+        "import sys\nfrom flashgrpo.grpo.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'matplotlib', 'pydantic'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "sft", "eval", "sample", "report"):
+        assert f"\n    {command} " in done.stdout
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize(("command", "kind"), [("train", Recipe), ("sft", SftRecipe)])
+def test_recipe_help_lists_every_key(command, kind, width, capsys, monkeypatch):
+    """Whole, and with its meaning and default, at any usual width."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
+    words = " ".join(line[34:].strip() for line in printed.splitlines())
+    for key in recipe_keys(kind):
+        assert f"\n  {key.name} " in printed
+    for text in ("Peak learning rate (AdamW). (float, default 1e-06)", "(str, required)"):
+        assert text in " ".join(words.split())
+    for section in {key.name.partition(".")[0] for key in recipe_keys(kind)}:
+        assert f"\n[{section}]" in printed
+    assert "--resume" in printed
+
+
+def test_training_from_the_command_line(write_recipe, tmp_path, capsys):
+    """train, report, eval and sample of one run; results go to standard output, progress does not."""
+    recipe = write_recipe(train={"steps": 2}, eval={"every": 2, "samples": 2, "problems": 4})
+    assert main(["train", recipe, "--train.lr=1e-4", "--run.seed=5"]) == 0
+    printed = capsys.readouterr()
+    assert f"model: {tmp_path / 'run/model'}" in printed.out
+    assert f"picture: {tmp_path / 'run/report.png'}" in printed.out
+    assert "held-out pass@1" in printed.out
+    assert "train 2: reward" in printed.err
+    assert (tmp_path / "run/recipe.toml").read_text().count("lr = 0.0001") == 1
+
+    (tmp_path / "run/report.png").unlink()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "held-out pass@1" in capsys.readouterr().out
+    assert (tmp_path / "run/report.png").exists()
+
+    assert main(["eval", recipe, "--json", "--eval.samples=3"]) == 0
+    printed = capsys.readouterr()
+    scores = json.loads(printed.out)
+    assert printed.out.count("\n") == 1
+    assert {"pass@1", "pass@k", "cons@k"} <= scores.keys()
+    assert (scores["k"], scores["num_problems"]) == (3, 4)
+    assert f"evaluating {tmp_path / 'run/model'}" in "".join(printed.err.splitlines())
+
+    assert main(["eval", recipe]) == 0
+    assert "cons@k" in capsys.readouterr().out
+
+
+def test_eval_names_its_model(write_recipe, model_path, capsys):
+    recipe = write_recipe(model={"path": "nowhere"}, eval={"problems": 2})
+    assert main(["eval", recipe, "--json", "--model", str(model_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["num_problems"] == 2
+    assert main(["eval", recipe, "--json", "--model", "elsewhere"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines()[-1].startswith("flashgrpo: elsewhere: no such folder")
+
+
+def test_sampling_prints_the_completions(model_path, capsys):
+    flags = ["--template", "none", "--max-new-tokens", "4", "--temperature", "1", "--seed", "3"]
+    assert main(["sample", str(model_path), "1+1=", "-n", "3", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip()
+    assert main(["sample", str(model_path), "1+1=", "-n", "3", *flags]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-n", "0"], "argument -n: found 0, wanted 1 or more"),
+        (["-n", "two"], "argument -n: invalid"),
+        (["--max-new-tokens", "0"], "argument --max-new-tokens: found 0, wanted 1 or more"),
+        (["--temperature", "-1"], "argument --temperature: found -1, wanted a number, 0 or more"),
+        (["--temperature", "nan"], "argument --temperature: found nan"),
+        (["--top-p", "0"], "argument --top-p: found 0, wanted a number above 0, at most 1"),
+        (["--top-p", "1.5"], "argument --top-p: found 1.5"),
+        (["--template", "r2"], "argument --template: invalid choice: 'r2'"),
+        (["--sampler", "x"], "unrecognized arguments: --sampler x"),
+    ],
+)
+def test_bad_sampling_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["sample", "model", "prompt", *flags])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trian", "recipe.toml"], [], ["train"], ["report"], ["report", "run", "--x.y=1"]]
+)
+def test_a_wrong_command_line_exits_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: flashgrpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "eval"])
+def test_a_faulty_recipe_is_one_line_and_exit_2(command, write_recipe, tmp_path, capsys):
+    assert main([command, write_recipe(train={"lrr": 1.0})]) == 2
+    assert "recipe.toml: " in error_line(capsys)
+    assert main([command, str(tmp_path / "none.toml")]) == 2
+    assert "none.toml: cannot be read: No such file or directory" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train.lrr=1"], "--train.lrr=1: train.lrr: unknown key; did you mean train.lr?"),
+        (["--resum"], "--resum: wanted --section.key=value"),
+        (["--train.lr", "1"], "--train.lr: wanted --section.key=value"),
+        (["another.toml"], "another.toml: wanted --section.key=value"),
+        (["--rollout.group_size=1"], "rollout.group_size: Input should be greater than or equal to 2, found 1"),
+        (["--rewards.functions=['acuracy']"], "accuracy"),
+        (["--run.device=cuda:1"], "run.device: Input should be 'auto', 'cpu' or 'cuda', found 'cuda:1'"),
+    ],
+)
+def test_faulty_options_are_one_line_and_exit_2(options, message, write_recipe, capsys):
+    assert main(["train", write_recipe(), *options]) == 2
+    assert message in error_line(capsys)
+
+
+GOOD_ROW = '{"prompt": "1+1=", "answer": "2"}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "message"),
+    [
+        (GOOD_ROW + '{"prompt": "1', {}, "rows.jsonl:2: unreadable line"),
+        (GOOD_ROW + "\n[1]\n", {}, "rows.jsonl:3: unreadable line: wanted a JSON object, found list"),
+        (GOOD_ROW, {"prompt_column": "question"}, "rows.jsonl:1: no column 'question'"),
+        (GOOD_ROW + '{"prompt": "2+2="}\n', {}, "rows.jsonl:2: no column 'answer'"),
+        (GOOD_ROW + '{"prompt": " ", "answer": "2"}\n', {}, "rows.jsonl:2: the prompt in column 'prompt' is empty"),
+        ("", {}, "no problems in"),
+        (GOOD_ROW, {"max_prompt_tokens": 3}, "a prompt has 4 tokens, data.max_prompt_tokens = 3"),
+        (GOOD_ROW, {"held_out": 1}, "held_out is 1, and there are 1 different prompts"),
+        (GOOD_ROW, {"template": "chat"}, "the tokenizer has no chat template"),
+        (GOOD_ROW, {"path": "./missing.jsonl"}, "missing.jsonl: no such file or folder"),
+    ],
+)
+def test_bad_data_is_one_line_and_exit_2(rows, data, message, write_recipe, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows)
+    assert main(["train", write_recipe(data={"path": str(path), "held_out": 0, **data})]) == 2
+    assert message in error_line(capsys)
+
+
+def edit_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BROKEN_MODELS = {
+    "no folder": (shutil.rmtree, "no such folder"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
+    "cut weights": (lambda f: cut(f / "model.safetensors"), "model.safetensors: broken or incomplete"),
+    "cut config": (lambda f: cut(f / "config.json"), "config.json: not valid JSON"),
+    "cut tokenizer": (lambda f: cut(f / "tokenizer.json"), "no usable tokenizer"),
+    "cut generation config": (
+        lambda f: (f / "generation_config.json").write_text('{"eos'),
+        "generation_config.json: not a JSON object",
+    ),
+    "other shape": (
+        lambda f: edit_json(f / "config.json", intermediate_size=128),
+        "down_proj.weight has shape [32, 64]; config.json wants [32, 128]",
+    ),
+    "other family": (lambda f: edit_json(f / "config.json", model_type="mamba"), "mamba"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_MODELS)
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_bad_checkpoint_is_one_line_and_exit_2(command, case, write_recipe, model_path, tmp_path, capsys):
+    damage, message = BROKEN_MODELS[case]
+    folder = tmp_path / "model"
+    shutil.copytree(model_path, folder)
+    damage(folder)
+    if command == "train":
+        arguments = ["train", write_recipe(model={"path": str(folder)})]
+    else:
+        arguments = ["sample", str(folder), "1+1="]
+    assert main(arguments) == 2
+    line = error_line(capsys)
+    assert message in line
+    assert str(folder) in line
+
+
+def test_bad_sft_data_is_one_line_and_exit_2(model_path, tmp_path, capsys):
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n{"prompt": "2+2="}\n')
+    recipe = {
+        "model": {"path": str(model_path)},
+        "data": {"path": str(tmp_path / "sft.jsonl")},
+        "run": {"output": str(tmp_path / "run")},
+    }
+    (tmp_path / "sft.toml").write_text(tomli_w.dumps(recipe))
+    assert main(["sft", str(tmp_path / "sft.toml")]) == 2
+    assert "sft.jsonl:2: no column 'completion'" in error_line(capsys)
+
+
+def test_sft_from_the_command_line(model_path, tmp_path, capsys):
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 3)
+    recipe = {
+        "model": {"path": str(model_path)},
+        "data": {"path": str(tmp_path / "sft.jsonl"), "template": "none"},
+        "run": {"output": str(tmp_path / "run")},
+    }
+    (tmp_path / "sft.toml").write_text(tomli_w.dumps(recipe))
+    assert main(["sft", str(tmp_path / "sft.toml"), "--train.epochs=1"]) == 0
+    assert capsys.readouterr().out == f"model: {tmp_path / 'run/model'}\n"
+
+
+def test_an_empty_prompt_to_sample_exits_2(model_path, capsys):
+    assert main(["sample", str(model_path), "", "--template", "none"]) == 2
+    assert "has no tokens" in error_line(capsys)
+
+
+def test_a_run_that_is_not_there_has_no_report(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "none")]) == 1
+    assert "no training step found" in error_line(capsys)
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1)])
+def test_other_ends(error, code, write_recipe, monkeypatch, capsys):
+    """Ctrl-C, and a disk that is full."""
+
+    def end(recipe, resume):
+        raise error
+
+    monkeypatch.setattr("flashgrpo.grpo.train.train", end)
+    assert main(["train", write_recipe()]) == code
+    if code == 1:
+        assert "No space left on device" in error_line(capsys)
+
+
+def test_errors_of_many_lines_become_one(write_recipe, monkeypatch, capsys):
+    from flashgrpo.model.checkpoint import CheckpointError
+
+    def end(recipe, resume):
+        raise CheckpointError("x: no usable tokenizer:\n\n  try this\n  or that")
+
+    monkeypatch.setattr("flashgrpo.grpo.train.train", end)
+    assert main(["train", write_recipe()]) == 2
+    assert error_line(capsys) == "flashgrpo: x: no usable tokenizer: try this or that"
+
+
+def test_faults_of_the_program_are_not_hidden(write_recipe, monkeypatch):
+    """A bug must show its traceback."""
+
+    def end(recipe, resume):
+        raise KeyError("bug")
+
+    monkeypatch.setattr("flashgrpo.grpo.train.train", end)
+    with pytest.raises(KeyError, match="bug"):
+        main(["train", write_recipe()])
