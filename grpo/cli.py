@@ -34,13 +34,13 @@ def _report(error: Exception) -> int:
     from flashgrpo.grpo.data import DataError
     from flashgrpo.grpo.packing import PackingError
     from flashgrpo.grpo.recipe import RecipeError
-    from flashgrpo.grpo.reward_pool import RewardError
-    from flashgrpo.grpo.run_folder import RunError
+    from flashgrpo.grpo.rewards import RewardError, RewardFailure
+    from flashgrpo.grpo.run_folder import RunError, RunInputError
     from flashgrpo.model.checkpoint import CheckpointError
 
-    codes = {RecipeError: 2, DataError: 2, CheckpointError: 2, RewardError: 2, PackingError: 1, RunError: 1, OSError: 1}
-    for kind, code in codes.items():
-        if isinstance(error, kind):
+    early, late = (RecipeError, DataError, CheckpointError, RewardError, RunInputError), (PackingError, RunError)
+    for kinds, code in ((early, 2), ((*late, RewardFailure, OSError), 1)):
+        if isinstance(error, kinds):
             print("flashgrpo:", " ".join(str(error).split()), file=sys.stderr)  # a library's error may have many lines
             return code
     raise error

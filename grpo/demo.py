@@ -36,7 +36,7 @@ from flashgrpo.model.config import ModelConfig
 
 _END = "<|endoftext|>"
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_COLD_START_EXAMPLES = 3_000
+_COLD_START_EXAMPLES = 4_000
 _CAREFUL = 0.45
 _VOCAB_SIZE = 512
 
@@ -107,6 +107,7 @@ def make_model(folder: Path, texts: list[str], seed: int) -> Path:
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=0.06,
         eos_token_id=wrapped.eos_token_id,
         bos_token_id=None,
         pad_token_id=None,
@@ -149,7 +150,7 @@ def cold_start_recipe(base: Path, examples: Path, recipe: Recipe, output: Path) 
         data=SftDataSection(path=str(examples), template=recipe.data.template),
         run=RunSection(output=str(output), seed=recipe.run.seed, device=recipe.run.device),
         train=SftTrainSection(
-            lr=2e-3, schedule="cosine", warmup_steps=10, betas=(0.9, 0.95), epochs=12, batch_size=64, checkpoint_every=0
+            lr=1e-3, schedule="cosine", warmup_steps=10, betas=(0.9, 0.95), epochs=4, batch_size=16, checkpoint_every=0
         ),
     )
 

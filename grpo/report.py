@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from flashgrpo.grpo.run_folder import RunError, read_rows
+from flashgrpo.grpo.run_folder import RunInputError, read_rows
 
 _PHASES = ("generate", "reward", "pack", "score", "train", "sync")
 _SHOWN_SHARE = 0.005  # of the time; a thinner band could not be seen
@@ -19,12 +19,12 @@ _NOT_REWARDS = {"mean", "std", "missing"}
 
 
 def write_report(run: str | Path) -> Path:
-    """Draw RUN/report.png from RUN/metrics.jsonl; returns its path. Raises RunError where there is nothing to draw."""
+    """Draw RUN/report.png from RUN/metrics.jsonl; returns its path. Raises RunInputError where there is nothing to draw."""
     run = Path(run)
     rows = read_rows(run / "metrics.jsonl")
     steps = [row for row in rows if "reward/mean" in row]
     if not steps:
-        raise RunError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a GRPO run?")
+        raise RunInputError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a GRPO run?")
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     _draw_scores(axes[0, 0], rows, steps)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashgrpo.grpo.data import Problem
-from flashgrpo.grpo.rewards import BUILTINS, RewardError, RewardFunction, resolve_reward
+from flashgrpo.grpo.rewards import BUILTINS, RewardError, RewardFailure, RewardFunction, resolve_reward
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class RewardPool:
         """Waits for the groups submitted since the last call, which make up a step; rows are in their order.
 
         Raises:
-            RewardError: a malformed result, or the third step in a row in which a function gave no number at all.
+            RewardFailure: a malformed result, or the third step in a row in which a function gave no number at all.
             ValueError: groups of different sizes.
         """
         pending, self._pending = self._pending, []
@@ -149,7 +149,7 @@ class RewardPool:
             is_blank = scores[name].size > 0 and bool(np.isnan(scores[name]).all())
             self._steps_without_number[name] = self._steps_without_number[name] + 1 if is_blank else 0
             if self._steps_without_number[name] == _STEPS_WITHOUT_NUMBER:
-                raise RewardError(
+                raise RewardFailure(
                     f"reward {name!r} gave no number in {_STEPS_WITHOUT_NUMBER} steps in a row: {failure}"
                 )
         weighted = [weight * scores[name] for name, weight in zip(self.functions, self.weights, strict=True) if weight]
@@ -162,7 +162,7 @@ class RewardPool:
             [num_groups, group_size] float64, NaN where missing.
 
         Raises:
-            RewardError: a malformed result.
+            RewardFailure: a malformed result.
             ValueError: groups of different sizes.
         """
         sizes = [len(group.completions) for group in groups]
@@ -214,7 +214,7 @@ class RewardPool:
         for row, future in enumerate(futures):
             result = future.result()
             if isinstance(result, _Malformed):
-                raise RewardError(f"reward {name!r} {result.reason}")
+                raise RewardFailure(f"reward {name!r} {result.reason}")
             scores[row] = result.values
             failure = failure or result.failure
         if failure:
@@ -276,7 +276,7 @@ class _Worker:
         if not self._started:
             self._process.kill()
             code = self._process.wait()
-            raise RewardError(f"a reward worker did not start within {_START_LIMIT_S:g} s (exit code {code})")
+            raise RewardFailure(f"a reward worker did not start within {_START_LIMIT_S:g} s (exit code {code})")
 
     def _restart(self) -> None:
         with self._lock:

@@ -48,7 +48,11 @@ _PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019][^\W\d_]+)*")
 
 
 class RewardError(ValueError):
-    """A reward function that cannot be found, or that breaks its contract."""
+    """Reward functions or weights that cannot be used, found before the first step."""
+
+
+class RewardFailure(RuntimeError):
+    """A reward function that broke its contract, or gave no number for too long."""
 
 
 def is_correct(scores: Any) -> Any:

@@ -28,25 +28,37 @@ class RunError(RuntimeError):
     """A run that cannot start, continue or be saved; the message says what to do."""
 
 
+class RunInputError(RunError):
+    """Found before the first step: an output that is taken, a folder that is no run, a broken checkpoint."""
+
+
 class RunFolder:
-    """Opens `output` for a new run, or for continuing one: `self.checkpoint` is then the newest, or None."""
+    """The folder `output` of a new run, or of one to continue: `checkpoint` is its newest, or None, `state` its state.
+
+    Nothing is written before `start`, so that a faulty recipe leaves nothing behind.
+    """
 
     def __init__(self, output: str | Path, recipe_toml: str, resume: bool):
-        self.path = Path(output)
-        if self.path.exists() and not resume and any(self.path.iterdir()):
-            raise RunError(f"{self.path} exists: continue it with --resume, or choose another run.output")
+        self.path, self._recipe_toml = Path(output), recipe_toml
+        if not resume and self.path.exists() and any(self.path.iterdir()):
+            raise RunInputError(f"{self.path} exists: continue it with --resume, or choose another run.output")
+        self.checkpoint = newest_checkpoint(self.path)
+        self.state = _read_state(self.checkpoint) if self.checkpoint else {}
+        self._stack = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Write recipe.toml, cut the logs back to the checkpoint and open them."""
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob("checkpoints/*.tmp"):
             shutil.rmtree(leftover)
-        self.checkpoint = newest_checkpoint(self.path)
-        self.state = _read_state(self.checkpoint) if self.checkpoint else {}
-        write_text(self.path / "recipe.toml", recipe_toml)
+        write_text(self.path / "recipe.toml", self._recipe_toml)
         last_step = self.state.get("step", -1)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _cut_rows(self.path / name, last_step)
-        self._metrics = (self.path / "metrics.jsonl").open("a")
-        self._samples = (self.path / "samples.jsonl").open("a")
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=last_step + 1 if resume else None)
+        self._metrics = self._stack.enter_context((self.path / "metrics.jsonl").open("a"))
+        self._samples = self._stack.enter_context((self.path / "samples.jsonl").open("a"))
+        writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=last_step + 1)
+        self._tensorboard = self._stack.enter_context(writer)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append a row; NaN and infinity are written as null."""
@@ -100,10 +112,8 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._metrics.close()
-        self._samples.close()
-        self._tensorboard.close()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 def newest_checkpoint(run: str | Path) -> Path | None:

@@ -34,7 +34,8 @@ def sft(recipe: SftRecipe, resume: bool = False) -> Path:
         try:
             return trainer.run()
         except KeyboardInterrupt:
-            trainer.save()
+            if trainer.step > folder.state.get("step", 0):
+                trainer.save()
             console.print(f"[yellow]stopped after step {trainer.step}; continue with --resume[/yellow]")
             raise
 
@@ -55,6 +56,7 @@ class SftTrainer:
 
     def run(self) -> Path:
         """Every step that is left, then the final model; returns its folder."""
+        self.folder.start()
         with step_bar("sft", self.step, self.total_steps) as bar:
             for step in range(self.step + 1, self.total_steps + 1):
                 metrics = self.run_step(step)

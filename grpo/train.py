@@ -23,7 +23,7 @@ from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.packing import Completion, Group, is_dead, live_groups, loss_denominator, pack_groups
 from flashgrpo.grpo.policy import Prompt, open_policy, render_prompts, resolve_device, resolve_dtype
 from flashgrpo.grpo.progress import Clock, StepBar, console, deferred_interrupt, step_bar
-from flashgrpo.grpo.recipe import Recipe, recipe_to_toml
+from flashgrpo.grpo.recipe import Recipe, RecipeError, recipe_to_toml
 from flashgrpo.grpo.reward_pool import RewardPool, RewardTable
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import RunError, RunFolder, newest_checkpoint
@@ -60,7 +60,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         try:
             return trainer.run()
         except KeyboardInterrupt:
-            trainer.save()
+            if trainer.step > folder.state.get("step", 0):
+                trainer.save()
             console.print(f"[yellow]stopped after step {trainer.step}; continue with --resume[/yellow]")
             raise
 
@@ -79,6 +80,7 @@ class Trainer:
         self.reference = self._open_reference()
         render = partial(render_prompts, policy=self.policy, data=recipe.data)
         self.prompts, self.held_out = render(problems), render(held_out[: recipe.eval.problems])
+        _check_token_budget(recipe, max(len(prompt.token_ids) for prompt in self.prompts))
         self._order_epoch, self._order = -1, np.zeros(0, dtype=np.int64)
         self.generator = NativeGenerator(self.policy.model, self.policy.stop_token_ids)
         rollout = recipe.rollout
@@ -89,6 +91,7 @@ class Trainer:
     def run(self) -> Path:
         """Every step that is left, then the final model; returns its folder."""
         recipe = self.recipe
+        self.folder.start()
         if self.step == 0 and recipe.eval.every:
             self.folder.log(0, self._evaluate(0))
         with step_bar("train", self.step, recipe.train.steps) as bar:
@@ -118,23 +121,24 @@ class Trainer:
         with clock("pack"):
             updates = self._plan_updates(data)
         bar.phase("train")
-        with deferred_interrupt():
-            lr = self.learner.set_lr(step)
-            with clock("train"):
-                stats, norms = self._learn(updates, clock)
-                metrics = device_metrics(stats, norms, self.learner)
-            self.step, self.position = step, data.position
-            self.generator.weight_version = step
-            self._refresh_reference()
-        trained_tokens = sum(batch.total_tokens for update in updates for batch in update.batches)
-        metrics |= {"lr": lr} | rollout_metrics(data) | speed_metrics(data, clock, trained_tokens, self.device)
+        metrics: dict[str, float] = {}
         try:
+            with deferred_interrupt():
+                metrics["lr"] = self.learner.set_lr(step)
+                with clock("train"):
+                    metrics |= device_metrics(*self._learn(updates, clock), self.learner)
+                self.step, self.position = step, data.position
+                self.generator.weight_version = step
+                self._refresh_reference()
+                trained_tokens = sum(batch.total_tokens for update in updates for batch in update.batches)
+                metrics |= rollout_metrics(data) | speed_metrics(data, clock, trained_tokens, self.device)
             if self._evaluates_at(step):
                 bar.phase("evaluate")
                 metrics |= self._evaluate(step)
         finally:
-            self.folder.log_samples(step, self._samples(data))
-            self.folder.log(step, metrics)
+            if self.step == step:
+                self.folder.log_samples(step, self._samples(data))
+                self.folder.log(step, metrics)
         self._raise_alarms(metrics)
         return metrics
 
@@ -312,6 +316,16 @@ class Trainer:
         self.generator.weight_version = self.step
         self.learner.load_masters(checkpoint / "model")
         self.folder.restore(self.learner.state_tensors() | self._reference_tensors())
+
+
+def _check_token_budget(recipe: Recipe, longest_prompt: int) -> None:
+    """A prompt and its longest completion must fit one micro-batch."""
+    needed = longest_prompt + recipe.rollout.max_new_tokens - 1
+    if needed > recipe.train.token_budget:
+        raise RecipeError(
+            f"train.token_budget = {recipe.train.token_budget} is below the longest prompt and completion together, "
+            f"{longest_prompt} + {recipe.rollout.max_new_tokens} - 1 tokens; raise it to {needed} or more"
+        )
 
 
 def _trainable_group(rollouts: list[Rollout], first_id: int, mask_overlong: bool) -> Group:

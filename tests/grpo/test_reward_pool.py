@@ -15,7 +15,7 @@ import pytest
 
 from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rewards import RewardError
+from flashgrpo.grpo.rewards import RewardError, RewardFailure
 
 # What each function does is told by the text of a completion.
 FUNCTIONS = """
@@ -155,7 +155,7 @@ def test_missing_scores_of_weight_zero_leave_the_reward(make_pool):
     ],
 )
 def test_a_malformed_result_ends_the_run_at_once(obey, order, message):
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardFailure, match=message):
         step(obey, group("a", "b", "c"), group(order, "b", "c"))
     assert step(obey, group("a")).tolist() == [[1]]  # nothing of the failed step is left
 
@@ -164,7 +164,7 @@ def test_three_steps_without_a_number_end_the_run_but_not_with_one_between(make_
     pool = make_pool(["obey"])
     for order in ("none", "raise", "a", "none", "raise"):
         step(pool, group(order))
-    with pytest.raises(RewardError, match="obey' gave no number in 3 steps in a row: it returned None"):
+    with pytest.raises(RewardFailure, match="obey' gave no number in 3 steps in a row: it returned None"):
         step(pool, group("none"))
 
 

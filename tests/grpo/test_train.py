@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from flashgrpo.grpo.progress import deferred_interrupt
 from flashgrpo.grpo.recipe import Recipe, build_recipe
-from flashgrpo.grpo.reward_pool import RewardError
+from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, newest_checkpoint, read_rows
 from flashgrpo.grpo.train import Trainer, train
 from flashgrpo.kernels.loss_terms import LossConfig
@@ -179,7 +179,7 @@ def test_a_single_non_finite_gradient_changes_nothing(recipe, monkeypatch):
 
 def test_rewards_that_never_come_end_the_run(recipe):
     recipe = changed(changed(recipe, "rewards", functions=["custom_rewards:never"]), "train", steps=5)
-    with pytest.raises(RewardError, match="3 steps in a row"):
+    with pytest.raises(RewardFailure, match="3 steps in a row"):
         train(recipe)
 
 
