@@ -6,7 +6,7 @@ SEED ?= 1
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format bench-cpu clean
+.PHONY: setup demo test lint format bench-cpu bench-demo readme clean
 
 setup: .venv/.done
 
@@ -34,6 +34,22 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# TRL in an environment of its own, the peer of bench/cpu_step.py.
+.venv-trl/.done: constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 transformers
+	touch $@
+
+bench-cpu: setup .venv-trl/.done
+	$(BIN)/python -m flashgrpo.bench.cpu_step
+
+bench-demo: setup
+	$(BIN)/python -m flashgrpo.bench.demo_seeds --seeds 1 2 3
+
+readme: setup
+	$(BIN)/python -m flashgrpo.bench.readme
 
 clean:
 	rm -rf .venv .venv-trl .types runs build *.egg-info

@@ -33,6 +33,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from flashgrpo.grpo.data import load_problems, render_text
+from flashgrpo.grpo.demo import make_model
+from flashgrpo.grpo.recipe import Recipe, load_recipe
+from flashgrpo.grpo.run_folder import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu_step.json"
 PEER_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
@@ -164,6 +169,35 @@ def measure(setting: Setting, inputs: Inputs, progress: Progress) -> list[dict[s
     return runs
 
 
+def measure_parts(folder: Path, prefix_inputs: Inputs) -> dict[str, dict[str, float]]:
+    """Generation on the demo's model against transformers', and the training step with shared and repeated prompts."""
+    setting = Setting(prompt_len=256)
+    inputs = make_demo_inputs(folder)
+    flags = ["--model", str(inputs.model), "--prompts", str(inputs.prompts), "--steps", str(setting.steps)]
+    peer_command = [sys.executable, "bench/peer_trl.py", "--generate", *flags]
+    rates: dict[str, list[float]] = {"transformers": [], "ours": []}
+    for _ in range(ROUNDS):
+        rates["transformers"].append(run_process(peer_command)["tokens_per_s"])
+        rates["ours"].append(run_process(own_command(inputs, setting, "generate"))["tokens_per_s"])
+    generate = {name: statistics.median(values) for name, values in rates.items()}
+    prefix = run_process(own_command(prefix_inputs, setting, "prefix"))
+    return {
+        "generate": generate | {"ratio": generate["ours"] / generate["transformers"]},
+        "prefix": {name: statistics.median(prefix[name]) for name in ("shared_s", "repeated_s")}
+        | {"ratio": prefix["ratio"]},
+    }
+
+
+def make_demo_inputs(folder: Path) -> Inputs:
+    """The demo's untrained model and 64 of its prompts."""
+    recipe = load_recipe(Recipe, ROOT / "recipes" / "demo.toml")
+    problems, _ = load_problems(recipe.data, recipe.run.seed)
+    texts = [render_text(problem.prompt, recipe.data.template) for problem in problems[:500]]
+    inputs = Inputs(make_model(folder / "demo", texts, recipe.run.seed), folder / "demo.jsonl")
+    inputs.prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts[:64]))
+    return inputs
+
+
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a contender and prompt length: median step, largest peak, and both as multiples of ours."""
     grouped: dict[tuple[int, str], list[dict[str, Any]]] = {}
@@ -210,10 +244,14 @@ def main() -> None:
         for prompt_len in PROMPT_LENGTHS:
             inputs = make_inputs(Path(folder) / str(prompt_len), prompt_len)
             runs += measure(Setting(prompt_len), inputs, progress)
+        parts = measure_parts(Path(folder), inputs)
     summary = summarize(runs)
     machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": THREADS}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "summary": summary, "runs": runs}, indent=1) + "\n")
+    results = {"machine": machine, "summary": summary, "parts": parts, "runs": runs}
+    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    for name, part in parts.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in part.items()))
     print_table(summary, max(run["load_average"] for run in runs))
 
 

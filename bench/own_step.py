@@ -60,6 +60,7 @@ def time_steps(options: argparse.Namespace) -> dict:
         ):
             trainer = Trainer(recipe, run, pool, problems, held_out)
             trainer.generator.stop_token_ids = []
+            run.start()
             for step in range(1, options.steps + 1):
                 start = time.perf_counter()
                 metrics = trainer.run_step(step, bar)
@@ -74,10 +75,11 @@ def time_steps(options: argparse.Namespace) -> dict:
 
 def time_generate(options: argparse.Namespace) -> dict:
     """Sampled tokens a second of the generator alone, one completion a prompt."""
+    num_prompts = options.num_prompts * options.group_size
     policy = open_policy(ModelSection(options.model), torch.device("cpu"))
     generator = NativeGenerator(policy.model, [])
-    prompts = [policy.tokenizer(text)["input_ids"] for text in read_prompts(Path(options.prompts), options.num_prompts)]
-    requests = [Request(i, prompt, sample_seeds(0, 0, i, 1)) for i, prompt in enumerate(prompts)]
+    prompts = [policy.tokenizer(text)["input_ids"] for text in read_prompts(Path(options.prompts), num_prompts)]
+    requests = [Request(i, prompt, sample_seeds(0, 0, i, 1)) for i, prompt in enumerate(prompts[:num_prompts])]
     seconds = []
     for _ in range(options.steps):
         start = time.perf_counter()
@@ -93,7 +95,7 @@ def time_prefix(options: argparse.Namespace) -> dict:
     policy = open_policy(ModelSection(options.model), torch.device("cpu"))
     vocab_size = policy.model.config.vocab_size
     rng = np.random.default_rng(0)
-    texts = read_prompts(Path(options.prompts), options.num_prompts)
+    texts = read_prompts(Path(options.prompts), options.num_prompts)[: options.num_prompts]
     shared, repeated = [], []
     for number, text in enumerate(texts):
         prompt_ids = policy.tokenizer(text)["input_ids"]
