@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/python -m flashgrpo.grpo.demo --seed $(SEED)
 
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
 lint: setup
 	$(BIN)/ruff format --check .

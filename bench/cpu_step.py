@@ -56,7 +56,7 @@ class Setting:
     num_prompts: int = 8
     group_size: int = 8
     max_new_tokens: int = 64
-    steps: int = 6
+    steps: int = 5
 
 
 @dataclass(frozen=True)
@@ -118,30 +118,9 @@ def run_process(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_peer(inputs: Inputs, setting: Setting, micro_batch: int) -> dict[str, Any]:
-    """TRL's step in its own environment. Raises FileNotFoundError if that has not been made."""
-    if not PEER_PYTHON.exists():
-        raise FileNotFoundError(f"{PEER_PYTHON} does not exist; make TRL's environment with `make .venv-trl/.done`")
-    flags = {
-        "--model": inputs.model,
-        "--prompts": inputs.prompts,
-        "--num-prompts": setting.num_prompts,
-        "--group-size": setting.group_size,
-        "--max-new-tokens": setting.max_new_tokens,
-        "--micro-batch": micro_batch,
-        "--steps": setting.steps,
-        "--threads": THREADS,
-    }
-    return run_process([str(PEER_PYTHON), "bench/peer_trl.py", *(str(part) for flag in flags.items() for part in flag)])
-
-
-def run_ours(inputs: Inputs, setting: Setting) -> dict[str, Any]:
-    """Our step in a process of its own. Returns at least `step_s` (without the warm-up) and `peak_mb`, as the peer."""
-    return run_process(own_command(inputs, setting, "step"))
-
-
-def own_command(inputs: Inputs, setting: Setting, what: str) -> list[str]:
-    flags = {
+def flags(inputs: Inputs, setting: Setting, what: str) -> list[str]:
+    """What both sides are called with."""
+    values = {
         "--what": what,
         "--model": inputs.model,
         "--prompts": inputs.prompts,
@@ -149,8 +128,22 @@ def own_command(inputs: Inputs, setting: Setting, what: str) -> list[str]:
         "--group-size": setting.group_size,
         "--max-new-tokens": setting.max_new_tokens,
         "--steps": setting.steps,
+        "--threads": THREADS,
     }
-    return [sys.executable, "-m", "flashgrpo.bench.own_step", *(str(part) for flag in flags.items() for part in flag)]
+    return [str(part) for flag in values.items() for part in flag]
+
+
+def run_peer(inputs: Inputs, setting: Setting, micro_batch: int) -> dict[str, Any]:
+    """TRL's step in its own environment. Raises FileNotFoundError if that has not been made."""
+    if not PEER_PYTHON.exists():
+        raise FileNotFoundError(f"{PEER_PYTHON} does not exist; make TRL's environment with `make .venv-trl/.done`")
+    command = [str(PEER_PYTHON), "bench/peer_trl.py", "--micro-batch", str(micro_batch)]
+    return run_process(command + flags(inputs, setting, "step"))
+
+
+def run_ours(inputs: Inputs, setting: Setting, what: str = "step") -> dict[str, Any]:
+    """Our side, in a process of its own."""
+    return run_process([sys.executable, "-m", "flashgrpo.bench.own_step", *flags(inputs, setting, what)])
 
 
 def measure(setting: Setting, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
@@ -173,14 +166,13 @@ def measure_parts(folder: Path, prefix_inputs: Inputs) -> dict[str, dict[str, fl
     """Generation on the demo's model against transformers', and the training step with shared and repeated prompts."""
     setting = Setting(prompt_len=256)
     inputs = make_demo_inputs(folder)
-    flags = ["--model", str(inputs.model), "--prompts", str(inputs.prompts), "--steps", str(setting.steps)]
-    peer_command = [sys.executable, "bench/peer_trl.py", "--generate", *flags]
+    peer_command = [sys.executable, "bench/peer_trl.py", *flags(inputs, setting, "generate")]
     rates: dict[str, list[float]] = {"transformers": [], "ours": []}
     for _ in range(ROUNDS):
         rates["transformers"].append(run_process(peer_command)["tokens_per_s"])
-        rates["ours"].append(run_process(own_command(inputs, setting, "generate"))["tokens_per_s"])
+        rates["ours"].append(run_ours(inputs, setting, "generate")["tokens_per_s"])
     generate = {name: statistics.median(values) for name, values in rates.items()}
-    prefix = run_process(own_command(prefix_inputs, setting, "prefix"))
+    prefix = run_ours(prefix_inputs, setting, "prefix")
     return {
         "generate": generate | {"ratio": generate["ours"] / generate["transformers"]},
         "prefix": {name: statistics.median(prefix[name]) for name in ("shared_s", "repeated_s")}
@@ -241,10 +233,10 @@ def print_table(summary: list[dict[str, Any]], load_average: float) -> None:
 def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
+        inputs = {length: make_inputs(Path(folder) / str(length), length) for length in PROMPT_LENGTHS}
+        parts = measure_parts(Path(folder), inputs[256])
         for prompt_len in PROMPT_LENGTHS:
-            inputs = make_inputs(Path(folder) / str(prompt_len), prompt_len)
-            runs += measure(Setting(prompt_len), inputs, progress)
-        parts = measure_parts(Path(folder), inputs)
+            runs += measure(Setting(prompt_len), inputs[prompt_len], progress)
     summary = summarize(runs)
     machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": THREADS}
     RESULTS.parent.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flashgrpo.bench.peer_trl import WARMUP_STEPS, peak_mb, read_prompts
+from flashgrpo.bench.peer_trl import WARMUP_STEPS, parse_args, peak_mb, read_prompts
 from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.learner import Learner
@@ -38,8 +38,8 @@ def time_steps(options: argparse.Namespace) -> dict:
     """Wall seconds of each training step after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         values = {
-            "model": {"path": options.model},
-            "data": {"path": options.prompts, "answer_column": "prompt", "template": "none", "held_out": 0},
+            "model": {"path": str(options.model)},
+            "data": {"path": str(options.prompts), "answer_column": "prompt", "template": "none", "held_out": 0},
             "rewards": {"functions": ["flashgrpo.bench.peer_trl:even_words"]},
             "rollout": {
                 "prompts_per_step": options.num_prompts,
@@ -63,39 +63,38 @@ def time_steps(options: argparse.Namespace) -> dict:
             run.start()
             for step in range(1, options.steps + 1):
                 start = time.perf_counter()
-                metrics = trainer.run_step(step, bar)
+                metrics, _ = trainer.run_step(step, bar)
                 seconds.append(time.perf_counter() - start)
                 if metrics["length/min"] < options.max_new_tokens:
                     raise RuntimeError(
                         f"a completion ended after {metrics['length/min']:.0f} tokens, wanted full length"
                     )
-    timed = seconds[WARMUP_STEPS:]
-    return {"peer": "flashgrpo", "step_s": timed, "median_step_s": statistics.median(timed), "peak_mb": peak_mb()}
+    return {"step_s": seconds[WARMUP_STEPS:], "peak_mb": peak_mb()}
 
 
 def time_generate(options: argparse.Namespace) -> dict:
     """Sampled tokens a second of the generator alone, one completion a prompt."""
     num_prompts = options.num_prompts * options.group_size
-    policy = open_policy(ModelSection(options.model), torch.device("cpu"))
+    policy = open_policy(ModelSection(str(options.model)), torch.device("cpu"))
     generator = NativeGenerator(policy.model, [])
-    prompts = [policy.tokenizer(text)["input_ids"] for text in read_prompts(Path(options.prompts), num_prompts)]
+    prompts = [policy.tokenizer(text)["input_ids"] for text in read_prompts(options.prompts, num_prompts)]
     requests = [Request(i, prompt, sample_seeds(0, 0, i, 1)) for i, prompt in enumerate(prompts[:num_prompts])]
-    seconds = []
+    seconds, groups = [], []
     for _ in range(options.steps):
         start = time.perf_counter()
         groups = list(generator.generate(requests, Sampling(options.max_new_tokens)))
         seconds.append(time.perf_counter() - start)
     tokens = sum(len(rollout.completion_ids) for group in groups for rollout in group)
     median = statistics.median(seconds[WARMUP_STEPS:])
-    return {"peer": "flashgrpo", "generate_s": seconds, "tokens_per_s": tokens / median, "peak_mb": peak_mb()}
+    return {"generate_s": seconds, "tokens_per_s": tokens / median}
 
 
 def time_prefix(options: argparse.Namespace) -> dict:
     """Wall seconds of a training step on the same completions, prompt shared and prompt repeated, in turns."""
-    policy = open_policy(ModelSection(options.model), torch.device("cpu"))
+    policy = open_policy(ModelSection(str(options.model)), torch.device("cpu"))
     vocab_size = policy.model.config.vocab_size
     rng = np.random.default_rng(0)
-    texts = read_prompts(Path(options.prompts), options.num_prompts)[: options.num_prompts]
+    texts = read_prompts(options.prompts, options.num_prompts)[: options.num_prompts]
     shared, repeated = [], []
     for number, text in enumerate(texts):
         prompt_ids = policy.tokenizer(text)["input_ids"]
@@ -135,20 +134,9 @@ def time_prefix(options: argparse.Namespace) -> dict:
     return timed | tokens | {"ratio": medians["repeated_s"] / medians["shared_s"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", required=True)
-    parser.add_argument("--num-prompts", type=int, default=8)
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--what", choices=WHAT, default="step")
-    print(json.dumps(WHAT[(options := parser.parse_args()).what](options)))
-
-
 WHAT = {"step": time_steps, "generate": time_generate, "prefix": time_prefix}
 
 
 if __name__ == "__main__":
-    main()
+    options = parse_args(WHAT)
+    print(json.dumps(WHAT[options.what](options)))

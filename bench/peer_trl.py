@@ -1,7 +1,7 @@
 """The peer of `cpu_step.py`: one GRPO step of TRL's GRPOTrainer on CPU, or transformers' `generate` alone.
 
     python bench/peer_trl.py --model DIR --prompts FILE --group-size 8 --num-prompts 8 --max-new-tokens 64 --steps 6
-    python bench/peer_trl.py --model DIR --prompts FILE --generate
+    python bench/peer_trl.py --what generate --model DIR --prompts FILE
 
 Runs in an environment of its own (`make .venv-trl/.done`) and needs nothing of flashgrpo. Everything is fp32. A step is
 one rollout, its rewards, one optimizer update and its log line; no KL, no reference model, no old log-probs. TRL's
@@ -17,12 +17,12 @@ import re
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 WARMUP_STEPS = 2
@@ -106,7 +106,6 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     """Train for `args.steps` steps; report all but the warm-up."""
     trl = importlib.import_module("trl")  # not installed where flashgrpo is, so a type checker cannot see it
     trainer_class = trl.GRPOTrainer
-    baseline_mb = peak_mb()
     prompts = read_prompts(args.prompts, args.num_prompts)
     clock = StepClock()
     with tempfile.TemporaryDirectory() as output:
@@ -126,15 +125,12 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "peer": f"trl {trl.__version__}",
         "step_s": step_s,
-        "median_step_s": statistics.median(step_s),
         "peak_mb": peak_mb(),
-        "baseline_mb": baseline_mb,
     }
 
 
 def time_generate(args: argparse.Namespace) -> dict[str, Any]:
     """Sample one completion for each of `num_prompts x group_size` distinct prompts, `args.steps` times."""
-    baseline_mb = peak_mb()
     num_prompts = args.num_prompts * args.group_size
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -149,48 +145,28 @@ def time_generate(args: argparse.Namespace) -> dict[str, Any]:
         clock.append(time.perf_counter() - begin)
         if output.shape[1] - prompt_len != args.max_new_tokens:
             raise RuntimeError(f"{output.shape[1] - prompt_len} new tokens, wanted {args.max_new_tokens}")
-    generate_s = clock[WARMUP_STEPS:]
-    median_s = statistics.median(generate_s)
-    return {
-        "peer": f"transformers {transformers.__version__}",
-        "generate_s": generate_s,
-        "median_generate_s": median_s,
-        "tokens_per_s": num_prompts * args.max_new_tokens / median_s,
-        "peak_mb": peak_mb(),
-        "baseline_mb": baseline_mb,
-    }
+    median_s = statistics.median(clock[WARMUP_STEPS:])
+    return {"generate_s": clock, "tokens_per_s": num_prompts * args.max_new_tokens / median_s}
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(what: Iterable[str]) -> argparse.Namespace:
+    """The flags that both sides take; sets the number of threads."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--what", choices=list(what), default="step")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL with a prompt column")
     parser.add_argument("--num-prompts", type=int, default=8, help="prompts a step")
     parser.add_argument("--group-size", type=int, default=8, help="completions a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of every completion")
-    parser.add_argument("--micro-batch", type=int, help="completions a backward pass; default: all of them")
-    parser.add_argument("--steps", type=int, default=6, help=f"of which the first {WARMUP_STEPS} are not reported")
+    parser.add_argument("--micro-batch", type=int, default=64, help="TRL: completions a backward pass")
+    parser.add_argument("--steps", type=int, default=6, help=f"more than {WARMUP_STEPS}, which are not reported")
     parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
-    parser.add_argument("--generate", action="store_true", help="time generation alone, on distinct prompts")
     args = parser.parse_args()
-    num_completions = args.num_prompts * args.group_size
-    args.micro_batch = args.micro_batch or num_completions
-    if num_completions % args.micro_batch:
-        parser.error(f"--micro-batch is {args.micro_batch}, it must divide the {num_completions} completions of a step")
-    if args.steps <= WARMUP_STEPS:
-        parser.error(f"--steps is {args.steps}, it must be more than the {WARMUP_STEPS} warm-up steps")
+    torch.set_num_threads(args.threads)
     return args
 
 
-def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    result = time_generate(args) if args.generate else time_steps(args)
-    result["settings"] = {
-        key: value if not isinstance(value, Path) else str(value) for key, value in vars(args).items()
-    }
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main()
+    measurements = {"step": time_steps, "generate": time_generate}
+    options = parse_args(measurements)
+    print(json.dumps(measurements[options.what](options)))

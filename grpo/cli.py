@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 
 _RECIPE_COMMANDS = ("train", "sft")  # what a command needs is imported by it: --help must not wait for torch
 
@@ -58,17 +59,20 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=_train if name == "train" else _sft)
     command = commands.add_parser("eval", help="held-out pass@1, pass@k and cons@k of a model", allow_abbrev=False)
     command.add_argument("recipe", help="a training recipe; its keys can be overridden, as --eval.samples=16")
-    command.add_argument("--model", help="Hugging Face folder; default: the run's final model, else model.path")
+    command.add_argument("--model", help="Hugging Face folder; default: the run's final or newest, else model.path")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_evaluate)
+    count = _number(int, "1 or more", lambda n: n >= 1)
+    temperature = _number(float, "a number, 0 or more", lambda t: 0 <= t < math.inf)
+    share = _number(float, "a number above 0, at most 1", lambda p: 0 < p <= 1)
     command = commands.add_parser("sample", help="complete one prompt")
     command.add_argument("model", help="Hugging Face folder")
     command.add_argument("prompt")
-    command.add_argument("-n", type=_count, default=1, help="completions (default 1)")
+    command.add_argument("-n", type=count, default=1, help="completions (default 1)")
     command.add_argument("--template", choices=("r1", "chat", "none"), default="r1", help="default r1")
-    command.add_argument("--max-new-tokens", type=_count, default=512, help="default 512")
-    command.add_argument("--temperature", type=_temperature, default=0.6, help="0: greedy; default 0.6")
-    command.add_argument("--top-p", type=_share, default=0.95, help="default 0.95")
+    command.add_argument("--max-new-tokens", type=count, default=512, help="default 512")
+    command.add_argument("--temperature", type=temperature, default=0.6, help="0: greedy; default 0.6")
+    command.add_argument("--top-p", type=share, default=0.95, help="default 0.95")
     command.add_argument("--seed", type=int, default=0, help="default 0")
     command.set_defaults(run=_sample)
     command = commands.add_parser("report", help="draw RUN/report.png and print the run's summary and samples")
@@ -77,22 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, wanted 1 or more")
-    return value
+def _number(kind: type, wanted: str, is_valid: Callable[[float], bool]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not is_valid(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"found {text}, wanted {wanted}")
+        return value
 
-
-def _temperature(text: str) -> float:
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"found {text}, wanted a number, 0 or more")
-    return value
-
-
-def _share(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"found {text}, wanted a number above 0, at most 1")
-    return value
+    return number
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:

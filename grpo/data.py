@@ -9,17 +9,19 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from flashgrpo.grpo.rewards import REASONING_GYM, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from flashgrpo.grpo.recipe import DataSection
+
 Prompt = str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its columns
 
-TEMPLATES = ("r1", "chat", "none")
+Template = Literal["r1", "chat", "none"]
 
 # arXiv 2501.12948, table 1
 _R1_TEMPLATE = (
@@ -32,29 +34,6 @@ _R1_TEMPLATE = (
 
 class DataError(ValueError):
     """Data that cannot be read or used; the message names the place, what was found and what was wanted."""
-
-
-class DataSpec(Protocol):
-    """Where problems come from; the recipe's `[data]` section has these fields."""
-
-    @property
-    def task(self) -> str | None: ...  # "reasoning_gym:<name>", or
-    @property
-    def path(self) -> str | None: ...  # a .jsonl or .parquet file, a folder, or a data set's hub name
-    @property
-    def options(self) -> Mapping[str, Any]: ...  # of the reasoning-gym task
-    @property
-    def size(self) -> int: ...  # problems made of a reasoning-gym task
-    @property
-    def subset(self) -> str | None: ...  # configuration of a hub data set, such as gsm8k's "main"
-    @property
-    def split(self) -> str: ...  # split of a Hugging Face data set
-    @property
-    def prompt_column(self) -> str: ...
-    @property
-    def answer_column(self) -> str | None: ...
-    @property
-    def held_out(self) -> int: ...  # problems kept for evaluation
 
 
 @dataclass(frozen=True)
@@ -72,22 +51,22 @@ class Problem:
         return "\n".join(str(message["content"]) for message in self.prompt if message["role"] == "user")
 
 
-def load_problems(data: DataSpec, seed: int) -> tuple[list[Problem], list[Problem]]:
+def load_problems(data: "DataSection", seed: int) -> tuple[list[Problem], list[Problem]]:
     """Training problems in the order of the data, and `data.held_out` other ones drawn by `seed`.
 
     Problems with the same prompt fall on the same side; the held-out ones differ from each other. A reasoning-gym
     task is made with `seed` and has each question once, so there may be fewer than `data.size`.
 
     Raises:
-        DataError: no or two sources, unreadable data, missing column, empty prompt, or nothing left to train on.
+        DataError: unreadable data, missing column, empty prompt, or nothing left to train on.
     """
-    if (data.task is None) == (data.path is None):
-        raise DataError(f"give either a task or a path; found task={data.task!r} and path={data.path!r}")
     if data.task is not None:
         problems = _task_problems(data.task, data.options, data.size, seed)
     else:
-        rows = _read(str(data.path), data.subset, data.split)
-        problems = [_problem(where, row, data.prompt_column, data.answer_column) for where, row in rows]
+        rows = list(_read(str(data.path), data.subset, data.split))
+        has_answer = bool(rows) and "answer" in rows[0][1]
+        answer_column = data.answer_column or ("answer" if has_answer else None)
+        problems = [_problem(where, row, data.prompt_column, answer_column) for where, row in rows]
     if not problems:
         raise DataError(f"no problems in {data.task or data.path}")
     return split_problems(problems, data.held_out, seed)
@@ -97,13 +76,13 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
     """(training, held-out) with no prompt in common.
 
     Raises:
-        DataError: `held_out` is negative, or as large as the number of different prompts.
+        DataError: `held_out` is as large as the number of different prompts.
     """
     first_of: dict[str, int] = {}
     keys = [json.dumps(problem.prompt) for problem in problems]
     for i, key in enumerate(keys):
         first_of.setdefault(key, i)
-    if not 0 <= held_out < len(first_of):
+    if held_out >= len(first_of):
         raise DataError(
             f"held_out is {held_out}, and there are {len(first_of)} different prompts; it must be 0 to "
             f"{len(first_of) - 1}, so that one is left to train on"
@@ -113,14 +92,12 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
     return [p for p, key in zip(problems, keys, strict=True) if key not in kept], [problems[first_of[k]] for k in drawn]
 
 
-def render_prompt(prompt: Prompt, template: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def render_prompt(prompt: Prompt, template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids of a prompt in its template: "r1" (arXiv 2501.12948, table 1), "chat" (the tokenizer's) or "none".
 
     Raises:
-        DataError: unknown template, a tokenizer without chat template, messages in a template for text, or no tokens.
+        DataError: a tokenizer without chat template, messages in a template for text, or no tokens.
     """
-    if template not in TEMPLATES:
-        raise DataError(f"unknown template {template!r}{nearest(template, TEMPLATES)}; use one of {list(TEMPLATES)}")
     if template == "chat":
         ids = _render_chat(prompt, tokenizer)
     else:
@@ -130,7 +107,7 @@ def render_prompt(prompt: Prompt, template: str, tokenizer: "PreTrainedTokenizer
     return ids
 
 
-def render_text(prompt: Prompt, template: str) -> str:
+def render_text(prompt: Prompt, template: Template) -> str:
     """A prompt in one of the templates that need no tokenizer, "r1" or "none". Raises DataError for chat messages."""
     if not isinstance(prompt, str):
         raise DataError(f'template {template!r} wants text, found chat messages; use template = "chat"')
@@ -150,8 +127,7 @@ def _render_chat(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[i
 def _problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
     for column in filter(None, (prompt_column, answer_column)):
         if column not in row:
-            found = ", ".join(map(repr, row)) or "none"
-            raise DataError(f"{where}: no column {column!r}{nearest(column, row)}; found {found}")
+            raise DataError(f"{where}: no column {column!r}{nearest(column, row)}")
     prompt = row[prompt_column]
     is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     if not (isinstance(prompt, str) or is_chat):
@@ -174,24 +150,21 @@ def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) 
 
     name = task.removeprefix(REASONING_GYM)
     if not task.startswith(REASONING_GYM) or name not in DATASETS:
-        known = [REASONING_GYM + dataset for dataset in sorted(DATASETS)]
-        raise DataError(f"unknown task {task!r}{nearest(REASONING_GYM + name, known)}")
+        raise DataError(f"unknown task {task!r}{nearest(name, sorted(DATASETS), REASONING_GYM)}")
     valid = sorted({field.name for field in fields(DATASETS[name][1])} - {"seed", "size"})
     for option in options:
         if option not in valid:
-            raise DataError(f"{task} has no option {option!r}{nearest(option, valid)}; it has {', '.join(valid)}")
+            raise DataError(f"{task} has no option {option!r}{nearest(option, valid)}")
     try:
         first_item = random.Random(seed).getrandbits(31)  # items i of seed s and i - 1 of seed s + 1 would be equal
         dataset = create_dataset(name, seed=first_item, size=size, **options)
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(f"{task} refuses size = {size} and options {dict(options)}: {error}") from error
-    columns = {"task": task, "task_options": dict(options)}
-    first_of: dict[str, Problem] = {}
+    first_of: dict[str, dict[str, Any]] = {}
     for item in dataset:
-        if item["question"] not in first_of:
-            rest = {"answer": item["answer"], "metadata": item["metadata"]}
-            first_of[item["question"]] = Problem(item["question"], {**columns, **rest})
-    return list(first_of.values())
+        first_of.setdefault(item["question"], {key: item[key] for key in ("answer", "metadata")})
+    shared = {"task": task, "task_options": dict(options)}
+    return [Problem(question, shared | columns) for question, columns in first_of.items()]
 
 
 def _read(path: str, subset: str | None, split: str) -> Iterable[Row]:
@@ -209,18 +182,21 @@ def _read(path: str, subset: str | None, split: str) -> Iterable[Row]:
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise DataError(f"{where}: unreadable line: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: unreadable line: wanted a JSON object, found {type(row).__name__}")
-            yield where, row
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            raise DataError(f"{where}: unreadable line: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: unreadable line: wanted a JSON object, found {type(row).__name__}")
+        yield where, row
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -249,7 +225,7 @@ def _read_dataset(source: Path | str, subset: str | None, split: str) -> Iterato
         raise DataError(f"{source}: cannot load {wanted} as a Hugging Face data set: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise DataError(f"{source}: no split {split!r}; found {', '.join(map(repr, loaded))}")
+            raise DataError(f"{source}: no split {split!r}{nearest(split, map(str, loaded))}")
         loaded = loaded[split]
     for number, row in enumerate(loaded.to_list(), start=1):
         yield f"{source} row {number}", row

@@ -1,6 +1,6 @@
 """`make demo`: from nothing to a policy that GRPO has taught to add, on two CPU cores.
 
-A tokenizer and a small Qwen3-shaped model are made from scratch; a cold start by SFT on worked examples of a small share
+A tokenizer and a small Qwen3-shaped model are made from nothing; a cold start by SFT on worked examples of a small share
 of the problems teaches the form and some of the arithmetic; then GRPO (recipes/demo.toml) learns from rewards alone.
 The held-out score is accuracy, with no credit for form.
 """
@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from flashgrpo.grpo.data import Problem, load_problems, render_text
+from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import (
     Recipe,
     RunSection,
@@ -28,15 +28,16 @@ from flashgrpo.grpo.recipe import (
     load_recipe,
 )
 from flashgrpo.grpo.report import print_summary, write_report
-from flashgrpo.grpo.run_folder import read_rows
+from flashgrpo.grpo.run_folder import RunInputError, read_rows
 from flashgrpo.grpo.sft import sft
 from flashgrpo.grpo.train import train
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
 from flashgrpo.model.config import ModelConfig
 
+_MARK = ".flashgrpo-demo"
 _END = "<|endoftext|>"
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_COLD_START_EXAMPLES = 4_000
+_COLD_START_EXAMPLES = 3_000
 _CAREFUL = 0.45
 _VOCAB_SIZE = 512
 
@@ -53,9 +54,12 @@ def main() -> None:
 def run_demo(recipe_path: str, output: Path, seed: int) -> None:
     """Make the model, cold-start it, train it, show what came of it."""
     start = time.perf_counter()
-    console = Console(stderr=True)
-    shutil.rmtree(output, ignore_errors=True)
+    if output.exists():
+        if any(output.iterdir()) and not (output / _MARK).exists():
+            raise RunInputError(f"{output} is not a folder that the demo made; choose another --output")
+        shutil.rmtree(output)
     output.mkdir(parents=True)
+    (output / _MARK).touch()
     overrides = [
         f"--model.path={output / 'cold_start' / 'model'}",
         f"--run.output={output / 'grpo'}",
@@ -150,7 +154,7 @@ def cold_start_recipe(base: Path, examples: Path, recipe: Recipe, output: Path) 
         data=SftDataSection(path=str(examples), template=recipe.data.template),
         run=RunSection(output=str(output), seed=recipe.run.seed, device=recipe.run.device),
         train=SftTrainSection(
-            lr=1e-3, schedule="cosine", warmup_steps=10, betas=(0.9, 0.95), epochs=4, batch_size=16, checkpoint_every=0
+            lr=1e-3, schedule="cosine", warmup_steps=10, betas=(0.9, 0.95), epochs=6, batch_size=16, checkpoint_every=0
         ),
     )
 

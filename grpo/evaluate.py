@@ -5,13 +5,12 @@ The score is accuracy alone: a partial credit counts as wrong, and the format is
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from flashgrpo.grpo.data import DataError, Problem, load_problems, render_prompt
+from flashgrpo.grpo.data import DataError, Problem, Template, load_problems, render_prompt
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts, resolve_device
 from flashgrpo.grpo.progress import console
@@ -19,6 +18,7 @@ from flashgrpo.grpo.recipe import EvalSection, ModelSection, Recipe
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rewards import extract_answer, is_correct
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
+from flashgrpo.grpo.run_folder import newest_checkpoint
 
 _EVAL_STREAM = 1 << 32  # keeps evaluation's seeds apart from those of the training steps
 
@@ -31,7 +31,6 @@ class Evaluation:
     answers: list[list[str | None]]
     lengths: np.ndarray  # [num_problems, k]
     truncated: np.ndarray  # [num_problems, k] bool
-    texts: list[Sequence[str]]
 
     def scores(self) -> dict[str, float]:
         """pass@1, pass@k, cons@k, k, num_problems, mean length in tokens, truncated share."""
@@ -67,26 +66,25 @@ def evaluate(
     for group in generator.generate(requests, sampling):
         groups[group[0].group] = group
     scored = [completion_group(prompt, group, policy) for prompt, group in zip(prompts, groups, strict=True)]
-    accuracy = pool.score(scored, "accuracy")
-    texts = [group.completions for group in scored]
     return Evaluation(
-        correct=is_correct(accuracy),
+        correct=is_correct(pool.score(scored, "accuracy")),
         answers=[[extract_answer(text, group.prompt) for text in group.completions] for group in scored],
         lengths=np.array([[len(r.completion_ids) for r in group] for group in groups]),
         truncated=np.array([[r.finish_reason == "length" for r in group] for group in groups]),
-        texts=texts,
     )
 
 
 def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float]:
-    """Scores of `model` (default: the run's final model, else model.path) on a recipe's held-out problems."""
-    final = Path(recipe.run.output) / "model"
-    path = model or (final if final.exists() else recipe.model.path)
+    """Scores of `model` on a recipe's held-out problems; default: the run's final model, its newest checkpoint's, or
+    else model.path.
+    """
+    path = model or _newest_model(Path(recipe.run.output)) or recipe.model.path
     console.print(f"evaluating {path}", highlight=False)
     policy = open_policy(dataclasses.replace(recipe.model, path=str(path)), resolve_device(recipe.run.device))
     _, held_out = load_problems(recipe.data, recipe.run.seed)
     if not held_out:
         raise DataError("data.held_out = 0 leaves no problem to evaluate on; set it, or point data.path to a test set")
+    _require_answer(held_out[0])
     prompts = render_prompts(held_out[: recipe.eval.problems], policy, recipe.data)
     generator = NativeGenerator(policy.model, policy.stop_token_ids)
     with open_reward_pool(recipe, held_out[0]) as pool:
@@ -97,7 +95,7 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
 
 
 def sample_texts(
-    model: str, prompt: str, template: str, num_samples: int, sampling: Sampling, seed: int = 0
+    model: str, prompt: str, template: Template, num_samples: int, sampling: Sampling, seed: int = 0
 ) -> list[str]:
     """Completions of one prompt by the model in a Hugging Face folder."""
     device = resolve_device("auto")
@@ -109,11 +107,13 @@ def sample_texts(
 
 
 def open_reward_pool(recipe: Recipe, example: Problem) -> RewardPool:
-    """The recipe's reward functions in worker processes."""
+    """The recipe's reward functions in worker processes. Raises DataError where evaluations would have no answer."""
+    if recipe.eval.every:
+        _require_answer(example)
     rewards = recipe.rewards
     return RewardPool(
         rewards.functions,
-        rewards.weights or None,
+        rewards.weights,
         max_new_tokens=recipe.rollout.max_new_tokens,
         timeout_s=rewards.timeout_s,
         num_workers=rewards.workers,
@@ -130,6 +130,19 @@ def completion_group(prompt: Prompt, group: list[Rollout], policy: Policy) -> Co
         completion_ids=[rollout.completion_ids.tolist() for rollout in group],
         finish_reasons=[rollout.finish_reason for rollout in group],
     )
+
+
+def _newest_model(run: Path) -> Path | None:
+    if (run / "model").exists():
+        return run / "model"
+    checkpoint = newest_checkpoint(run)
+    return checkpoint and checkpoint / "model"
+
+
+def _require_answer(problem: Problem) -> None:
+    if "answer" not in problem.columns:
+        found = ", ".join(problem.columns) or "none"
+        raise DataError(f"an evaluation needs a reference answer: name its column by data.answer_column; found {found}")
 
 
 def _majority(answers: list[str | None], correct: np.ndarray) -> bool:

@@ -76,7 +76,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._round_masters()
-        self.skipped = (self.skipped + 1) * found_inf
+        self.skipped.add_(1).mul_(found_inf)
         self.most_skipped = torch.maximum(self.most_skipped, self.skipped)
         self.total_skipped = self.total_skipped + found_inf
         return collected, norm
@@ -85,16 +85,17 @@ class Learner:
         """Skipped updates since the last call, and the longest run of them, as device scalars."""
         taken = {"update/skipped": self.total_skipped, "update/skipped_in_a_row": self.most_skipped}
         self.total_skipped = torch.zeros_like(self.total_skipped)
-        self.most_skipped = self.skipped
+        self.most_skipped = self.skipped.clone()
         return taken
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the optimizer by name, for saving, and for loading in place."""
-        return {
+        tensors = {
             f"optimizer.{name}.{key}": value
             for name, p in self.masters.items()
             for key, value in self.optimizer.state[p].items()
         }
+        return tensors | {"skipped": self.skipped}
 
     def save_masters(self, folder: Path, tokenizer_files_from: Path) -> None:
         """Write the fp32 weights as a Hugging Face folder."""
@@ -121,7 +122,7 @@ def _schedule(config: OptimizerSection, step: int, total_steps: int) -> float:
     if config.schedule == "constant":
         return 1.0
     progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return config.lr_end_share + (1 - config.lr_end_share) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def _move_grad(p: Tensor, master: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The numbers of a step. Names are those of metrics.jsonl and TensorBoard; lengths and counts are in tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from flashgrpo.grpo.packing import is_dead
 from flashgrpo.grpo.progress import Clock, peak_memory_mb
 from flashgrpo.grpo.reward_pool import RewardTable
 from flashgrpo.grpo.rollout import Rollout
-from flashgrpo.kernels.grpo_loss import merge_stats
+from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, merge_stats
 
 _NAMES = {
     "entropy": "entropy",
@@ -24,16 +25,17 @@ _NAMES = {
     "behavior_mismatch_mean": "mismatch/mean",
     "behavior_mismatch_max": "mismatch/max",
 }
-_PHASES = ("generate", "reward", "pack", "score", "train", "sync")
+PHASES = ("generate", "reward", "pack", "score", "train", "sync")
 
 
 @dataclass(frozen=True)
 class StepData:
-    """What one rollout gave: row i of the table is group i. `position` counts the prompts consumed by its end."""
+    """What one rollout gave: row i of the table is group i."""
 
     rollouts: list[list[Rollout]]
     table: RewardTable
-    position: int
+    position: int  # prompts consumed by its end, from the start of the run
+    discarded: int = 0  # groups of equal rewards that dynamic sampling threw away
 
 
 def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learner) -> dict[str, float]:
@@ -48,28 +50,31 @@ def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learn
         "grad_norm": torch.stack(norms).mean(),
         **learner.take_skipped(),
     }
-    every = [s for update in stats for s in update]
-    if every:
-        merged = merge_stats(every)
+    scalars = [{k: v for k, v in s.items() if k in _NAMES or k == "num_tokens"} for update in stats for s in update]
+    if scalars:
+        merged = merge_stats(scalars)
         tensors |= {name: merged[key] for key, name in _NAMES.items() if key in merged}
     values = torch.stack([value.float() for value in tensors.values()]).tolist()
     return dict(zip(tensors, values, strict=True))
 
 
-def rollout_metrics(data: StepData) -> dict[str, float]:
-    """Rewards, advantages and lengths over every completion that was sampled."""
+def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
+    """Rewards, advantages and lengths over the completions of the step; advantages are those of the loss."""
     lengths = np.array([[len(r.completion_ids) for r in group] for group in data.rollouts])
     truncated = np.array([[r.finish_reason == "length" for r in group] for group in data.rollouts])
     rewards = data.table.rewards
-    known = rewards[~np.isnan(rewards)]
     deviations = [np.nanstd(row, ddof=1) for row in rewards if not is_dead(row)]
+    advantages = group_advantages(torch.from_numpy(rewards).float(), scale=config.advantage_scale).numpy()
     return {
-        "reward/mean": float(known.mean()) if known.size else float("nan"),
-        "reward/std": float(known.std()) if known.size else float("nan"),
-        **{f"reward/{name}": _mean(scores) for name, scores in data.table.scores.items()},
+        "reward/mean": _over_known(np.mean, rewards),
+        "reward/std": _over_known(np.std, rewards),
+        **{f"reward/{name}": _over_known(np.mean, scores) for name, scores in data.table.scores.items()},
         "reward/missing": float(np.isnan(rewards).mean()),
-        "advantage/group_std": float(np.mean(deviations)) if deviations else 0.0,
-        "groups/dead": float(np.mean([is_dead(row) for row in rewards])),
+        "reward/group_std": float(np.mean(deviations)) if deviations else 0.0,
+        "advantage/abs_mean": _over_known(np.mean, np.abs(advantages)),
+        "advantage/max": _over_known(np.max, advantages),
+        "groups/dead": 1 - len(deviations) / len(rewards),
+        "groups/discarded": float(data.discarded),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/min": float(lengths.min()),
@@ -81,7 +86,7 @@ def rollout_metrics(data: StepData) -> dict[str, float]:
 def speed_metrics(data: StepData, clock: Clock, trained_tokens: int, device: torch.device) -> dict[str, float]:
     """Seconds by phase, sampled tokens a second of the whole step, trained tokens a second of the training phase."""
     sampled = sum(len(rollout.completion_ids) for group in data.rollouts for rollout in group)
-    seconds = {f"time/{phase}_s": clock.seconds[phase] for phase in _PHASES}
+    seconds = {f"time/{phase}_s": clock.seconds[phase] for phase in PHASES}
     return seconds | {
         "time/step_s": clock.total_s,
         "tokens_per_s": sampled / clock.total_s,
@@ -100,6 +105,6 @@ def one_line(metrics: dict[str, float]) -> str:
     return ", ".join([*parts, f"length {metrics['length/mean']:.0f}", f"{metrics['tokens_per_s']:,.0f} tokens/s"])
 
 
-def _mean(scores: np.ndarray) -> float:
-    known = scores[~np.isnan(scores)]
-    return float(known.mean()) if known.size else float("nan")
+def _over_known(statistic: Callable[[np.ndarray], np.floating], values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(statistic(known)) if known.size else float("nan")

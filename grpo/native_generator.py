@@ -2,8 +2,9 @@
 
 A prompt's keys and values are computed once and read by all of its completions; each completion keeps only its own.
 One decoding step of `rows` live completions reads the weights once, so its cost on a CPU is 2 N FLOPs a row and on a
-GPU the N weights' bytes. Rows that are finished leave the batch once an eighth of it is idle. It runs without CUDA
-graphs and pages: it is the default where vLLM is not installed, and the reference that vLLM is tested against.
+GPU the N weights' bytes. Finished rows leave the batch once an eighth of it is idle, and so do the prompts of finished
+groups. It runs without CUDA graphs and pages: it is the default where vLLM is not installed, and the reference that
+vLLM is tested against.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from flashgrpo.model.decoder import Decoder
 
 _CACHE_STEP = 64
 _IDLE_SHARE = 1 / 8
+_DRAWN_AHEAD = 64  # positions whose random numbers go to the device at once
 
 
 class NativeGenerator:
@@ -57,9 +59,9 @@ class _DecodingBatch:
         num_rows = sum(counts)
         self.first_row = np.concatenate([[0], np.cumsum(counts)])
         self.seeds = np.concatenate([request.seeds for request in requests]).astype(np.uint64)
-        self.stop_tokens = torch.tensor(stop_token_ids, device=self.device)
-        self.tokens = torch.zeros(num_rows, sampling.max_new_tokens, dtype=torch.int64)
-        self.logprobs = torch.zeros(num_rows, sampling.max_new_tokens)
+        self.stop_token_ids = stop_token_ids
+        self.tokens = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.int64)
+        self.logprobs = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.float32)
         self.lengths = np.zeros(num_rows, dtype=np.int64)
         self.stopped = np.zeros(num_rows, dtype=bool)
 
@@ -67,6 +69,7 @@ class _DecodingBatch:
         self.done = np.zeros(num_rows, dtype=bool)  # by cache place
         self.group_of_row = np.repeat(np.arange(len(requests)), counts)
         self.unfinished = np.array(counts)
+        self.groups = np.arange(len(requests))  # those with a place in the prompts' cache, ascending
         self.prompt_lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=self.device)
         self.prompt_cache: list[tuple[Tensor, Tensor]] = []
         self.own_cache: list[tuple[Tensor, Tensor]] = []
@@ -83,20 +86,21 @@ class _DecodingBatch:
         """(tokens, log-probs, stopped) of every completion of request `index`."""
         for row in range(self.first_row[index], self.first_row[index + 1]):
             length = self.lengths[row]
-            tokens, logprobs = self.tokens[row, :length], self.logprobs[row, :length]
-            yield tokens.numpy().copy(), logprobs.numpy().copy(), bool(self.stopped[row])
+            yield self.tokens[row, :length].copy(), self.logprobs[row, :length].copy(), bool(self.stopped[row])
 
     def step(self) -> list[int]:
         """Sample one token for every live row, run the decoder on them; returns the requests that are now complete."""
         logits = F.linear(self.hidden, self.model.lm_head_weight)
-        tokens, logprobs = sample_tokens(logits, self._uniforms(), self.sampling)
-        stops = torch.isin(tokens, self.stop_tokens).cpu().numpy()
+        if self.position % _DRAWN_AHEAD == 0:
+            self.uniforms = self._draw_uniforms()
+        tokens, logprobs = sample_tokens(logits, self.uniforms[:, self.position % _DRAWN_AHEAD], self.sampling)
+        sampled = torch.stack([tokens.double(), logprobs.double()]).cpu().numpy()  # the one copy to the host
         live = ~self.done
-        rows = torch.from_numpy(self.rows[live])
-        self.tokens[rows, self.position] = tokens.cpu()[torch.from_numpy(live)]
-        self.logprobs[rows, self.position] = logprobs.cpu()[torch.from_numpy(live)]
+        self.tokens[self.rows[live], self.position] = sampled[0, live]
+        self.logprobs[self.rows[live], self.position] = sampled[1, live]
         self.position += 1
 
+        stops = np.isin(sampled[0], self.stop_token_ids)
         newly_done = live & (stops | (self.position == self.sampling.max_new_tokens))
         ended = self.rows[newly_done]
         self.lengths[ended] = self.position
@@ -114,10 +118,10 @@ class _DecodingBatch:
             self.hidden = self.model.run(tokens, positions, self._decode_attention)
         return complete
 
-    def _uniforms(self) -> Tensor:
-        """One number in [0, 1) a live row, from its seed and position: [rows] float64."""
-        with np.errstate(over="ignore"):
-            bits = splitmix64(self.seeds[self.rows] ^ splitmix64(np.uint64(self.position)))
+    def _draw_uniforms(self) -> Tensor:
+        """Numbers in [0, 1) for the next positions, each from its row's seed and its position: [rows, 64] float64."""
+        positions = np.arange(self.position, self.position + _DRAWN_AHEAD, dtype=np.uint64)
+        bits = splitmix64(self.seeds[self.rows, None] ^ splitmix64(positions))
         return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).to(self.device)
 
     def _drop_idle_rows(self, tokens: Tensor) -> Tensor:
@@ -128,13 +132,25 @@ class _DecodingBatch:
         written = self.position - 1
         for layer, (k, v) in enumerate(self.own_cache):
             self.own_cache[layer] = (_keep_rows(k, keep, written), _keep_rows(v, keep, written))
+        self.uniforms = self.uniforms.index_select(0, keep)
+        self._drop_finished_groups()
         self._place_rows()
         return tokens.index_select(0, keep)
 
+    def _drop_finished_groups(self) -> None:
+        live = np.flatnonzero(self.unfinished)
+        if len(self.groups) - len(live) < _IDLE_SHARE * len(self.groups):
+            return
+        keep = torch.from_numpy(np.searchsorted(self.groups, live)).to(self.device)
+        self.groups = live
+        self.prompt_cache = [(k.index_select(0, keep), v.index_select(0, keep)) for k, v in self.prompt_cache]
+        self.prompt_bias = self.prompt_bias.index_select(0, keep)
+        self.prompt_lengths = self.prompt_lengths.index_select(0, keep)
+
     def _place_rows(self) -> None:
         """Lay the live rows of each group side by side in a grid [groups, width]: a prompt's keys are read by group."""
-        groups = self.group_of_row[self.rows]
-        num_groups = len(self.unfinished)
+        groups = np.searchsorted(self.groups, self.group_of_row[self.rows])  # places in the prompts' cache
+        num_groups = len(self.groups)
         counts = np.bincount(groups, minlength=num_groups)
         within = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.grid_width = int(counts.max(initial=0))
@@ -161,7 +177,7 @@ class _DecodingBatch:
             keys = k[places].permute(0, 2, 3, 1).contiguous()  # [requests, num_kv_heads, head_dim, longest]
             values = v[places].transpose(1, 2).contiguous()  # [requests, num_kv_heads, longest, head_dim]
             self.prompt_cache.append((keys, values))
-            return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest)
+            return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest, backend=self.model.attention_backend)
 
         hidden = self.model.run(input_ids, positions, attend)
         return hidden.index_select(0, cu_seqlens[1:].long() - 1)

@@ -62,29 +62,23 @@ def pack_groups(groups: list[Group], token_budget: int) -> list[PackedBatch]:
 
 def build_batch(groups: list[Group]) -> PackedBatch:
     """Lay groups out as one pack, in the order given; an empty list gives the empty micro-batch."""
-    input_ids: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     predictors: list[np.ndarray] = []
-    segment_lengths: list[int] = []
     prefix: list[int] = []
     start = 0
     for group in groups:
         _refuse_empty(group)
-        prompt = np.asarray(group.prompt_ids, dtype=np.int64)
-        input_ids.append(prompt)
-        positions.append(np.arange(len(prompt)))
-        segment_lengths.append(len(prompt))
-        prompt_segment = len(prefix)
-        prefix.append(-1)
-        last_of_prompt = start + len(prompt) - 1
-        start += len(prompt)
+        num_prompt = len(group.prompt_ids)
+        segments += [np.asarray(group.prompt_ids), *(c.token_ids[:-1] for c in group.completions)]
+        prefix += [-1, *[len(prefix)] * len(group.completions)]
+        positions.append(np.arange(num_prompt))
+        start += num_prompt
+        last_of_prompt = start - 1
         for completion in group.completions:
             length = _input_length(completion)
-            input_ids.append(completion.token_ids[:length])
-            positions.append(np.arange(len(prompt), len(prompt) + length))
+            positions.append(np.arange(num_prompt, num_prompt + length))
             predictors.append(np.concatenate([[last_of_prompt], np.arange(start, start + length)]))
-            segment_lengths.append(length)
-            prefix.append(prompt_segment)
             start += length
 
     completions = [completion for group in groups for completion in group.completions]
@@ -94,11 +88,11 @@ def build_batch(groups: list[Group]) -> PackedBatch:
             f"{len(behavior)} of {len(completions)} completions have behavior_logprobs, wanted all or none"
         )
     return PackedBatch(
-        input_ids=_int64(input_ids),
+        input_ids=_int64(segments),
         position_ids=_int64(positions),
-        cu_seqlens=_offsets(segment_lengths),
+        cu_seqlens=_offsets([len(segment) for segment in segments]),
         prefix=torch.tensor(prefix, dtype=torch.int32),
-        max_seqlen=max(segment_lengths, default=0),
+        max_seqlen=max(map(len, segments), default=0),
         targets=_int64([c.token_ids for c in completions]),
         predictors=_int64(predictors),
         target_cu_seqlens=_offsets([len(c.token_ids) for c in completions]),
@@ -121,8 +115,7 @@ def live_groups(
     kept = []
     for group, row in zip(groups, rewards, strict=True):
         if keep_equal or not is_dead(row):
-            first = rewards.shape[1]
-            completions = [c for c in group.completions if not np.isnan(row[c.sequence_id % first])]
+            completions = [c for c in group.completions if not np.isnan(row[c.sequence_id % len(row)])]
             kept.append(Group(group.prompt_ids, completions))
     return kept
 
@@ -179,6 +172,8 @@ def _split(group: Group, token_budget: int) -> list[Group]:
 def _refuse_empty(group: Group) -> None:
     if not len(group.prompt_ids):
         raise PackingError("found an empty prompt: its completions have no token to be predicted from")
+    if not group.completions:
+        raise PackingError("found a prompt without completions: it has nothing to train on; leave the group out")
     if any(not len(c.token_ids) for c in group.completions):
         raise PackingError("found a completion without tokens; leave it out of the group")
 

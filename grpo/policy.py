@@ -30,14 +30,11 @@ class Policy:
         return text
 
 
-def open_policy(section: ModelSection, device: torch.device, weights: Path | None = None) -> Policy:
-    """Load the model at section.path for training or sampling, or other `weights` of it, as a checkpoint has them.
-
-    Raises CheckpointError.
-    """
-    model = load_checkpoint(weights or section.path, dtype=resolve_dtype(section.dtype, device), device=device)
+def open_policy(section: ModelSection, device: torch.device) -> Policy:
+    """Load the model at section.path for training or sampling. Raises CheckpointError."""
+    model = load_checkpoint(section.path, dtype=resolve_dtype(section.dtype, device), device=device)
     model.activation_checkpointing = section.activation_checkpointing
-    model.attention_options = {"backend": section.attention_backend}
+    model.attention_backend = section.attention_backend
     if section.compile:
         model.compile_blocks()
     tokenizer = open_tokenizer(section.path)

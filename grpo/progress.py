@@ -1,6 +1,6 @@
 """What a person sees while a run works: progress bar, phase clock, and a Ctrl-C that never tears an update apart."""
 
-import resource
+import os
 import signal
 import sys
 import time
@@ -69,15 +69,16 @@ class StepBar:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back until the block has ended; a second one ends the process where it stands."""
+    """Hold Ctrl-C back until the block has ended; a second one ends the process at once, with nothing saved."""
     received = False
 
     def hold(signum, frame) -> None:
         nonlocal received
-        if received:
-            signal.default_int_handler(signum, frame)
+        if received:  # an exception here would save what is half updated
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         received = True
-        console.print("[yellow]Ctrl-C: finishing this update, then a checkpoint; again to stop at once[/yellow]")
+        os.write(2, b"\nCtrl-C: finishing this update, then a checkpoint; again to stop at once\n")
 
     try:
         before = signal.signal(signal.SIGINT, hold)
@@ -96,8 +97,6 @@ def peak_memory_mb(device: torch.device) -> float:
     """Largest memory so far, in 10^6 bytes: allocated on the device, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    status = Path("/proc/self/status")  # getrusage keeps the parent's peak across exec
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    status = Path("/proc/self/status").read_text()  # getrusage keeps the parent's peak across exec
+    fields = dict(line.split(":", 1) for line in status.splitlines())
     return int(fields["VmHWM"].split()[0]) * 1024 / 1e6

@@ -1,7 +1,7 @@
 """A recipe: TOML (and `--section.key=value`) checked into frozen dataclasses. The text under each key is its help."""
 
+import copy
 import dataclasses
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,8 @@ import tomli_w
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from flashgrpo.grpo.data import Template
+from flashgrpo.grpo.rewards import nearest
 from flashgrpo.kernels.grpo_loss import LossConfig
 
 _CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -44,25 +46,29 @@ class ModelSection:
 
 
 @dataclass(frozen=True, config=_CHECKED)
-class DataSection:
-    task: str | None = None
-    """A reasoning-gym task, as "reasoning_gym:chain_sum"; or give `path`."""
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Parameters of the task, as [data.options]."""
-    size: _Positive = 20_000
-    """Problems to make of the task, held-out ones included."""
+class SourceSection:
     path: str | None = None
-    """JSONL or Parquet file, or Hugging Face dataset (folder or hub name); or give `task`."""
+    """JSONL or Parquet file, or Hugging Face dataset (folder or hub name)."""
     subset: str | None = None
     """Configuration of a Hugging Face dataset, as gsm8k's "main"."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of chat messages for the chat template."""
-    answer_column: str = "answer"
-    """Column with the reference answer."""
-    template: Literal["r1", "chat", "none"] = "r1"
+    template: Template = "r1"
     """How a prompt becomes tokens: R1-Zero's template, the tokenizer's chat template, or as it is."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class DataSection(SourceSection):
+    task: str | None = None
+    """Instead of a path: a reasoning-gym task, as "reasoning_gym:chain_sum"."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Parameters of the task, as [data.options]."""
+    size: _Positive = 20_000
+    """Problems to make of the task, held-out ones included."""
+    answer_column: str | None = None
+    """Column with the reference answer; by default "answer", if the data has it."""
     held_out: _Count = 256
     """Problems set aside for evaluation, chosen by run.seed."""
     max_prompt_tokens: _Positive = 2048
@@ -87,8 +93,12 @@ class RewardsSection:
     def __post_init__(self) -> None:
         if not self.functions:
             raise ValueError("functions is empty, wanted at least one reward function")
+        if len(set(self.functions)) < len(self.functions):
+            raise ValueError(f"found functions = {self.functions}, wanted each of them once")
         if self.weights and len(self.weights) != len(self.functions):
             raise ValueError(f"found {len(self.weights)} weights for {len(self.functions)} functions, wanted one each")
+        if self.weights and not any(self.weights):
+            raise ValueError(f"found weights = {self.weights}, wanted one that is not 0")
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -119,7 +129,7 @@ class OptimizerSection:
     """Peak learning rate (AdamW)."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up."""
-    lr_end: _Share = 0.1
+    lr_end_share: _Share = 0.1
     """Cosine only: share of the peak at the last update."""
     warmup_steps: _Count = 0
     """Steps of linear warm-up from 0."""
@@ -199,21 +209,15 @@ class Recipe:
 
 
 @dataclass(frozen=True, config=_CHECKED)
-class SftDataSection:
-    path: str
-    """JSONL or Parquet file, or Hugging Face dataset."""
-    subset: str | None = None
-    """Configuration of a Hugging Face dataset."""
-    split: str = "train"
-    """Split of a Hugging Face dataset."""
-    prompt_column: str = "prompt"
-    """Column with the prompt."""
+class SftDataSection(SourceSection):
     completion_column: str = "completion"
     """Column with the text to learn; the end-of-sequence token is appended."""
-    template: Literal["r1", "chat", "none"] = "r1"
-    """As in training by GRPO."""
     max_tokens: _Positive = 32_768
     """An example longer than this, prompt included, is an error."""
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError("path is missing, and it has no default")
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -249,18 +253,18 @@ def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ())
         raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from error
-    _refuse_unknown_keys(kind, values, str(path))
-    for override in overrides:
-        _apply_override(kind, values, override)
     return build_recipe(kind, values, str(path), overrides)
 
 
 def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> _R:
-    """A recipe from nested dictionaries, named `source` in errors, which already have `overrides` over them.
+    """A recipe from nested dictionaries, named `source` in errors, with `overrides` laid over them.
 
     Raises RecipeError as `load_recipe`.
     """
     _refuse_unknown_keys(kind, values, source)
+    values = copy.deepcopy(values)
+    for override in overrides:
+        _apply_override(kind, values, override)
     if "loss" in values:
         values = values | {"loss": _loss_config(values["loss"], _origin("loss", source, overrides))}
     try:
@@ -299,13 +303,15 @@ def _refuse_unknown_keys(kind: type, values: dict[str, Any], source: str) -> Non
     sections = get_type_hints(kind)
     for name, section_values in values.items():
         if name not in sections:
-            raise RecipeError(f"{source}: {name}: unknown section{_nearest(name, list(sections))}")
+            raise RecipeError(f"{source}: {name}: unknown section{nearest(name, sections)}")
         if not isinstance(section_values, dict):
             raise RecipeError(f"{source}: {name}: found {section_values!r}, wanted a section [{name}]")
         for key in section_values:
             if key not in _keys(sections[name]):
                 elsewhere = [f"{other}.{key}" for other, section in sections.items() if key in _keys(section)]
-                hint = f"; did you mean {elsewhere[0]}?" if elsewhere else _nearest(key, _keys(sections[name]), name)
+                hint = (
+                    f"; did you mean {elsewhere[0]}?" if elsewhere else nearest(key, _keys(sections[name]), f"{name}.")
+                )
                 raise RecipeError(f"{source}: {name}.{key}: unknown key{hint}")
 
 
@@ -339,12 +345,6 @@ def _keys(section: type) -> list[str]:
 
 def _is_text(hint: Any) -> bool:
     return hint is str or (isinstance(hint, UnionType) and str in get_args(hint)) or get_origin(hint) is Literal
-
-
-def _nearest(name: str, known: list[str], section: str = "") -> str:
-    prefix = f"{section}." if section else ""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{match[0]}?" if match else f"; known: {', '.join(prefix + k for k in known)}"
 
 
 def _without_none(value: Any) -> Any:

@@ -10,16 +10,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from flashgrpo.grpo.metrics import PHASES
 from flashgrpo.grpo.run_folder import RunInputError, read_rows
 
-_PHASES = ("generate", "reward", "pack", "score", "train", "sync")
 _SHOWN_SHARE = 0.005  # of the time; a thinner band could not be seen
 _LEGEND_COLUMNS = 4
-_NOT_REWARDS = {"mean", "std", "missing"}
+_NOT_REWARDS = {"mean", "std", "group_std", "missing"}
 
 
 def write_report(run: str | Path) -> Path:
-    """Draw RUN/report.png from RUN/metrics.jsonl; returns its path. Raises RunInputError where there is nothing to draw."""
+    """Draw RUN/report.png from RUN/metrics.jsonl; returns its path. Raises RunInputError for no step to draw."""
     run = Path(run)
     rows = read_rows(run / "metrics.jsonl")
     steps = [row for row in rows if "reward/mean" in row]
@@ -100,7 +100,7 @@ def _draw_rewards(axis: Axes, steps: list[dict]) -> None:
 
 
 def _draw_times(axis: Axes, steps: list[dict]) -> None:
-    seconds = {phase: [row.get(f"time/{phase}_s") or 0.0 for row in steps] for phase in _PHASES}
+    seconds = {phase: [row.get(f"time/{phase}_s") or 0.0 for row in steps] for phase in PHASES}
     total = sum(map(sum, seconds.values()))
     shares = {phase: sum(values) / total for phase, values in seconds.items() if sum(values) > _SHOWN_SHARE * total}
     if shares:

@@ -10,6 +10,7 @@ number end the run, and so does, at once, a result that is not a list of one sco
 """
 
 import contextlib
+import inspect
 import logging
 import math
 import multiprocessing
@@ -32,7 +33,6 @@ from flashgrpo.grpo.rewards import BUILTINS, RewardError, RewardFailure, RewardF
 
 logger = logging.getLogger(__name__)
 
-_SUM = Problem("What is 1 + 1?", {"answer": "2"})
 _STEPS_WITHOUT_NUMBER = 3
 _START_LIMIT_S = 120.0
 _ORPHAN_GRACE_S = 1.0
@@ -51,7 +51,7 @@ class CompletionGroup:
 
 @dataclass(frozen=True)
 class RewardTable:
-    """Scores of a step in the order in which its groups were submitted; NaN where missing."""
+    """Scores in the order in which the groups were submitted; NaN where missing."""
 
     scores: dict[str, np.ndarray]  # by function, [num_groups, group_size] float64
     rewards: np.ndarray  # [num_groups, group_size] float64, the weighted sum
@@ -62,11 +62,7 @@ class _Scores(NamedTuple):
     failure: str | None  # why any are missing
 
 
-class _Malformed(NamedTuple):
-    reason: str
-
-
-_Futures = dict[str, Future[_Scores | _Malformed]]  # by function
+_Result = _Scores | RewardFailure  # the latter for a malformed result
 
 
 class RewardPool:
@@ -74,42 +70,40 @@ class RewardPool:
 
         with RewardPool(["accuracy", "format"], max_new_tokens=1024, example=problems[0]) as pool:
             pool.submit(group)           # as groups finish
-            table = pool.collect()       # at the end of the step
+            table = pool.collect()       # what was submitted since the last call
+            pool.check_step(table)       # at the end of the step
 
     Functions get the arguments that `flashgrpo.grpo.rewards` describes. A column of the data set that is named like
     one of the pool's own (`prompts`, `completions`, ...) is hidden by it. Neither the timing nor the number of workers
     changes a result.
 
-    Args:
-        functions: names, see `resolve_reward`; each is resolved here as well, so that a wrong one fails now.
-        weights: one per function, default 1; a function of weight 0 is scored but does not enter the sum.
-        max_new_tokens: the limit that completions are generated under.
-        timeout_s: limit for one function on one group.
-        num_workers: processes.
-        example: any problem of the data; workers score it at start, so that imports do not count as scoring.
+    `functions` are names, see `resolve_reward`; one of weight 0 is scored but does not enter the sum. `timeout_s` is
+    for one function on one group. `example` is any problem of the data: workers score it at start, so that imports do
+    not count as scoring.
 
-    Raises:
-        RewardError: no, repeated or unresolvable functions; weights that are not one finite number each, or all 0.
+    Raises RewardError for a function that cannot be found, or not be called with the columns of `example`.
     """
 
     def __init__(
         self,
         functions: Sequence[str],
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] = (),
         *,
         max_new_tokens: int,
+        example: Problem,
         timeout_s: float = 10.0,
         num_workers: int = 2,
-        example: Problem = _SUM,
     ):
-        self.functions = list(functions)
-        self.weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
-        self._check_configuration()
+        self.functions, self.weights = list(functions), list(weights or [1.0] * len(functions))
         self._max_new_tokens = max_new_tokens
+        answered = CompletionGroup(example, example.question, ["<think>so</think><answer>0</answer>"], [[0]], ["stop"])
+        arguments = self._arguments(answered)
+        for name in self.functions:
+            _check_signature(name, arguments)
         self._steps_without_number = dict.fromkeys(self.functions, 0)
-        self._pending: list[tuple[int, _Futures]] = []  # group size and futures
-        setup = _Setup(self.functions, timeout_s, self._arguments(_example_group(example)))
-        self._workers = [_Worker(setup) for _ in range(num_workers)]
+        self._failures: dict[str, str] = {}  # by function, why the first missing score of the step is missing
+        self._pending: list[tuple[int, dict[str, Future[_Result]]]] = []  # group size, and futures by function
+        self._workers = [_Worker(self.functions, timeout_s, arguments) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -131,54 +125,48 @@ class RewardPool:
     def submit(self, group: CompletionGroup) -> None:
         """Queues a group for scoring and returns at once."""
         arguments = self._arguments(group)
-        futures = {name: self._schedule(name, arguments) for name in self.functions}
+        futures = {name: self._threads.submit(self._run, name, arguments) for name in self.functions}
         self._pending.append((len(group.completions), futures))
 
     def collect(self) -> RewardTable:
-        """Waits for the groups submitted since the last call, which make up a step; rows are in their order.
+        """Waits for the groups submitted since the last call; rows are in their order.
 
-        Raises:
-            RewardFailure: a malformed result, or the third step in a row in which a function gave no number at all.
-            ValueError: groups of different sizes.
+        Raises RewardFailure for a malformed result, ValueError for groups of different sizes.
         """
         pending, self._pending = self._pending, []
         sizes = [size for size, _ in pending]
-        scores: dict[str, np.ndarray] = {}
+        scores = {}
         for name in self.functions:
-            scores[name], failure = self._gather(name, sizes, [futures[name] for _, futures in pending])
-            is_blank = scores[name].size > 0 and bool(np.isnan(scores[name]).all())
+            scores[name], failure = _gather(name, sizes, [futures[name] for _, futures in pending])
+            if failure:
+                self._failures.setdefault(name, failure)
+        weighted = [weight * scores[name] for name, weight in zip(self.functions, self.weights, strict=True) if weight]
+        return RewardTable(scores, np.sum(weighted, axis=0))
+
+    def check_step(self, table: RewardTable) -> None:
+        """Warns of the missing scores of a step, given all its rows; to be called once a step.
+
+        Raises RewardFailure in the third step in a row in which a function gave no number at all.
+        """
+        failures, self._failures = self._failures, {}
+        for name, scores in table.scores.items():
+            _warn(name, scores, failures.get(name))
+            is_blank = scores.size > 0 and bool(np.isnan(scores).all())
             self._steps_without_number[name] = self._steps_without_number[name] + 1 if is_blank else 0
             if self._steps_without_number[name] == _STEPS_WITHOUT_NUMBER:
                 raise RewardFailure(
-                    f"reward {name!r} gave no number in {_STEPS_WITHOUT_NUMBER} steps in a row: {failure}"
+                    f"reward {name!r} gave no number in {_STEPS_WITHOUT_NUMBER} steps in a row: {failures.get(name)}"
                 )
-        weighted = [weight * scores[name] for name, weight in zip(self.functions, self.weights, strict=True) if weight]
-        return RewardTable(scores, np.sum(weighted, axis=0))
 
     def score(self, groups: Sequence[CompletionGroup], name: str) -> np.ndarray:
         """Scores by one function, of the pool's or not, apart from the step in progress: for an evaluation.
 
-        Returns:
-            [num_groups, group_size] float64, NaN where missing.
-
-        Raises:
-            RewardFailure: a malformed result.
-            ValueError: groups of different sizes.
+        Returns [num_groups, group_size] float64, NaN where missing; raises as `collect`.
         """
-        sizes = [len(group.completions) for group in groups]
-        return self._gather(name, sizes, [self._schedule(name, self._arguments(group)) for group in groups])[0]
-
-    def _check_configuration(self) -> None:
-        if not self.functions:
-            raise RewardError(f"no reward functions; name at least one of {', '.join(BUILTINS)}, or your own")
-        for name in self.functions:
-            if self.functions.count(name) > 1:
-                raise RewardError(f"reward {name!r} is named {self.functions.count(name)} times; name it once")
-            resolve_reward(name)
-        if len(self.weights) != len(self.functions):
-            raise RewardError(f"{len(self.weights)} weights for {len(self.functions)} reward functions; give one each")
-        if not all(map(math.isfinite, self.weights)) or not any(self.weights):
-            raise RewardError(f"reward weights are {self.weights}; all must be finite, and one not 0")
+        futures = [self._threads.submit(self._run, name, self._arguments(group)) for group in groups]
+        scores, failure = _gather(name, [len(group.completions) for group in groups], futures)
+        _warn(name, scores, failure)
+        return scores
 
     def _arguments(self, group: CompletionGroup) -> dict[str, Any]:
         """What a reward function is called with."""
@@ -193,73 +181,69 @@ class RewardPool:
             "max_new_tokens": self._max_new_tokens,
         }
 
-    def _schedule(self, name: str, arguments: dict[str, Any]) -> Future[_Scores | _Malformed]:
-        return self._threads.submit(self._run, name, arguments)
-
-    def _run(self, name: str, arguments: dict[str, Any]) -> _Scores | _Malformed:
+    def _run(self, name: str, arguments: dict[str, Any]) -> _Result:
         worker = self._idle.get()
         try:
             return worker.score(name, arguments)
         finally:
             self._idle.put(worker)
 
-    def _gather(
-        self, name: str, sizes: Sequence[int], futures: Sequence[Future[_Scores | _Malformed]]
-    ) -> tuple[np.ndarray, str | None]:
-        """(scores [num_groups, group_size], why the first missing score is missing); warns of missing ones."""
-        if len(set(sizes)) > 1:
-            raise ValueError(f"groups of one step must have equally many completions, found {sorted(set(sizes))}")
-        scores = np.full((len(sizes), sizes[0] if sizes else 0), np.nan)
-        failure = None
-        for row, future in enumerate(futures):
-            result = future.result()
-            if isinstance(result, _Malformed):
-                raise RewardFailure(f"reward {name!r} {result.reason}")
-            scores[row] = result.values
-            failure = failure or result.failure
-        if failure:
-            logger.warning("reward %r: %d of %d scores missing: %s", name, np.isnan(scores).sum(), scores.size, failure)
-        return scores, failure
+
+def _check_signature(name: str, arguments: dict[str, Any]) -> None:
+    try:
+        inspect.signature(resolve_reward(name)).bind(**arguments)
+    except (TypeError, ValueError) as error:  # ValueError: of what is written in C and has no signature
+        raise RewardError(
+            f"reward {name!r} cannot be called as (prompts, completions, **columns) with the columns "
+            f"{', '.join(arguments)}: {error}"
+        ) from error
 
 
-def _example_group(problem: Problem) -> CompletionGroup:
-    return CompletionGroup(problem, problem.question, ["<think>so</think><answer>0</answer>"], [[0]], ["stop"])
+def _gather(name: str, sizes: Sequence[int], futures: Sequence[Future[_Result]]) -> tuple[np.ndarray, str | None]:
+    """(scores [num_groups, group_size], why the first missing score is missing)."""
+    if len(set(sizes)) > 1:
+        raise ValueError(f"groups of one step must have equally many completions, found {sorted(set(sizes))}")
+    scores = np.full((len(sizes), sizes[0] if sizes else 0), np.nan)
+    failures = []
+    for row, future in enumerate(futures):
+        result = future.result()
+        if isinstance(result, RewardFailure):
+            raise RewardFailure(f"reward {name!r} {result}")
+        scores[row] = result.values
+        failures += [result.failure] if result.failure else []
+    return scores, failures[0] if failures else None
 
 
-class _Setup(NamedTuple):
-    """What a worker is told at its start."""
-
-    functions: list[str]
-    timeout_s: float
-    example: dict[str, Any]  # arguments for one call of each built-in
+def _warn(name: str, scores: np.ndarray, failure: str | None) -> None:
+    if missing := np.isnan(scores).sum():
+        logger.warning("reward %r: %d of %d scores missing: %s", name, missing, scores.size, failure)
 
 
 class _Worker:
     """A process that scores one group at a time. Used by one thread at a time; `close` may come from another."""
 
-    def __init__(self, setup: _Setup):
-        self._setup = setup
+    def __init__(self, functions: list[str], timeout_s: float, example: dict[str, Any]):
+        self._timeout_s = timeout_s
+        self._setup = functions, timeout_s, example
         self._lock = threading.Lock()
         self._closed = False
         self._start()
 
-    def score(self, name: str, arguments: dict[str, Any]) -> _Scores | _Malformed:
+    def score(self, name: str, arguments: dict[str, Any]) -> _Result:
         """Calls the function in the process; one that hung or died is replaced."""
         if self._process.poll() is not None:  # killed while idle, for memory say, which is not this group's fault
             self._restart()
         self._await_start()
-        limit_s = self._setup.timeout_s
-        missing = [math.nan] * len(arguments["completions"])
         try:
             self._connection.send((name, arguments))
-            if self._connection.poll(limit_s):
+            if self._connection.poll(self._timeout_s):
                 return self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             failure = f"its process ended with exit code {self._process.wait()}"
         else:
-            failure = f"no result within the limit of {limit_s:g} s"
+            failure = f"no result within the limit of {self._timeout_s:g} s"
         self._restart()
-        return _Scores(missing, failure)
+        return _Scores([math.nan] * len(arguments["completions"]), failure)
 
     def close(self) -> None:
         with self._lock:
@@ -288,7 +272,10 @@ class _Worker:
 
     def _start(self) -> None:
         self._connection, theirs = multiprocessing.Pipe()
-        command = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
+        command = (  # Ctrl-C is ignored before anything that takes time is imported
+            "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+            f"sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
+        )
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", command],
@@ -303,25 +290,23 @@ class _Worker:
 
 def serve(file_descriptor: int) -> None:
     """A worker's life: scores groups that come through the pipe until its other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # what a reward prints must not mix with the main process's output
-    with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionResetError):
-        setup: _Setup = connection.recv()
-        for name in setup.functions:
-            function = resolve_reward(name)
-            if name in BUILTINS:  # the user's may cost money, or count its calls
-                _call(function, setup.example)
+    with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
+        names, timeout_s, example = connection.recv()
+        functions = {name: resolve_reward(name) for name in names}
+        for name in functions.keys() & BUILTINS.keys():  # the user's may cost money, or count its calls
+            _call(functions[name], example)
         connection.send(True)
         while True:
             name, arguments = connection.recv()
             # Ends this process even if the main one is gone and nobody enforces the limit.
-            signal.setitimer(signal.ITIMER_REAL, setup.timeout_s + _ORPHAN_GRACE_S)
-            result = _call(resolve_reward(name), arguments)
+            signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
+            result = _call(functions.get(name) or BUILTINS[name], arguments)
             signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send(result)
 
 
-def _call(function: RewardFunction, arguments: dict[str, Any]) -> _Scores | _Malformed:
+def _call(function: RewardFunction, arguments: dict[str, Any]) -> _Result:
     num = len(arguments["completions"])
     try:
         result: Any = function(**arguments)
@@ -329,19 +314,12 @@ def _call(function: RewardFunction, arguments: dict[str, Any]) -> _Scores | _Mal
         return _Scores([math.nan] * num, f"{type(error).__name__}: {error}")
     values = result.tolist() if hasattr(result, "tolist") else result  # arrays and tensors
     if not isinstance(values, list | tuple):
-        return _Malformed(f"returned {type(values).__name__}, wanted a list of {num} numbers or None")
+        return RewardFailure(f"returned {type(values).__name__}, wanted a list of {num} numbers or None")
     if len(values) != num:
-        return _Malformed(f"returned {len(values)} scores for {num} completions, wanted {num}")
-    scores, failure = [], None
+        return RewardFailure(f"returned {len(values)} scores for {num} completions, wanted {num}")
     for value in values:
-        if value is None:
-            score = math.nan
-        elif isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-            return _Malformed(f"returned {type(value).__name__} {value!r:.80} as a score, wanted a number or None")
-        else:
-            score = float(value)
-        if not math.isfinite(score):
-            failure = failure or f"it returned {value}"
-            score = math.nan
-        scores.append(score)
-    return _Scores(scores, failure)
+        if value is not None and (isinstance(value, str | bytes) or not hasattr(value, "__float__")):
+            return RewardFailure(f"returned {type(value).__name__} {value!r:.80} as a score, wanted a number or None")
+    is_missing = [value is None or not math.isfinite(value) for value in values]
+    failure = f"it returned {values[is_missing.index(True)]}" if any(is_missing) else None
+    return _Scores([math.nan if m else float(v) for v, m in zip(values, is_missing, strict=True)], failure)

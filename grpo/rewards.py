@@ -12,7 +12,6 @@ Workers import this module, so it costs nothing: heavy libraries are imported by
 import difflib
 import functools
 import importlib
-import inspect
 import itertools
 import json
 import logging
@@ -173,33 +172,23 @@ def resolve_reward(name: str) -> RewardFunction:
     """The reward function of a name: a built-in, or `package.module:function`, also from the current folder.
 
     Raises:
-        RewardError: no such built-in, module or function, or one that does not accept TRL's arguments.
+        RewardError: no such built-in, module or function.
     """
     if name in BUILTINS:
         return BUILTINS[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise RewardError(
-            f"unknown reward {name!r}{nearest(name, BUILTINS)}; there are {', '.join(BUILTINS)}, "
-            "and your own as package.module:function"
-        )
+        raise RewardError(f"unknown reward {name!r}, no package.module:function either{nearest(name, BUILTINS)}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise RewardError(f"reward {name!r}: cannot import {module_name!r}: {error}") from error
+    except Exception as error:  # the user's module may raise anything while it is imported
+        raise RewardError(f"reward {name!r}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
     function: RewardFunction | None = getattr(module, attribute, None)
     if not callable(function):
         public = [key for key, value in vars(module).items() if callable(value)]
         raise RewardError(f"reward {name!r}: {module_name} has no function {attribute!r}{nearest(attribute, public)}")
-    signature = inspect.signature(function)
-    try:
-        signature.bind_partial(prompts=[], completions=[], any_other_column=[])
-    except TypeError as error:
-        raise RewardError(
-            f"reward {name!r} must accept (prompts, completions, **columns), found {attribute}{signature}"
-        ) from error
     return function
 
 
@@ -396,7 +385,8 @@ def _detector(target: str) -> Any:
     return LanguageDetectorBuilder.from_languages(*languages).with_low_accuracy_mode().build()
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The tail of an error message that proposes the likeliest of `candidates`, or nothing."""
-    matches = difflib.get_close_matches(name, list(candidates), n=2, cutoff=0.5)
-    return f", did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The tail of an error message: the likeliest of the `known` names, or else all of them, behind `prefix`."""
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else f"; known: {', '.join(prefix + k for k in known)}"

@@ -11,8 +11,9 @@ import math
 import os
 import random
 import shutil
+import tomllib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,21 @@ class RunFolder:
 
     def __init__(self, output: str | Path, recipe_toml: str, resume: bool):
         self.path, self._recipe_toml = Path(output), recipe_toml
+        if self.path.exists() and not self.path.is_dir():
+            raise RunInputError(f"{self.path} is a file; run.output wants a folder")
         if not resume and self.path.exists() and any(self.path.iterdir()):
             raise RunInputError(f"{self.path} exists: continue it with --resume, or choose another run.output")
         self.checkpoint = newest_checkpoint(self.path)
         self.state = _read_state(self.checkpoint) if self.checkpoint else {}
+        if self.checkpoint:
+            _refuse_other_run(self.path / "recipe.toml", recipe_toml)
         self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def start(self) -> None:
         """Write recipe.toml, cut the logs back to the checkpoint and open them."""
@@ -54,30 +65,38 @@ class RunFolder:
         write_text(self.path / "recipe.toml", self._recipe_toml)
         last_step = self.state.get("step", -1)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            _cut_rows(self.path / name, last_step)
-        self._metrics = self._stack.enter_context((self.path / "metrics.jsonl").open("a"))
-        self._samples = self._stack.enter_context((self.path / "samples.jsonl").open("a"))
+            rows = [row for row in read_rows(self.path / name) if row["step"] <= last_step]
+            _write_rows(self.path / name, rows)
         writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=last_step + 1)
         self._tensorboard = self._stack.enter_context(writer)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append a row; NaN and infinity are written as null."""
-        row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        _append(self._metrics, [row])
-        for key, value in metrics.items():
-            self._tensorboard.add_scalar(key, value, step)
+        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}
+        _append(self.path / "metrics.jsonl", [{"step": step} | finite])
+        for key, value in finite.items():
+            self._tensorboard.add_scalar(key, math.nan if value is None else value, step)
+
+    def take_row(self, step: int) -> dict[str, Any]:
+        """Remove the last row, where it is that of `step`, and return its values, for logging it again with more."""
+        *before, last = [{}, *read_rows(self.path / "metrics.jsonl")]
+        if last.pop("step", None) != step:
+            return {}
+        _write_rows(self.path / "metrics.jsonl", before[1:])
+        return last
 
     def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
         """Append sampled completions."""
-        _append(self._samples, ({"step": step} | sample for sample in samples))
+        _append(self.path / "samples.jsonl", ({"step": step} | sample for sample in samples))
 
-    def save(self, step: int, write_model, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    def save(self, step: int, write_model, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
         """Write checkpoints/step_N and remove all but the newest `keep`. `write_model(path)` makes the model's folder.
 
         On any failure the unfinished folder is removed, the last good checkpoint stays, and RunError is raised.
         """
         final = self.path / "checkpoints" / f"step_{step}"
         temporary = final.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             write_model(temporary / "model")
@@ -85,9 +104,10 @@ class RunFolder:
                 with _single_process():
                     state_dict_saver.save(tensors, checkpoint_id=temporary / "state", no_dist=True)
             write_text(temporary / "state.json", json.dumps({"step": step, **state, "rng": _rng_state()}))
-            sync_folder(temporary)
-            shutil.rmtree(final, ignore_errors=True)
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
             temporary.rename(final)
+            _sync(final.parent)
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = newest_checkpoint(self.path)
@@ -95,25 +115,21 @@ class RunFolder:
                 f"checkpoint of step {step} could not be written to {final.parent}: {error}; "
                 + (f"{kept.name} is kept: free some space and continue with --resume" if kept else "none was kept")
             ) from error
+        self.checkpoint, self.state = final, {"step": step, **state}
         for old in _checkpoints(self.path)[:-keep]:
             shutil.rmtree(old)
-        self.checkpoint = final
-        return final
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place from the open checkpoint, and set every random generator as it was."""
-        if self.checkpoint is None:
-            raise RunError(f"{self.path} has no checkpoint to continue from")
-        if tensors:
+        try:
             with _single_process():
-                state_dict_loader.load(tensors, checkpoint_id=self.checkpoint / "state", no_dist=True)
-        _set_rng_state(self.state["rng"])
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+                state_dict_loader.load(tensors, checkpoint_id=f"{self.checkpoint}/state", no_dist=True)
+            _set_rng_state(self.state["rng"])
+        except (OSError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
+            raise RunInputError(
+                f"{self.checkpoint}: broken checkpoint, or one of another recipe ({error}); remove it to continue from "
+                "the one before"
+            ) from error
 
 
 def newest_checkpoint(run: str | Path) -> Path | None:
@@ -126,32 +142,31 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
     return rows
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place, then rename it."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush every file and folder below `folder` to the disk."""
-    for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -169,21 +184,33 @@ def _checkpoints(run: Path) -> list[Path]:
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(
-            f"{checkpoint}: broken checkpoint ({error}); remove it to continue from the one before"
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return {"step": int(state["step"]), **state}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunInputError(
+            f"{checkpoint}: broken state.json ({error!r}); remove the folder to continue from before"
         ) from error
 
 
-def _cut_rows(path: Path, last_step: int) -> None:
-    rows = [row for row in read_rows(path) if row["step"] <= last_step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def _refuse_other_run(stored: Path, recipe_toml: str) -> None:
+    """A run goes on with the model, data and seed that it began with: others would be another run under its name."""
+    before, now = tomllib.loads(stored.read_text(encoding="utf-8")), tomllib.loads(recipe_toml)
+    for section, key in (("model", "path"), ("run", "seed"), *(("data", key) for key in before["data"] | now["data"])):
+        old, new = before.get(section, {}).get(key), now.get(section, {}).get(key)
+        if old != new:
+            raise RunInputError(
+                f"{section}.{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
+                "keep it, or choose another run.output"
+            )
 
 
-def _append(file, rows: Iterable[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    file.flush()
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _rng_state() -> dict[str, Any]:

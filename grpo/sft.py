@@ -12,69 +12,43 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.data import DataError, load_problems, render_prompt
-from flashgrpo.grpo.learner import Learner, Stats
+from flashgrpo.grpo.learner import Stats
 from flashgrpo.grpo.packing import Completion, Group, pack_groups
-from flashgrpo.grpo.policy import Policy, open_policy, resolve_device
-from flashgrpo.grpo.progress import Clock, console, deferred_interrupt, peak_memory_mb, step_bar
+from flashgrpo.grpo.policy import Policy
+from flashgrpo.grpo.progress import Clock, StepBar, deferred_interrupt, peak_memory_mb
 from flashgrpo.grpo.recipe import DataSection, SftDataSection, SftRecipe, recipe_to_toml
-from flashgrpo.grpo.run_folder import RunError, RunFolder
+from flashgrpo.grpo.run_folder import RunFolder
+from flashgrpo.grpo.run_loop import RunLoop
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss
 from flashgrpo.model.batch import PackedBatch, gather_predictors
-from flashgrpo.model.checkpoint import save_checkpoint
 
 _CROSS_ENTROPY = LossConfig.preset("bnpo")
-_MOST_SKIPPED = 3
 
 
 def sft(recipe: SftRecipe, resume: bool = False) -> Path:
     """Run an SFT recipe, or continue it; returns the folder of the final model. Errors as `train`."""
     with RunFolder(recipe.run.output, recipe_to_toml(recipe), resume) as folder:
-        trainer = SftTrainer(recipe, folder)
-        try:
-            return trainer.run()
-        except KeyboardInterrupt:
-            if trainer.step > folder.state.get("step", 0):
-                trainer.save()
-            console.print(f"[yellow]stopped after step {trainer.step}; continue with --resume[/yellow]")
-            raise
+        return SftTrainer(recipe, folder).run()
 
 
-class SftTrainer:
+class SftTrainer(RunLoop):
+    title = "sft"
+
     def __init__(self, recipe: SftRecipe, folder: RunFolder):
-        self.recipe, self.folder = recipe, folder
-        self.device = resolve_device(recipe.run.device)
-        self.step = folder.state.get("step", 0)
-        self.policy = open_policy(recipe.model, self.device, folder.checkpoint and folder.checkpoint / "model")
+        super().__init__(recipe, folder)
+        self.recipe = recipe
         self.examples = load_examples(recipe.data, self.policy, recipe.train.token_budget)
         self.steps_per_epoch = -(-len(self.examples) // recipe.train.batch_size)
-        self.total_steps = recipe.train.epochs * self.steps_per_epoch
-        self.learner = Learner(self.policy.model, recipe.train, self.total_steps)
-        if folder.checkpoint:
-            self.learner.load_masters(folder.checkpoint / "model")
-            folder.restore(self.learner.state_tensors())
+        self._order = functools.cache(self._order_of)
+        self.open_learner(recipe.train.epochs * self.steps_per_epoch)
 
-    def run(self) -> Path:
-        """Every step that is left, then the final model; returns its folder."""
-        self.folder.start()
-        with step_bar("sft", self.step, self.total_steps) as bar:
-            for step in range(self.step + 1, self.total_steps + 1):
-                metrics = self.run_step(step)
-                bar.advance(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_s/trained']:,.0f} tokens/s")
-                every = self.recipe.train.checkpoint_every
-                if (every and step % every == 0) or step == self.total_steps:
-                    self.save()
-        final = self.folder.path / "model"
-        save_checkpoint(self.policy.model, final, tokenizer_files_from=self.policy.path)
-        return final
-
-    def run_step(self, step: int) -> dict[str, float]:
+    def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
         """One optimizer update on batch_size examples; Ctrl-C waits until it is logged."""
         clock = Clock()
         epoch, place = divmod(step - 1, self.steps_per_epoch)
-        order = np.random.default_rng([self.recipe.run.seed, epoch]).permutation(len(self.examples))
         size = self.recipe.train.batch_size
-        groups = [self.examples[i] for i in order[place * size : (place + 1) * size]]
+        groups = [self.examples[i] for i in self._order(epoch)[place * size : (place + 1) * size]]
         batches = [batch.to(self.device) for batch in pack_groups(groups, self.recipe.train.token_budget)]
         num_targets = sum(batch.num_targets for batch in batches)
         with deferred_interrupt():
@@ -85,20 +59,14 @@ class SftTrainer:
             taken = self.learner.take_skipped()
             values = torch.stack([loss.float(), norm.float(), *taken.values()]).tolist()
             metrics = dict(zip(["loss", "grad_norm", *taken], values, strict=True))
-            tokens = sum(batch.total_tokens for batch in batches)
-            metrics |= {"lr": lr, "epoch": step / self.steps_per_epoch, "tokens_per_s/trained": tokens / clock.total_s}
+            rate = sum(batch.total_tokens for batch in batches) / clock.total_s
+            metrics |= {"lr": lr, "epoch": step / self.steps_per_epoch, "tokens_per_s/trained": rate}
             metrics["memory/peak_mb"] = peak_memory_mb(self.device)
             self.folder.log(step, metrics)
-        if metrics["update/skipped_in_a_row"] >= _MOST_SKIPPED:
-            raise RunError(
-                f"{_MOST_SKIPPED} updates in a row had a gradient that is not finite, up to step {step}; lower train.lr"
-            )
-        return metrics
+        return metrics, f"loss {metrics['loss']:.4f}, {rate:,.0f} tokens/s"
 
-    def save(self) -> None:
-        """Write a checkpoint of the last completed step."""
-        write_model = functools.partial(self.learner.save_masters, tokenizer_files_from=self.policy.path)
-        self.folder.save(self.step, write_model, self.learner.state_tensors(), {}, self.recipe.train.keep_checkpoints)
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.recipe.run.seed, epoch]).permutation(len(self.examples))
 
     def _loss(self, batch: PackedBatch, denominator: float) -> tuple[Tensor, Stats]:
         model = self.policy.model

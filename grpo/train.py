@@ -17,22 +17,21 @@ from torch import Tensor
 
 from flashgrpo.grpo.data import Problem, load_problems
 from flashgrpo.grpo.evaluate import completion_group, evaluate, open_reward_pool
-from flashgrpo.grpo.learner import Learner, Stats
+from flashgrpo.grpo.learner import Stats
 from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.packing import Completion, Group, is_dead, live_groups, loss_denominator, pack_groups
-from flashgrpo.grpo.policy import Prompt, open_policy, render_prompts, resolve_device, resolve_dtype
-from flashgrpo.grpo.progress import Clock, StepBar, console, deferred_interrupt, step_bar
+from flashgrpo.grpo.policy import Prompt, open_policy, render_prompts
+from flashgrpo.grpo.progress import Clock, StepBar, console, deferred_interrupt
 from flashgrpo.grpo.recipe import Recipe, RecipeError, recipe_to_toml
 from flashgrpo.grpo.reward_pool import RewardPool, RewardTable
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling, sample_seeds
-from flashgrpo.grpo.run_folder import RunError, RunFolder, newest_checkpoint
+from flashgrpo.grpo.run_folder import RunFolder
+from flashgrpo.grpo.run_loop import RunLoop
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
-from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
 from flashgrpo.model.decoder import Decoder
 
-_MOST_SKIPPED = 3
 _LOGGED_GROUPS = 2
 
 
@@ -48,105 +47,83 @@ class Update:
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """Run a recipe, or continue it; returns the folder of the final model.
 
-    Raises DataError, RewardError or CheckpointError for what is wrong before the first step, RunError for later failures.
-    Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
+    Raises RecipeError, DataError, RewardError, CheckpointError and RunInputError before the first step, RunError and
+    RewardFailure later. Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
-    problems, held_out = load_problems(recipe.data, recipe.run.seed)
-    with (
-        open_reward_pool(recipe, problems[0]) as pool,
-        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume) as folder,
-    ):
-        trainer = Trainer(recipe, folder, pool, problems, held_out)
-        try:
-            return trainer.run()
-        except KeyboardInterrupt:
-            if trainer.step > folder.state.get("step", 0):
-                trainer.save()
-            console.print(f"[yellow]stopped after step {trainer.step}; continue with --resume[/yellow]")
-            raise
+    with RunFolder(recipe.run.output, recipe_to_toml(recipe), resume) as folder:
+        problems, held_out = load_problems(recipe.data, recipe.run.seed)
+        with open_reward_pool(recipe, problems[0]) as pool:
+            return Trainer(recipe, folder, pool, problems, held_out).run()
 
 
-class Trainer:
+class Trainer(RunLoop):
     """The loop and its state: weights, optimizer, reference, data position, step."""
+
+    title = "train"
 
     def __init__(
         self, recipe: Recipe, folder: RunFolder, pool: RewardPool, problems: list[Problem], held_out: list[Problem]
     ):
-        self.recipe, self.folder, self.pool = recipe, folder, pool
-        self.device = resolve_device(recipe.run.device)
-        self.step, self.position = folder.state.get("step", 0), folder.state.get("position", 0)
-        self.policy = open_policy(recipe.model, self.device, folder.checkpoint and folder.checkpoint / "model")
-        self.learner = Learner(self.policy.model, recipe.train, recipe.train.steps)
-        self.reference = self._open_reference()
+        super().__init__(recipe, folder)
+        self.recipe, self.pool = recipe, pool
+        self.position = folder.state.get("position", 0)
         render = partial(render_prompts, policy=self.policy, data=recipe.data)
         self.prompts, self.held_out = render(problems), render(held_out[: recipe.eval.problems])
         _check_token_budget(recipe, max(len(prompt.token_ids) for prompt in self.prompts))
         self._order_epoch, self._order = -1, np.zeros(0, dtype=np.int64)
         self.generator = NativeGenerator(self.policy.model, self.policy.stop_token_ids)
+        self.generator.weight_version = self.step
         rollout = recipe.rollout
         self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
-        if folder.checkpoint:
-            self._restore(folder.checkpoint)
+        self.reference = None
+        if recipe.loss.kl_coef:
+            self.reference = open_policy(recipe.model, self.device).model.requires_grad_(False)
+        self.open_learner(recipe.train.steps)
 
-    def run(self) -> Path:
-        """Every step that is left, then the final model; returns its folder."""
-        recipe = self.recipe
-        self.folder.start()
-        if self.step == 0 and recipe.eval.every:
-            self.folder.log(0, self._evaluate(0))
-        with step_bar("train", self.step, recipe.train.steps) as bar:
-            for step in range(self.step + 1, recipe.train.steps + 1):
-                metrics = self.run_step(step, bar)
-                bar.advance(step, one_line(metrics))
-                every = recipe.train.checkpoint_every
-                if (every and step % every == 0) or step == recipe.train.steps:
-                    self.save()
-        final = self.folder.path / "model"
-        save_checkpoint(self.policy.model, final, tokenizer_files_from=self.policy.path)
-        return final
+    def begin(self) -> None:
+        """The evaluation before training, or one that a stop has cut short."""
+        if self._evaluates_at(self.step):
+            row = self.folder.take_row(self.step)
+            self.folder.log(self.step, row if "eval/pass@1" in row else row | self._evaluate(self.step))
 
-    def save(self) -> None:
-        """Write a checkpoint of the last completed step."""
-        tensors = self.learner.state_tensors() | self._reference_tensors()
-        write_model = partial(self.learner.save_masters, tokenizer_files_from=self.policy.path)
-        self.folder.save(
-            self.step, write_model, tensors, {"position": self.position}, self.recipe.train.keep_checkpoints
-        )
-
-    def run_step(self, step: int, bar: StepBar) -> dict[str, float]:
+    def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
         """Rollout, rewards, packing, scoring, updates, metrics; Ctrl-C waits from the first update to the last."""
         clock = Clock()
         bar.phase("generate")
         data = self._rollout(step, clock)
         with clock("pack"):
             updates = self._plan_updates(data)
-        bar.phase("train")
         metrics: dict[str, float] = {}
         try:
             with deferred_interrupt():
+                bar.phase("train")
                 metrics["lr"] = self.learner.set_lr(step)
-                with clock("train"):
-                    metrics |= device_metrics(*self._learn(updates, clock), self.learner)
+                metrics |= self._learn(updates, clock)
                 self.step, self.position = step, data.position
                 self.generator.weight_version = step
                 self._refresh_reference()
-                trained_tokens = sum(batch.total_tokens for update in updates for batch in update.batches)
-                metrics |= rollout_metrics(data) | speed_metrics(data, clock, trained_tokens, self.device)
+                trained = self.recipe.train.epochs * sum(b.total_tokens for update in updates for b in update.batches)
+                metrics |= rollout_metrics(data, self.recipe.loss) | speed_metrics(data, clock, trained, self.device)
             if self._evaluates_at(step):
                 bar.phase("evaluate")
                 metrics |= self._evaluate(step)
         finally:
             if self.step == step:
-                self.folder.log_samples(step, self._samples(data))
-                self.folder.log(step, metrics)
-        self._raise_alarms(metrics)
-        return metrics
+                with deferred_interrupt():
+                    self.folder.log_samples(step, self._samples(data))
+                    self.folder.log(step, metrics)
+        alarm = self.recipe.train.mismatch_alarm
+        if metrics.get("mismatch/mean", 0.0) > alarm:
+            off = f"{metrics['mismatch/mean']:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
+            console.print(f"[yellow]step {step}: the sampler's log-probs are {off}[/yellow]")
+        return metrics, one_line(metrics)
 
     def _rollout(self, step: int, clock: Clock) -> StepData:
         """Sample and reward prompts_per_step groups; with refill_limit, replace those whose rewards are equal."""
         config = self.recipe.rollout
         groups: list[list[Rollout]] = []
         tables: list[RewardTable] = []
+        discarded = 0
         position = self.position
         for attempt in range(1 + config.refill_limit):
             wanted = config.prompts_per_step - len(groups)
@@ -156,10 +133,13 @@ class Trainer:
             last = attempt == config.refill_limit
             keep = [i for i in range(wanted) if last or not dead[i]]
             groups += [rollouts[i] for i in keep]
+            discarded += wanted - len(keep)
             tables.append(_rows(table, keep))
             if len(groups) == config.prompts_per_step:
                 break
-        return StepData(groups, _concatenate(tables), position)
+        table = _concatenate(tables)
+        self.pool.check_step(table)
+        return StepData(groups, table, position, discarded)
 
     def _sample_groups(
         self, step: int, position: int, num_groups: int, clock: Clock
@@ -200,23 +180,28 @@ class Trainer:
             updates.append(Update([batch.to(self.device) for batch in batches], on_device, denominator))
         return updates
 
-    def _learn(self, updates: list[Update], clock: Clock) -> tuple[list[list[Stats]], list[Tensor]]:
+    def _learn(self, updates: list[Update], clock: Clock) -> dict[str, float]:
         """Score the packs where that is needed, then every update of the step, in order, `epochs` times."""
         with clock("score"):
             updates = [self._score(update, on_policy=i == 0) for i, update in enumerate(updates)]
-        results = [
-            self.learner.update(update.batches, lambda batch, update=update: self._loss(batch, update))
-            for _ in range(self.recipe.train.epochs)
-            for update in updates
-        ]
-        return [stats for stats, _ in results], [norm for _, norm in results]
+        collected, norms = [], []
+        with clock("train"):
+            for epoch in range(self.recipe.train.epochs):
+                for i, update in enumerate(updates):
+                    stats, norm = self.learner.update(update.batches, partial(self._loss, update=update))
+                    if (
+                        epoch == i == 0
+                    ):  # its log-probs were made at the weights of the rollout: the old ones from now on
+                        updates[0] = _with_old_logprobs(update, [s["logprobs"] for s in stats])
+                    collected.append([{k: v for k, v in s.items() if v.dim() == 0} for s in stats])
+                    norms.append(norm)
+            return device_metrics(collected, norms, self.learner)
 
     def _score(self, update: Update, on_policy: bool) -> Update:
         """Add old and reference log-probs. Old ones are left out where the weights have not moved since the rollout."""
-        needs_old = not (on_policy and self.recipe.train.epochs == 1)
         batches = []
         for batch in update.batches:
-            old = self._logprobs(self.policy.model, batch) if needs_old else None
+            old = None if on_policy else self._logprobs(self.policy.model, batch)
             ref = self._logprobs(self.reference, batch) if self.reference else None
             batches.append(dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref))
         return dataclasses.replace(update, batches=batches)
@@ -262,24 +247,6 @@ class Trainer:
         )
         return {f"eval/{name}": float(value) for name, value in result.scores().items()}
 
-    def _raise_alarms(self, metrics: dict[str, float]) -> None:
-        if metrics["update/skipped"]:
-            console.print(
-                f"[yellow]step {self.step}: {metrics['update/skipped']:.0f} updates skipped: gradient not finite[/]"
-            )
-        if metrics["update/skipped_in_a_row"] >= _MOST_SKIPPED:
-            kept = newest_checkpoint(self.folder.path)
-            raise RunError(
-                f"{_MOST_SKIPPED} updates in a row had a gradient that is not finite, up to step {self.step}; "
-                f"{f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'}: lower train.lr, "
-                "or look at samples.jsonl for what the rewards score"
-            )
-        if metrics.get("mismatch/mean", 0.0) > self.recipe.train.mismatch_alarm:
-            console.print(
-                f"[yellow]step {self.step}: the sampler's log-probs are {metrics['mismatch/mean']:.3g} off the "
-                f"trainer's on average (train.mismatch_alarm = {self.recipe.train.mismatch_alarm})[/]"
-            )
-
     def _samples(self, data: StepData) -> Iterator[dict[str, Any]]:
         """The first groups of the step, every completion with its rewards."""
         for index, group in enumerate(data.rollouts[:_LOGGED_GROUPS]):
@@ -298,24 +265,26 @@ class Trainer:
             self._order_epoch = epoch
         return self.prompts[self._order[place]]
 
-    def _open_reference(self) -> Decoder | None:
-        if self.recipe.loss.kl_coef == 0:
-            return None
-        dtype = resolve_dtype(self.recipe.model.dtype, self.device)
-        return load_checkpoint(self.recipe.model.path, dtype=dtype, device=self.device).requires_grad_(False)
-
     def _refresh_reference(self) -> None:
         every = self.recipe.train.ref_refresh_every
         if self.reference and every and self.step % every == 0:
             self.reference.load_state_dict(self.policy.model.state_dict())
 
-    def _reference_tensors(self) -> dict[str, Tensor]:
-        return {f"reference.{k}": v for k, v in self.reference.state_dict().items()} if self.reference else {}
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """The reference, where it is not simply the model that the run began with."""
+        if self.reference is None or not self.recipe.train.ref_refresh_every:
+            return {}
+        return {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
 
-    def _restore(self, checkpoint: Path) -> None:
-        self.generator.weight_version = self.step
-        self.learner.load_masters(checkpoint / "model")
-        self.folder.restore(self.learner.state_tensors() | self._reference_tensors())
+    def extra_state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+
+def _with_old_logprobs(update: Update, old_logprobs: list[Tensor]) -> Update:
+    batches = [
+        dataclasses.replace(batch, old_logprobs=old) for batch, old in zip(update.batches, old_logprobs, strict=True)
+    ]
+    return dataclasses.replace(update, batches=batches)
 
 
 def _check_token_budget(recipe: Recipe, longest_prompt: int) -> None:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashgrpo.kernels.logprob import check_index
+
 _BACKENDS = ("torch",)
 # The calls of one more batch take about as long as this many scores, so less padding than that is free.
 _FREE_PADDING = 16_384
@@ -39,6 +41,7 @@ class _Segment:
         return self.length * (self.prefix_length + self.length)
 
 
+@torch.compiler.disable()  # the twin's plan is made on the host
 def packed_attention(
     q: Tensor,  # [total_tokens, num_heads, head_dim]
     k: Tensor,  # [total_tokens, num_kv_heads, head_dim]
@@ -61,14 +64,9 @@ def packed_attention(
     no segment or has a prefix of its own, and an unknown backend; TypeError for wrong dtypes.
     """
     _check_tensors(q, k, v)
-    _check_index("cu_seqlens", cu_seqlens, q.device)
-    if not cu_seqlens.numel():
-        raise ValueError("cu_seqlens has no entry; wanted [num_segments + 1], with 0 first")
-    num_segments = cu_seqlens.shape[0] - 1
+    check_index("cu_seqlens", cu_seqlens, q.device)
     if prefix is not None:
-        _check_index("prefix", prefix, q.device)
-        if prefix.shape[0] != num_segments:
-            raise ValueError(f"prefix has shape {tuple(prefix.shape)}; wanted [{num_segments}], one entry a segment")
+        check_index("prefix", prefix, q.device, cu_seqlens.shape[0] - 1)
     if backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(_BACKENDS)}")
     segments = _segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen)
@@ -90,15 +88,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if not k.shape[1] or num_heads % k.shape[1]:
         raise ValueError(f"q has {num_heads} heads and k has {k.shape[1]}; wanted a multiple")
-
-
-def _check_index(name: str, index: Tensor, device: torch.device) -> None:
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} is {index.dtype}; wanted int32 or int64")
-    if index.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(index.shape)}; wanted one dimension")
-    if index.device != device:
-        raise ValueError(f"{name} is on {index.device} and q on {device}; wanted one device")
 
 
 def _segments_on_host(
@@ -150,7 +139,9 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[_Segment], 
     """Padded rows repeat a segment's last token: finite wherever the segment is, never read back, hidden as keys."""
     if not segments:  # zeros that remain a function of all three
         return q.new_zeros(q.shape) + (q[:0].sum() + k[:0].sum() + v[:0].sum())
-    outputs, rows = [], []
+    outputs = [q.new_zeros(1, q.shape[1] * q.shape[2])]  # that of tokens in no segment, then the batches' padded rows
+    places = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    num_outputs = 1
     for batch in _batches(segments):
         start, length, prefix_start, prefix_length = torch.tensor(
             [(s.start, s.length, s.prefix_start, s.prefix_length) for s in batch], device=q.device
@@ -173,11 +164,11 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[_Segment], 
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         ).transpose(1, 2)  # [batch, own, num_heads, head_dim]
+        outputs.append(out.flatten(2).flatten(0, 1))
         kept = own < length
-        outputs.append(out[kept].flatten(1))
-        rows.append(query_rows[kept])
-    packed = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
-    return packed.index_copy(0, torch.cat(rows), torch.cat(outputs)).view(q.shape)
+        places[query_rows[kept]] = num_outputs + kept.flatten().nonzero().squeeze(1)
+        num_outputs += kept.numel()
+    return torch.cat(outputs).index_select(0, places).view(q.shape)
 
 
 def _gather_heads(

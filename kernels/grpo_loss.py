@@ -6,12 +6,13 @@ at `ratio_level="sequence"`), r_i = exp(min(l_i, 20)):
     policy_i = -b_i A_c bound(r_i)                  clip     bound: at most 1 + clip_high where A > 0,
                                                              at least 1 - clip_low, at most clip_max where A < 0
     policy_i = -b_i A_c min(r_i, 1 + clip_high) logprob_i    cispo, the ratio without gradient
-    kl_i     = k1, k2 or k3 of d_i = ref_i - logprob_i       -d, d^2 / 2, exp(min(d, 20)) - min(d, 20) - 1
+    kl_i     = k1, k2 or k3 of d_i = ref_i - logprob_i       -d, d^2 / 2, exp(d) - d - 1
     loss     = sum_i w_i (policy_i + kl_coef kl_i - entropy_coef entropy_i) / denominator
 
 w_i is 1 / tokens of c for `sequence_mean` and 1 otherwise; b_i is the detached weight p_old / p_behavior. The gradient
 by logprob_i is w_i (-b_i A_c r_i + kl_coef dkl_i) / denominator while r_i is within its bounds, bounds included. At
-sequence level it is the same expression, since the tokens of a completion share ratio, weight and advantage.
+sequence level it is the same expression, since the tokens of a completion share ratio, weight and advantage. d_i is
+bounded to [-100, 100], for k3 to [-100, 20], and has no gradient beyond.
 
 All shapes are [num_targets] but rewards and offsets; a token costs at most 16 bytes read and 4 written. Nothing here
 reads a device tensor on the host. Bounds on offsets are checked on the CPU only.
@@ -26,15 +27,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.logprob import accumulation_dtype, backward_once, gather_logprobs
+from flashgrpo.kernels.logprob import IGNORE_TARGET, accumulation_dtype, backward_once, check_index, gather_logprobs
 from flashgrpo.kernels.loss_terms import (
     ADVANTAGE_SCALES,
     AdvantageScale,
     LossConfig,
     LossInputs,
     Stats,
-    entropy_gradient,
-    spread_over_tokens,
+    segment_sum,
     token_losses,
     token_stats,
     total_loss,
@@ -53,8 +53,8 @@ def group_advantages(
 ) -> Tensor:  # [num_groups, group_size]
     """Rewards relative to their group's mean, over the sample standard deviation + eps unless `scale` is "none".
 
-    fp32, or float64 for float64 rewards. NaN marks a reward that is not there: NaN stays NaN and leaves the group's
-    statistics. A group of one reward, or of equal ones, gets exactly 0.
+    fp32, or float64 for float64 rewards. A reward that is NaN or infinite is not there: its advantage is NaN, and it
+    leaves the group's statistics. A group of one reward, or of equal ones, gets exactly 0.
 
     Raises ValueError unless rewards has two dimensions and `scale` is known.
     """
@@ -63,7 +63,7 @@ def group_advantages(
     if scale not in ADVANTAGE_SCALES:
         raise ValueError(f"scale is {scale!r}; wanted one of {', '.join(ADVANTAGE_SCALES)}")
     rewards = rewards.to(accumulation_dtype(rewards.dtype))
-    present = ~rewards.isnan()
+    present = rewards.isfinite()
     count = present.sum(1, keepdim=True)
     # Measured from a reward of the group, equal rewards deviate by exactly 0 and large ones keep their digits.
     origin = rewards.gather(1, present.int().argmax(1, keepdim=True)) if rewards.shape[1] else rewards
@@ -108,12 +108,11 @@ def grpo_loss(
         raise ValueError(f"logprobs has shape {tuple(logprobs.shape)}; wanted [num_targets]")
     if not logprobs.is_floating_point():
         raise TypeError(f"logprobs is {logprobs.dtype}; wanted a floating dtype")
-    check_denominator(denominator)
     inputs = prepare_inputs(
-        logprobs, target_cu_seqlens, config, None, rewards, sequence_ids, advantages,
+        logprobs, target_cu_seqlens, config, denominator, None, rewards, sequence_ids, advantages,
         old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
-    return _GRPOLoss.apply(logprobs, None, inputs, config, denominator)
+    return _GRPOLoss.apply(logprobs, None, inputs)
 
 
 def logits_grpo_loss(
@@ -135,15 +134,15 @@ def logits_grpo_loss(
 
     Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs and entropies. The
     gradient is written over logits that are another operation's result, which autograd then refuses to use again;
-    logits that are a leaf keep their values. Raises what `grpo_loss` and `gather_logprobs` raise.
+    logits that are a leaf, or a view of one, keep their values. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
-    check_denominator(denominator)
-    logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not logits.is_leaf)
+    spare = logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
+    logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not spare)
     inputs = prepare_inputs(
-        logprobs, target_cu_seqlens, config, targets, rewards, sequence_ids, advantages,
+        logprobs, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
         old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
-    return _GRPOLoss.apply(logprobs, entropies, inputs, config, denominator)
+    return _GRPOLoss.apply(logprobs, entropies, inputs)
 
 
 def pack_padded(
@@ -190,19 +189,11 @@ def merge_stats(stats: Sequence[Stats]) -> Stats:
     return merged
 
 
-def check_denominator(denominator: float | Tensor) -> None:
-    """Raises unless `denominator` is a finite number above 0 or a 0-d tensor."""
-    if isinstance(denominator, Tensor):
-        if denominator.dim():
-            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
-    elif not (denominator > 0 and math.isfinite(denominator)):
-        raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
-
-
 def prepare_inputs(
     like: Tensor,  # [num_targets], for shape, dtype and device
     target_cu_seqlens: Tensor,  # [num_completions + 1]
     config: LossConfig,
+    denominator: float | Tensor,
     targets: Tensor | None,  # [num_targets]
     rewards: Tensor | None,  # [num_groups, group_size]
     sequence_ids: Tensor | None,  # [num_completions]
@@ -211,45 +202,47 @@ def prepare_inputs(
     ref_logprobs: Tensor | None,  # [num_targets]
     behavior_logprobs: Tensor | None,  # [num_targets]
 ) -> LossInputs:
-    """Checks what the loss functions have in common and spreads it over tokens. Raises as `grpo_loss` says."""
-    if (rewards is None) == (advantages is None):
-        raise ValueError(f"{'neither' if rewards is None else 'both'} of rewards and advantages given; wanted one")
+    """What the loss functions have in common, checked and spread over tokens. Raises as `grpo_loss` says."""
+    dtype = accumulation_dtype(like.dtype)
     if config.kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef is {config.kl_coef}, which needs ref_logprobs; found None")
     if config.behavior_cap is not None and behavior_logprobs is None:
         raise ValueError(f"behavior_cap is {config.behavior_cap}, which needs behavior_logprobs; found None")
+    if isinstance(denominator, Tensor):
+        if denominator.dim():
+            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
+        denominator = denominator.detach().to(dtype)
+    elif not (denominator > 0 and math.isfinite(denominator)):
+        raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
     _check_offsets(target_cu_seqlens, like)
-    per_token = {
-        "targets": targets,
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "behavior_logprobs": behavior_logprobs,
-    }
-    for name, tensor in per_token.items():
-        if tensor is not None and tensor.shape != like.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {tuple(like.shape)}, one entry a target")
-    num_completions = target_cu_seqlens.shape[0] - 1
-    if rewards is not None:
-        advantages = _gather_advantages(rewards, sequence_ids, num_completions, config)
-    elif sequence_ids is not None:
-        raise ValueError("sequence_ids says where rewards belong; leave it out with advantages")
-    if advantages is None or advantages.shape != (num_completions,):
-        found = None if advantages is None else tuple(advantages.shape)
-        raise ValueError(f"advantages has shape {found}; wanted [{num_completions}], one a completion")
-    return spread_over_tokens(
-        like, target_cu_seqlens, config, targets, advantages, old_logprobs, ref_logprobs, behavior_logprobs
-    )
+    offsets = target_cu_seqlens.long()
+    spans = offsets.diff()
+    sequence = torch.searchsorted(offsets[1:], torch.arange(like.shape[0], device=like.device), right=True)
+    advantages = _completion_advantages(rewards, sequence_ids, advantages, spans.shape[0], config)
+    advantages = advantages.detach().to(dtype).index_select(0, sequence)
+    counted = ~advantages.isnan()
+    if targets is not None:
+        counted &= targets != IGNORE_TARGET
+
+    def keep(name: str, x: Tensor | None) -> Tensor | None:
+        if x is not None and x.shape != like.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {tuple(like.shape)}, one entry a target")
+        return None if x is None else torch.where(counted, x.detach().to(dtype), 0)
+
+    weights = counted.to(dtype)
+    lengths = segment_sum(weights, spans)
+    if config.aggregate == "sequence_mean":
+        weights = weights / lengths.clamp(min=1).index_select(0, sequence)
+    return LossInputs(
+        config, denominator, counted, sequence, spans, lengths, torch.where(counted, advantages, 0), weights,
+        old=keep("old_logprobs", old_logprobs),
+        ref=keep("ref_logprobs", ref_logprobs),
+        behavior=keep("behavior_logprobs", behavior_logprobs),
+    )  # fmt: skip
 
 
 def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:
-    if target_cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"target_cu_seqlens is {target_cu_seqlens.dtype}; wanted int32 or int64")
-    if target_cu_seqlens.dim() != 1 or not target_cu_seqlens.numel():
-        raise ValueError(
-            f"target_cu_seqlens has shape {tuple(target_cu_seqlens.shape)}; wanted [num_completions + 1], with 0 first"
-        )
-    if target_cu_seqlens.device != like.device:
-        raise ValueError(f"target_cu_seqlens is on {target_cu_seqlens.device}; wanted {like.device}")
+    check_index("target_cu_seqlens", target_cu_seqlens, like.device)
     if target_cu_seqlens.device.type == "cpu":
         first, last = int(target_cu_seqlens[0]), int(target_cu_seqlens[-1])
         if first != 0 or last != like.shape[0] or bool((target_cu_seqlens.diff() < 0).any()):
@@ -259,12 +252,23 @@ def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:
             )
 
 
-def _gather_advantages(
-    rewards: Tensor,  # [num_groups, group_size]
+def _completion_advantages(
+    rewards: Tensor | None,  # [num_groups, group_size]
     sequence_ids: Tensor | None,  # [num_completions]
+    advantages: Tensor | None,  # [num_completions]
     num_completions: int,
     config: LossConfig,
 ) -> Tensor:  # [num_completions]
+    if rewards is None:
+        if advantages is None:
+            raise ValueError("neither of rewards and advantages given; wanted one")
+        if sequence_ids is not None:
+            raise ValueError("sequence_ids says where rewards belong; leave it out with advantages")
+        if advantages.shape != (num_completions,):
+            raise ValueError(f"advantages has shape {tuple(advantages.shape)}; wanted [{num_completions}]")
+        return advantages
+    if advantages is not None:
+        raise ValueError("both of rewards and advantages given; wanted one")
     advantages = group_advantages(rewards.detach(), scale=config.advantage_scale).flatten()
     if sequence_ids is None:
         if advantages.shape[0] != num_completions:
@@ -273,21 +277,17 @@ def _gather_advantages(
                 "completion, or sequence_ids"
             )
         return advantages
-    if sequence_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"sequence_ids is {sequence_ids.dtype}; wanted int32 or int64")
-    if sequence_ids.shape != (num_completions,):
-        raise ValueError(f"sequence_ids has shape {tuple(sequence_ids.shape)}; wanted [{num_completions}]")
+    check_index("sequence_ids", sequence_ids, rewards.device, num_completions)
     return advantages.index_select(0, sequence_ids)
 
 
 class _GRPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logprobs, entropies, inputs, config, denominator):
-        terms = token_losses(logprobs, inputs, config)
-        ctx.save_for_backward(terms.d_logprob, entropy_gradient(inputs, config))
-        ctx.denominator, ctx.dtype = denominator, logprobs.dtype
-        stats = token_stats(terms, logprobs, entropies, inputs, config)
-        return total_loss(terms, entropies, inputs, config, denominator), stats
+    def forward(ctx, logprobs, entropies, inputs):
+        terms = token_losses(logprobs, inputs)
+        ctx.save_for_backward(terms.d_logprob, inputs.d_entropies)
+        ctx.denominator, ctx.dtype = inputs.denominator, logprobs.dtype
+        return total_loss(terms, entropies, inputs), token_stats(terms, logprobs, entropies, inputs)
 
     @staticmethod
     @backward_once
@@ -295,4 +295,4 @@ class _GRPOLoss(torch.autograd.Function):
         d_logprob, d_entropy = ctx.saved_tensors
         scale = grad_outputs[0] / ctx.denominator
         d_entropy = None if d_entropy is None else d_entropy * scale
-        return (d_logprob * scale).to(ctx.dtype), d_entropy, None, None, None
+        return (d_logprob * scale).to(ctx.dtype), d_entropy, None

@@ -9,44 +9,45 @@ For n rows, hidden size H and vocabulary V, chunk by chunk:
 
 `linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H FLOPs against 8 n V H
 for what recomputes them. A sequence-level ratio needs all log-probs before any gradient, so it costs 8 n V H. Beyond
-its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and three chunks of logits, four where the temperature is
-not 1. Every chunk reads the weight and reads and writes d_weight, traffic that its rows share: the default is as many
-rows as have their fp32 logits in 8 MiB, a processor's cache, or in 512 MiB on CUDA, and at least 256 or 2,048, from
-where the GEMMs are bound by arithmetic.
+its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and three chunks of logits in fp32. Every chunk reads the
+weight and reads and writes d_weight, traffic that its rows share: the default is as many rows as have their fp32 logits
+in 2 MiB, a processor's cache, or in 512 MiB on CUDA, and at least 256 or 2,048, from where the GEMMs are bound by
+arithmetic.
 
-Both functions make log-probs with `_forward_chunk`, so with equal chunks they agree bit for bit. Not done here:
-vocabulary-parallel heads, a bias, logit soft-capping. Sources: Wijmans et al., Cut Your Losses, arXiv 2411.09009;
-Hsu et al., Liger Kernel, arXiv 2410.10989.
+Both functions make log-probs in `_sweep`, so with equal chunks they agree bit for bit, and autocast changes neither.
+Not done here: vocabulary-parallel heads, a bias, logit soft-capping. Sources: Wijmans et al., Cut Your Losses, arXiv
+2411.09009; Hsu et al., Liger Kernel, arXiv 2410.10989.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.grpo_loss import check_denominator, prepare_inputs
+from flashgrpo.kernels.grpo_loss import prepare_inputs
 from flashgrpo.kernels.logprob import (
-    RowLogprobs,
     accumulation_dtype,
     backward_once,
-    check_targets,
+    check_index,
     check_temperature,
     row_gradients,
     row_logprobs,
 )
 from flashgrpo.kernels.loss_terms import (
     LossConfig,
-    LossInputs,
     Stats,
-    entropy_gradient,
+    TokenLoss,
     token_losses,
     token_stats,
     total_loss,
 )
 
-_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}
 _MIN_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 _COMPACT_BELOW = 0.9
+# (rows, their log-probs) -> the loss's gradients by log-prob and by entropy
+Upstream = Callable[[slice | Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def linear_logprobs(
@@ -95,24 +96,22 @@ def linear_grpo_loss(
     The gradients are made only for those of hidden and lm_head_weight that require them, and wait for the backward
     pass, which multiplies them by the upstream scalar over the denominator and cannot be differentiated again. Rows
     whose gradient is exactly 0 leave the gradient GEMMs where fewer than 90% of a chunk are live (`compact=None`),
-    always (True) or never (False).
+    always (True) or never (False). On CUDA, where counting them waits for the device, None means never.
 
     Loss, metrics and arguments are those of `logits_grpo_loss`, the rest as in `linear_logprobs`; raises what they
     raise.
     """
-    check_denominator(denominator)
     head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
     like = hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
     inputs = prepare_inputs(
-        like, target_cu_seqlens, config, targets, rewards, sequence_ids, advantages,
+        like, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
         old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
     grad = torch.is_grad_enabled()
-    gradients = _Gradients(
-        d_hidden=torch.zeros_like(hidden) if grad and hidden.requires_grad else None,
-        d_weight=_zeros_to_accumulate(lm_head_weight) if grad and lm_head_weight.requires_grad else None,
+    gradients = _Gradients.zeros(
+        hidden, lm_head_weight, grad and hidden.requires_grad, grad and lm_head_weight.requires_grad
     )
-    return _LinearGRPOLoss.apply(hidden, lm_head_weight, targets, head, inputs, config, denominator, compact, gradients)
+    return _LinearGRPOLoss.apply(hidden, lm_head_weight, targets, head, inputs, compact, gradients)
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,6 @@ class _Head:
     chunk_tokens: int
     logits_dtype: torch.dtype
 
-    def chunks(self, num_rows: int) -> list[slice]:
-        return [slice(start, start + self.chunk_tokens) for start in range(0, num_rows, self.chunk_tokens)]
-
 
 @dataclass(frozen=True)
 class _Gradients:
@@ -134,20 +130,25 @@ class _Gradients:
     d_hidden: Tensor | None  # [n, hidden_size], hidden's dtype
     d_weight: Tensor | None  # [vocab, hidden_size], fp32 or float64
 
+    @classmethod
+    def zeros(cls, hidden: Tensor, weight: Tensor, need_d_hidden: bool, need_d_weight: bool) -> "_Gradients":
+        return cls(
+            d_hidden=torch.zeros_like(hidden) if need_d_hidden else None,
+            d_weight=torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if need_d_weight else None,
+        )
+
     @property
     def needed(self) -> bool:
         return self.d_hidden is not None or self.d_weight is not None
 
     def add(self, d_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
         """Adds what the rows `rows` contribute, by their d_logits and hidden states."""
-        if self.d_hidden is not None:
+        if self.d_hidden is not None and isinstance(rows, slice):
+            torch.mm(d_logits.to(weight.dtype), weight, out=self.d_hidden[rows])
+        elif self.d_hidden is not None:
             self.d_hidden[rows] = d_logits.to(weight.dtype) @ weight
         if self.d_weight is not None:
             self.d_weight.addmm_(d_logits.T, hidden.to(d_logits.dtype))
-
-
-def _zeros_to_accumulate(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
 
 
 def _make_head(
@@ -167,7 +168,7 @@ def _make_head(
         raise TypeError(f"hidden is {hidden.dtype} and lm_head_weight {weight.dtype}; wanted one floating dtype")
     if weight.device != hidden.device:
         raise ValueError(f"hidden is on {hidden.device} and lm_head_weight on {weight.device}; wanted one device")
-    check_targets(targets, hidden.shape[0], hidden.device)
+    check_index("targets", targets, hidden.device, hidden.shape[0])
     check_temperature(temperature)
     logits_dtype = logits_dtype or hidden.dtype
     allowed = {hidden.dtype, accumulation_dtype(hidden.dtype)}
@@ -181,30 +182,61 @@ def _make_head(
     return _Head(temperature, chunk_tokens, logits_dtype)
 
 
-def _forward_chunk(
-    hidden: Tensor,  # [rows, hidden_size]
-    weight: Tensor,  # [vocab, hidden_size], logits_dtype
-    targets: Tensor,  # [rows]
-    head: _Head,
-) -> RowLogprobs:
-    """The one forward: log-probs and entropies of a chunk of rows, with their softmax."""
-    logits = hidden.to(weight.dtype) @ weight.T
-    return row_logprobs(logits, targets, head.temperature)
-
-
-def _forward_all(
+def _sweep(
     hidden: Tensor,  # [n, hidden_size]
     weight: Tensor,  # [vocab, hidden_size]
     targets: Tensor,  # [n]
     head: _Head,
-) -> tuple[Tensor, Tensor]:  # [n], [n]
+    gradients: _Gradients | None = None,
+    upstream: Upstream | None = None,
+    *,
+    compact: bool | None = False,
+    rows: Tensor | None = None,  # [num_rows], those to visit; None: all
+) -> tuple[Tensor, Tensor]:  # [n], [n], uninitialised where not visited
+    """Log-probs and entropies, chunk by chunk, and with `upstream` what each chunk adds to `gradients`."""
     logprobs = hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
     entropies = torch.empty_like(logprobs)
     logits_weight = weight.to(head.logits_dtype)
-    for chunk in head.chunks(hidden.shape[0]):
-        rows = _forward_chunk(hidden[chunk], logits_weight, targets[chunk], head)
-        logprobs[chunk], entropies[chunk] = rows.logprobs, rows.entropy
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, hidden.shape[0] if rows is None else rows.shape[0], head.chunk_tokens):
+            chunk = slice(start, start + head.chunk_tokens)
+            chosen = chunk if rows is None else rows[chunk]
+            inputs, wanted = hidden[chosen], targets[chosen]
+            softmax = row_logprobs(
+                inputs.to(head.logits_dtype) @ logits_weight.T, wanted, head.temperature, overwrite=True
+            )
+            logprobs[chosen], entropies[chosen] = softmax.logprobs, softmax.entropy
+            if gradients is not None and upstream is not None:
+                d_logprobs, d_entropies = upstream(chosen, softmax.logprobs)
+                live = _live_rows(d_logprobs, d_entropies, compact)
+                if live is not None:
+                    chosen, softmax = live + start, softmax.select(live)
+                    inputs, wanted, d_logprobs = inputs[live], wanted[live], d_logprobs[live]
+                    d_entropies = None if d_entropies is None else d_entropies[live]
+                d_logits = row_gradients(softmax, wanted, d_logprobs, d_entropies, head.temperature)
+                gradients.add(d_logits, inputs, weight, chosen)
+                del d_logits
+            del softmax  # before the next chunk's is made
     return logprobs, entropies
+
+
+def _recompute(
+    gradients: _Gradients,
+    hidden: Tensor,  # [n, hidden_size]
+    weight: Tensor,  # [vocab, hidden_size]
+    targets: Tensor,  # [n]
+    head: _Head,
+    d_logprobs: Tensor,  # [n]
+    d_entropies: Tensor | None,  # [n]
+    compact: bool | None,
+) -> None:
+    """The logits once more, when the gradients by log-prob and entropy are known; dead rows leave all three GEMMs."""
+
+    def known(rows: slice | Tensor, _: Tensor) -> tuple[Tensor, Tensor | None]:
+        return d_logprobs[rows], None if d_entropies is None else d_entropies[rows]
+
+    live = _live_rows(d_logprobs, d_entropies, compact)
+    _sweep(hidden, weight, targets, head, gradients, known, rows=live)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -213,7 +245,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.head = head
         ctx.set_materialize_grads(False)
-        return _forward_all(hidden, weight, targets, head)
+        return _sweep(hidden, weight, targets, head)
 
     @staticmethod
     @backward_once
@@ -222,36 +254,34 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         if d_logprobs is None:
             d_logprobs = hidden.new_zeros(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-        need_d_hidden, need_d_weight, *_ = ctx.needs_input_grad
-        gradients = _Gradients(
-            d_hidden=torch.zeros_like(hidden) if need_d_hidden else None,
-            d_weight=_zeros_to_accumulate(weight) if need_d_weight else None,
-        )
-        _accumulate_known(gradients, hidden, weight, targets, ctx.head, d_logprobs, d_entropies, compact=None)
+        gradients = _Gradients.zeros(hidden, weight, *ctx.needs_input_grad[:2])
+        _recompute(gradients, hidden, weight, targets, ctx.head, d_logprobs, d_entropies, None)
         d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
         return gradients.d_hidden, d_weight, None, None
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, head, inputs, config, denominator, compact, gradients):
-        if gradients.needed and config.ratio_level == "token":
-            logprobs, entropies = _forward_with_gradients(
-                gradients, hidden, weight, targets, head, inputs, config, compact
-            )
-            terms = token_losses(logprobs, inputs, config)
+    def forward(ctx, hidden, weight, targets, head, inputs, compact, gradients):
+        d_entropies = inputs.d_entropies
+        if gradients.needed and inputs.config.ratio_level == "token":
+            parts: list[TokenLoss] = []
+
+            def upstream(chunk, logprobs):
+                parts.append(token_losses(logprobs, inputs.rows(chunk)))
+                return parts[-1].d_logprob, None if d_entropies is None else d_entropies[chunk]
+
+            logprobs, entropies = _sweep(hidden, weight, targets, head, gradients, upstream, compact=compact)
+            joined = (None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
+            terms = TokenLoss._make(joined) if parts else token_losses(logprobs, inputs)
         else:
-            logprobs, entropies = _forward_all(hidden, weight, targets, head)
-            terms = token_losses(logprobs, inputs, config)
+            logprobs, entropies = _sweep(hidden, weight, targets, head)
+            terms = token_losses(logprobs, inputs)
             if gradients.needed:
-                d_entropies = entropy_gradient(inputs, config)
-                _accumulate_known(
-                    gradients, hidden, weight, targets, head, terms.d_logprob, d_entropies, compact=compact
-                )
+                _recompute(gradients, hidden, weight, targets, head, terms.d_logprob, d_entropies, compact)
         ctx.save_for_backward(gradients.d_hidden, gradients.d_weight)
-        ctx.denominator, ctx.dtype = denominator, weight.dtype
-        stats = token_stats(terms, logprobs, entropies, inputs, config)
-        return total_loss(terms, entropies, inputs, config, denominator), stats
+        ctx.denominator, ctx.dtype = inputs.denominator, weight.dtype
+        return total_loss(terms, entropies, inputs), token_stats(terms, logprobs, entropies, inputs)
 
     @staticmethod
     @backward_once
@@ -262,65 +292,12 @@ class _LinearGRPOLoss(torch.autograd.Function):
             d_hidden = (d_hidden.to(scale.dtype) * scale).to(ctx.dtype)
         if d_weight is not None:
             d_weight = (d_weight * scale).to(ctx.dtype)
-        return d_hidden, d_weight, None, None, None, None, None, None, None
-
-
-def _forward_with_gradients(
-    gradients: _Gradients,
-    hidden: Tensor,  # [n, hidden_size]
-    weight: Tensor,  # [vocab, hidden_size]
-    targets: Tensor,  # [n]
-    head: _Head,
-    inputs: LossInputs,
-    config: LossConfig,
-    compact: bool | None,
-) -> tuple[Tensor, Tensor]:  # [n], [n]
-    """One pass over the logits: a token's own log-prob is all that its gradient needs."""
-    logprobs = torch.empty_like(inputs.weights)
-    entropies = torch.empty_like(logprobs)
-    d_entropies = entropy_gradient(inputs, config)
-    logits_weight = weight.to(head.logits_dtype)
-    for chunk in head.chunks(hidden.shape[0]):
-        rows = _forward_chunk(hidden[chunk], logits_weight, targets[chunk], head)
-        logprobs[chunk], entropies[chunk] = rows.logprobs, rows.entropy
-        d_logprobs = token_losses(rows.logprobs, inputs.rows(chunk), config).d_logprob
-        d_entropy = None if d_entropies is None else d_entropies[chunk]
-        live = _live_rows(d_logprobs, d_entropy, compact)
-        d_logits = row_gradients(rows, targets[chunk], d_logprobs, d_entropy, head.temperature)
-        if live is None:
-            gradients.add(d_logits, hidden[chunk], weight, chunk)
-        else:
-            live_rows = live + chunk.start
-            gradients.add(d_logits[live], hidden[live_rows], weight, live_rows)
-    return logprobs, entropies
-
-
-def _accumulate_known(
-    gradients: _Gradients,
-    hidden: Tensor,  # [n, hidden_size]
-    weight: Tensor,  # [vocab, hidden_size]
-    targets: Tensor,  # [n]
-    head: _Head,
-    d_logprobs: Tensor,  # [n]
-    d_entropies: Tensor | None,  # [n]
-    *,
-    compact: bool | None,
-) -> None:
-    """The logits once more, when the gradients by log-prob and entropy are known; dead rows leave all three GEMMs."""
-    live = _live_rows(d_logprobs, d_entropies, compact)
-    num_rows = hidden.shape[0] if live is None else live.shape[0]
-    logits_weight = weight.to(head.logits_dtype)
-    for chunk in head.chunks(num_rows):
-        chosen = chunk if live is None else live[chunk]
-        rows = _forward_chunk(hidden[chosen], logits_weight, targets[chosen], head)
-        d_entropy = None if d_entropies is None else d_entropies[chosen]
-        d_logits = row_gradients(rows, targets[chosen], d_logprobs[chosen], d_entropy, head.temperature)
-        gradients.add(d_logits, hidden[chosen], weight, chosen)
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _live_rows(d_logprobs: Tensor, d_entropies: Tensor | None, compact: bool | None) -> Tensor | None:
     """Indices of the rows whose gradient is not exactly 0, or None to use all rows. Waits for the device."""
-    if compact is False:
+    if compact is False or (compact is None and d_logprobs.is_cuda):
         return None
     live = d_logprobs != 0 if d_entropies is None else (d_logprobs != 0) | (d_entropies != 0)
     rows = live.nonzero().squeeze(1)

@@ -34,7 +34,7 @@ def backward_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def checked(ctx: Any, *grad_outputs: Any) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError("log-probs and losses of flashgrpo are differentiable once; leave create_graph out")
+            raise RuntimeError("operations of flashgrpo are differentiable once; leave create_graph out")
         return backward(ctx, *grad_outputs)
 
     return checked
@@ -47,6 +47,9 @@ class RowLogprobs(NamedTuple):
     entropy: Tensor  # [rows]
     log_p: Tensor  # [rows, vocab], bounded from below
     p: Tensor  # [rows, vocab]
+
+    def select(self, rows: Tensor) -> "RowLogprobs":
+        return RowLogprobs(*(x.index_select(0, rows) for x in self))
 
 
 def gather_logprobs(
@@ -69,19 +72,20 @@ def gather_logprobs(
         raise ValueError(f"logits has shape {tuple(logits.shape)}; wanted [n, vocab]")
     if not logits.is_floating_point():
         raise TypeError(f"logits is {logits.dtype}; wanted a floating dtype")
-    check_targets(targets, logits.shape[0], logits.device)
+    check_index("targets", targets, logits.device, logits.shape[0])
     check_temperature(temperature)
     return _GatherLogprobs.apply(logits, targets, temperature, inplace_backward)
 
 
-def check_targets(targets: Tensor, num_rows: int, device: torch.device) -> None:
-    """Raises unless `targets` is an index tensor with one entry a row, on `device`."""
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"targets is {targets.dtype}; wanted int32 or int64")
-    if targets.shape != (num_rows,):
-        raise ValueError(f"targets has shape {tuple(targets.shape)}; wanted [{num_rows}], one entry a row")
-    if targets.device != device:
-        raise ValueError(f"targets is on {targets.device}; wanted {device}, where the rows are")
+def check_index(name: str, index: Tensor, device: torch.device, length: int | None = None) -> None:
+    """Raises unless `index` is an int32 or int64 tensor [length] on `device`; None: of any length above 0."""
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} is {index.dtype}; wanted int32 or int64")
+    if index.dim() != 1 or (not index.shape[0] if length is None else index.shape[0] != length):
+        wanted = "one dimension, with an entry or more" if length is None else f"[{length}]"
+        raise ValueError(f"{name} has shape {tuple(index.shape)}; wanted {wanted}")
+    if index.device != device:
+        raise ValueError(f"{name} is on {index.device}; wanted {device}")
 
 
 def check_temperature(temperature: float) -> None:
@@ -99,18 +103,26 @@ def row_logprobs(
     logits: Tensor,  # [rows, vocab]
     targets: Tensor,  # [rows]
     temperature: float,
+    *,
+    overwrite: bool = False,
 ) -> RowLogprobs:
-    """The softmax of a chunk of rows; the one place where log-probs are made from logits."""
+    """The softmax of a chunk of rows, in fp32 or float64 also under autocast; with `overwrite` p lies in the logits.
+
+    The one place where log-probs are made from logits.
+    """
     scaled = logits.to(accumulation_dtype(logits.dtype))
+    overwrite |= scaled is not logits
     if temperature != 1.0:
-        scaled = scaled / temperature
-    log_p = torch.log_softmax(scaled, -1)
+        scaled = torch.div(scaled, temperature, out=scaled if overwrite else None)
+        overwrite = True
     in_range = (targets >= 0) & (targets < logits.shape[1])
-    chosen = log_p.gather(1, torch.where(in_range, targets, 0).long().unsqueeze(1)).squeeze(1)
-    p = log_p.exp()
-    log_p.clamp_(min=_LOG_ZERO)
-    entropy = -torch.linalg.vecdot(p, log_p)
     ignored = targets == IGNORE_TARGET
+    with torch.autocast(logits.device.type, enabled=False):
+        log_p = torch.log_softmax(scaled, -1)
+        chosen = log_p.gather(1, torch.where(in_range, targets, 0).long().unsqueeze(1)).squeeze(1)
+        p = torch.exp(log_p, out=scaled if overwrite else None)
+        log_p.clamp_(min=_LOG_ZERO)
+        entropy = -torch.linalg.vecdot(p, log_p)
     logprobs = torch.where(in_range, chosen, torch.nan).masked_fill(ignored, 0)
     return RowLogprobs(logprobs, entropy.masked_fill(ignored, 0), log_p, p)
 
@@ -132,7 +144,10 @@ def row_gradients(
         offset = torch.addcmul(-to_target, slope, rows.entropy.unsqueeze(1))
         d_logits = rows.log_p.mul_(slope).add_(offset).mul_(rows.p)
     d_logits.scatter_add_(1, torch.where(in_range, targets, 0).long().unsqueeze(1), to_target)
-    return d_logits.index_fill_(0, (targets == IGNORE_TARGET).nonzero().squeeze(1), 0)
+    ignored = targets == IGNORE_TARGET
+    if ignored.is_cuda:  # all rows are visited, so that nothing waits for the device
+        return d_logits.masked_fill_(ignored.unsqueeze(1), 0)
+    return d_logits.index_fill_(0, ignored.nonzero().squeeze(1), 0)
 
 
 class _GatherLogprobs(torch.autograd.Function):

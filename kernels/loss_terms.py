@@ -7,12 +7,10 @@ gradient before the next chunk's log-probs exist.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
-
-from flashgrpo.kernels.logprob import IGNORE_TARGET, accumulation_dtype
 
 Stats = dict[str, Tensor]
 RatioLevel = Literal["token", "sequence"]
@@ -22,10 +20,10 @@ Aggregate = Literal["sequence_mean", "token_mean", "constant"]
 AdvantageScale = Literal["std", "none"]
 BehaviorMode = Literal["truncate", "mask"]
 ADVANTAGE_SCALES = get_args(AdvantageScale)
-
-
 # Log-ratios above this are as good as infinite: exp of them is bounded, and without gradient.
 _MAX_LOG_RATIO = 20.0
+# So are differences beyond this between log-prob and reference, which is below what fp32 holds as a probability.
+_MAX_DIFFERENCE = 100.0
 
 
 @dataclass(frozen=True)
@@ -55,22 +53,22 @@ class LossConfig:
     behavior_mode: Annotated[BehaviorMode, "Beyond the cap the weight is cut to it (TIS), or 0 (IcePop)."] = "truncate"
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; wanted one of {', '.join(choices)}")
-        for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "behavior_floor"):
-            value = getattr(self, name)
-            if not (_is_number(value) and value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value!r}; wanted a finite number, 0 or above")
-        for name in ("clip_max", "behavior_cap"):
-            value = getattr(self, name)
-            if not (value is None or _is_number(value)):
-                raise ValueError(f"{name} is {value!r}; wanted a number or None")
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal:
+                if value not in choices:
+                    raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(choices)}")
+            elif not (_is_number(value) or (value is None and choices)):
+                raise ValueError(
+                    f"{name} is {value!r}; wanted a finite number, 0 or above{', or None' * bool(choices)}"
+                )
         if self.clip_max is not None:
             if self.objective == "cispo":
                 raise ValueError(f"clip_max is {self.clip_max}, which objective 'cispo' does not have; leave it None")
             if not self.clip_max > 1 + self.clip_high:
                 raise ValueError(f"clip_max is {self.clip_max}; wanted above 1 + clip_high = {1 + self.clip_high}")
+        if self.behavior_floor and self.behavior_mode == "truncate":
+            raise ValueError(f"behavior_floor is {self.behavior_floor}, which needs behavior_mode 'mask'; leave it 0")
         if self.behavior_cap is not None and not self.behavior_cap > self.behavior_floor:
             raise ValueError(f"behavior_cap is {self.behavior_cap}; wanted above behavior_floor={self.behavior_floor}")
 
@@ -90,14 +88,6 @@ class LossConfig:
         return cls(**{**_PRESETS[name], **overrides})
 
 
-_CHOICES = {
-    "ratio_level": get_args(RatioLevel),
-    "objective": get_args(Objective),
-    "kl_estimator": get_args(KLEstimator),
-    "aggregate": get_args(Aggregate),
-    "advantage_scale": ADVANTAGE_SCALES,
-    "behavior_mode": get_args(BehaviorMode),
-}
 _PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {"kl_coef": 0.04},
     "r1": {"clip_low": 10.0, "clip_high": 10.0, "kl_coef": 0.001},
@@ -110,12 +100,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 class LossInputs(NamedTuple):
     """What the loss knows of each token besides its log-prob. Tokens that do not count hold zeros throughout."""
 
+    config: LossConfig
+    denominator: float | Tensor
     counted: Tensor  # [num_targets] bool: has an advantage, and a target that is not ignored
     sequence: Tensor  # [num_targets] int64, completion of the token
     spans: Tensor  # [num_completions], tokens
@@ -126,11 +118,16 @@ class LossInputs(NamedTuple):
     ref: Tensor | None  # [num_targets]
     behavior: Tensor | None  # [num_targets]
 
+    @property
+    def d_entropies(self) -> Tensor | None:  # [num_targets]
+        """Gradient of the loss by each token's entropy, before the denominator; None without an entropy bonus."""
+        return -self.config.entropy_coef * self.weights if self.config.entropy_coef else None
+
     def rows(self, chunk: slice) -> "LossInputs":
         """The same for a slice of the tokens. Only token-level ratios can be had from it."""
-        per_token = self._asdict() | {"spans": None, "lengths": None}
-        sliced = {name: value[chunk] for name, value in per_token.items() if value is not None}
-        return self._replace(**sliced)
+        per_token = ("counted", "sequence", "advantages", "weights", "old", "ref", "behavior")
+        values = {name: getattr(self, name) for name in per_token}
+        return self._replace(**{name: value[chunk] for name, value in values.items() if value is not None})
 
 
 class TokenLoss(NamedTuple):
@@ -143,63 +140,23 @@ class TokenLoss(NamedTuple):
     mismatch: Tensor | None  # |old - behavior|
 
 
-def spread_over_tokens(
-    like: Tensor,  # [num_targets], for dtype and device
-    target_cu_seqlens: Tensor,  # [num_completions + 1]
-    config: LossConfig,
-    targets: Tensor | None,  # [num_targets]
-    advantages: Tensor,  # [num_completions]
-    old: Tensor | None,  # [num_targets]
-    ref: Tensor | None,  # [num_targets]
-    behavior: Tensor | None,  # [num_targets]
-) -> LossInputs:
-    """The inputs of the loss, token by token, with zeros in place of whatever must not count."""
-    dtype = accumulation_dtype(like.dtype)
-    offsets = target_cu_seqlens.long()
-    sequence = torch.searchsorted(offsets[1:], torch.arange(like.shape[0], device=like.device), right=True)
-    advantages = advantages.detach().to(dtype).index_select(0, sequence)
-    counted = ~advantages.isnan()
-    if targets is not None:
-        counted &= targets != IGNORE_TARGET
-
-    def keep(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(counted, x.detach().to(dtype), 0)
-
-    spans = offsets.diff()
-    lengths = _segment_sum(counted.to(dtype), spans)
-    weights = counted.to(dtype)
-    if config.aggregate == "sequence_mean":
-        weights /= lengths.clamp(min=1).index_select(0, sequence)
-    return LossInputs(
-        counted=counted,
-        sequence=sequence,
-        spans=spans,
-        lengths=lengths,
-        advantages=torch.where(counted, advantages, 0),
-        weights=weights,
-        old=keep(old),
-        ref=keep(ref),
-        behavior=keep(behavior),
-    )
-
-
 def token_losses(
     logprobs: Tensor,  # [num_targets]
     inputs: LossInputs,
-    config: LossConfig,
 ) -> TokenLoss:
     """Loss and its gradient by the log-prob for every token."""
+    config = inputs.config
     logprobs = torch.where(inputs.counted, logprobs.detach().to(inputs.weights.dtype), 0)
     if inputs.old is None:
         log_ratio = torch.where(logprobs.isnan(), logprobs, 0)
     else:
-        log_ratio = _at_ratio_level(logprobs - inputs.old, inputs, config)
+        log_ratio = _at_ratio_level(logprobs - inputs.old, inputs)
     ratio = _bounded_exp(log_ratio)
     old = logprobs if inputs.old is None else inputs.old
     mismatch = None if inputs.behavior is None else old - inputs.behavior
     scaled_advantages = inputs.advantages
     if config.behavior_cap is not None and mismatch is not None:
-        scaled_advantages = scaled_advantages * _behavior_weights(mismatch, config.behavior_cap, inputs, config)
+        scaled_advantages = scaled_advantages * _behavior_weights(mismatch, config.behavior_cap, inputs)
     if config.objective == "cispo":
         d_logprob = -scaled_advantages * ratio.clamp(max=1 + config.clip_high)
         loss = torch.where(d_logprob == 0, 0, d_logprob * logprobs)
@@ -211,7 +168,7 @@ def token_losses(
         d_logprob = torch.where(beyond, 0, loss)
     kl = None
     if inputs.ref is not None:
-        kl, d_kl = _kl_and_gradient(inputs.ref - logprobs, config)
+        kl, d_kl = _kl_and_gradient(inputs.ref - logprobs, config.kl_estimator)
         if config.kl_coef:
             loss = loss + config.kl_coef * kl
             d_logprob = d_logprob + config.kl_coef * d_kl
@@ -220,24 +177,16 @@ def token_losses(
     )
 
 
-def entropy_gradient(inputs: LossInputs, config: LossConfig) -> Tensor | None:
-    """Gradient of the loss by each token's entropy, [num_targets]; None without an entropy bonus."""
-    return -config.entropy_coef * inputs.weights if config.entropy_coef else None
-
-
 def total_loss(
     terms: TokenLoss,
     entropies: Tensor | None,  # [num_targets]
     inputs: LossInputs,
-    config: LossConfig,
-    denominator: float | Tensor,
 ) -> Tensor:
     """The scalar that is minimised."""
-    loss = terms.loss
-    d_entropy = entropy_gradient(inputs, config)
-    if d_entropy is not None and entropies is not None:
-        loss = loss + d_entropy * torch.where(inputs.counted, entropies, 0)
-    return loss.sum() / denominator
+    loss, d_entropies = terms.loss, inputs.d_entropies
+    if d_entropies is not None and entropies is not None:
+        loss = loss + d_entropies * torch.where(inputs.counted, entropies, 0)
+    return loss.sum() / inputs.denominator
 
 
 def token_stats(
@@ -245,11 +194,13 @@ def token_stats(
     logprobs: Tensor,  # [num_targets]
     entropies: Tensor | None,  # [num_targets]
     inputs: LossInputs,
-    config: LossConfig,
 ) -> Stats:
     """The metrics that `grpo_loss` describes; with entropies also those of `logits_grpo_loss`."""
-    counted = inputs.counted
+    counted, config, d_entropies = inputs.counted, inputs.config, inputs.d_entropies
     num_tokens = counted.sum()
+    live = terms.d_logprob != 0
+    if d_entropies is not None:
+        live |= d_entropies != 0
 
     def mean(x: Tensor) -> Tensor:
         return (torch.where(counted, x, 0).sum() / num_tokens.clamp(min=1)).float()
@@ -264,7 +215,7 @@ def token_stats(
         "ratio_max": largest(terms.ratio),
         "clip_low_fraction": mean(below & (inputs.advantages < 0)),
         "clip_high_fraction": mean(above & (inputs.advantages > 0)),
-        "live_fraction": mean(terms.d_logprob != 0),
+        "live_fraction": mean(live),
     }
     if terms.kl is not None:
         stats["kl"] = mean(terms.kl)
@@ -276,17 +227,18 @@ def token_stats(
     return stats
 
 
-def _segment_sum(
+def segment_sum(
     x: Tensor,  # [num_targets]
     spans: Tensor,  # [num_completions]
 ) -> Tensor:  # [num_completions]
+    """Sums over each completion's tokens."""
     return torch.segment_reduce(x, "sum", lengths=spans, unsafe=True)
 
 
-def _at_ratio_level(log_ratio: Tensor, inputs: LossInputs, config: LossConfig) -> Tensor:
-    if config.ratio_level == "token":
+def _at_ratio_level(log_ratio: Tensor, inputs: LossInputs) -> Tensor:
+    if inputs.config.ratio_level == "token":
         return log_ratio
-    means = _segment_sum(log_ratio, inputs.spans) / inputs.lengths.clamp(min=1)
+    means = segment_sum(log_ratio, inputs.spans) / inputs.lengths.clamp(min=1)
     return means.index_select(0, inputs.sequence)
 
 
@@ -294,21 +246,24 @@ def _bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
 
 
-def _behavior_weights(mismatch: Tensor, cap: float, inputs: LossInputs, config: LossConfig) -> Tensor:
-    weights = _bounded_exp(_at_ratio_level(mismatch, inputs, config))
-    if config.behavior_mode == "truncate":
+def _behavior_weights(mismatch: Tensor, cap: float, inputs: LossInputs) -> Tensor:
+    weights = _bounded_exp(_at_ratio_level(mismatch, inputs))
+    if inputs.config.behavior_mode == "truncate":
         return weights.clamp(max=cap)
-    return torch.where((weights >= config.behavior_floor) & (weights <= cap), weights, 0)
+    return torch.where((weights >= inputs.config.behavior_floor) & (weights <= cap), weights, 0)
 
 
 def _kl_and_gradient(
     difference: Tensor,  # [num_targets], ref - logprob
-    config: LossConfig,
+    estimator: KLEstimator,
 ) -> tuple[Tensor, Tensor]:
-    if config.kl_estimator == "k1":
-        return -difference, torch.ones_like(difference)
-    if config.kl_estimator == "k2":
-        return difference.square() / 2, -difference
-    bounded = difference.clamp(max=_MAX_LOG_RATIO)
-    growth = bounded.expm1()
-    return growth - bounded, torch.where(difference > _MAX_LOG_RATIO, 0, -growth)
+    highest = _MAX_LOG_RATIO if estimator == "k3" else _MAX_DIFFERENCE
+    bounded = difference.clamp(-_MAX_DIFFERENCE, highest)
+    if estimator == "k1":
+        kl, d_kl = -bounded, -torch.ones_like(bounded)
+    elif estimator == "k2":
+        kl, d_kl = bounded.square() / 2, bounded
+    else:
+        growth = bounded.expm1()
+        kl, d_kl = growth - bounded, growth
+    return kl, torch.where((difference < -_MAX_DIFFERENCE) | (difference > highest), 0, -d_kl)

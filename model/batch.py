@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from flashgrpo.kernels.logprob import accumulation_dtype, backward_once
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -69,7 +71,7 @@ class _GatherPredictors(torch.autograd.Function):
         return hidden.index_select(0, predictors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @backward_once
     def backward(ctx, *grad_outputs):
         (d_gathered,) = grad_outputs
         predictors, target_cu_seqlens, completions_per_prompt = ctx.saved_tensors
@@ -78,11 +80,9 @@ class _GatherPredictors(torch.autograd.Function):
             return d_hidden, None, None, None
         d_hidden.index_copy_(0, predictors, d_gathered)  # right but for the shared rows, which are written next
         first = target_cu_seqlens[:-1].long()
-        accumulate = torch.promote_types(d_gathered.dtype, torch.float32)
-        shared = torch.segment_reduce(
-            d_gathered.index_select(0, first).to(accumulate), "sum", lengths=completions_per_prompt, unsafe=True
-        )
-        last_of_prompt = completions_per_prompt.cumsum(0) - 1
-        prompt_rows = predictors.index_select(0, first.index_select(0, last_of_prompt))
-        d_hidden.index_copy_(0, prompt_rows, shared.to(d_hidden.dtype))
+        d_first = d_gathered.index_select(0, first).to(accumulation_dtype(d_gathered.dtype))
+        shared = torch.segment_reduce(d_first, "sum", lengths=completions_per_prompt, unsafe=True)
+        # a prompt's completions all write its sum, and a prompt without any writes nothing
+        shared = shared.to(d_hidden.dtype).repeat_interleave(completions_per_prompt, 0, output_size=first.shape[0])
+        d_hidden.index_copy_(0, predictors.index_select(0, first), shared)
         return d_hidden, None, None, None

@@ -21,19 +21,15 @@ from torch import Tensor, nn
 from flashgrpo.model.config import CheckpointError, ModelConfig
 from flashgrpo.model.decoder import Decoder
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
+    "vocab.*",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+    "chat_template*",
 )
 
 
@@ -57,6 +53,7 @@ def init_decoder(
 def read_config(path: str | os.PathLike) -> ModelConfig:
     """The model that `path`/config.json describes; raises CheckpointError."""
     folder = Path(path)
+    _recover(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a Hugging Face checkpoint is wanted")
     raw = _read_json(folder / CONFIG)
@@ -114,15 +111,18 @@ def save_checkpoint(
     decoder's own, as an optimizer's fp32 masters do.
 
     All of it is written and synced to `path`'s neighbour `.NAME.partial`, which then takes the name; a folder that was
-    there stays whole until then. Raises OSError when the disk fails or is full, with the old folder untouched.
+    there stays whole until then. If the process dies between the two renames, the next read or write of `path` puts the
+    old folder back. Raises OSError when the disk fails or is full, with the old folder untouched.
     """
     folder = Path(path)
     tokenizer_files: list[Path] = []
     if tokenizer_files_from is not None:
-        tokenizer_files = [Path(tokenizer_files_from, name) for name in TOKENIZER_FILES]
-        tokenizer_files = [file for file in tokenizer_files if file.is_file()]
+        source = Path(tokenizer_files_from)
+        tokenizer_files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()]
         if not tokenizer_files:
-            raise CheckpointError(f"{tokenizer_files_from}: holds no tokenizer files")
+            raise CheckpointError(f"{source}: holds no tokenizer files")
+        tokenizer_files += source.glob(GENERATION_CONFIG)
+    _recover(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while writing
     partial.mkdir(parents=True)
@@ -155,6 +155,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -184,6 +186,8 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, stored.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{folder / shard}: broken or incomplete: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{folder / shard}: cannot be read: {error}") from None
 
 
 def _check_names(folder: Path, missing: list[str], unexpected: list[str]) -> None:
@@ -235,17 +239,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _set_aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _recover(folder: Path) -> None:
+    """Puts the old folder back that a killed `_replace` had set aside."""
+    if not folder.exists() and _set_aside(folder).is_dir():
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            _set_aside(folder).rename(folder)
+
+
 def _replace(partial: Path, folder: Path) -> None:
     """Gives `partial` the name `folder`; a folder of that name steps aside first, and back if that fails."""
-    old = folder.with_name(f".{folder.name}.old")
+    old = _set_aside(folder)
     shutil.rmtree(old, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         folder.rename(old)
     try:
         partial.rename(folder)
     except OSError:
-        if old.exists():
-            old.rename(folder)
+        _recover(folder)
         raise
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

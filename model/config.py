@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashgrpo.model.rope import Rope, yarn_attention_factor
+from flashgrpo.model.rope import Rope
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -50,12 +50,8 @@ class ModelConfig:
             raise CheckpointError(f"model_type is {family!r}; supported families are {', '.join(ARCHITECTURES)}")
         _refuse_unsupported(raw)
         hidden_size, num_heads = _positive_int(raw, "hidden_size"), _positive_int(raw, "num_attention_heads")
-        num_kv_heads = num_heads
-        if raw.get("num_key_value_heads") is not None:
-            num_kv_heads = _positive_int(raw, "num_key_value_heads")
-        head_dim = 128 if family == "qwen3" else hidden_size // num_heads
-        if raw.get("head_dim") is not None:
-            head_dim = _positive_int(raw, "head_dim")
+        num_kv_heads = _positive_int(raw, "num_key_value_heads", num_heads)
+        head_dim = _positive_int(raw, "head_dim", 128 if family == "qwen3" else hidden_size // num_heads)
         if num_heads % num_kv_heads:
             raise CheckpointError(
                 f"num_attention_heads is {num_heads}, which num_key_value_heads, {num_kv_heads}, does not divide"
@@ -72,13 +68,13 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6),
             rope=_rope(raw),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias,
             qk_norm=family == "qwen3",
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            initializer_range=float(raw.get("initializer_range", 0.02)),
+            initializer_range=_positive(raw, "initializer_range", 0.02),
             raw=raw,
         )
 
@@ -90,11 +86,19 @@ class ModelConfig:
         return written
 
 
-def _positive_int(raw: Mapping[str, Any], key: str) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _positive(raw: Mapping[str, Any], key: str, default: float | None = None, wanted: str = "number") -> float:
+    """raw[key], or `default` where the key is missing or null; a number above 0 either way."""
+    value = default if raw.get(key) is None else raw[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         found = f"is {value!r}" if key in raw else "is missing"
-        raise CheckpointError(f"{key} {found}; a positive integer is wanted")
+        raise CheckpointError(f"{key} {found}; a positive {wanted} is wanted")
+    return value
+
+
+def _positive_int(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = _positive(raw, key, default, "integer")
+    if not isinstance(value, int):
+        raise CheckpointError(f"{key} is {value!r}; a positive integer is wanted")
     return value
 
 
@@ -107,7 +111,7 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         raise CheckpointError("quantization_config is set; train from the unquantised checkpoint")
     windowed = "sliding_attention" in (raw.get("layer_types") or ())
     if raw.get("layer_types") is None and raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
-        windowed = raw.get("max_window_layers", 28) < _positive_int(raw, "num_hidden_layers")
+        windowed = _positive(raw, "max_window_layers", 28) < _positive_int(raw, "num_hidden_layers")
     if windowed:
         raise CheckpointError(
             "layers of this checkpoint use a sliding window, which is not supported; if it was trained "
@@ -118,38 +122,33 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
 def _rope(raw: Mapping[str, Any]) -> Rope:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    theta = float(found.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"RoPE parameters are {found!r}; an object is wanted")
+    theta = _positive(found, "rope_theta", _positive(raw, "rope_theta", 10_000.0))
     kind = found.get("rope_type") or found.get("type") or "default"
     if (partial := found.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) not in (1.0, None):
         raise CheckpointError(f"partial_rotary_factor is {partial}; only 1 is supported")
     if kind == "default":
         return Rope(theta)
-
-    def number(key: str, default: float | None = None) -> float:
-        value = default if found.get(key) is None else found[key]
-        if not isinstance(value, int | float):
-            raise CheckpointError(f"RoPE scaling {kind!r} needs a number {key!r}, found {value!r}")
-        return float(value)
-
     if kind == "linear":
-        return Rope(theta, kind, number("factor"))
+        return Rope(theta, kind, _positive(found, "factor"))
     if kind not in ("llama3", "yarn"):
         raise CheckpointError(f"RoPE scaling {kind!r}; supported are default, linear, llama3, yarn")
-    context = raw.get("original_max_position_embeddings") or found.get("original_max_position_embeddings")
-    context = context or _positive_int(raw, "max_position_embeddings")
+    key = "original_max_position_embeddings"
+    context = _positive_int(raw if raw.get(key) else found, key, raw.get("max_position_embeddings"))
     if kind == "llama3":
-        low, high = number("low_freq_factor"), number("high_freq_factor")
-        return Rope(theta, kind, number("factor"), context, low_freq_factor=low, high_freq_factor=high)
-    factor = number("factor", raw.get("max_position_embeddings", math.nan) / context)
+        low, high = _positive(found, "low_freq_factor"), _positive(found, "high_freq_factor")
+        return Rope(theta, kind, _positive(found, "factor"), context, low_freq_factor=low, high_freq_factor=high)
+    for key, wanted in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+        if found.get(key) not in (None, wanted):
+            raise CheckpointError(f"YaRN's {key} is {found[key]!r}, which is not supported")
+    factor = _positive(found, "factor", _positive_int(raw, "max_position_embeddings", context) / context)
     return Rope(
         theta,
         kind,
         factor,
         context,
-        beta_fast=number("beta_fast", 32.0),
-        beta_slow=number("beta_slow", 1.0),
-        truncate=bool(found.get("truncate", True)),
-        attention_factor=number(
-            "attention_factor", yarn_attention_factor(factor, found.get("mscale"), found.get("mscale_all_dim"))
-        ),
+        beta_fast=_positive(found, "beta_fast", 32.0),
+        beta_slow=_positive(found, "beta_slow", 1.0),
+        attention_factor=_positive(found, "attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
     )

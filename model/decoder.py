@@ -7,7 +7,7 @@ the logits never exist. Parameters have the names that Hugging Face checkpoints 
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.kernels.logprob import backward_once
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.rope import apply_rope, rotary_cos_sin
@@ -29,8 +30,8 @@ class Decoder(nn.Module):
     """A causal language model without its logits.
 
     `activation_checkpointing` trades time for memory, block by block: "full" keeps each block's input and recomputes
-    the rest, "selective" keeps the outputs of matrix products too and recomputes what is cheap. `attention_options`
-    are further arguments of `packed_attention`, such as its backend.
+    the rest, "selective" keeps the outputs of matrix products and attention too and recomputes what is cheap.
+    `attention_backend` is the backend of `packed_attention`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.activation_checkpointing: ActivationCheckpointing = "none"
-        self.attention_options: dict[str, Any] = {}
+        self.attention_backend = "torch"
 
     @property
     def lm_head_weight(self) -> Tensor:  # [vocab_size, hidden_size]
@@ -50,10 +51,10 @@ class Decoder(nn.Module):
 
         def attend(_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return packed_attention(
-                q, k, v, batch.cu_seqlens, batch.prefix, max_seqlen=batch.max_seqlen, **self.attention_options
+                q, k, v, batch.cu_seqlens, batch.prefix, max_seqlen=batch.max_seqlen, backend=self.attention_backend
             )
 
-        return self.run(batch.input_ids, batch.position_ids, attend)
+        return self._run(batch.input_ids, batch.position_ids, attend)
 
     def run(
         self,
@@ -61,7 +62,14 @@ class Decoder(nn.Module):
         position_ids: Tensor,  # [n]
         attend: Attend,
     ) -> Tensor:
-        """Hidden states of the tokens, [n, hidden_size], after the final norm; tokens meet only inside `attend`."""
+        """Hidden states of the tokens, [n, hidden_size], after the final norm; tokens meet only inside `attend`.
+
+        Never compiled: every new `attend` would be compiled again, until torch gives up on the blocks altogether.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            return self._run(input_ids, position_ids, attend)
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         if self.activation_checkpointing not in get_args(ActivationCheckpointing):
             wanted = ", ".join(get_args(ActivationCheckpointing))
             raise ValueError(f"activation_checkpointing is {self.activation_checkpointing!r}; wanted one of {wanted}")
@@ -72,7 +80,7 @@ class Decoder(nn.Module):
         return self.model.norm(hidden)
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        """Compiles each block in place, for any number of tokens; parameter names stay. Meant for CUDA."""
+        """Compiles each block of `forward`, for any number of tokens; parameter names stay. Meant for CUDA."""
         for block in self.model.layers:
             block.compile(backend=backend, dynamic=True)
 
@@ -110,7 +118,7 @@ class Block(nn.Module):
             return self.transform(hidden, cos, sin, attend, index)
         recompute = functools.partial(checkpoint, self.transform, use_reentrant=False, preserve_rng_state=False)
         if checkpointing == "selective":
-            return recompute(hidden, cos, sin, attend, index, context_fn=_keep_matmuls)
+            return recompute(hidden, cos, sin, attend, index, context_fn=_keep_products)
         return recompute(hidden, cos, sin, attend, index)
 
     def transform(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:
@@ -168,6 +176,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * inverse_rms).mul_(weight)
 
     @staticmethod
+    @backward_once
     def backward(ctx, *grad_outputs):
         (d_out,) = grad_outputs
         x, weight, inverse_rms = ctx.saved_tensors
@@ -190,6 +199,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.linear(F.silu(gate) * up, down_weight)
 
     @staticmethod
+    @backward_once
     def backward(ctx, *grad_outputs):
         (d_out,) = grad_outputs
         x, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
@@ -202,6 +212,14 @@ class _SwiGLU(torch.autograd.Function):
         return d_x, d_gate.T @ x, d_up.T @ x, d_down_weight
 
 
-_keep_matmuls = functools.partial(
-    create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+_keep_products = functools.partial(
+    create_selective_checkpoint_contexts,
+    [
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    ],
 )

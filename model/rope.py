@@ -26,7 +26,6 @@ class Rope:
     high_freq_factor: float = 4.0  # llama3: those below original_context / high_freq_factor are left alone
     beta_fast: float = 32.0  # yarn: planes that turn more often than this over original_context are left alone
     beta_slow: float = 1.0  # yarn: planes that turn less often are stretched in full
-    truncate: bool = True  # yarn: the ramp begins and ends at whole planes
     attention_factor: float = 1.0  # yarn: cos and sin are multiplied by this
 
 
@@ -68,15 +67,6 @@ def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tens
     return frequencies.to(device)
 
 
-def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
-    """What YaRN multiplies cos and sin by when the checkpoint does not say: 0.1 ln(factor) + 1, or a ratio of two."""
-
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    return magnitude(mscale) / magnitude(mscale_all_dim) if mscale and mscale_all_dim else magnitude(1.0)
-
-
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
     """Long wavelengths divided by `factor`, short ones kept, a linear blend in between."""
     wavelengths = 2 * math.pi / frequencies
@@ -95,9 +85,7 @@ def _yarn_ramp(rope: Rope, head_dim: int) -> Tensor:
     def plane_that_turns(times: float) -> float:
         return head_dim * math.log(rope.original_context / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = plane_that_turns(rope.beta_fast), plane_that_turns(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
+    low, high = math.floor(plane_that_turns(rope.beta_fast)), math.ceil(plane_that_turns(rope.beta_slow))
     low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low if high != low else 0.001
     return ((torch.arange(head_dim // 2, device="cpu").float() - low) / width).clamp(0, 1)

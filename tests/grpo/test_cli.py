@@ -270,7 +270,7 @@ def test_an_empty_prompt_to_sample_exits_2(model_path, capsys):
 
 
 def test_a_run_that_is_not_there_has_no_report(tmp_path, capsys):
-    assert main(["report", str(tmp_path / "none")]) == 1
+    assert main(["report", str(tmp_path / "none")]) == 2
     assert "no training step found" in error_line(capsys)
 
 

@@ -1,6 +1,7 @@
 """Scores mean what the paper means by them, and the same weights, seed and step always give the same ones."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from flashgrpo.grpo.data import DataError, Problem
-from flashgrpo.grpo.evaluate import Evaluation, evaluate, evaluate_recipe, sample_texts
+from flashgrpo.grpo.evaluate import Evaluation, evaluate, evaluate_recipe, open_reward_pool, sample_texts
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import open_policy, render_prompts
 from flashgrpo.grpo.recipe import DataSection, EvalSection, ModelSection, Recipe, build_recipe
@@ -19,7 +20,7 @@ from flashgrpo.grpo.rollout import Rollout, Sampling
 def scores_of(answers: list[list[str | None]], correct: list[list[bool]]) -> dict[str, float]:
     table = np.array(correct)
     lengths = np.arange(table.size).reshape(table.shape)
-    return Evaluation(table, answers, lengths, truncated=lengths == 0, texts=[]).scores()
+    return Evaluation(table, answers, lengths, truncated=lengths == 0).scores()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,6 @@ def test_partial_credit_and_missing_scores_count_as_wrong(policy, prompts):
     result = evaluate(prompts, policy, TableGenerator(texts, policy.tokenizer), pool, EvalSection(samples=2), 8, seed=0)
     assert result.correct.tolist() == [[True, True], [False, False], [False, True]]
     assert result.answers == [["1", "1"], ["2", "3"], ["4", None]]
-    assert result.texts == texts
     assert result.lengths[2].tolist() == [1, 8]
 
 
@@ -110,36 +110,50 @@ def test_answers_are_extracted_as_the_accuracy_reward_does(policy):
 def test_an_evaluation_depends_on_weights_seed_and_step_alone(policy, prompts):
     """Not on what was generated before it, nor on the global random generators."""
 
-    def texts(seed: int, step: int) -> list:
+    def answers(seed: int, step: int) -> list:
         section, pool = EvalSection(samples=2, temperature=1.0), TablePool([[0.0, 0.0]] * 3)
-        return evaluate(prompts, policy, generator, pool, section, 8, seed, step).texts
+        return evaluate(prompts, policy, generator, pool, section, 8, seed, step).answers
 
     generator = NativeGenerator(policy.model, policy.stop_token_ids)
-    first = texts(seed=1, step=5)
+    first = answers(seed=1, step=5)
     torch.rand(7)
     np.random.rand(7)  # noqa: NPY002
     generator.weight_version = 9
-    other = texts(seed=1, step=6)
-    assert texts(seed=1, step=5) == first
+    other = answers(seed=1, step=6)
+    assert answers(seed=1, step=5) == first
     assert other != first
-    assert texts(seed=2, step=5) != first
+    assert answers(seed=2, step=5) != first
 
 
 def test_evaluating_a_recipe(recipe_values, custom_rewards, model_path):
-    """The run's final model is preferred to the one it started from, and a named one to both."""
+    """The run's final model is preferred to its newest checkpoint, that to where it started, and a named one to all."""
     recipe_values["eval"] = {"samples": 2, "problems": 3}
     recipe = build_recipe(Recipe, recipe_values)
     scores = evaluate_recipe(recipe)
     assert (scores["k"], scores["num_problems"]) == (2, 3)
     assert 0 <= scores["pass@1"] <= scores["pass@k"] <= 1
     assert evaluate_recipe(recipe) == scores
-    final = Path(recipe.run.output, "model")
-    final.mkdir(parents=True)
-    for file in model_path.iterdir():
-        (final / file.name).write_bytes(file.read_bytes())
     renamed = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path="nowhere"))
+    run = Path(recipe.run.output)
+    shutil.copytree(model_path, run / "checkpoints" / "step_10" / "model")
+    (run / "checkpoints" / "step_9" / "model").mkdir(parents=True)
+    assert evaluate_recipe(renamed) == scores
+    shutil.copytree(model_path, run / "model")
+    shutil.rmtree(run / "checkpoints" / "step_10" / "model")
     assert evaluate_recipe(renamed) == scores
     assert evaluate_recipe(renamed, model=str(model_path)) == scores
+
+
+def test_evaluating_without_answers_is_an_error(recipe_values, custom_rewards, tmp_path):
+    (tmp_path / "open.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "level": 1}}\n' for i in range(9)))
+    recipe_values["data"] |= {"path": str(tmp_path / "open.jsonl"), "held_out": 2}
+    recipe = build_recipe(Recipe, recipe_values)
+    with open_reward_pool(recipe, Problem("1+1=", {"level": 1})) as pool:
+        assert pool.functions == recipe.rewards.functions
+    with pytest.raises(DataError, match=r"name its column by data\.answer_column; found level"):
+        evaluate_recipe(recipe)
+    with pytest.raises(DataError, match=r"an evaluation needs a reference answer"):
+        open_reward_pool(build_recipe(Recipe, recipe_values | {"eval": {"every": 5}}), Problem("1+1=", {"level": 1}))
 
 
 def test_nothing_held_out_is_an_error(recipe_values, custom_rewards):

@@ -180,9 +180,9 @@ def test_small_gradients_are_not_clipped(make_learner):
         ({}, [1, 1, 1, 1, 1]),
         ({"warmup_steps": 4}, [0.25, 0.5, 0.75, 1, 1]),
         ({"warmup_steps": 10}, [0.1, 0.2, 0.3, 0.4, 0.5]),
-        ({"schedule": "cosine", "lr_end": 0.0, "warmup_steps": 1}, [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0]),
-        ({"schedule": "cosine", "lr_end": 0.2, "warmup_steps": 3}, [1 / 3, 2 / 3, 1, 0.6, 0.2]),
-        ({"schedule": "cosine", "lr_end": 0.1, "warmup_steps": 5}, [0.2, 0.4, 0.6, 0.8, 1]),
+        ({"schedule": "cosine", "lr_end_share": 0.0, "warmup_steps": 1}, [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0]),
+        ({"schedule": "cosine", "lr_end_share": 0.2, "warmup_steps": 3}, [1 / 3, 2 / 3, 1, 0.6, 0.2]),
+        ({"schedule": "cosine", "lr_end_share": 0.1, "warmup_steps": 5}, [0.2, 0.4, 0.6, 0.8, 1]),
     ],
 )
 def test_schedule(make_learner, config, expected):

@@ -101,7 +101,10 @@ def test_empty_micro_batch_has_no_rows():
     assert batch.cu_seqlens.tolist() == batch.target_cu_seqlens.tolist() == [0]
 
 
-@pytest.mark.parametrize(("bad", "message"), [(group(0, 3), "empty prompt"), (group(3, 2, 0), "without tokens")])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(group(0, 3), "empty prompt"), (group(3, 2, 0), "without tokens"), (group(3), "prompt without completions")],
+)
 def test_empty_prompt_or_completion_is_refused(bad, message):
     with pytest.raises(PackingError, match=message):
         build_batch([bad])

@@ -101,6 +101,10 @@ WRONG_FILES = [
     (faulty("rollout", temperature=0), r"rollout\.temperature: .*greater than 0, found 0"),
     (faulty("rewards", functions=[]), r"rewards: functions is empty"),
     (faulty("rewards", weights=[1.0]), r"rewards: found 1 weights for 2 functions, wanted one each"),
+    (faulty("rewards", weights=[0, 0.0]), r"rewards: found weights = \[0\.0, 0\.0\], wanted one that is not 0"),
+    (faulty("rewards", functions=["format", "format"]), r"rewards: found functions = .*, wanted each of them once"),
+    (faulty("rewards", weights=[1.0, float("inf")]), r"rewards\.weights\.1: .*finite number, found inf"),
+    (faulty("data", template="chatt"), r"data\.template: .*'r1', 'chat' or 'none', found 'chatt'"),
     (faulty("rewards", weights=[1.0, True]), r"rewards\.weights\.1: .*number, found True"),
     (faulty("train", mini_batches=3), r"rollout\.prompts_per_step = 32 is not a multiple of train\.mini_batches = 3"),
     (faulty("data", task="reasoning_gym:chain_sum"), r"data: found task='.*' and path='d\.jsonl', wanted exactly one"),
@@ -112,9 +116,9 @@ WRONG_FILES = [
     (faulty("loss", preset=["dapo"]), r"loss: unknown preset"),
     (faulty("loss", kl_coef="small"), r"loss: kl_coef is 'small'; wanted a finite number, 0 or above"),
     (faulty("loss", kl_coef=True), r"loss: kl_coef is True; wanted a finite number"),
-    (faulty("loss", clip_max="5"), r"loss: clip_max is '5'; wanted a number or None"),
-    (faulty("loss", clip_max=True), r"loss: clip_max is True; wanted a number or None"),
-    (faulty("loss", behavior_cap=[2]), r"loss: behavior_cap is \[2\]; wanted a number or None"),
+    (faulty("loss", clip_max="5"), r"loss: clip_max is '5'; wanted a finite number"),
+    (faulty("loss", clip_max=True), r"loss: clip_max is True; wanted a finite number"),
+    (faulty("loss", behavior_cap=[2]), r"loss: behavior_cap is \[2\]; wanted a finite number"),
     (faulty("loss", clip_max=1), r"loss: clip_max is 1\.0; wanted above 1 \+ clip_high"),
     (faulty("loss", objective=3), r"loss: objective is 3; wanted one of clip, cispo"),
     (faulty("loss", aggregate=["token_mean"]), r"loss: aggregate is \['token_mean'\]; wanted one of"),
@@ -227,6 +231,11 @@ def test_shipped_recipes_load(path):
 
 def test_shipped_recipes_are_the_promised_ones():
     assert {"demo.toml", "r1_zero.toml", "gsm8k_qwen2.5_1.5b.toml"} <= {path.name for path in RECIPES.iterdir()}
+
+
+def test_r1_zero_has_room_for_the_longer_completions_of_its_second_stage():
+    recipe = load_recipe(Recipe, RECIPES / "r1_zero.toml", ["--rollout.max_new_tokens=65536"])
+    assert recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens <= recipe.train.token_budget
 
 
 def test_r1_zero_is_the_papers():

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flashgrpo.grpo.data import Problem
-from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool, RewardTable
 from flashgrpo.grpo.rewards import RewardError, RewardFailure
 
 # What each function does is told by the text of a completion.
@@ -54,8 +54,15 @@ def pid(prompts, completions, **columns):
 
 def blank(prompts, completions, **columns):
     return [None] * len(prompts)
+
+def closed(prompts, completions):
+    return []
+
+def demanding(prompts, completions, solution, **columns):
+    return []
 """
 
+EXAMPLE = Problem("q", {"answer": "a", "level": 3})
 GOOD = "<think>a</think><answer>a</answer>"
 
 
@@ -75,7 +82,11 @@ def make_pool(functions) -> Iterator[Callable[..., RewardPool]]:
 
     def make(names: Sequence[str], **options) -> RewardPool:
         names = [name if name in ("format", "accuracy") else f"pool_test_rewards:{name}" for name in names]
-        pools.append(RewardPool(names, **{"max_new_tokens": 99, "timeout_s": 1.0, "num_workers": 1, **options}))
+        pools.append(
+            RewardPool(
+                names, **{"max_new_tokens": 99, "example": EXAMPLE, "timeout_s": 1.0, "num_workers": 1, **options}
+            )
+        )
         return pools[-1]
 
     yield make
@@ -90,13 +101,15 @@ def obey(make_pool) -> RewardPool:
 
 def group(*completions: str) -> CompletionGroup:
     num = len(completions)
-    return CompletionGroup(Problem("q", {"answer": "a", "level": 3}), "Q: q", completions, [[7]] * num, ["stop"] * num)
+    return CompletionGroup(EXAMPLE, "Q: q", completions, [[7]] * num, ["stop"] * num)
 
 
 def step(pool: RewardPool, *groups: CompletionGroup) -> np.ndarray:
     for each in groups:
         pool.submit(each)
-    return pool.collect().rewards
+    table = pool.collect()
+    pool.check_step(table)
+    return table.rewards
 
 
 def test_scores_stand_in_the_order_of_submission_and_are_weighted(make_pool):
@@ -180,20 +193,39 @@ def test_evaluation_scores_by_a_function_of_its_own_while_a_step_is_open(obey):
     assert obey.collect().rewards.tolist() == [[1, 2]]
 
 
+def blank_table(pool: RewardPool) -> RewardTable:
+    pool.submit(group("none"))
+    return pool.collect()
+
+
+def test_a_step_counts_once_however_often_it_collects(make_pool, caplog):
+    """Dynamic sampling collects several times a step; two bad steps of two rounds each are not four bad steps."""
+    pool = make_pool(["obey"])
+    for _ in range(2):
+        blank_table(pool)
+        pool.check_step(blank_table(pool))
+    assert len(caplog.messages) == 2
+    with pytest.raises(RewardFailure, match="no number in 3 steps in a row: it returned None"):
+        pool.check_step(blank_table(pool))
+
+
 @pytest.mark.parametrize(
-    ("names", "weights", "message"),
+    ("name", "message"),
     [
-        ([], None, "no reward functions"),
-        (["acuracy"], None, "did you mean 'accuracy'"),
-        (["format", "format"], None, "'format' is named 2 times"),
-        (["format"], [1, 2], "2 weights for 1 reward functions"),
-        (["format"], [0], "one not 0"),
-        (["format"], [float("nan")], "all must be finite"),
+        ("acuracy", "did you mean accuracy"),
+        ("pool_test_rewards:closed", "cannot be called as .* unexpected keyword argument 'answer'"),
+        ("pool_test_rewards:demanding", "cannot be called as .* missing a required argument: 'solution'"),
+        ("builtins:iter", "cannot be called as .*no signature found"),
     ],
 )
-def test_faulty_configuration_fails_before_the_first_step(names, weights, message):
+def test_functions_that_cannot_be_called_fail_before_the_first_step(functions, name, message):
     with pytest.raises(RewardError, match=message):
-        RewardPool(names, weights, max_new_tokens=1)
+        RewardPool([name], max_new_tokens=1, example=EXAMPLE)
+
+
+def test_accuracy_needs_an_answer():
+    with pytest.raises(RewardError, match=r"'accuracy' cannot be called .* missing a required argument: 'answer'"):
+        RewardPool(["format", "accuracy"], max_new_tokens=1, example=Problem("q", {}))
 
 
 def test_a_worker_killed_while_idle_is_replaced_without_loss(make_pool, caplog):
@@ -216,7 +248,7 @@ def test_imports_of_a_builtin_are_done_before_the_limit_counts(make_pool):
 
 def test_closing_ends_hanging_workers_at_once(functions):
     children = set(psutil.Process().children())
-    with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, timeout_s=60) as pool:
+    with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, example=EXAMPLE, timeout_s=60) as pool:
         for _ in range(4):
             pool.submit(group("hang"))
         time.sleep(0.5)
@@ -230,7 +262,7 @@ import sys, time
 sys.path.append({folder!r})
 from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
-with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, timeout_s=0.5) as pool:
+with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, example=Problem("q", {{}}), timeout_s=0.5) as pool:
     group = lambda text: CompletionGroup(Problem("q", {{}}), "q", [text], [[0]], ["stop"])
     pool.submit(group("a"))
     pool.collect()
@@ -268,7 +300,7 @@ def test_workers_do_not_import_the_main_script_or_torch(functions):
         "import sys\n"
         "def loaded(prompts, completions, **columns): return [float(name in sys.modules) for name in completions]\n"
     )
-    with RewardPool(["modules_of_test:loaded"], max_new_tokens=1, num_workers=1) as pool:
+    with RewardPool(["modules_of_test:loaded"], max_new_tokens=1, example=EXAMPLE, num_workers=1) as pool:
         assert step(pool, group("torch", "transformers", "pytest", "numpy")).tolist() == [[0, 0, 0, 1]]
 
 

@@ -212,7 +212,7 @@ def test_target_language_is_that_of_the_question_not_of_the_template():
     completion = f"<think>{CHINESE}</think>"
     assert one(language_consistency, completion, prompt=ENGLISH, questions="两个数字的和是多少") == 1.0
     assert one(language_consistency, completion, prompt=ENGLISH, questions="What is the sum?") == 0.0
-    with pytest.raises(ValueError, match="'englsh' is unknown, did you mean 'ENGLISH'"):
+    with pytest.raises(ValueError, match="'englsh' is unknown; did you mean ENGLISH"):
         one(language_consistency, completion, questions="", language="englsh")
 
 
@@ -223,17 +223,19 @@ def test_correct_means_full_marks():
 def test_builtins_resolve_and_wrong_names_say_what_is_near(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_of_test.py").write_text(
         "def brief(prompts, completions, answer, **columns): return [1.0] * len(prompts)\n"
-        "def closed(prompts, completions): return []\n"
     )
+    (tmp_path / "broken_rewards_of_test.py").write_text("def f(prompts\n")
+    (tmp_path / "failing_rewards_of_test.py").write_text("weight = wieght\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert all(resolve_reward(name) is function for name, function in BUILTINS.items())
     assert resolve_reward("my_rewards_of_test:brief")(["a"], ["b"], ["c"]) == [1.0]
     for name, message in {
-        "acuracy": "unknown reward 'acuracy', did you mean 'accuracy'",
-        "no_such_module:f": "cannot import 'no_such_module'",
-        "my_rewards_of_test:breif": "no function 'breif', did you mean 'brief'",
-        "my_rewards_of_test:closed": r"must accept \(prompts, completions, \*\*columns\), found closed\(",
+        "acuracy": "unknown reward 'acuracy', .*; did you mean accuracy",
+        "no_such_module:f": "cannot import 'no_such_module': ModuleNotFoundError",
+        "my_rewards_of_test:breif": "no function 'breif'; did you mean brief",
+        "broken_rewards_of_test:f": "cannot import 'broken_rewards_of_test': SyntaxError",
+        "failing_rewards_of_test:f": "cannot import 'failing_rewards_of_test': NameError: name 'wieght'",
     }.items():
         with pytest.raises(RewardError, match=message):
             resolve_reward(name)

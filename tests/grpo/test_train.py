@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +16,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flashgrpo.grpo.data import load_problems
+from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.progress import deferred_interrupt
-from flashgrpo.grpo.recipe import Recipe, build_recipe
+from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, recipe_to_toml
 from flashgrpo.grpo.rewards import RewardFailure
-from flashgrpo.grpo.run_folder import RunError, newest_checkpoint, read_rows
+from flashgrpo.grpo.run_folder import RunError, RunFolder, RunInputError, newest_checkpoint, read_rows
 from flashgrpo.grpo.train import Trainer, train
-from flashgrpo.kernels.loss_terms import LossConfig
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.model.checkpoint import CheckpointError
 
 TIMING = ("time/", "tokens_per_s", "memory/")
 
 
 def changed(recipe: Recipe, section: str, **values) -> Recipe:
     return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
+
+
+@contextmanager
+def open_trainer(kind: type[Trainer], recipe: Recipe):
+    problems, held_out = load_problems(recipe.data, recipe.run.seed)
+    with (
+        open_reward_pool(recipe, problems[0]) as pool,
+        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume=False) as folder,
+    ):
+        yield kind(recipe, folder, pool, problems, held_out)
 
 
 def comparable_rows(folder: Path) -> list[dict]:
@@ -79,8 +94,6 @@ def test_logs_are_cut_back_to_the_checkpoint(recipe):
     newest = newest_checkpoint(folder)
     assert newest is not None
     assert newest.name == "step_4"
-    import shutil
-
     shutil.rmtree(newest)  # as if the run had died after step 4's row and before its checkpoint
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')
@@ -191,15 +204,30 @@ def test_dead_groups_still_take_their_step(recipe, monkeypatch):
     assert [(row["groups/dead"], row["grad_norm"], row["loss"]) for row in rows] == [(1.0, 0.0, 0.0)] * 2
 
 
-def test_masked_overlong_completions_are_not_packed(recipe_values, custom_rewards):
-    recipe_values["rollout"] |= {"mask_overlong": True, "max_new_tokens": 1}
-    recipe_values["train"]["steps"] = 1
-    recipe = build_recipe(Recipe, recipe_values)
-    train(recipe)
-    (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
-    assert row["length/truncated"] > 0.9
-    assert row["tokens_per_s/trained"] < 1e5
-    assert row["grad_norm"] == 0.0 or row["length/truncated"] < 1.0
+def test_masked_overlong_completions_are_not_packed(recipe):
+    def packed(mask_overlong: bool) -> set[int]:
+        variant = changed(recipe, "rollout", mask_overlong=mask_overlong, max_new_tokens=40)
+        trained: set[int] = set()
+
+        class Recording(Trainer):
+            def _plan_updates(self, data):
+                updates = super()._plan_updates(data)
+                nonlocal cut
+                flat = [rollout for group in data.rollouts for rollout in group]
+                cut = {i for i, rollout in enumerate(flat) if rollout.finish_reason == "length"}
+                trained.update(int(i) for update in updates for batch in update.batches for i in batch.sequence_ids)
+                return updates
+
+        cut: set[int] = set()
+        with open_trainer(Recording, changed(variant, "train", steps=1)) as trainer:
+            trainer.run()
+        shutil.rmtree(variant.run.output)
+        assert cut
+        assert len(cut) < 16
+        return trained & cut
+
+    assert packed(mask_overlong=False)
+    assert not packed(mask_overlong=True)
 
 
 def test_refills_replace_dead_groups(recipe, monkeypatch):
@@ -219,7 +247,9 @@ def run_command(recipe_values: dict, custom_rewards: Path, tmp_path: Path, *flag
     path.write_text(tomli_w.dumps(recipe_values))
     environment = os.environ | {"PYTHONPATH": str(custom_rewards), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "flashgrpo.grpo.cli", "train", str(path), *flags]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
+    )
 
 
 def wait_for_rows(output: Path, number: int, process: subprocess.Popen) -> None:
@@ -287,8 +317,117 @@ def test_interrupts_wait_for_the_end_of_an_update():
         os.kill(os.getpid(), signal.SIGINT)
         order.append("update finished")
     assert order == ["update finished"]
-    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+
+
+def test_a_second_interrupt_ends_the_process_with_nothing_saved():
+    code = (
+        "import os, signal\n"
+        "from flashgrpo.grpo.progress import deferred_interrupt\n"
+        "try:\n"
+        "    with deferred_interrupt():\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "finally:\n"
+        "    print('saved what was half updated')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stdout == ""
+
+
+def test_ctrl_c_in_an_evaluation_is_made_up_for(recipe, tmp_path, monkeypatch):
+    recipe = changed(changed(recipe, "eval", every=2, samples=2, problems=3), "train", checkpoint_every=0)
+    whole = changed(recipe, "run", output=str(tmp_path / "whole"))
+    train(whole)
+    original = Trainer._evaluate
+
+    def interrupted(self, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(tmp_path / "user_code"))
+    train(recipe, resume=True)
+    assert comparable_rows(Path(recipe.run.output)) == comparable_rows(tmp_path / "whole")
+
+
+def test_ctrl_c_in_a_checkpoint_waits_for_it(recipe, monkeypatch):
+    original = RunFolder.save
+
+    def interrupted(self, *arguments):
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        order.append("not reached")
-    assert order == ["update finished"]
+        original(self, *arguments)
+
+    monkeypatch.setattr(RunFolder, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    assert [p.name for p in Path(recipe.run.output, "checkpoints").iterdir()] == ["step_2"]
+
+
+def test_a_failing_reward_leaves_a_checkpoint(recipe, monkeypatch):
+    original = Trainer._rollout
+
+    def failing(self, step, clock):
+        if step == 2:
+            raise RewardFailure("the judge is gone")
+        return original(self, step, clock)
+
+    monkeypatch.setattr(Trainer, "_rollout", failing)
+    with pytest.raises(RewardFailure):
+        train(changed(recipe, "train", checkpoint_every=0))
+    newest = newest_checkpoint(recipe.run.output)
+    assert newest is not None
+    assert newest.name == "step_1"
+
+
+@pytest.mark.parametrize("broken", ["state.json", "state/.metadata", "state/__0_0.distcp", "model/model.safetensors"])
+def test_a_broken_checkpoint_is_a_clear_error(recipe, broken):
+    train(changed(recipe, "train", steps=2))
+    file = Path(recipe.run.output) / "checkpoints/step_2" / broken
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises((RunInputError, CheckpointError), match="step_2"):
+        train(recipe, resume=True)
+
+
+def test_another_seed_or_data_set_is_not_the_same_run(recipe):
+    train(changed(recipe, "train", steps=2))
+    with pytest.raises(RunInputError, match=r"run.seed is 4, and the run in .* began with 3"):
+        train(changed(recipe, "run", seed=4), resume=True)
+    with pytest.raises(RunInputError, match=r"data.held_out is 9, .* began with 8"):
+        train(changed(recipe, "data", held_out=9), resume=True)
+
+
+def test_a_faulty_start_leaves_nothing_behind(recipe, tmp_path):
+    with pytest.raises(CheckpointError):
+        train(changed(recipe, "model", path=str(tmp_path / "nowhere")))
+    assert not Path(recipe.run.output).exists()
+
+
+def test_a_completion_over_the_token_budget_is_found_before_the_first_step(recipe):
+    with pytest.raises(RecipeError, match=r"4 \+ 300 - 1 tokens; raise it to 303"):
+        train(changed(recipe, "rollout", max_new_tokens=300))
+
+
+def test_logs_keep_every_row_whatever_the_text(tmp_path):
+    folder = RunFolder(tmp_path / "run", "", resume=False)
+    with folder:
+        folder.start()
+        folder.log_samples(1, [{"completion": "line\u2028paragraph\u2029next\u0085"}, {"completion": "2"}])
+    assert [row["completion"] for row in read_rows(tmp_path / "run/samples.jsonl")][1] == "2"
+
+
+def test_skipped_updates_in_a_row_survive_a_resume(recipe, monkeypatch):
+    original = Trainer._loss
+
+    def poisoned(self, batch, update):
+        loss, stats = original(self, batch, update)
+        return (loss * float("nan") if self.step >= 1 else loss), stats
+
+    monkeypatch.setattr(Trainer, "_loss", poisoned)
+    train(changed(recipe, "train", steps=3))
+    with pytest.raises(RunError, match="3 updates in a row"):
+        train(recipe, resume=True)

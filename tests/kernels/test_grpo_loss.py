@@ -133,6 +133,13 @@ def test_missing_rewards_leave_the_group():
     assert advantages[3].nansum() == 0
 
 
+@pytest.mark.parametrize("reward", [torch.inf, -torch.inf])
+def test_an_infinite_reward_is_missing_and_spoils_no_other(reward):
+    advantages = group_advantages(torch.tensor([[1.0, reward, 0.0, 2.0]]))
+    missing = group_advantages(torch.tensor([[1.0, torch.nan, 0.0, 2.0]]))
+    torch.testing.assert_close(advantages, missing, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e6 + 0.0625, -7e-5])
 @pytest.mark.parametrize("group_size", [1, 3, 7])
 def test_equal_rewards_have_advantage_exactly_zero(reward, group_size):
@@ -208,6 +215,35 @@ def test_extreme_ratios_stay_finite_and_lose_their_gradient(level):
     assert loss.isfinite()
     assert gradient.tolist() == [0, -1, 0, 0]
     assert stats["ratio_max"] == pytest.approx(math.exp(20), rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_token_that_the_reference_rules_out_stays_finite(estimator):
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    config = LossConfig(kl_coef=1.0, kl_estimator=estimator)
+    loss, stats = grpo_loss(
+        logprobs, torch.tensor([0, 2]), config, denominator=1, advantages=torch.zeros(1),
+        ref_logprobs=torch.tensor([-torch.inf, -31.0]),
+    )  # fmt: skip
+    assert loss.isfinite()
+    assert stats["kl"].isfinite()
+    slope = 30.0 if estimator == "k2" else 1.0  # a rare token is still pulled back
+    assert torch.autograd.grad(loss, logprobs)[0].tolist() == pytest.approx([0, slope / 2])
+
+
+def test_a_float64_denominator_leaves_the_loss_in_fp32():
+    logprobs = torch.zeros(3, requires_grad=True)
+    denominator = torch.tensor(3.0, dtype=torch.float64)
+    loss, _ = grpo_loss(logprobs, torch.tensor([0, 3]), LossConfig(), denominator=denominator, advantages=torch.ones(1))
+    assert loss.dtype == torch.float32
+
+
+def test_tokens_with_an_entropy_gradient_are_live():
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    arguments = (logits, torch.arange(4), torch.tensor([0, 4]))
+    for coef, live in ((0.0, 0), (0.1, 1)):
+        _, stats = logits_grpo_loss(*arguments, LossConfig(entropy_coef=coef), denominator=1, advantages=torch.zeros(1))
+        assert stats["live_fraction"] == live
 
 
 def test_cispo_drops_a_token_that_has_become_impossible():
@@ -351,6 +387,10 @@ def test_gradient_overwrites_logits_that_are_a_result_and_spares_a_leaf():
     loss, _ = logits_grpo_loss(leaf, *arguments, denominator=1, advantages=torch.ones(1))
     (from_leaf,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(leaf.detach(), before)
+    view = leaf.view(3, 4)
+    logits_grpo_loss(view, *arguments, denominator=1, advantages=torch.ones(1))[0].backward()
+    assert torch.equal(leaf.detach(), before)
+    assert torch.equal(leaf.grad, from_leaf)
     result = leaf * 1
     loss, _ = logits_grpo_loss(result, *arguments, denominator=1, advantages=torch.ones(1))
     loss.backward()

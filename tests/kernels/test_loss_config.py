@@ -38,7 +38,11 @@ def test_presets_are_the_published_settings():
         ({"entropy_coef": math.inf}, "entropy_coef"),
         ({"clip_max": 1.2}, "clip_max is 1.2; wanted above"),
         ({"clip_max": 3.0, "objective": "cispo"}, "leave it None"),
-        ({"behavior_cap": 0.4, "behavior_floor": 0.5}, "behavior_cap is 0.4"),
+        ({"behavior_cap": 0.4, "behavior_floor": 0.5, "behavior_mode": "mask"}, "behavior_cap is 0.4"),
+        ({"behavior_cap": 2.0, "behavior_floor": 0.5}, "behavior_floor is 0.5, which needs behavior_mode 'mask'"),
+        ({"behavior_cap": "2"}, "behavior_cap is '2'; wanted a finite number, 0 or above, or None"),
+        ({"clip_low": None}, "clip_low is None"),
+        ({"kl_coef": True}, "kl_coef is True"),
     ],
 )
 def test_bad_configurations_are_named(fields, message):

@@ -33,7 +33,7 @@ MODELS = {  # every family, tied and untied, with and without biases, and every 
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True, "head_dim": 8},
     "qwen2-yarn": {"model_type": "qwen2", "num_key_value_heads": 1, "rope_parameters": YARN},
     "qwen3-tied": {"model_type": "qwen3", "tie_word_embeddings": True, "rope_theta": 1e6},
-    "qwen3-bias": {"model_type": "qwen3", "attention_bias": True, "rope_parameters": {**YARN, "truncate": False}},
+    "qwen3-bias": {"model_type": "qwen3", "attention_bias": True, "rope_parameters": {**YARN, "beta_fast": 16.0}},
 }
 
 

@@ -56,6 +56,14 @@ def test_rows_without_targets_learn_nothing(batch):
     assert gradient[:, 0].tolist() == [0, 0, 3, 1, 1, 1, 0, 1, 1]
 
 
+def test_a_prompt_without_completions_leaves_its_neighbours_alone():
+    hidden = torch.randn(4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        gather_predictors(hidden, make_batch([1, 3], [0, 1, 2], [1, 0, 1], 4)).sum(), hidden
+    )
+    assert gradient[:, 0].tolist() == [0, 1, 0, 1]
+
+
 def test_no_targets_give_a_zero_gradient():
     """A rank without live work still runs forward and backward."""
     hidden = torch.randn(3, 4, requires_grad=True)

@@ -111,6 +111,16 @@ def test_replacing_a_checkpoint_leaves_nothing_behind(decoder, folder):
     assert [file.name for file in folder.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("save_fails", [False, True])
+def test_a_crash_between_the_renames_loses_nothing(save_fails, decoder, folder):
+    folder.rename(folder.parent / ".model.old")
+    if save_fails:
+        with pytest.raises(AttributeError):
+            save_checkpoint(decoder, folder, weights={"spoilt": None})
+    assert_equal_weights(load_checkpoint(folder), decoder)
+    assert [file.name for file in folder.parent.iterdir()] == ["model"]
+
+
 def test_full_disk_keeps_the_last_checkpoint(decoder, folder):
     """A limit on the file size stands for the full disk: the write fails half way."""
     before = load_checkpoint(folder)
@@ -169,6 +179,10 @@ BROKEN_FOLDERS = {
         "model.safetensors: broken or incomplete",
     ),
     "not safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"PK" * 100), "model.safetensors: broken or incomplete"),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        "config.json: cannot be read: Is a directory",
+    ),
     "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "model.safetensors: broken or incomplete"),
     "renamed": (
         lambda f: edit_weights(f, lambda w: w.update({NORM.replace("q_norm", "query_norm"): w.pop(NORM)})),
@@ -226,5 +240,7 @@ def test_broken_shards_say_what_is_wrong(case, decoder, tmp_path):
 def test_missing_folders_are_named(decoder, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         read_config(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="nowhere: holds no tokenizer files"):
-        save_checkpoint(decoder, tmp_path / "model", tokenizer_files_from=tmp_path / "nowhere")
+    (tmp_path / "generation_config.json").write_text("{}")
+    for source in ("nowhere", ""):
+        with pytest.raises(CheckpointError, match="holds no tokenizer files"):
+            save_checkpoint(decoder, tmp_path / "model", tokenizer_files_from=tmp_path / source)

@@ -15,6 +15,7 @@ QWEN3 = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 BAD = {
     "family": ({"model_type": "mixtral"}, "model_type is 'mixtral'; supported families are llama, qwen2, qwen3"),
     "no family": ({"model_type": None}, "model_type is None"),
@@ -29,7 +30,15 @@ BAD = {
     "layer types": ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding window"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "scaling": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'; supported are"),
-    "no factor": ({"rope_scaling": {"type": "linear"}}, "RoPE scaling 'linear' needs a number 'factor', found None"),
+    "no factor": ({"rope_scaling": {"type": "linear"}}, "factor is missing; a positive number is wanted"),
+    "zero factor": ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; a positive number is wanted"),
+    "scaling is text": ({"rope_scaling": "yarn"}, "RoPE parameters are 'yarn'"),
+    "theta is text": ({"rope_theta": "1e4"}, "rope_theta is '1e4'; a positive number is wanted"),
+    "epsilon is a list": ({"rms_norm_eps": [1e-6]}, "rms_norm_eps is [1e-06]; a positive number is wanted"),
+    "infinite range": ({"initializer_range": float("inf")}, "initializer_range is inf"),
+    "half a head": ({"head_dim": 8.5}, "head_dim is 8.5; a positive integer is wanted"),
+    "yarn truncate": ({"rope_scaling": YARN | {"truncate": False}}, "YaRN's truncate is False"),
+    "yarn mscale": ({"rope_scaling": YARN | {"mscale": 0.7}}, "YaRN's mscale is 0.7"),
 }
 
 
@@ -60,6 +69,11 @@ def test_defaults_are_those_of_the_family():
     assert ModelConfig.from_dict(QWEN3 | {"model_type": "llama", "num_key_value_heads": None}).num_kv_heads == 4
     assert not llama.qkv_bias
     assert not llama.qk_norm
+
+
+def test_null_numbers_have_their_defaults():
+    nothing = {"rms_norm_eps": None, "initializer_range": None, "rope_theta": None, "head_dim": None}
+    assert ModelConfig.from_dict(QWEN3 | nothing) == ModelConfig.from_dict(QWEN3)
 
 
 def test_unknown_keys_survive_a_round_trip():

@@ -1,11 +1,16 @@
 """A trained checkpoint must compute what transformers computes, in every family, forward and backward."""
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss
+from flashgrpo.model.batch import gather_predictors
 from flashgrpo.model.checkpoint import init_decoder, load_checkpoint
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.decoder import MLP, RMSNorm
@@ -24,18 +29,6 @@ TINY = {
 
 def tokens(count, vocab_size=61, seed=0):
     return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def dense_attend(lengths):
-    """Causal attention within segments of these lengths, by one dense mask."""
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    sees = (segment[:, None] == segment) & torch.ones(len(segment), len(segment)).tril().bool()
-
-    def attend(_index, q, k, v):
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True)[0].transpose(0, 1)
-
-    return attend
 
 
 def gradients(decoder, hidden):
@@ -87,6 +80,34 @@ def test_shared_prompt_equals_repeated_prompts(pack):
         torch.testing.assert_close(gradient, wanted[name], atol=1e-12, rtol=1e-9, msg=name)
 
 
+def test_shared_prompt_trains_what_repeated_prompts_train():
+    """From rollouts to the gradient of every parameter, through the packer, the LM head and the loss."""
+    decoder = init_decoder(ModelConfig.from_dict(TINY), seed=0).double()
+    prompts, lengths = [tokens(7, seed=1), tokens(3, seed=2)], [[4, 6, 1], [5, 2]]
+    config = LossConfig.preset("grpo", kl_coef=0)
+    advantages = torch.tensor([1.0, -0.5, 0.3, -1.2, 0.7], dtype=torch.float64)
+
+    def train(groups):
+        batch = build_batch(groups)
+        loss, _ = linear_grpo_loss(
+            gather_predictors(decoder(batch), batch), decoder.lm_head_weight, batch.targets, batch.target_cu_seqlens,
+            config, denominator=5, advantages=advantages,
+        )  # fmt: skip
+        decoder.zero_grad()
+        loss.backward()
+        return loss.detach(), {name: parameter.grad for name, parameter in decoder.named_parameters()}
+
+    groups = [
+        Group(prompt, [Completion(np.array(tokens(n, seed=9 + n)), sequence_id=0) for n in of_prompt])
+        for prompt, of_prompt in zip(prompts, lengths, strict=True)
+    ]
+    loss, shared = train(groups)
+    wanted_loss, repeated = train([Group(group.prompt_ids, [one]) for group in groups for one in group.completions])
+    torch.testing.assert_close(loss, wanted_loss, atol=1e-10, rtol=0)
+    for name, gradient in shared.items():
+        torch.testing.assert_close(gradient, repeated[name], atol=1e-10, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activation_checkpointing_changes_cost_and_nothing_else(mode, pack):
     """Gradients stay equal to the last bit; "full" computes every product again, "selective" none of them."""
@@ -102,6 +123,19 @@ def test_activation_checkpointing_changes_cost_and_nothing_else(mode, pack):
     assert linear_flops(decoder, batch) == plain_flops + extra
 
 
+def test_activation_checkpointing_saves_memory(pack):
+    decoder = init_decoder(ModelConfig.from_dict(TINY), seed=0)
+    batch = pack([tokens(200), tokens(130)])
+    held = {}
+    for mode in ("none", "selective", "full"):
+        decoder.activation_checkpointing = mode
+        with MemTracker() as tracker:
+            hidden = decoder(batch)
+            held[mode] = tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"]
+        assert hidden.requires_grad
+    assert held["full"] < 0.7 * held["selective"] < 0.6 * held["none"]
+
+
 @pytest.mark.parametrize("mode", ["some"])
 def test_unknown_activation_checkpointing_is_refused(mode, pack):
     decoder = init_decoder(ModelConfig.from_dict(TINY), seed=0)
@@ -111,25 +145,24 @@ def test_unknown_activation_checkpointing_is_refused(mode, pack):
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
-def test_compiled_blocks_equal_eager_ones(mode):
-    """One graph serves every layer and every length: a trainer's lengths change in every step."""
+def test_compiled_blocks_equal_eager_ones(mode, pack):
+    """Nothing is compiled again in later steps, whose lengths all differ, or by a generator that shares the blocks."""
     decoder = init_decoder(ModelConfig.from_dict(TINY), seed=0)
     decoder.activation_checkpointing = mode
-    batches = [(20, 13), (31, 9), (5, 50)]
-    inputs = [torch.tensor(tokens(sum(lengths))) for lengths in batches]
-    positions = [torch.cat([torch.arange(n) for n in lengths]) for lengths in batches]
-
-    def step(index):
-        return gradients(decoder, decoder.run(inputs[index], positions[index], dense_attend(batches[index])))
-
-    wanted = [step(index) for index in range(3)]
+    batches = [pack([tokens(n), tokens(m)]) for n, m in ((20, 13), (31, 9), (5, 50), (6, 7))]
+    wanted = [gradients(decoder, decoder(batch)) for batch in batches]
     names = list(decoder.state_dict())
     counter = CompileCounterWithBackend("aot_eager")
     decoder.compile_blocks(counter)
-    for index in range(3):
-        for name, gradient in step(index).items():
-            torch.testing.assert_close(gradient, wanted[index][name], atol=1e-5, rtol=1e-4, msg=name)
-    assert counter.frame_count == 1
+    compiled = []
+    for batch, expected in zip(batches, wanted, strict=True):
+        for name, gradient in gradients(decoder, decoder(batch)).items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+        for scale in (1, 2):
+            decoder.run(batch.input_ids, batch.position_ids, lambda _index, q, k, v, scale=scale: q * scale)
+        compiled.append(counter.frame_count)
+    assert compiled[1] == compiled[-1]
+    assert (compiled[-1] > 0) == (mode == "none")  # no graph can break in a checkpoint, as the twin's attention does
     assert list(decoder.state_dict()) == names
 
 
@@ -147,6 +180,8 @@ def test_hand_written_gradients(module, shape):
         return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(call, (x, *weights), fast_mode=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(call(x, *weights).sum(), x, create_graph=True)
 
 
 def test_bfloat16_stays_close_to_float32(pack):

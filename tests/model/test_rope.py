@@ -16,8 +16,7 @@ SCALINGS = {
     "llama3": {**LLAMA3, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "llama3-wide": {**LLAMA3, "factor": 32.0, "low_freq_factor": 0.5, "high_freq_factor": 16.0},
     "yarn": YARN,
-    "yarn-betas": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
-    "yarn-mscale": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.7},
+    "yarn-betas": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": True},
     "yarn-attention-factor": {**YARN, "attention_factor": 0.8},
     "yarn-own-context": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},
 }

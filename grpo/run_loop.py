@@ -1,0 +1,98 @@
+"""What every kind of run shares: opening it, the loop over its steps, checkpoints, Ctrl-C, the final model."""
+
+import abc
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flashgrpo.grpo.learner import Learner
+from flashgrpo.grpo.policy import open_policy, resolve_device
+from flashgrpo.grpo.progress import StepBar, console, deferred_interrupt, step_bar
+from flashgrpo.grpo.recipe import Recipe, SftRecipe
+from flashgrpo.grpo.rewards import RewardFailure
+from flashgrpo.grpo.run_folder import RunError, RunFolder
+from flashgrpo.model.checkpoint import save_checkpoint
+
+_MOST_SKIPPED = 3
+
+
+class RunLoop(abc.ABC):
+    """A subclass calls `open_learner` once it knows its number of steps, and says what a step is."""
+
+    title: str
+
+    def __init__(self, recipe: Recipe | SftRecipe, folder: RunFolder):
+        self.folder, self.settings = folder, recipe.train
+        self.device = resolve_device(recipe.run.device)
+        self.policy = open_policy(recipe.model, self.device)
+        self.step = folder.state.get("step", 0)
+
+    @abc.abstractmethod
+    def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
+        """Take a step, log it, set `self.step`; returns its metrics and the progress bar's text."""
+
+    def begin(self) -> None:  # noqa: B027  # most runs have nothing to do here
+        """What comes before the first step that is left."""
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint besides the learner's, filled in place on resume."""
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Plain values of a checkpoint besides the step."""
+        return {}
+
+    def open_learner(self, total_steps: int) -> None:
+        """Make the optimizer; on resume, everything becomes what it was."""
+        self.total_steps = total_steps
+        self.learner = Learner(self.policy.model, self.settings, total_steps)
+        if self.folder.checkpoint:
+            self.learner.load_masters(self.folder.checkpoint / "model")
+            self.folder.restore(self.learner.state_tensors() | self.extra_tensors())
+
+    def run(self) -> Path:
+        """Every step that is left, then the final model; returns its folder.
+
+        Ctrl-C and a reward that fails leave a checkpoint of the last whole step.
+        """
+        self.folder.start()
+        try:
+            self.begin()
+            with step_bar(self.title, self.step, self.total_steps) as bar:
+                for step in range(self.step + 1, self.total_steps + 1):
+                    metrics, text = self.run_step(step, bar)
+                    bar.advance(step, text)
+                    self._raise_alarms(metrics)
+                    every = self.settings.checkpoint_every
+                    if (every and step % every == 0) or step == self.total_steps:
+                        self.save()
+        except (KeyboardInterrupt, RewardFailure):
+            self.save()
+            console.print(f"[yellow]stopped after step {self.step}; continue with --resume[/yellow]")
+            raise
+        final = self.folder.path / "model"
+        save_checkpoint(self.policy.model, final, tokenizer_files_from=self.policy.path)
+        return final
+
+    def save(self) -> None:
+        """Write a checkpoint of the last whole step, unless it has one."""
+        if self.step == self.folder.state.get("step", 0):
+            return
+        tensors = self.learner.state_tensors() | self.extra_tensors()
+        write_model = partial(self.learner.save_masters, tokenizer_files_from=self.policy.path)
+        with deferred_interrupt():
+            self.folder.save(self.step, write_model, tensors, self.extra_state(), self.settings.keep_checkpoints)
+
+    def _raise_alarms(self, metrics: dict[str, float]) -> None:
+        if metrics["update/skipped"]:
+            skipped = f"{metrics['update/skipped']:.0f} updates skipped"
+            console.print(f"[yellow]step {self.step}: {skipped}: gradient not finite[/yellow]")
+        if metrics["update/skipped_in_a_row"] >= _MOST_SKIPPED:
+            kept = self.folder.checkpoint
+            raise RunError(
+                f"{_MOST_SKIPPED} updates in a row had a gradient that is not finite, up to step {self.step}; "
+                f"{f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'}: lower train.lr, "
+                "or look at samples.jsonl for what the rewards score"
+            )

@@ -1,0 +1,56 @@
+"""What a person reads off a run is what was computed, and costs no more memory than a few numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from flashgrpo.grpo.learner import Learner
+from flashgrpo.grpo.metrics import StepData, device_metrics, rollout_metrics
+from flashgrpo.grpo.recipe import OptimizerSection
+from flashgrpo.grpo.reward_pool import RewardTable
+from flashgrpo.grpo.rollout import Rollout
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.model.checkpoint import load_checkpoint
+
+NAN = float("nan")
+
+
+def step_data(rewards: list[list[float]], **values) -> StepData:
+    table = np.array(rewards)
+    rollouts = [
+        [Rollout([1], np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.float32), "stop", i, 0) for _ in row]
+        for i, row in enumerate(rewards)
+    ]
+    return StepData(rollouts, RewardTable({"accuracy": table}, table), position=2, **values)
+
+
+def test_advantages_are_those_that_the_loss_uses():
+    """Of equal rewards 0, and scaled as the recipe says; rewards that are missing have none."""
+    data = step_data([[0.0, 2.0, NAN], [1.0, 1.0, 1.0]], discarded=5)
+    unscaled = rollout_metrics(data, LossConfig.preset("dr_grpo"))
+    assert unscaled["advantage/abs_mean"] == pytest.approx(2 / 5)
+    assert unscaled["advantage/max"] == 1.0
+    scaled = rollout_metrics(data, LossConfig.preset("grpo"))
+    assert scaled["advantage/max"] == pytest.approx(1 / math.sqrt(2), abs=1e-3)
+    assert scaled["reward/group_std"] == pytest.approx(math.sqrt(2))  # of the groups that are not dead
+    assert (scaled["groups/dead"], scaled["groups/discarded"]) == (0.5, 5.0)
+    assert scaled["reward/missing"] == pytest.approx(1 / 6)
+
+
+def test_a_step_without_any_reward_has_metrics_too():
+    metrics = rollout_metrics(step_data([[NAN, NAN]]), LossConfig.preset("grpo"))
+    assert math.isnan(metrics["reward/mean"])
+    assert math.isnan(metrics["advantage/max"])
+    assert (metrics["reward/group_std"], metrics["groups/dead"]) == (0.0, 1.0)
+
+
+def test_metrics_of_a_step_do_not_copy_what_is_kept_per_token(model_path):
+    """At 8,192 completions of 32k tokens their concatenation would be gigabytes."""
+    learner = Learner(load_checkpoint(model_path), OptimizerSection(), 1)
+    per_token = {name: torch.empty(1).expand(10**13) for name in ("logprobs", "entropies")}
+    scalars = {"loss": 1.0, "num_tokens": 3.0, "entropy": 0.5, "ratio_max": 2.0}
+    stats = {name: torch.tensor(value) for name, value in scalars.items()} | per_token
+    metrics = device_metrics([[stats, stats]], [torch.tensor(4.0)], learner)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["entropy"], metrics["ratio/max"]) == (2.0, 4.0, 0.5, 2.0)
