@@ -1,7 +1,7 @@
 """`make demo`: from nothing to a policy that GRPO has taught to add, on two CPU cores.
 
-A tokenizer and a small Qwen3-shaped model are made from nothing; a cold start by SFT on worked examples of a small share
-of the problems teaches the form and some of the arithmetic; then GRPO (recipes/demo.toml) learns from rewards alone.
+A tokenizer and a small Qwen3-shaped model are made from nothing; a cold start by SFT on worked examples of a small
+share of the problems teaches the form and some of the arithmetic; then GRPO (recipes/demo.toml) learns from rewards alone.
 The held-out score is accuracy, with no credit for form.
 """
 

@@ -39,9 +39,7 @@ def model_path(tmp_path_factory) -> Path:
         "initializer_range": 0.1,
         "eos_token_id": 0,
     }
-    save_checkpoint(
-        init_decoder(ModelConfig.from_dict(config), seed=0), folder / "model", tokenizer_files_from=folder
-    )
+    save_checkpoint(init_decoder(ModelConfig.from_dict(config), seed=0), folder / "model", tokenizer_files_from=folder)
     return folder / "model"
 
 
@@ -55,7 +53,7 @@ def data_path(tmp_path) -> Path:
 
 @pytest.fixture
 def recipe_values(model_path, data_path, tmp_path) -> dict:
-    """A recipe as nested dictionaries, for tests to change. The reward is dense, so that a random model has gradients."""
+    """A recipe as nested dictionaries, for tests to change; its dense reward gives a random model gradients."""
     return {
         "model": {"path": str(model_path)},
         "data": {"path": str(data_path), "template": "none", "held_out": 8},

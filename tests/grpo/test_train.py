@@ -137,7 +137,7 @@ def test_only_the_newest_checkpoints_are_kept(recipe):
 
 def test_an_existing_output_is_not_overwritten(recipe):
     train(changed(recipe, "train", steps=1))
-    with pytest.raises(RunError, match="continue it with --resume, or choose another run.output"):
+    with pytest.raises(RunError, match="continue it with --resume, or choose another"):
         train(recipe)
 
 
