@@ -1,7 +1,7 @@
 """`make demo`: from nothing to a policy that GRPO has taught to add, on two CPU cores.
 
 A tokenizer and a small Qwen3-shaped model are made from nothing; a cold start by SFT on worked examples of a small
-share of the problems teaches the form and some of the arithmetic; then GRPO (recipes/demo.toml) learns from rewards alone.
+share of the problems teaches the form and some of the arithmetic; then GRPO (recipes/demo.toml) learns from rewards.
 The held-out score is accuracy, with no credit for form.
 """
 
@@ -43,7 +43,7 @@ _VOCAB_SIZE = 512
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flashgrpo.grpo.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m flashgrpo.grpo.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="recipes/demo.toml")
     parser.add_argument("--output", default="runs/demo", help="removed first: the demo always runs afresh")
     parser.add_argument("--seed", type=int, default=1)
@@ -112,7 +112,7 @@ def make_model(folder: Path, texts: list[str], seed: int) -> Path:
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.06,
-        eos_token_id=wrapped.eos_token_id,
+        eos_token_id=tokenizer.token_to_id(_END),
         bos_token_id=None,
         pad_token_id=None,
     )
