@@ -12,10 +12,10 @@ def test_the_readme_is_what_the_results_say():
 
 
 def test_only_what_stands_between_the_marks_is_replaced():
-    rendered = readme.render("before\n<!-- results: demo -->\nold\n<!-- end -->\nafter")
+    rendered = readme.render("before\n<!-- results: demo -->\nstale\n<!-- end -->\nafter")
     assert rendered.startswith("before\n<!-- results: demo -->\n| seed |")
     assert rendered.endswith("|\n<!-- end -->\nafter")
-    assert "old" not in rendered
+    assert "stale" not in rendered
 
 
 def test_an_unknown_table_is_an_error():
