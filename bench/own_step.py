@@ -47,7 +47,7 @@ def time_steps(options: argparse.Namespace) -> dict:
                 "max_new_tokens": options.max_new_tokens,
             },
             "loss": {"preset": "grpo", "kl_coef": 0.0},
-            "train": {"steps": options.steps, "token_budget": 2400},
+            "train": {"steps": options.steps, "token_budget": 1200},
             "run": {"output": str(Path(folder) / "run"), "device": "cpu"},
         }
         recipe = build_recipe(Recipe, values)
