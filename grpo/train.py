@@ -84,7 +84,11 @@ class Trainer(RunLoop):
         """The evaluation before training, or one that a stop has cut short."""
         if self._evaluates_at(self.step):
             row = self.folder.take_row(self.step)
-            self.folder.log(self.step, row if "eval/pass@1" in row else row | self._evaluate(self.step))
+            try:
+                row = row if "eval/pass@1" in row else row | self._evaluate(self.step)
+            finally:  # a second stop must not lose the row
+                if row:
+                    self.folder.log(self.step, row)
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
         """Rollout, rewards, packing, scoring, updates, metrics; Ctrl-C waits from the first update to the last."""

@@ -349,6 +349,8 @@ def test_ctrl_c_in_an_evaluation_is_made_up_for(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(recipe)
+    with pytest.raises(KeyboardInterrupt):  # and in making up for it
+        train(recipe, resume=True)
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(tmp_path / "user_code"))
     train(recipe, resume=True)
