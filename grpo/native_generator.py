@@ -7,6 +7,7 @@ groups. It runs without CUDA graphs and pages: it is the default where vLLM is n
 vLLM is tested against.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling, splitmix64
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.model.decoder import Decoder
+from flashgrpo.model.linear import product
 
 _CACHE_STEP = 64
 _IDLE_SHARE = 1 / 8
@@ -35,13 +37,15 @@ class NativeGenerator:
         """Yield each request's rollouts, in the order of its seeds, as soon as the last of them is done."""
         if not requests:
             return
-        with torch.inference_mode():
-            batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids)
-        while batch.has_live_rows:
+        with contextlib.ExitStack() as generating:
             with torch.inference_mode():
-                finished = batch.step()
-            for index in finished:
-                yield [self._rollout(requests[index], *sample) for sample in batch.samples_of(index)]
+                generating.enter_context(self.model.fused_projections())
+                batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids)
+            while batch.has_live_rows:
+                with torch.inference_mode():
+                    finished = batch.step()
+                for index in finished:
+                    yield [self._rollout(requests[index], *sample) for sample in batch.samples_of(index)]
 
     def _rollout(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, stopped: bool) -> Rollout:
         reason = "stop" if stopped else "length"
@@ -90,7 +94,7 @@ class _DecodingBatch:
 
     def step(self) -> list[int]:
         """Sample one token for every live row, run the decoder on them; returns the requests that are now complete."""
-        logits = F.linear(self.hidden, self.model.lm_head_weight)
+        logits = product(self.hidden, self.model.lm_head_weight)
         if self.position % _DRAWN_AHEAD == 0:
             self.uniforms = self._draw_uniforms()
         tokens, logprobs = sample_tokens(logits, self.uniforms[:, self.position % _DRAWN_AHEAD], self.sampling)
@@ -141,11 +145,13 @@ class _DecodingBatch:
         live = np.flatnonzero(self.unfinished)
         if len(self.groups) - len(live) < _IDLE_SHARE * len(self.groups):
             return
-        keep = torch.from_numpy(np.searchsorted(self.groups, live)).to(self.device)
+        keep = np.searchsorted(self.groups, live)
+        num_kv_heads = self.model.config.num_kv_heads
+        heads = torch.from_numpy((keep[:, None] * num_kv_heads + np.arange(num_kv_heads)).ravel()).to(self.device)
         self.groups = live
-        self.prompt_cache = [(k.index_select(0, keep), v.index_select(0, keep)) for k, v in self.prompt_cache]
-        self.prompt_bias = self.prompt_bias.index_select(0, keep)
-        self.prompt_lengths = self.prompt_lengths.index_select(0, keep)
+        self.prompt_cache = [(k.index_select(0, heads), v.index_select(0, heads)) for k, v in self.prompt_cache]
+        self.prompt_bias = self.prompt_bias.index_select(0, heads)
+        self.prompt_lengths = self.prompt_lengths.index_select(0, torch.from_numpy(keep).to(self.device))
 
     def _place_rows(self) -> None:
         """Lay the live rows of each group side by side in a grid [groups, width]: a prompt's keys are read by group."""
@@ -160,6 +166,7 @@ class _DecodingBatch:
         self.group_of_place = torch.from_numpy(groups).to(self.device)
         self.slots = torch.from_numpy(slots).to(self.device)
         self.row_of_slot = torch.from_numpy(row_of_slot).to(self.device)
+        self.rows_are_groups = self.grid_width == 1 and len(groups) == num_groups
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         """Run every prompt once, keep its keys and values; returns its last hidden state, [requests, hidden_size]."""
@@ -171,11 +178,12 @@ class _DecodingBatch:
         columns = torch.arange(longest, device=self.device)
         inside = columns < self.prompt_lengths[:, None]
         places = (cu_seqlens[:-1, None].long() + columns).where(inside, 0)
-        self.prompt_bias = torch.zeros_like(inside, dtype=self.dtype).masked_fill(~inside, float("-inf"))
+        bias = torch.zeros_like(inside, dtype=self.dtype).masked_fill(~inside, float("-inf"))
+        self.prompt_bias = bias.repeat_interleave(self.model.config.num_kv_heads, dim=0)[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys = k[places].permute(0, 2, 3, 1).contiguous()  # [requests, num_kv_heads, head_dim, longest]
-            values = v[places].transpose(1, 2).contiguous()  # [requests, num_kv_heads, longest, head_dim]
+            keys = k[places].permute(0, 2, 3, 1).flatten(0, 1)  # [requests * num_kv_heads, head_dim, longest]
+            values = v[places].transpose(1, 2).flatten(0, 1)  # [requests * num_kv_heads, longest, head_dim]
             self.prompt_cache.append((keys, values))
             return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest, backend=self.model.attention_backend)
 
@@ -185,32 +193,38 @@ class _DecodingBatch:
     def _decode_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One query a row against its prompt's keys, shared by the group, and its own: one softmax over both."""
         rows, num_heads, head_dim = q.shape
-        num_kv_heads = k.shape[1]
-        repeat = num_heads // num_kv_heads
         keys, values = self._append(layer, k, v)
         prompt_keys, prompt_values = self.prompt_cache[layer]
-        groups, _, _, longest = prompt_keys.shape
-        width = self.grid_width
-        q = q * head_dim**-0.5
+        longest = prompt_keys.shape[2]
+        q = (q * head_dim**-0.5).view(len(keys), -1, head_dim)  # [rows * num_kv_heads, heads of one kv head, head_dim]
 
-        grid = q.index_select(0, self.row_of_slot).view(groups, width, num_kv_heads, repeat, head_dim).transpose(1, 2)
-        shared = grid.reshape(groups, num_kv_heads, width * repeat, head_dim) @ prompt_keys
-        shared = (shared + self.prompt_bias[:, None, None, :]).view(groups, num_kv_heads, width, repeat, longest)
-        shared = shared.transpose(1, 2).reshape(groups * width, num_kv_heads, repeat, longest)
-        own = q.view(rows, num_kv_heads, repeat, head_dim) @ keys.transpose(-1, -2)
-        scores = torch.cat([shared.index_select(0, self.slots), own], dim=-1)
+        shared = torch.baddbmm(self.prompt_bias, self._by_group(q), prompt_keys)
+        scores = torch.cat([self._by_row(shared, q.shape[1]), torch.bmm(q, keys.transpose(1, 2))], dim=-1)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        shared = torch.bmm(self._by_group(weights[..., :longest]), prompt_values)
+        out = torch.baddbmm(self._by_row(shared, q.shape[1]), weights[..., longest:], values)
+        return out.view(rows, num_heads, head_dim)
 
-        grid = weights[..., :longest].index_select(0, self.row_of_slot)
-        grid = grid.view(groups, width, num_kv_heads, repeat, longest).transpose(1, 2)
-        shared = grid.reshape(groups, num_kv_heads, width * repeat, longest) @ prompt_values
-        shared = shared.view(groups, num_kv_heads, width, repeat, head_dim).transpose(1, 2)
-        shared = shared.reshape(groups * width, num_kv_heads, repeat, head_dim)
-        out = shared.index_select(0, self.slots) + weights[..., longest:] @ values
-        return out.reshape(rows, num_heads, head_dim)
+    def _by_group(self, x: Tensor) -> Tensor:
+        """[rows * num_kv_heads, n, d] -> [groups * num_kv_heads, width * n, d], whatever in the slots without a row."""
+        if self.rows_are_groups:
+            return x
+        num_kv_heads, n, d = x.shape[0] // len(self.rows), *x.shape[1:]
+        grid = x.reshape(len(self.rows), -1).index_select(0, self.row_of_slot)
+        grid = grid.view(len(self.groups), self.grid_width, num_kv_heads, n, d).transpose(1, 2)
+        return grid.reshape(len(self.groups) * num_kv_heads, self.grid_width * n, d)
+
+    def _by_row(self, x: Tensor, n: int) -> Tensor:
+        """[groups * num_kv_heads, width * n, d] -> [rows * num_kv_heads, n, d]."""
+        if self.rows_are_groups:
+            return x
+        num_kv_heads, d = x.shape[0] // len(self.groups), x.shape[2]
+        grid = x.view(len(self.groups), num_kv_heads, self.grid_width, n, d).transpose(1, 2)
+        rows = grid.reshape(len(self.row_of_slot), -1).index_select(0, self.slots)
+        return rows.view(len(self.rows) * num_kv_heads, n, d)
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the rows' newest keys and values; returns all, [rows, num_kv_heads, position, head_dim] each."""
+        """Store the rows' newest keys and values; returns all, [rows * num_kv_heads, position, head_dim] each."""
         if layer == len(self.own_cache):
             shape = (k.shape[0], k.shape[1], 0, k.shape[2])
             self.own_cache.append((k.new_empty(shape), v.new_empty(shape)))
@@ -219,8 +233,9 @@ class _DecodingBatch:
             room = min(max(2 * cache[0].shape[2], _CACHE_STEP), self.sampling.max_new_tokens) - cache[0].shape[2]
             cache = self.own_cache[layer] = (F.pad(cache[0], (0, 0, 0, room)), F.pad(cache[1], (0, 0, 0, room)))
         for store, new in zip(cache, (k, v), strict=True):
-            store[:, :, self.position - 1] = new
-        return cache[0][:, :, : self.position], cache[1][:, :, : self.position]
+            store.select(2, self.position - 1).copy_(new)
+        keys, values = (store.flatten(0, 1)[:, : self.position] for store in cache)
+        return keys, values
 
 
 def sample_tokens(

@@ -5,8 +5,9 @@ every other line. The LM head is not applied: `lm_head_weight` goes to the fused
 the logits never exist. Parameters have the names that Hugging Face checkpoints use.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.logprob import backward_once
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.linear import Linear, product, weight_gradient
 from flashgrpo.model.rope import apply_rope, rotary_cos_sin
 
 # (layer index, q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim]) -> [n, num_heads, head_dim];
@@ -79,6 +81,23 @@ class Decoder(nn.Module):
             hidden = block(hidden, cos, sin, attend, index, self.activation_checkpointing)
         return self.model.norm(hidden)
 
+    @contextlib.contextmanager
+    def fused_projections(self) -> Iterator[None]:
+        """Meanwhile a block's q, k and v come from one product, gate and up from another, for few tokens at a time.
+
+        The weights must not change meanwhile, since these are copies; there are no gradients.
+        """
+        blocks: list[Block] = list(self.model.layers)  # pyright: ignore[reportAssignmentType]
+        try:
+            for block in blocks:
+                attention, mlp = block.self_attn, block.mlp
+                attention.fused = _fuse(attention.q_proj, attention.k_proj, attention.v_proj)
+                mlp.fused = _fuse(mlp.gate_proj, mlp.up_proj)
+            yield
+        finally:
+            for block in blocks:
+                block.self_attn.fused = block.mlp.fused = None
+
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compiles each block of `forward`, for any number of tokens; parameter names stay. Meant for CUDA."""
         for block in self.model.layers:
@@ -131,38 +150,64 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
+        self.q_proj = Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.sizes = q_size, kv_size, kv_size
+        self.fused: tuple[Tensor, Tensor | None] | None = None  # weight and bias of q, k and v in one
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:
-        q = self.q_norm(self.q_proj(hidden).unflatten(1, (self.num_heads, -1)))
-        k = self.k_norm(self.k_proj(hidden).unflatten(1, (self.num_kv_heads, -1)))
-        v = self.v_proj(hidden).unflatten(1, (self.num_kv_heads, -1))
+        if self.fused is None:
+            q, k, v = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        else:
+            q, k, v = product(hidden, *self.fused).split(self.sizes, dim=1)
+        q = self.q_norm(q.unflatten(1, (self.num_heads, -1)))
+        k = self.k_norm(k.unflatten(1, (self.num_kv_heads, -1)))
+        v = v.unflatten(1, (self.num_kv_heads, -1))
         return self.o_proj(attend(index, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v).flatten(1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fused: tuple[Tensor, Tensor | None] | None = None  # weight of gate and up in one, and no bias
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return _SwiGLU.apply(hidden, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        if torch.is_grad_enabled():
+            return _SwiGLU.apply(hidden, *weights)
+        if self.fused is None:
+            gate, up = product(hidden, weights[0]), product(hidden, weights[1])
+        else:
+            gate, up = product(hidden, *self.fused).chunk(2, dim=1)
+        return product(F.silu(gate).mul_(up), weights[2])
+
+
+def _fuse(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    biases = [layer.bias for layer in layers]
+    return torch.cat([layer.weight.detach() for layer in layers]), None if biases[0] is None else torch.cat(biases)
 
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype.itemsize >= 4:  # where torch has no fused kernel, only its composition
+        if not x.is_cpu or x.dtype.itemsize < 4:
+            return super().forward(x)
+        if torch.is_grad_enabled():  # torch has no fused kernel here, only its composition
             return _RMSNorm.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        return (x * _inverse_rms(x, self.eps)).mul_(self.weight)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -170,8 +215,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-        inverse_rms = (mean_square + eps).rsqrt()
+        inverse_rms = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
         return (x * inverse_rms).mul_(weight)
 
@@ -194,9 +238,9 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gate_weight, up_weight, down_weight):
-        gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
+        gate, up = product(x, gate_weight), product(x, up_weight)
         ctx.save_for_backward(x, gate, up, gate_weight, up_weight, down_weight)
-        return F.linear(F.silu(gate) * up, down_weight)
+        return product(F.silu(gate).mul_(up), down_weight)
 
     @staticmethod
     @backward_once
@@ -204,12 +248,12 @@ class _SwiGLU(torch.autograd.Function):
         (d_out,) = grad_outputs
         x, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
         silu = F.silu(gate)
-        d_down_weight = d_out.T @ (silu * up)
-        d_product = d_out @ down_weight
+        d_down_weight = weight_gradient(d_out, silu * up)
+        d_product = product(d_out, down_weight.T)
         d_up = silu.mul_(d_product)
         d_gate = torch.ops.aten.silu_backward(d_product.mul_(up), gate)
-        d_x = torch.addmm(d_gate @ gate_weight, d_up, up_weight)
-        return d_x, d_gate.T @ x, d_up.T @ x, d_down_weight
+        d_x = product(d_gate, gate_weight.T).add_(product(d_up, up_weight.T))
+        return d_x, weight_gradient(d_gate, x), weight_gradient(d_up, x), d_down_weight
 
 
 _keep_products = functools.partial(
@@ -217,6 +261,7 @@ _keep_products = functools.partial(
     [
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
+        torch.ops.mkldnn._linear_pointwise.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,

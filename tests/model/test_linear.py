@@ -1,0 +1,110 @@
+"""Products through oneDNN must be what torch's own are, forward and backward, and must be used where they are faster."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flashgrpo.model.checkpoint import init_decoder
+from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.linear import Linear, product, weight_gradient
+
+ONEDNN = torch.ops.mkldnn._linear_pointwise.default
+
+
+class CountCalls(TorchDispatchMode):
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.calls = op, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is self.op
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n", "in_features", "out_features"), [(257, 96, 160), (301, 160, 96), (7, 40, 24), (0, 40, 24)])
+def test_linear_equals_torch(n, in_features, out_features, bias):
+    layer = Linear(in_features, out_features, bias=bias)
+    x = torch.randn(n, in_features, requires_grad=True)
+    upstream = torch.randn(n, out_features)
+    with CountCalls(ONEDNN) as counter:
+        out = layer(x)
+        out.backward(upstream)
+    assert counter.calls == (3 if n > 200 else 0)
+
+    leaves = [x.detach().double().requires_grad_(), *(p.detach().double().requires_grad_() for p in layer.parameters())]
+    wanted = F.linear(*leaves)
+    wanted.backward(upstream.double())
+    torch.testing.assert_close(out.double(), wanted, atol=2e-5, rtol=0)
+    for ours, leaf in zip([x, *layer.parameters()], leaves, strict=True):
+        assert ours.grad is not None and leaf.grad is not None
+        torch.testing.assert_close(ours.grad.double(), leaf.grad, atol=1e-4, rtol=0)
+
+
+def test_what_needs_no_gradient_gets_none():
+    layer = Linear(160, 96)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(300, 160)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_keep_torchs_product(dtype):
+    x, weight = torch.randn(300, 128, dtype=dtype), torch.randn(96, 128, dtype=dtype)
+    d_out = torch.randn(300, 96, dtype=dtype)
+    with CountCalls(ONEDNN) as counter:
+        out, d_weight = product(x, weight), weight_gradient(d_out, x)
+    assert counter.calls == 0
+    torch.testing.assert_close(out, x @ weight.T)
+    torch.testing.assert_close(d_weight, d_out.T @ x)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen2"])
+def wide(request):
+    """A decoder whose products are large enough for oneDNN, with and without biases."""
+    config = {
+        "model_type": request.param, "vocab_size": 61, "hidden_size": 128, "intermediate_size": 192,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    }  # fmt: skip
+    decoder = init_decoder(ModelConfig.from_dict(config), seed=0)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return decoder
+
+
+def only_values(_index, q, _k, v):
+    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+
+
+def test_gradients_do_not_change_the_forward_pass(wide):
+    """Old log-probs are computed without gradients; at equal weights they must equal the new ones exactly."""
+    ids = torch.arange(300) % 61
+    with torch.no_grad():
+        without = wide.run(ids, ids, only_values)
+    assert torch.equal(wide.run(ids, ids, only_values), without)
+
+
+def test_fused_projections_equal_separate_ones(wide):
+    ids = torch.arange(300) % 61
+    with torch.no_grad():
+        wanted = wide.run(ids, ids, only_values)
+        with wide.fused_projections(), CountCalls(ONEDNN) as counter:
+            fused = wide.run(ids, ids, only_values)
+        again = wide.run(ids, ids, only_values)
+    torch.testing.assert_close(fused, wanted, atol=1e-5, rtol=0)
+    assert counter.calls == 2 * 4  # layers; qkv, o, gate and up, down
+    assert torch.equal(again, wanted)
+
+
+def test_selective_checkpointing_keeps_the_products(wide, monkeypatch):
+    def calls(mode):
+        monkeypatch.setattr(wide, "activation_checkpointing", mode)
+        with CountCalls(ONEDNN) as counter:
+            ids = torch.arange(300) % 61
+            wide.run(ids, ids, only_values).sum().backward()
+        return counter.calls
+
+    assert calls("none") == calls("selective") < calls("full")
