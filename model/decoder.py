@@ -190,12 +190,14 @@ class MLP(nn.Module):
 
 
 def _fuse(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    biases = [layer.bias for layer in layers]
-    return torch.cat([layer.weight.detach() for layer in layers]), None if biases[0] is None else torch.cat(biases)
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    return torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None
 
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cpu or x.dtype.itemsize < 4:

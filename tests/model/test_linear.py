@@ -1,4 +1,4 @@
-"""Products through oneDNN must be what torch's own are, forward and backward, and must be used where they are faster."""
+"""Products through oneDNN must be what torch's own are, forward and backward, and be used where they are faster."""
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ class CountCalls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("n", "in_features", "out_features"), [(257, 96, 160), (301, 160, 96), (7, 40, 24), (0, 40, 24)])
+@pytest.mark.parametrize(
+    ("n", "in_features", "out_features"), [(257, 96, 160), (301, 160, 96), (7, 40, 24), (0, 40, 24)]
+)
 def test_linear_equals_torch(n, in_features, out_features, bias):
     layer = Linear(in_features, out_features, bias=bias)
     x = torch.randn(n, in_features, requires_grad=True)
@@ -38,7 +40,8 @@ def test_linear_equals_torch(n, in_features, out_features, bias):
     wanted.backward(upstream.double())
     torch.testing.assert_close(out.double(), wanted, atol=2e-5, rtol=0)
     for ours, leaf in zip([x, *layer.parameters()], leaves, strict=True):
-        assert ours.grad is not None and leaf.grad is not None
+        assert ours.grad is not None
+        assert leaf.grad is not None
         torch.testing.assert_close(ours.grad.double(), leaf.grad, atol=1e-4, rtol=0)
 
 
@@ -47,7 +50,8 @@ def test_what_needs_no_gradient_gets_none():
     layer.weight.requires_grad_(False)
     x = torch.randn(300, 160)
     layer(x).sum().backward()
-    assert layer.weight.grad is None and layer.bias.grad is not None
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
