@@ -197,7 +197,7 @@ def _fuse(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
 
-    eps: float
+    eps: float  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cpu or x.dtype.itemsize < 4:
