@@ -17,6 +17,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 IGNORE_TARGET = -100
@@ -92,6 +93,11 @@ def check_temperature(temperature: float) -> None:
     """Raises unless `temperature` is a finite number above 0."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}; wanted a finite number above 0")
+
+
+def by_triton(x: Tensor) -> bool:
+    """Whether a Triton kernel works on `x`: on CUDA, and under TRITON_INTERPRET=1 on a CPU; never in float64."""
+    return x.dtype != torch.float64 and (x.is_cuda or triton.knobs.runtime.interpret)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
