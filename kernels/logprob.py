@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false (it takes calls in kernels for Python's)
 """Log-probabilities of chosen tokens, and entropies, from logits that already exist.
 
 With z = logits / temperature, p = softmax(z) and t = target:
@@ -6,9 +7,14 @@ With z = logits / temperature, p = softmax(z) and t = target:
     entropy   = -sum_j p_j log p_j                                 p_j log p_j = 0 where z_j = -inf
     d_logit_j = (d_logprob (1[j = t] - p_j) - d_entropy p_j (log p_j + entropy)) / temperature
 
-The forward pass reads n x vocab logits once, the backward pass reads and writes them once. The torch twin works on
-rows of at most 8 MiB in fp32, which stay in a processor's cache, and allocates nothing else of the logits' size but
-their gradient, and not even that with `inplace_backward`. Double backward raises.
+The forward pass reads n x vocab logits once, the backward pass reads and writes them once: 6 bytes an element in bf16,
+0.29 ms for 1,000 rows of 151,936 at 4.3 TB/s per 1.25 GB. Neither allocates anything else of the logits' size but their
+gradient, and not even that with `inplace_backward`. Double backward raises.
+
+The Triton kernels give a row to a program. Its threads keep a running maximum for each 8 logits that they load
+together, so that the online softmax (Milakov and Gimelshein, arXiv 1805.02867) rescales once in 8 and threads meet
+only at the row's end. Everything is in powers of two. The torch twin works on rows of at most 8 MiB in fp32, which
+stay in a processor's cache.
 """
 
 import math
@@ -18,12 +24,109 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 IGNORE_TARGET = -100
+_INTERPRETED = knobs.runtime.interpret  # Triton too reads TRITON_INTERPRET when a kernel is defined
 # Below this log p is replaced: p is exactly 0 there (exp(-745) underflows in float64), and 0 * -inf would be NaN.
 _LOG_ZERO = -1e4
 _CHUNK_BYTES = 8 << 20
+_BLOCK = 8192  # logits a program has in registers at a time
+_SLICE = 8  # of them a thread has in a row: 16 bytes of bf16
+_NUM_WARPS = 16
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LN_2 = tl.constexpr(math.log(2))
+# Times a probability that has underflowed to 0 this is 0, where -inf would give NaN.
+_NEVER = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _accumulate(x, scale, peak, total, moment, SLICE: tl.constexpr):
+    """Takes a block of logits x into each slice's running maximum of z = x scale, sum of 2^(z - peak), and sum of
+    2^(z - peak) (z - peak). A maximum that is still -inf counts as 0.
+    """
+    x = tl.reshape(x, [x.shape[0] // SLICE, SLICE])
+    higher = tl.maximum(peak, tl.max(x, 1) * scale)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    z = x * scale - base[:, None]
+    powers = tl.exp2(z)
+    rise = tl.maximum(peak - base, _NEVER)
+    fade = tl.exp2(rise)
+    moment = fade * (moment + total * rise) + tl.sum(powers * tl.maximum(z, _NEVER), 1)
+    return higher, fade * total + tl.sum(powers, 1), moment
+
+
+@triton.jit
+def row_softmax(row, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
+    """(peak, log total, moment / total) of one row at pointer `row`, in powers of two: see `_accumulate`."""
+    columns = tl.arange(0, BLOCK)
+    peak = tl.full([BLOCK // SLICE], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK // SLICE], tl.float32)
+    moment = tl.zeros([BLOCK // SLICE], tl.float32)
+    whole = vocab // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        x = tl.load(row + start + columns).to(tl.float32)
+        peak, total, moment = _accumulate(x, scale, peak, total, moment, SLICE)
+    if whole < vocab:
+        x = tl.load(row + whole + columns, mask=whole + columns < vocab, other=float("-inf")).to(tl.float32)
+        peak, total, moment = _accumulate(x, scale, peak, total, moment, SLICE)
+    highest = tl.max(peak, 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    rise = tl.maximum(peak - highest, _NEVER)
+    fade = tl.exp2(rise)
+    row_total = tl.sum(fade * total, 0)
+    row_moment = tl.sum(fade * (moment + total * rise), 0)
+    return highest, tl.log2(row_total), row_moment / row_total
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _logprob_fwd_kernel(
+    logits, targets, logprobs, entropies, peaks, log_totals, vocab, row_stride, scale,
+    BLOCK: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + n)
+    logprob, entropy, peak, log_total = 0.0, 0.0, 0.0, 0.0
+    if target != -100:
+        row = logits + n * row_stride
+        peak, log_total, mean = row_softmax(row, vocab, scale, BLOCK, SLICE)
+        entropy = (log_total - mean) * _LN_2
+        in_range = (target >= 0) & (target < vocab)
+        chosen = tl.load(row + target, mask=in_range, other=float("nan")).to(tl.float32)
+        logprob = (chosen * scale - peak - log_total) * _LN_2
+    tl.store(logprobs + n, logprob)
+    tl.store(entropies + n, entropy)
+    tl.store(peaks + n, peak)
+    tl.store(log_totals + n, log_total)
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _logprob_bwd_kernel(
+    logits, d_logits, targets, entropies, peaks, log_totals, d_logprobs, d_entropies, vocab, row_stride, d_row_stride,
+    scale, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d_logits may be the logits: every element is read by the program that writes it, before it does."""
+    n = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    target = tl.load(targets + n)
+    d_logits += n * d_row_stride + columns
+    if target == -100:
+        tl.store(d_logits, tl.zeros([BLOCK], tl.float32), mask=columns < vocab)
+    else:
+        x = tl.load(logits + n * row_stride + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
+        log_p = (x * scale - tl.load(peaks + n)) - tl.load(log_totals + n)
+        p = tl.exp2(log_p)
+        to_target = 0.0
+        if d_logprobs is not None:
+            to_target = tl.load(d_logprobs + n)
+        to_target = tl.where((target >= 0) & (target < vocab), to_target, float("nan"))
+        slope = to_target
+        if d_entropies is not None:
+            slope += tl.load(d_entropies + n) * (tl.maximum(log_p, _NEVER) * _LN_2 + tl.load(entropies + n))
+        gradient = tl.where(columns == target, to_target, 0.0) - p * slope
+        tl.store(d_logits, gradient * (scale / _LOG2_E), mask=columns < vocab)
 
 
 def backward_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,6 +178,10 @@ def gather_logprobs(
         raise TypeError(f"logits is {logits.dtype}; wanted a floating dtype")
     check_index("targets", targets, logits.device, logits.shape[0])
     check_temperature(temperature)
+    if by_triton(logits):
+        if logits.stride(1) != 1:
+            logits, inplace_backward = logits.contiguous(), False
+        return _logprob_fwd(logits, targets, temperature, inplace_backward)[:2]
     return _GatherLogprobs.apply(logits, targets, temperature, inplace_backward)
 
 
@@ -97,7 +204,13 @@ def check_temperature(temperature: float) -> None:
 
 def by_triton(x: Tensor) -> bool:
     """Whether a Triton kernel works on `x`: on CUDA, and under TRITON_INTERPRET=1 on a CPU; never in float64."""
-    return x.dtype != torch.float64 and (x.is_cuda or triton.knobs.runtime.interpret)
+    return x.dtype != torch.float64 and (x.is_cuda or _INTERPRETED)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Queues a Triton kernel; nothing for an empty grid, which CUDA refuses."""
+    if all(grid):
+        kernel[grid](*arguments, **options)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -190,3 +303,64 @@ def _row_chunks(logits: Tensor) -> list[slice]:
     num_rows, vocab = logits.shape
     step = max(1, _CHUNK_BYTES // (4 * vocab))
     return [slice(start, start + step) for start in range(0, num_rows, step)]
+
+
+@torch.library.custom_op("flashgrpo::logprob_fwd", mutates_args=())
+def _logprob_fwd(
+    logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropies, peaks, log totals), [n] each; the last two and `inplace_backward` are for the backward."""
+    n, vocab = logits.shape
+    logprobs, entropies, peaks, log_totals = _row_values(logits)
+    launch(
+        _logprob_fwd_kernel, (n,), logits, targets, logprobs, entropies, peaks, log_totals,
+        vocab, logits.stride(0), math.log2(math.e) / temperature, BLOCK=_BLOCK, SLICE=_SLICE, num_warps=_NUM_WARPS,
+    )  # fmt: skip
+    return logprobs, entropies, peaks, log_totals
+
+
+@_logprob_fwd.register_fake
+def _(logits, targets, temperature, inplace_backward):
+    return _row_values(logits)
+
+
+def _row_values(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, fourth = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4))
+    return first, second, third, fourth
+
+
+@torch.library.custom_op("flashgrpo::logprob_bwd", mutates_args=("d_logits",))
+def _logprob_bwd(
+    logits: Tensor, d_logits: Tensor, targets: Tensor, entropies: Tensor, peaks: Tensor, log_totals: Tensor,
+    d_logprobs: Tensor | None, d_entropies: Tensor | None, temperature: float,
+) -> None:  # fmt: skip
+    """Writes d_logits, which may be the logits; rows of both are contiguous."""
+    n, vocab = logits.shape
+    launch(
+        _logprob_bwd_kernel, (n, triton.cdiv(vocab, _BLOCK)),
+        logits, d_logits, targets, entropies, peaks, log_totals, d_logprobs, d_entropies,
+        vocab, logits.stride(0), d_logits.stride(0), math.log2(math.e) / temperature, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
+    )  # fmt: skip
+
+
+def _keep_for_backward(ctx, inputs, output):
+    logits, targets, ctx.temperature, ctx.inplace_backward = inputs
+    _, *row_values = output
+    ctx.save_for_backward(logits, targets, *row_values)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+@backward_once
+def _backward(ctx, *grad_outputs):
+    d_logprobs, d_entropies = grad_outputs[:2]
+    if d_logprobs is None and d_entropies is None:
+        return None, None, None, None
+    logits, *row_values = ctx.saved_tensors
+    gradients = (x if x is None else x.contiguous() for x in (d_logprobs, d_entropies))
+    d_logits = logits if ctx.inplace_backward else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _logprob_bwd(logits, d_logits, *row_values, *gradients, ctx.temperature)
+    return d_logits, None, None, None
+
+
+_logprob_fwd.register_autograd(_backward, setup_context=_keep_for_backward)

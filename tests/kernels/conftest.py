@@ -22,6 +22,42 @@ def device():
     return torch.device(DEVICE)
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New uninitialised floating tensors hold NaN, so that what a kernel does not write shows."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def as_accurate():
+    """The oracle: against float64, RMS error at most 1.1x and largest at most 1.5x that of torch in the same dtype."""
+
+    def check(ours, torchs, exact, name=""):
+        exact = exact.double()
+        finite = exact.isfinite()
+        assert torch.equal(ours.isnan(), exact.isnan()), f"{name}: NaN elsewhere"
+        assert torch.equal(ours.double()[~finite & ~exact.isnan()], exact[~finite & ~exact.isnan()]), (
+            f"{name}: infinite"
+        )
+        room = 1e-6 * exact[finite].abs().clamp(min=1)
+        errors, wanted = ((x.double()[finite] - exact[finite]).abs() for x in (ours, torchs))
+        if errors.numel():
+            assert (errors <= 1.5 * wanted.max() + room).all(), f"{name}: {errors.max()} against {wanted.max()}"
+            rms, wanted_rms = errors.square().mean().sqrt(), wanted.square().mean().sqrt()
+            assert rms <= 1.1 * wanted_rms + room.square().mean().sqrt(), f"{name}: RMS {rms} against {wanted_rms}"
+
+    return check
+
+
 def mend_interpreters_bf16():
     """The interpreter holds bf16 as uint16, multiplies the bit patterns in tl.dot, and truncates where it rounds."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
