@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flashgrpo.grpo.recipe import Recipe, SftRecipe
-from flashgrpo.kernels.loss_terms import LossConfig
+from flashgrpo.kernels.grpo_loss import LossConfig
 
 
 class Key(NamedTuple):

@@ -21,58 +21,19 @@ Sources: GRPO arXiv 2402.03300, R1 2501.12948, k3 joschu.net/blog/kl-approx.html
 GSPO 2507.18071, CISPO 2506.13585, dual clip 1912.09729, TIS fengyao.notion.site/off-policy-rl, IcePop 2510.18855.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.logprob import IGNORE_TARGET, accumulation_dtype, backward_once, check_index, gather_logprobs
-from flashgrpo.kernels.loss_terms import (
-    ADVANTAGE_SCALES,
-    AdvantageScale,
-    LossConfig,
-    LossInputs,
-    Stats,
-    segment_sum,
-    token_losses,
-    token_stats,
-    total_loss,
-)
+from flashgrpo.kernels.logprob import backward_once, by_triton, gather_logprobs
+from flashgrpo.kernels.loss_config import LossArguments, LossConfig, check_arguments
+from flashgrpo.kernels.loss_torch import Stats, group_advantages, prepare_inputs, token_losses, token_stats, total_loss
+from flashgrpo.kernels.loss_triton import LossBuffers, kernel_arguments, launch_loss, launch_sums, named_metrics
 
 __all__ = ["LossConfig", "group_advantages", "grpo_loss", "logits_grpo_loss", "merge_stats", "pack_padded"]
 
 _PER_TOKEN_STATS = ("logprobs", "entropies")
-
-
-def group_advantages(
-    rewards: Tensor,  # [num_groups, group_size]
-    *,
-    scale: AdvantageScale = "std",
-    eps: float = 1e-4,
-) -> Tensor:  # [num_groups, group_size]
-    """Rewards relative to their group's mean, over the sample standard deviation + eps unless `scale` is "none".
-
-    fp32, or float64 for float64 rewards. A reward that is NaN or infinite is not there: its advantage is NaN, and it
-    leaves the group's statistics. A group of one reward, or of equal ones, gets exactly 0.
-
-    Raises ValueError unless rewards has two dimensions and `scale` is known.
-    """
-    if rewards.dim() != 2:
-        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; wanted [num_groups, group_size]")
-    if scale not in ADVANTAGE_SCALES:
-        raise ValueError(f"scale is {scale!r}; wanted one of {', '.join(ADVANTAGE_SCALES)}")
-    rewards = rewards.to(accumulation_dtype(rewards.dtype))
-    present = rewards.isfinite()
-    count = present.sum(1, keepdim=True)
-    # Measured from a reward of the group, equal rewards deviate by exactly 0 and large ones keep their digits.
-    origin = rewards.gather(1, present.int().argmax(1, keepdim=True)) if rewards.shape[1] else rewards
-    relative = torch.where(present, rewards - origin, 0)
-    deviation = torch.where(present, relative - relative.sum(1, keepdim=True) / count, torch.nan)
-    if scale == "none":
-        return deviation
-    variance = deviation.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)
-    return deviation / (variance.sqrt() + eps)
 
 
 def grpo_loss(
@@ -108,11 +69,11 @@ def grpo_loss(
         raise ValueError(f"logprobs has shape {tuple(logprobs.shape)}; wanted [num_targets]")
     if not logprobs.is_floating_point():
         raise TypeError(f"logprobs is {logprobs.dtype}; wanted a floating dtype")
-    inputs = prepare_inputs(
+    arguments = check_arguments(
         logprobs, target_cu_seqlens, config, denominator, None, rewards, sequence_ids, advantages,
         old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
-    return _GRPOLoss.apply(logprobs, None, inputs)
+    return _loss(logprobs, None, arguments)
 
 
 def logits_grpo_loss(
@@ -138,11 +99,11 @@ def logits_grpo_loss(
     """
     spare = logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
     logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not spare)
-    inputs = prepare_inputs(
+    arguments = check_arguments(
         logprobs, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
         old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
-    return _GRPOLoss.apply(logprobs, entropies, inputs)
+    return _loss(logprobs, entropies, arguments)
 
 
 def pack_padded(
@@ -189,96 +150,53 @@ def merge_stats(stats: Sequence[Stats]) -> Stats:
     return merged
 
 
-def prepare_inputs(
-    like: Tensor,  # [num_targets], for shape, dtype and device
-    target_cu_seqlens: Tensor,  # [num_completions + 1]
-    config: LossConfig,
-    denominator: float | Tensor,
-    targets: Tensor | None,  # [num_targets]
-    rewards: Tensor | None,  # [num_groups, group_size]
-    sequence_ids: Tensor | None,  # [num_completions]
-    advantages: Tensor | None,  # [num_completions]
-    old_logprobs: Tensor | None,  # [num_targets]
-    ref_logprobs: Tensor | None,  # [num_targets]
-    behavior_logprobs: Tensor | None,  # [num_targets]
-) -> LossInputs:
-    """What the loss functions have in common, checked and spread over tokens. Raises as `grpo_loss` says."""
-    dtype = accumulation_dtype(like.dtype)
-    if config.kl_coef and ref_logprobs is None:
-        raise ValueError(f"kl_coef is {config.kl_coef}, which needs ref_logprobs; found None")
-    if config.behavior_cap is not None and behavior_logprobs is None:
-        raise ValueError(f"behavior_cap is {config.behavior_cap}, which needs behavior_logprobs; found None")
-    if isinstance(denominator, Tensor):
-        if denominator.dim():
-            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
-        denominator = denominator.detach().to(dtype)
-    elif not (denominator > 0 and math.isfinite(denominator)):
-        raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
-    _check_offsets(target_cu_seqlens, like)
-    offsets = target_cu_seqlens.long()
-    spans = offsets.diff()
-    sequence = torch.searchsorted(offsets[1:], torch.arange(like.shape[0], device=like.device), right=True)
-    advantages = _completion_advantages(rewards, sequence_ids, advantages, spans.shape[0], config)
-    advantages = advantages.detach().to(dtype).index_select(0, sequence)
-    counted = ~advantages.isnan()
-    if targets is not None:
-        counted &= targets != IGNORE_TARGET
-
-    def keep(name: str, x: Tensor | None) -> Tensor | None:
-        if x is not None and x.shape != like.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {tuple(like.shape)}, one entry a target")
-        return None if x is None else torch.where(counted, x.detach().to(dtype), 0)
-
-    weights = counted.to(dtype)
-    lengths = segment_sum(weights, spans)
-    if config.aggregate == "sequence_mean":
-        weights = weights / lengths.clamp(min=1).index_select(0, sequence)
-    return LossInputs(
-        config, denominator, counted, sequence, spans, lengths, torch.where(counted, advantages, 0), weights,
-        old=keep("old_logprobs", old_logprobs),
-        ref=keep("ref_logprobs", ref_logprobs),
-        behavior=keep("behavior_logprobs", behavior_logprobs),
-    )  # fmt: skip
+def _loss(logprobs: Tensor, entropies: Tensor | None, arguments: LossArguments) -> tuple[Tensor, Stats]:
+    if not by_triton(logprobs):
+        return _GRPOLoss.apply(logprobs, entropies, prepare_inputs(logprobs, arguments))
+    loss, metrics, *_ = _triton_loss(logprobs, entropies, *kernel_arguments(arguments))
+    stats = named_metrics(metrics, entropies, arguments)
+    if entropies is not None:
+        stats |= {"logprobs": logprobs.detach(), "entropies": entropies.detach()}
+    return loss, stats
 
 
-def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:
-    check_index("target_cu_seqlens", target_cu_seqlens, like.device)
-    if target_cu_seqlens.device.type == "cpu":
-        first, last = int(target_cu_seqlens[0]), int(target_cu_seqlens[-1])
-        if first != 0 or last != like.shape[0] or bool((target_cu_seqlens.diff() < 0).any()):
-            raise ValueError(
-                f"target_cu_seqlens goes from {first} to {last}; wanted offsets that rise from 0 to the number of "
-                f"target rows, {like.shape[0]}"
-            )
+@torch.library.custom_op("flashgrpo::grpo_loss", mutates_args=())
+def _triton_loss(
+    logprobs: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], denominator: Tensor | None,
+    numbers: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics, gradients by log-prob and by entropy), the gradients before the denominator."""
+    buffers = LossBuffers.empty(logprobs, entropies is not None)
+    launch_loss(logprobs.contiguous(), entropies, tensors, numbers, buffers)
+    return *launch_sums(buffers, denominator, numbers), buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
 
 
-def _completion_advantages(
-    rewards: Tensor | None,  # [num_groups, group_size]
-    sequence_ids: Tensor | None,  # [num_completions]
-    advantages: Tensor | None,  # [num_completions]
-    num_completions: int,
-    config: LossConfig,
-) -> Tensor:  # [num_completions]
-    if rewards is None:
-        if advantages is None:
-            raise ValueError("neither of rewards and advantages given; wanted one")
-        if sequence_ids is not None:
-            raise ValueError("sequence_ids says where rewards belong; leave it out with advantages")
-        if advantages.shape != (num_completions,):
-            raise ValueError(f"advantages has shape {tuple(advantages.shape)}; wanted [{num_completions}]")
-        return advantages
-    if advantages is not None:
-        raise ValueError("both of rewards and advantages given; wanted one")
-    advantages = group_advantages(rewards.detach(), scale=config.advantage_scale).flatten()
-    if sequence_ids is None:
-        if advantages.shape[0] != num_completions:
-            raise ValueError(
-                f"rewards has shape {tuple(rewards.shape)} for {num_completions} completions; wanted one reward a "
-                "completion, or sequence_ids"
-            )
-        return advantages
-    check_index("sequence_ids", sequence_ids, rewards.device, num_completions)
-    return advantages.index_select(0, sequence_ids)
+@_triton_loss.register_fake
+def _(logprobs, entropies, tensors, denominator, numbers):
+    buffers = LossBuffers.empty(logprobs, entropies is not None)
+    metrics = buffers.partials.new_empty(buffers.partials.shape[0])
+    return metrics.new_empty(()), metrics, buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
+
+
+def _or_nothing(d_entropies: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if d_entropies is None else d_entropies
+
+
+def _keep_gradients(ctx, inputs, output):
+    logprobs, entropies, _, denominator, numbers = inputs
+    ctx.save_for_backward(*output[2:], denominator)
+    ctx.dtype, ctx.has_entropies, ctx.number = logprobs.dtype, entropies is not None, numbers[-1]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@backward_once
+def _scale_gradients(ctx, *grad_outputs):
+    d_logprobs, d_entropies, denominator = ctx.saved_tensors
+    scale = grad_outputs[0] / (ctx.number if denominator is None else denominator)
+    return (d_logprobs * scale).to(ctx.dtype), d_entropies * scale if ctx.has_entropies else None, None, None, None
+
+
+_triton_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
 class _GRPOLoss(torch.autograd.Function):

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.grpo_loss import prepare_inputs
 from flashgrpo.kernels.logprob import (
     accumulation_dtype,
     backward_once,
@@ -34,14 +33,8 @@ from flashgrpo.kernels.logprob import (
     row_gradients,
     row_logprobs,
 )
-from flashgrpo.kernels.loss_terms import (
-    LossConfig,
-    Stats,
-    TokenLoss,
-    token_losses,
-    token_stats,
-    total_loss,
-)
+from flashgrpo.kernels.loss_config import LossConfig, check_arguments
+from flashgrpo.kernels.loss_torch import Stats, TokenLoss, prepare_inputs, token_losses, token_stats, total_loss
 
 _CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}
 _MIN_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -103,10 +96,11 @@ def linear_grpo_loss(
     """
     head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
     like = hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-    inputs = prepare_inputs(
+    arguments = check_arguments(
         like, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
         old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
+    inputs = prepare_inputs(like, arguments)
     grad = torch.is_grad_enabled()
     gradients = _Gradients.zeros(
         hidden, lm_head_weight, grad and hidden.requires_grad, grad and lm_head_weight.requires_grad

@@ -1,4 +1,4 @@
-# pyright: reportGeneralTypeIssues=false (it takes calls in kernels for Python's)
+# pyright: reportGeneralTypeIssues=false
 """Log-probabilities of chosen tokens, and entropies, from logits that already exist.
 
 With z = logits / temperature, p = softmax(z) and t = target:
@@ -337,9 +337,9 @@ def _logprob_bwd(
     """Writes d_logits, which may be the logits; rows of both are contiguous."""
     n, vocab = logits.shape
     launch(
-        _logprob_bwd_kernel, (n, triton.cdiv(vocab, _BLOCK)),
-        logits, d_logits, targets, entropies, peaks, log_totals, d_logprobs, d_entropies,
-        vocab, logits.stride(0), d_logits.stride(0), math.log2(math.e) / temperature, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
+        _logprob_bwd_kernel, (n, -(-vocab // _BLOCK)), logits, d_logits, targets, entropies, peaks, log_totals,
+        d_logprobs, d_entropies, vocab, logits.stride(0), d_logits.stride(0), math.log2(math.e) / temperature,
+        BLOCK=_BLOCK, num_warps=_NUM_WARPS,
     )  # fmt: skip
 
 

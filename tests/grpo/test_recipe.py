@@ -8,7 +8,7 @@ import tomli_w
 
 from flashgrpo.grpo.recipe import Recipe, RecipeError, SftRecipe, build_recipe, load_recipe, recipe_to_toml
 from flashgrpo.grpo.recipe_help import recipe_keys
-from flashgrpo.kernels.loss_terms import LossConfig
+from flashgrpo.kernels.grpo_loss import LossConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VALUES = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "run": {"output": "out"}}

@@ -1,106 +1,28 @@
-"""The arithmetic that the loss functions share: configuration, per-token loss and gradient, metrics.
+"""The loss in torch: per-token loss and gradient, and metrics, of what grpo_loss.py has the formulas for.
 
-grpo_loss.py has the formulas. Everything here is per token, [num_targets], without the denominator, and without
-autograd: the gradient by the log-prob is written out, as a kernel has it, so that a chunk of tokens can have its
-gradient before the next chunk's log-probs exist.
+Everything here is per token, [num_targets], without the denominator, and without autograd: the gradient by the log-prob
+is written out, as the kernel has it, so that a chunk of tokens can have its gradient before the next chunk's log-probs
+exist.
 """
 
-import math
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashgrpo.kernels.logprob import IGNORE_TARGET, accumulation_dtype
+from flashgrpo.kernels.loss_config import (
+    ADVANTAGE_SCALES,
+    MAX_DIFFERENCE,
+    MAX_LOG_RATIO,
+    AdvantageScale,
+    KLEstimator,
+    LossArguments,
+    LossConfig,
+)
+
 Stats = dict[str, Tensor]
-RatioLevel = Literal["token", "sequence"]
-Objective = Literal["clip", "cispo"]
-KLEstimator = Literal["k1", "k2", "k3"]
-Aggregate = Literal["sequence_mean", "token_mean", "constant"]
-AdvantageScale = Literal["std", "none"]
-BehaviorMode = Literal["truncate", "mask"]
-ADVANTAGE_SCALES = get_args(AdvantageScale)
-# Log-ratios above this are as good as infinite: exp of them is bounded, and without gradient.
-_MAX_LOG_RATIO = 20.0
-# So are differences beyond this between log-prob and reference, which is below what fp32 holds as a probability.
-_MAX_DIFFERENCE = 100.0
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What is minimised. `LossConfig.preset("dapo", kl_coef=0.01)` starts from a published recipe.
-
-    The text beside each field is its help. Raises ValueError for a value that is not among a field's choices, is not
-    a number, or is out of its range.
-    """
-
-    ratio_level: Annotated[RatioLevel, "Of each token, or the geometric mean over the completion (GSPO)."] = "token"
-    objective: Annotated[Objective, "PPO's clipped ratio, or CISPO's: the bounded ratio weighs the log-prob."] = "clip"
-    clip_low: Annotated[float, "The ratio counts down to 1 - clip_low; cispo has no lower bound."] = 0.2
-    clip_high: Annotated[float, "The ratio counts up to 1 + clip_high."] = 0.2
-    clip_max: Annotated[float | None, "Bound on the ratio where the advantage is negative, above 1 + clip_high."] = None
-    kl_coef: Annotated[float, "Weight of the KL penalty; 0: no reference model."] = 0.0
-    kl_estimator: Annotated[KLEstimator, "With d = ref - logprob: -d, d^2 / 2, or exp(d) - d - 1."] = "k3"
-    entropy_coef: Annotated[float, "Weight of the entropy bonus; from logits or hidden states only."] = 0.0
-    aggregate: Annotated[Aggregate, "Mean of completions' means, mean of tokens, or sum over a constant."] = (
-        "sequence_mean"
-    )
-    advantage_scale: Annotated[AdvantageScale, "Divide by the group's standard deviation, or not (Dr. GRPO)."] = "std"
-    behavior_cap: Annotated[float | None, "Largest weight p_old / p_behavior; none: no correction for the sampler."] = (
-        None
-    )
-    behavior_floor: Annotated[float, "Smallest such weight; mask only."] = 0.0
-    behavior_mode: Annotated[BehaviorMode, "Beyond the cap the weight is cut to it (TIS), or 0 (IcePop)."] = "truncate"
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value, choices = getattr(self, name), get_args(hint)
-            if get_origin(hint) is Literal:
-                if value not in choices:
-                    raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(choices)}")
-            elif not (_is_number(value) or (value is None and choices)):
-                raise ValueError(
-                    f"{name} is {value!r}; wanted a finite number, 0 or above{', or None' * bool(choices)}"
-                )
-        if self.clip_max is not None:
-            if self.objective == "cispo":
-                raise ValueError(f"clip_max is {self.clip_max}, which objective 'cispo' does not have; leave it None")
-            if not self.clip_max > 1 + self.clip_high:
-                raise ValueError(f"clip_max is {self.clip_max}; wanted above 1 + clip_high = {1 + self.clip_high}")
-        if self.behavior_floor and self.behavior_mode == "truncate":
-            raise ValueError(f"behavior_floor is {self.behavior_floor}, which needs behavior_mode 'mask'; leave it 0")
-        if self.behavior_cap is not None and not self.behavior_cap > self.behavior_floor:
-            raise ValueError(f"behavior_cap is {self.behavior_cap}; wanted above behavior_floor={self.behavior_floor}")
-
-    @classmethod
-    def presets(cls) -> list[str]:
-        """Names that `preset` takes."""
-        return list(_PRESETS)
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> "LossConfig":
-        """The configuration of a published method, with `overrides` on top. Raises ValueError for an unknown name."""
-        if name not in _PRESETS:
-            raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(_PRESETS)}")
-        known = [field.name for field in fields(cls)]
-        if unknown := [key for key in overrides if key not in known]:
-            raise ValueError(f"LossConfig has no field {unknown[0]!r}; its fields: {', '.join(known)}")
-        return cls(**{**_PRESETS[name], **overrides})
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {"kl_coef": 0.04},
-    "r1": {"clip_low": 10.0, "clip_high": 10.0, "kl_coef": 0.001},
-    "dapo": {"aggregate": "token_mean", "clip_high": 0.28},
-    "bnpo": {"aggregate": "token_mean"},
-    "dr_grpo": {"aggregate": "constant", "advantage_scale": "none"},
-    "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
-    "cispo": {"aggregate": "token_mean", "objective": "cispo", "clip_high": 4.0},
-}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+ADVANTAGE_EPS = 1e-4  # added to the standard deviation
 
 
 class LossInputs(NamedTuple):
@@ -164,7 +86,7 @@ def token_losses(
         above, below = ratio.clamp(max=1 + config.clip_high), ratio.clamp(1 - config.clip_low, config.clip_max)
         bounded = torch.where(inputs.advantages < 0, below, above)
         loss = -scaled_advantages * bounded
-        beyond = (bounded < ratio) | (bounded > ratio) | (log_ratio > _MAX_LOG_RATIO)
+        beyond = (bounded < ratio) | (bounded > ratio) | (log_ratio > MAX_LOG_RATIO)
         d_logprob = torch.where(beyond, 0, loss)
     kl = None
     if inputs.ref is not None:
@@ -243,7 +165,7 @@ def _at_ratio_level(log_ratio: Tensor, inputs: LossInputs) -> Tensor:
 
 
 def _bounded_exp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
 def _behavior_weights(mismatch: Tensor, cap: float, inputs: LossInputs) -> Tensor:
@@ -257,8 +179,8 @@ def _kl_and_gradient(
     difference: Tensor,  # [num_targets], ref - logprob
     estimator: KLEstimator,
 ) -> tuple[Tensor, Tensor]:
-    highest = _MAX_LOG_RATIO if estimator == "k3" else _MAX_DIFFERENCE
-    bounded = difference.clamp(-_MAX_DIFFERENCE, highest)
+    highest = MAX_LOG_RATIO if estimator == "k3" else MAX_DIFFERENCE
+    bounded = difference.clamp(-MAX_DIFFERENCE, highest)
     if estimator == "k1":
         kl, d_kl = -bounded, -torch.ones_like(bounded)
     elif estimator == "k2":
@@ -266,4 +188,70 @@ def _kl_and_gradient(
     else:
         growth = bounded.expm1()
         kl, d_kl = growth - bounded, growth
-    return kl, torch.where((difference < -_MAX_DIFFERENCE) | (difference > highest), 0, -d_kl)
+    return kl, torch.where((difference < -MAX_DIFFERENCE) | (difference > highest), 0, -d_kl)
+
+
+def prepare_inputs(
+    like: Tensor,  # [num_targets], for shape, dtype and device
+    arguments: LossArguments,
+) -> LossInputs:
+    """The arguments spread over tokens."""
+    config, targets, dtype = arguments.config, arguments.targets, accumulation_dtype(like.dtype)
+    offsets = arguments.target_cu_seqlens.long()
+    spans = offsets.diff()
+    sequence = torch.searchsorted(offsets[1:], torch.arange(like.shape[0], device=like.device), right=True)
+    if arguments.rewards is None:
+        advantages = arguments.advantages
+    else:
+        advantages = group_advantages(arguments.rewards, scale=config.advantage_scale).flatten()
+        if arguments.sequence_ids is not None:
+            advantages = advantages.index_select(0, arguments.sequence_ids)
+    assert advantages is not None
+    advantages = advantages.to(dtype).index_select(0, sequence)
+    counted = ~advantages.isnan()
+    if targets is not None:
+        counted &= targets != IGNORE_TARGET
+
+    def keep(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(counted, x.to(dtype), 0)
+
+    weights = counted.to(dtype)
+    lengths = segment_sum(weights, spans)
+    if config.aggregate == "sequence_mean":
+        weights = weights / lengths.clamp(min=1).index_select(0, sequence)
+    denominator = arguments.denominator
+    return LossInputs(
+        config, denominator.to(dtype) if isinstance(denominator, Tensor) else denominator,
+        counted, sequence, spans, lengths, torch.where(counted, advantages, 0), weights,
+        old=keep(arguments.old_logprobs), ref=keep(arguments.ref_logprobs), behavior=keep(arguments.behavior_logprobs),
+    )  # fmt: skip
+
+
+def group_advantages(
+    rewards: Tensor,  # [num_groups, group_size]
+    *,
+    scale: AdvantageScale = "std",
+    eps: float = ADVANTAGE_EPS,
+) -> Tensor:  # [num_groups, group_size]
+    """Rewards relative to their group's mean, over the sample standard deviation + eps unless `scale` is "none".
+
+    fp32, or float64 for float64 rewards. A reward that is NaN or infinite is not there: its advantage is NaN, and it
+    leaves the group's statistics. A group of one reward, or of equal ones, gets exactly 0.
+
+    Raises ValueError unless rewards has two dimensions and `scale` is known.
+    """
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; wanted [num_groups, group_size]")
+    if scale not in ADVANTAGE_SCALES:
+        raise ValueError(f"scale is {scale!r}; wanted one of {', '.join(ADVANTAGE_SCALES)}")
+    rewards = rewards.to(accumulation_dtype(rewards.dtype))
+    present = rewards.isfinite()
+    count = present.sum(1, keepdim=True)
+    # Measured from a reward of the group, equal rewards deviate by exactly 0 and large ones keep their digits.
+    origin = rewards.gather(1, present.int().argmax(1, keepdim=True)) if rewards.shape[1] else rewards
+    relative = torch.where(present, rewards - origin, 0)
+    deviation = torch.where(present, relative - relative.sum(1, keepdim=True) / count, torch.nan)
+    if scale == "none":
+        return deviation
+    variance = deviation.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return deviation / (variance.sqrt() + eps)
