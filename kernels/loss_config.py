@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 from flashgrpo.kernels.logprob import check_index
@@ -153,7 +154,7 @@ def check_arguments(
 
 def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:
     check_index("target_cu_seqlens", target_cu_seqlens, like.device)
-    if target_cu_seqlens.device.type == "cpu":
+    if target_cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         first, last = int(target_cu_seqlens[0]), int(target_cu_seqlens[-1])
         if first != 0 or last != like.shape[0] or bool((target_cu_seqlens.diff() < 0).any()):
             raise ValueError(
