@@ -7,7 +7,6 @@ groups. It runs without CUDA graphs and pages: it is the default where vLLM is n
 vLLM is tested against.
 """
 
-import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,15 +36,13 @@ class NativeGenerator:
         """Yield each request's rollouts, in the order of its seeds, as soon as the last of them is done."""
         if not requests:
             return
-        with contextlib.ExitStack() as generating:
+        with torch.inference_mode():
+            batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids)
+        while batch.has_live_rows:
             with torch.inference_mode():
-                generating.enter_context(self.model.fused_projections())
-                batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids)
-            while batch.has_live_rows:
-                with torch.inference_mode():
-                    finished = batch.step()
-                for index in finished:
-                    yield [self._rollout(requests[index], *sample) for sample in batch.samples_of(index)]
+                finished = batch.step()
+            for index in finished:
+                yield [self._rollout(requests[index], *sample) for sample in batch.samples_of(index)]
 
     def _rollout(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, stopped: bool) -> Rollout:
         reason = "stop" if stopped else "length"
@@ -129,10 +126,13 @@ class _DecodingBatch:
         return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).to(self.device)
 
     def _drop_idle_rows(self, tokens: Tensor) -> Tensor:
-        if self.done.sum() < _IDLE_SHARE * len(self.rows):
+        step = max(1, len(self.seeds) // 16)  # few different numbers of rows, see `model.linear`
+        spare = self.done & (np.cumsum(self.done) > -np.count_nonzero(~self.done) % step)
+        if spare.sum() < max(1, _IDLE_SHARE * len(self.rows)):
             return tokens
-        keep = torch.from_numpy(np.flatnonzero(~self.done)).to(self.device)
-        self.rows, self.done = self.rows[~self.done], self.done[~self.done]
+        kept = ~spare
+        keep = torch.from_numpy(np.flatnonzero(kept)).to(self.device)
+        self.rows, self.done = self.rows[kept], self.done[kept]
         written = self.position - 1
         for layer, (k, v) in enumerate(self.own_cache):
             self.own_cache[layer] = (_keep_rows(k, keep, written), _keep_rows(v, keep, written))
@@ -172,8 +172,9 @@ class _DecodingBatch:
         """Run every prompt once, keep its keys and values; returns its last hidden state, [requests, hidden_size]."""
         lengths = [len(prompt) for prompt in prompts]
         cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=self.device)
-        input_ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        padding = [0] * (self.model.padded_tokens(sum(lengths)) - sum(lengths))  # tokens of no segment
+        input_ids = torch.tensor([token for prompt in prompts for token in prompt] + padding, device=self.device)
+        positions = torch.tensor([i for length in lengths for i in range(length)] + padding, device=self.device)
         longest = max(lengths)
         columns = torch.arange(longest, device=self.device)
         inside = columns < self.prompt_lengths[:, None]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashgrpo.kernels.logprob import check_index
+from flashgrpo.kernels.common import check_index
 
 _BACKENDS = ("torch",)
 # The calls of one more batch take about as long as this many scores, so less padding than that is free.

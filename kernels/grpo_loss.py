@@ -26,10 +26,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.logprob import backward_once, by_triton, gather_logprobs
+from flashgrpo.kernels.common import backward_once, by_triton
+from flashgrpo.kernels.logprob import gather_logprobs
 from flashgrpo.kernels.loss_config import LossArguments, LossConfig, check_arguments
 from flashgrpo.kernels.loss_torch import Stats, group_advantages, prepare_inputs, token_losses, token_stats, total_loss
-from flashgrpo.kernels.loss_triton import LossBuffers, kernel_arguments, launch_loss, launch_sums, named_metrics
+from flashgrpo.kernels.loss_triton import (
+    LossBuffers,
+    empty_sums,
+    kernel_arguments,
+    launch_loss,
+    launch_sums,
+    named_metrics,
+)
 
 __all__ = ["LossConfig", "group_advantages", "grpo_loss", "logits_grpo_loss", "merge_stats", "pack_padded"]
 
@@ -174,8 +182,7 @@ def _triton_loss(
 @_triton_loss.register_fake
 def _(logprobs, entropies, tensors, denominator, numbers):
     buffers = LossBuffers.empty(logprobs, entropies is not None)
-    metrics = buffers.partials.new_empty(buffers.partials.shape[0])
-    return metrics.new_empty(()), metrics, buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
+    return *empty_sums(logprobs), buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
 
 
 def _or_nothing(d_entropies: Tensor | None, like: Tensor) -> Tensor:

@@ -9,38 +9,41 @@ For n rows, hidden size H and vocabulary V, chunk by chunk:
 
 `linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H FLOPs against 8 n V H
 for what recomputes them. A sequence-level ratio needs all log-probs before any gradient, so it costs 8 n V H. Beyond
-its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and three chunks of logits in fp32. Every chunk reads the
-weight and reads and writes d_weight, traffic that its rows share: the default is as many rows as have their fp32 logits
-in 2 MiB, a processor's cache, or in 512 MiB on CUDA, and at least 256 or 2,048, from where the GEMMs are bound by
-arithmetic.
+its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and one chunk of logits, which the kernels turn into their
+gradient in place (in torch three chunks, in fp32).
 
-Both functions make log-probs in `_sweep`, so with equal chunks they agree bit for bit, and autocast changes neither.
+Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row: with r rows a chunk
+that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at 6,144. So on CUDA r is 6,144 rows of
+16-bit or 3,072 of fp32 logits, which also is what 5% of full fp32 logits hold for 64k targets; on a CPU it is as many as
+have their fp32 logits in 2 MiB of cache, and at least 256.
+
+Both functions make log-probs in `sweep`, so with equal chunks they agree bit for bit, and autocast changes neither.
 Not done here: vocabulary-parallel heads, a bias, logit soft-capping. Sources: Wijmans et al., Cut Your Losses, arXiv
 2411.09009; Hsu et al., Liger Kernel, arXiv 2410.10989.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.logprob import (
-    accumulation_dtype,
-    backward_once,
-    check_index,
-    check_temperature,
-    row_gradients,
-    row_logprobs,
-)
+from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton, check_index, check_temperature
+from flashgrpo.kernels.linear_sweep import Gradients, Head, recompute, sweep
 from flashgrpo.kernels.loss_config import LossConfig, check_arguments
 from flashgrpo.kernels.loss_torch import Stats, TokenLoss, prepare_inputs, token_losses, token_stats, total_loss
+from flashgrpo.kernels.loss_triton import (
+    ENTROPY_COEF,
+    LossBuffers,
+    empty_sums,
+    kernel_arguments,
+    launch_loss,
+    launch_sums,
+    named_metrics,
+)
 
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}
-_MIN_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
-_COMPACT_BELOW = 0.9
-# (rows, their log-probs) -> the loss's gradients by log-prob and by entropy
-Upstream = Callable[[slice | Tensor, Tensor], tuple[Tensor, Tensor | None]]
+_CPU_CACHE = 2 << 20  # bytes
+_MIN_CPU_CHUNK = 256
+_CUDA_CHUNK_BYTES = 12_288  # of one column of logits
 
 
 def linear_logprobs(
@@ -62,6 +65,8 @@ def linear_logprobs(
     chunk and another logits_dtype; TypeError for wrong dtypes.
     """
     head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
+    if by_triton(hidden):
+        return _linear_logprobs_op(hidden, lm_head_weight, targets, *head)
     return _LinearLogprobs.apply(hidden, lm_head_weight, targets, head)
 
 
@@ -100,49 +105,14 @@ def linear_grpo_loss(
         like, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
         old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
-    inputs = prepare_inputs(like, arguments)
-    grad = torch.is_grad_enabled()
-    gradients = _Gradients.zeros(
-        hidden, lm_head_weight, grad and hidden.requires_grad, grad and lm_head_weight.requires_grad
+    needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, lm_head_weight)]
+    if not by_triton(hidden):
+        inputs = prepare_inputs(like, arguments)
+        return _LinearGRPOLoss.apply(hidden, lm_head_weight, targets, head, inputs, compact, needed)
+    loss, metrics, logprobs, entropies, *_ = _linear_grpo_op(
+        hidden, lm_head_weight, *kernel_arguments(arguments), config.ratio_level == "sequence", *head, compact, needed
     )
-    return _LinearGRPOLoss.apply(hidden, lm_head_weight, targets, head, inputs, compact, gradients)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """How the head is computed: the settings that all its chunks share."""
-
-    temperature: float
-    chunk_tokens: int
-    logits_dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Gradients:
-    """Gradients before the denominator, None where nobody needs them."""
-
-    d_hidden: Tensor | None  # [n, hidden_size], hidden's dtype
-    d_weight: Tensor | None  # [vocab, hidden_size], fp32 or float64
-
-    @classmethod
-    def zeros(cls, hidden: Tensor, weight: Tensor, need_d_hidden: bool, need_d_weight: bool) -> "_Gradients":
-        return cls(
-            d_hidden=torch.zeros_like(hidden) if need_d_hidden else None,
-            d_weight=torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if need_d_weight else None,
-        )
-
-    @property
-    def needed(self) -> bool:
-        return self.d_hidden is not None or self.d_weight is not None
-
-    def add(self, d_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
-        """Adds what the rows `rows` contribute, by their d_logits and hidden states."""
-        if self.d_hidden is not None and isinstance(rows, slice):
-            torch.mm(d_logits.to(weight.dtype), weight, out=self.d_hidden[rows])
-        elif self.d_hidden is not None:
-            self.d_hidden[rows] = d_logits.to(weight.dtype) @ weight
-        if self.d_weight is not None:
-            self.d_weight.addmm_(d_logits.T, hidden.to(d_logits.dtype))
+    return loss, named_metrics(metrics, entropies, arguments) | {"logprobs": logprobs, "entropies": entropies}
 
 
 def _make_head(
@@ -152,7 +122,7 @@ def _make_head(
     temperature: float,
     chunk_tokens: int | None,
     logits_dtype: torch.dtype | None,
-) -> _Head:
+) -> Head:
     """Checks the arguments that both functions have, and fills in the defaults. Raises as `linear_logprobs` says."""
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; wanted [n, hidden_size]")
@@ -169,68 +139,11 @@ def _make_head(
     if logits_dtype not in allowed:
         raise ValueError(f"logits_dtype is {logits_dtype}; wanted one of {', '.join(map(str, allowed))}")
     if chunk_tokens is None:
-        on_cuda = "cuda" if hidden.is_cuda else "cpu"
-        chunk_tokens = max(_MIN_CHUNK_TOKENS[on_cuda], _CHUNK_BYTES[on_cuda] // (4 * weight.shape[0]))
+        on_cpu = max(_MIN_CPU_CHUNK, _CPU_CACHE // (4 * weight.shape[0]))
+        chunk_tokens = _CUDA_CHUNK_BYTES // logits_dtype.itemsize if hidden.is_cuda else on_cpu
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; wanted 1 or above")
-    return _Head(temperature, chunk_tokens, logits_dtype)
-
-
-def _sweep(
-    hidden: Tensor,  # [n, hidden_size]
-    weight: Tensor,  # [vocab, hidden_size]
-    targets: Tensor,  # [n]
-    head: _Head,
-    gradients: _Gradients | None = None,
-    upstream: Upstream | None = None,
-    *,
-    compact: bool | None = False,
-    rows: Tensor | None = None,  # [num_rows], those to visit; None: all
-) -> tuple[Tensor, Tensor]:  # [n], [n], uninitialised where not visited
-    """Log-probs and entropies, chunk by chunk, and with `upstream` what each chunk adds to `gradients`."""
-    logprobs = hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-    entropies = torch.empty_like(logprobs)
-    logits_weight = weight.to(head.logits_dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, hidden.shape[0] if rows is None else rows.shape[0], head.chunk_tokens):
-            chunk = slice(start, start + head.chunk_tokens)
-            chosen = chunk if rows is None else rows[chunk]
-            inputs, wanted = hidden[chosen], targets[chosen]
-            softmax = row_logprobs(
-                inputs.to(head.logits_dtype) @ logits_weight.T, wanted, head.temperature, overwrite=True
-            )
-            logprobs[chosen], entropies[chosen] = softmax.logprobs, softmax.entropy
-            if gradients is not None and upstream is not None:
-                d_logprobs, d_entropies = upstream(chosen, softmax.logprobs)
-                live = _live_rows(d_logprobs, d_entropies, compact)
-                if live is not None:
-                    chosen, softmax = live + start, softmax.select(live)
-                    inputs, wanted, d_logprobs = inputs[live], wanted[live], d_logprobs[live]
-                    d_entropies = None if d_entropies is None else d_entropies[live]
-                d_logits = row_gradients(softmax, wanted, d_logprobs, d_entropies, head.temperature)
-                gradients.add(d_logits, inputs, weight, chosen)
-                del d_logits
-            del softmax  # before the next chunk's is made
-    return logprobs, entropies
-
-
-def _recompute(
-    gradients: _Gradients,
-    hidden: Tensor,  # [n, hidden_size]
-    weight: Tensor,  # [vocab, hidden_size]
-    targets: Tensor,  # [n]
-    head: _Head,
-    d_logprobs: Tensor,  # [n]
-    d_entropies: Tensor | None,  # [n]
-    compact: bool | None,
-) -> None:
-    """The logits once more, when the gradients by log-prob and entropy are known; dead rows leave all three GEMMs."""
-
-    def known(rows: slice | Tensor, _: Tensor) -> tuple[Tensor, Tensor | None]:
-        return d_logprobs[rows], None if d_entropies is None else d_entropies[rows]
-
-    live = _live_rows(d_logprobs, d_entropies, compact)
-    _sweep(hidden, weight, targets, head, gradients, known, rows=live)
+    return Head(temperature, chunk_tokens, logits_dtype)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -239,7 +152,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.head = head
         ctx.set_materialize_grads(False)
-        return _sweep(hidden, weight, targets, head)
+        return sweep(hidden, weight, targets, head)
 
     @staticmethod
     @backward_once
@@ -248,31 +161,31 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         if d_logprobs is None:
             d_logprobs = hidden.new_zeros(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-        gradients = _Gradients.zeros(hidden, weight, *ctx.needs_input_grad[:2])
-        _recompute(gradients, hidden, weight, targets, ctx.head, d_logprobs, d_entropies, None)
+        gradients = Gradients.zeros(hidden, weight, *ctx.needs_input_grad[:2])
+        recompute(gradients, hidden, weight, targets, ctx.head, d_logprobs, d_entropies, None)
         d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
         return gradients.d_hidden, d_weight, None, None
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, head, inputs, compact, gradients):
-        d_entropies = inputs.d_entropies
+    def forward(ctx, hidden, weight, targets, head, inputs, compact, needed):
+        d_entropies, gradients = inputs.d_entropies, Gradients.zeros(hidden, weight, *needed)
         if gradients.needed and inputs.config.ratio_level == "token":
             parts: list[TokenLoss] = []
 
-            def upstream(chunk, logprobs):
-                parts.append(token_losses(logprobs, inputs.rows(chunk)))
+            def upstream(chunk, logprobs, _entropies):
+                parts.append(token_losses(logprobs[chunk], inputs.rows(chunk)))
                 return parts[-1].d_logprob, None if d_entropies is None else d_entropies[chunk]
 
-            logprobs, entropies = _sweep(hidden, weight, targets, head, gradients, upstream, compact=compact)
+            logprobs, entropies = sweep(hidden, weight, targets, head, gradients, upstream, compact=compact)
             joined = (None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
             terms = TokenLoss._make(joined) if parts else token_losses(logprobs, inputs)
         else:
-            logprobs, entropies = _sweep(hidden, weight, targets, head)
+            logprobs, entropies = sweep(hidden, weight, targets, head)
             terms = token_losses(logprobs, inputs)
             if gradients.needed:
-                _recompute(gradients, hidden, weight, targets, head, terms.d_logprob, d_entropies, compact)
+                recompute(gradients, hidden, weight, targets, head, terms.d_logprob, d_entropies, compact)
         ctx.save_for_backward(gradients.d_hidden, gradients.d_weight)
         ctx.denominator, ctx.dtype = inputs.denominator, weight.dtype
         return total_loss(terms, entropies, inputs), token_stats(terms, logprobs, entropies, inputs)
@@ -281,18 +194,127 @@ class _LinearGRPOLoss(torch.autograd.Function):
     @backward_once
     def backward(ctx, *grad_outputs):
         d_hidden, d_weight = ctx.saved_tensors
-        scale = grad_outputs[0] / ctx.denominator
-        if d_hidden is not None:
-            d_hidden = (d_hidden.to(scale.dtype) * scale).to(ctx.dtype)
-        if d_weight is not None:
-            d_weight = (d_weight * scale).to(ctx.dtype)
-        return d_hidden, d_weight, None, None, None, None, None
+        return *_scaled(d_hidden, d_weight, grad_outputs[0] / ctx.denominator, ctx.dtype), *[None] * 5
 
 
-def _live_rows(d_logprobs: Tensor, d_entropies: Tensor | None, compact: bool | None) -> Tensor | None:
-    """Indices of the rows whose gradient is not exactly 0, or None to use all rows. Waits for the device."""
-    if compact is False or (compact is None and d_logprobs.is_cuda):
-        return None
-    live = d_logprobs != 0 if d_entropies is None else (d_logprobs != 0) | (d_entropies != 0)
-    rows = live.nonzero().squeeze(1)
-    return rows if compact or rows.shape[0] < _COMPACT_BELOW * live.shape[0] else None
+def _scaled(
+    d_hidden: Tensor | None, d_weight: Tensor | None, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients times the upstream gradient over the denominator, in the parameters' dtype."""
+    if d_hidden is not None:
+        d_hidden = (d_hidden.to(scale.dtype) * scale).to(dtype)
+    return d_hidden, None if d_weight is None else (d_weight * scale).to(dtype)
+
+
+@torch.library.custom_op("flashgrpo::linear_logprobs", mutates_args=())
+def _linear_logprobs_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int, logits_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return sweep(hidden, weight, targets, Head(temperature, chunk_tokens, logits_dtype))
+
+
+@_linear_logprobs_op.register_fake
+def _(hidden, weight, targets, *_head):
+    return _per_target(hidden, targets), _per_target(hidden, targets)
+
+
+@torch.library.custom_op("flashgrpo::linear_logprobs_bwd", mutates_args=())
+def _linear_logprobs_bwd(
+    hidden: Tensor, weight: Tensor, targets: Tensor, d_logprobs: Tensor, d_entropies: Tensor | None,
+    temperature: float, chunk_tokens: int, logits_dtype: torch.dtype, needed: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gradients = Gradients.zeros(hidden, weight, *needed)
+    head = Head(temperature, chunk_tokens, logits_dtype)
+    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, None)
+    d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
+    return _or_nothing(gradients.d_hidden, hidden), _or_nothing(d_weight, hidden)
+
+
+@_linear_logprobs_bwd.register_fake
+def _(hidden, weight, targets, d_logprobs, d_entropies, temperature, chunk_tokens, logits_dtype, needed):
+    return tuple(
+        torch.empty_like(x) if need else hidden.new_empty(0) for x, need in zip((hidden, weight), needed, strict=True)
+    )
+
+
+def _per_target(hidden: Tensor, targets: Tensor) -> Tensor:
+    return hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
+
+
+def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+def _keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.head = inputs[3:]
+    ctx.set_materialize_grads(False)
+
+
+@backward_once
+def _linear_logprobs_backward(ctx, *grad_outputs):
+    d_logprobs, d_entropies = grad_outputs
+    hidden, weight, targets = ctx.saved_tensors
+    if d_logprobs is None:
+        d_logprobs = _per_target(hidden, targets).zero_()
+    needed = list(ctx.needs_input_grad[:2])
+    gradients = _linear_logprobs_bwd(hidden, weight, targets, d_logprobs, d_entropies, *ctx.head, needed)
+    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, None, None, None
+
+
+_linear_logprobs_op.register_autograd(_linear_logprobs_backward, setup_context=_keep_inputs)
+
+
+@torch.library.custom_op("flashgrpo::linear_grpo_loss", mutates_args=())
+def _linear_grpo_op(
+    hidden: Tensor, weight: Tensor, tensors: Sequence[Tensor | None], denominator: Tensor | None,
+    numbers: Sequence[float], at_sequence_level: bool, temperature: float, chunk_tokens: int,
+    logits_dtype: torch.dtype, compact: bool | None, needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics, logprobs, entropies, d_hidden, d_weight), the gradients before the denominator."""
+    head, gradients = Head(temperature, chunk_tokens, logits_dtype), Gradients.zeros(hidden, weight, *needed)
+    (targets, *_), n = tensors, hidden.shape[0]
+    assert targets is not None
+    by_chunk = gradients.needed and not at_sequence_level
+    has_bonus = numbers[ENTROPY_COEF] != 0
+    buffers = LossBuffers.empty(_per_target(hidden, targets), has_bonus, chunk_tokens if by_chunk else None)
+
+    def upstream(chunk: slice | Tensor, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(chunk, slice)
+        launch_loss(logprobs, entropies, tensors, numbers, buffers, chunk if by_chunk else None)
+        return buffers.d_logprobs[chunk], None if buffers.d_entropies is None else buffers.d_entropies[chunk]
+
+    if by_chunk:
+        logprobs, entropies = sweep(hidden, weight, targets, head, gradients, upstream, compact=compact)
+    else:
+        logprobs, entropies = sweep(hidden, weight, targets, head)
+        d_logprobs, d_entropies = upstream(slice(0, n), logprobs, entropies)
+        if gradients.needed:
+            recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact)
+    d_hidden, d_weight = (_or_nothing(x, hidden) for x in (gradients.d_hidden, gradients.d_weight))
+    return *launch_sums(buffers, denominator, numbers), logprobs, entropies, d_hidden, d_weight
+
+
+@_linear_grpo_op.register_fake
+def _(hidden, weight, tensors, denominator, numbers, at_sequence_level, temperature, chunk, dtype, compact, needed):
+    d_hidden = torch.empty_like(hidden) if needed[0] else hidden.new_empty(0)
+    d_weight = torch.empty_like(weight, dtype=torch.float32) if needed[1] else hidden.new_empty(0)
+    return *empty_sums(hidden), _per_target(hidden, tensors[0]), _per_target(hidden, tensors[0]), d_hidden, d_weight
+
+
+def _keep_gradients(ctx, inputs, output):
+    hidden, _, _, denominator, numbers, *_, needed = inputs
+    ctx.save_for_backward(*output[4:], denominator)
+    ctx.number, ctx.needed, ctx.dtype = numbers[-1], needed, hidden.dtype
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@backward_once
+def _linear_grpo_backward(ctx, *grad_outputs):
+    *gradients, denominator = ctx.saved_tensors
+    d_hidden, d_weight = (x if need else None for x, need in zip(gradients, ctx.needed, strict=True))
+    scale = grad_outputs[0] / (ctx.number if denominator is None else denominator)
+    return *_scaled(d_hidden, d_weight, scale, ctx.dtype), *[None] * 9
+
+
+_linear_grpo_op.register_autograd(_linear_grpo_backward, setup_context=_keep_gradients)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.logprob import check_index
+from flashgrpo.kernels.common import check_index
 
 RatioLevel = Literal["token", "sequence"]
 Objective = Literal["clip", "cispo"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.logprob import IGNORE_TARGET, accumulation_dtype
+from flashgrpo.kernels.common import IGNORE_TARGET, accumulation_dtype
 from flashgrpo.kernels.loss_config import (
     ADVANTAGE_SCALES,
     MAX_DIFFERENCE,

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashgrpo.kernels.logprob import launch
+from flashgrpo.kernels.common import launch
 from flashgrpo.kernels.loss_config import LossArguments
 from flashgrpo.kernels.loss_torch import ADVANTAGE_EPS, Stats
 
 BLOCK = 512  # tokens of a program
 _GROUP_BLOCK = 128  # rewards of a group read at once
 _ROWS = 2048  # blocks summed at once
+ENTROPY_COEF = 5  # where `kernel_arguments` puts it among the numbers
 # What a program sums up for its block, in this order; those that end in _max are largest values.
 _SUMS = (
     "loss", "num_tokens", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "live_fraction", "kl",
@@ -106,10 +107,10 @@ def _policy(ratio, log_ratio, logprob, advantage, weighted, clip_low, clip_high,
     return loss, slope
 
 
-@triton.jit(do_not_specialize=["n", "num_sequences", "group_size", "num_blocks", "first_row"])
+@triton.jit(do_not_specialize=["n", "num_sequences", "group_size", "num_blocks", "first_row", "first_block"])
 def _grpo_loss_kernel(
     logprobs, entropies, targets, offsets, rewards, sequence_ids, advantages, old, ref, behavior,
-    d_logprobs, d_entropies, partials, n, first_row, num_sequences, group_size, num_blocks, eps,
+    d_logprobs, d_entropies, partials, n, first_row, first_block, num_sequences, group_size, num_blocks, eps,
     clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap, behavior_floor,
     kl_estimator, cispo, at_sequence_level, over_tokens, by_deviation, has_cap, mask_behavior,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
@@ -203,7 +204,7 @@ def _grpo_loss_kernel(
     tl.store(d_logprobs + rows, slope, mask=inside)
 
     # In the order of _SUMS.
-    sums = partials + first_row // BLOCK + block
+    sums = partials + first_block + block
     tl.store(sums, tl.sum(loss, 0))
     tl.store(sums + num_blocks, tl.sum(counted.to(tl.float32), 0))
     tl.store(sums + 2 * num_blocks, tl.sum(tl.where(counted, ratio, 0.0), 0))
@@ -247,14 +248,17 @@ class LossBuffers(NamedTuple):
     partials: Tensor  # [len(_SUMS), num_blocks] fp32
 
     @classmethod
-    def empty(cls, logprobs: Tensor, with_entropies: bool) -> "LossBuffers":
+    def empty(cls, logprobs: Tensor, with_entropies: bool, chunk: int | None = None) -> "LossBuffers":
+        """`chunk` is the number of tokens of each call but the last; None: there is one call."""
         d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
-        num_blocks = -(-logprobs.shape[0] // BLOCK)
-        return cls(
-            d_logprobs,
-            torch.empty_like(d_logprobs) if with_entropies else None,
-            d_logprobs.new_empty(len(_SUMS), num_blocks),
-        )
+        calls, rest = divmod(logprobs.shape[0], chunk or max(logprobs.shape[0], 1))
+        num_blocks = calls * num_blocks_of(chunk or logprobs.shape[0]) + num_blocks_of(rest)
+        d_entropies = torch.empty_like(d_logprobs) if with_entropies else None
+        return cls(d_logprobs, d_entropies, d_logprobs.new_empty(len(_SUMS), num_blocks))
+
+
+def num_blocks_of(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK)
 
 
 def kernel_arguments(arguments: LossArguments) -> tuple[list[Tensor | None], Tensor | None, list[float]]:
@@ -281,19 +285,23 @@ def launch_loss(
     tensors: Sequence[Tensor | None],  # those of `kernel_arguments`
     numbers: Sequence[float],
     buffers: LossBuffers,
-    rows: slice | None = None,  # from a multiple of BLOCK; None: all
+    chunk: slice | None = None,  # all are of `LossBuffers.empty`'s size, but the last; None: all tokens
 ) -> None:
     """Loss, and its gradient by the log-prob, of a run of tokens."""
-    start, stop, _ = slice(None).indices(0) if rows is None else rows.indices(logprobs.shape[0])
-    stop = logprobs.shape[0] if rows is None else stop
+    start, stop, _ = (chunk or slice(None)).indices(logprobs.shape[0])
+    first_block = start // (chunk.stop - chunk.start) * num_blocks_of(chunk.stop - chunk.start) if chunk else 0
     contiguous = [None if x is None else x.contiguous() for x in tensors]
     rewards, offsets = contiguous[2], contiguous[1]
     assert offsets is not None
     launch(
-        _grpo_loss_kernel, (-(-(stop - start) // BLOCK),), logprobs, entropies, *contiguous, *buffers,
-        stop, start, offsets.shape[0] - 1, 1 if rewards is None else rewards.shape[1], buffers.partials.shape[1],
-        *numbers[:-1], BLOCK=BLOCK, GROUP_BLOCK=_GROUP_BLOCK,
+        _grpo_loss_kernel, (num_blocks_of(stop - start),), logprobs, entropies, *contiguous, *buffers,
+        stop, start, first_block, offsets.shape[0] - 1, 1 if rewards is None else rewards.shape[1],
+        buffers.partials.shape[1], *numbers[:-1], BLOCK=BLOCK, GROUP_BLOCK=_GROUP_BLOCK,
     )  # fmt: skip
+
+
+def empty_sums(like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_empty((), dtype=torch.float32), like.new_empty(len(_SUMS), dtype=torch.float32)
 
 
 def launch_sums(
@@ -303,7 +311,7 @@ def launch_sums(
 ) -> tuple[Tensor, Tensor]:  # 0-d, [len(_SUMS)]
     """The loss, and the metrics of all tokens."""
     partials = buffers.partials
-    loss, metrics = partials.new_empty(()), partials.new_empty(len(_SUMS))
+    loss, metrics = empty_sums(partials)
     launch(
         _sum_blocks_kernel, (len(_SUMS),), partials, denominator, loss, metrics, partials.shape[1], numbers[-1],
         ROWS=_ROWS,

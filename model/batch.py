@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.logprob import accumulation_dtype, backward_once
+from flashgrpo.kernels.common import accumulation_dtype, backward_once
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ every other line. The LM head is not applied: `lm_head_weight` goes to the fused
 the logits never exist. Parameters have the names that Hugging Face checkpoints use.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flashgrpo.kernels.attention import packed_attention
-from flashgrpo.kernels.logprob import backward_once
+from flashgrpo.kernels.common import backward_once
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.linear import Linear, product, weight_gradient
+from flashgrpo.model.linear import ONEDNN_PRODUCT, Linear, padded_rows, product, sum_of_products, weight_gradient
 from flashgrpo.model.rope import apply_rope, rotary_cos_sin
 
 # (layer index, q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim]) -> [n, num_heads, head_dim];
@@ -56,7 +55,16 @@ class Decoder(nn.Module):
                 q, k, v, batch.cu_seqlens, batch.prefix, max_seqlen=batch.max_seqlen, backend=self.attention_backend
             )
 
-        return self._run(batch.input_ids, batch.position_ids, attend)
+        total_tokens = len(batch.input_ids)
+        padding = self.padded_tokens(total_tokens) - total_tokens  # tokens of no segment
+        ids, positions = batch.input_ids, batch.position_ids
+        if padding:
+            ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
+        return self._run(ids, positions, attend)[:total_tokens]
+
+    def padded_tokens(self, num_tokens: int) -> int:
+        """`num_tokens`, or a little more on a CPU: `model.linear` has the reason."""
+        return padded_rows(num_tokens, self.model.layers[0].mlp.gate_proj.weight)  # pyright: ignore
 
     def run(
         self,
@@ -80,23 +88,6 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.model.layers):
             hidden = block(hidden, cos, sin, attend, index, self.activation_checkpointing)
         return self.model.norm(hidden)
-
-    @contextlib.contextmanager
-    def fused_projections(self) -> Iterator[None]:
-        """Meanwhile a block's q, k and v come from one product, gate and up from another, for few tokens at a time.
-
-        The weights must not change meanwhile, since these are copies; there are no gradients.
-        """
-        blocks: list[Block] = list(self.model.layers)  # pyright: ignore[reportAssignmentType]
-        try:
-            for block in blocks:
-                attention, mlp = block.self_attn, block.mlp
-                attention.fused = _fuse(attention.q_proj, attention.k_proj, attention.v_proj)
-                mlp.fused = _fuse(mlp.gate_proj, mlp.up_proj)
-            yield
-        finally:
-            for block in blocks:
-                block.self_attn.fused = block.mlp.fused = None
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compiles each block of `forward`, for any number of tokens; parameter names stay. Meant for CUDA."""
@@ -156,17 +147,11 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(q_size, config.hidden_size, bias=config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.sizes = q_size, kv_size, kv_size
-        self.fused: tuple[Tensor, Tensor | None] | None = None  # weight and bias of q, k and v in one
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:
-        if self.fused is None:
-            q, k, v = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
-        else:
-            q, k, v = product(hidden, *self.fused).split(self.sizes, dim=1)
-        q = self.q_norm(q.unflatten(1, (self.num_heads, -1)))
-        k = self.k_norm(k.unflatten(1, (self.num_kv_heads, -1)))
-        v = v.unflatten(1, (self.num_kv_heads, -1))
+        q = self.q_norm(self.q_proj(hidden).unflatten(1, (self.num_heads, -1)))
+        k = self.k_norm(self.k_proj(hidden).unflatten(1, (self.num_kv_heads, -1)))
+        v = self.v_proj(hidden).unflatten(1, (self.num_kv_heads, -1))
         return self.o_proj(attend(index, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v).flatten(1))
 
 
@@ -176,22 +161,12 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.fused: tuple[Tensor, Tensor | None] | None = None  # weight of gate and up in one, and no bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         if torch.is_grad_enabled():
             return _SwiGLU.apply(hidden, *weights)
-        if self.fused is None:
-            gate, up = product(hidden, weights[0]), product(hidden, weights[1])
-        else:
-            gate, up = product(hidden, *self.fused).chunk(2, dim=1)
-        return product(F.silu(gate).mul_(up), weights[2])
-
-
-def _fuse(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    return torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None
+        return product(F.silu(product(hidden, weights[0])).mul_(product(hidden, weights[1])), weights[2])
 
 
 class RMSNorm(nn.RMSNorm):
@@ -254,7 +229,7 @@ class _SwiGLU(torch.autograd.Function):
         d_product = product(d_out, down_weight.T)
         d_up = silu.mul_(d_product)
         d_gate = torch.ops.aten.silu_backward(d_product.mul_(up), gate)
-        d_x = product(d_gate, gate_weight.T).add_(product(d_up, up_weight.T))
+        d_x = sum_of_products(d_gate, gate_weight.T, d_up, up_weight.T)
         return d_x, weight_gradient(d_gate, x), weight_gradient(d_up, x), d_down_weight
 
 
@@ -263,7 +238,7 @@ _keep_products = functools.partial(
     [
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
-        torch.ops.mkldnn._linear_pointwise.default,
+        *([ONEDNN_PRODUCT.default] if ONEDNN_PRODUCT else []),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -2,27 +2,28 @@
 
 fp32 products on a CPU go through oneDNN rather than torch's choice, MKL, which does not use AVX-512 on processors that
 are not Intel's: on two cores of a Zen 5, [1200, 256] x [256, 768] runs at 360 GFLOP/s instead of 170, a gradient of
-the weight at 240. Everything else is `torch.nn.functional.linear`.
+the weight at 240. Everything else is `torch.nn.functional.linear`. The operator is the one that torch's own compiler
+calls; a torch without it falls back.
 
-The operator is the one that torch's own compiler calls; a torch without it falls back.
+oneDNN keeps about 0.4 MB for every shape it has met, so the number of rows must not take any value: `padded_rows`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashgrpo.kernels.logprob import backward_once
+from flashgrpo.kernels.common import backward_once
 
 # Below, MKL's shorter way to a product (about 15 us) outweighs its slower arithmetic.
 _MIN_MULTIPLY_ADDS = 2**21
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 class Linear(nn.Linear):
     """`nn.Linear` through `product`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and _by_onednn(input, self.weight):
+        if torch.is_grad_enabled() and by_onednn(input, self.weight):
             return _Linear.apply(input, self.weight, self.bias)
         return product(input, self.weight, self.bias)
 
@@ -33,24 +34,46 @@ def product(
     bias: Tensor | None = None,  # [out_features]
 ) -> Tensor:  # [n, out_features]
     """x weight^T + bias. Not differentiable where oneDNN computes it: `Linear` is."""
-    if not _by_onednn(x, weight):
+    if not by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return ONEDNN_PRODUCT(x, weight, bias, "none", [], "")  # pyright: ignore[reportOptionalCall]
 
 
 def weight_gradient(
     d_out: Tensor,  # [n, out_features]
     x: Tensor,  # [n, in_features]
 ) -> Tensor:  # [out_features, in_features]
-    """d_out^T x. oneDNN is quicker where the result has more columns than rows."""
-    if d_out.shape[1] > x.shape[1]:
-        return product(x.T, d_out.T).T
+    """d_out^T x."""
     return product(d_out.T, x.T)
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    is_fp32 = x.dtype == weight.dtype == torch.float32
-    return _HAS_ONEDNN and x.is_cpu and is_fp32 and len(x) * weight.numel() >= _MIN_MULTIPLY_ADDS
+def sum_of_products(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Tensor:
+    """a weight_a^T + b weight_b^T, in one pass over the result where that can be had."""
+    if by_onednn(a, weight_a):
+        return product(a, weight_a).add_(product(b, weight_b))
+    return torch.addmm(a @ weight_a.T, b, weight_b.T)
+
+
+def padded_rows(n: int, weight: Tensor) -> int:
+    """n, or where oneDNN takes n rows a little more: a multiple of 64, and one of 16 between two powers of two."""
+    step = max(64, 1 << max(n.bit_length() - 5, 0)) if _suits_onednn(n, weight) else 1
+    return -(-n // step) * step
+
+
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` takes oneDNN for these."""
+    return x.dim() == 2 and x.dtype == weight.dtype and _suits_onednn(len(x), weight)
+
+
+def _suits_onednn(n: int, weight: Tensor) -> bool:
+    return (
+        ONEDNN_PRODUCT is not None
+        and weight.is_cpu
+        and weight.dtype == torch.float32
+        and n * weight.numel() >= _MIN_MULTIPLY_ADDS
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 class _Linear(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Where kernels run: on a GPU if there is one, in Triton's interpreter under TRITON_INTERPRET=1, else as torch twins.
 
-Files named test_*_triton.py test what only the kernels have; they are left out where the twins run.
+Files named test_*_triton.py test the kernels, against the twins in float64; the others test the twins.
 """
 
 import numpy as np
@@ -14,7 +14,10 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 def pytest_ignore_collect(collection_path):
-    return True if collection_path.name.endswith("_triton.py") and not (INTERPRETED or DEVICE == "cuda") else None
+    if collection_path.suffix != ".py" or collection_path.name == "conftest.py":
+        return None
+    tests_kernels = collection_path.name.endswith("_triton.py")
+    return True if tests_kernels != (INTERPRETED or DEVICE == "cuda") else None
 
 
 @pytest.fixture

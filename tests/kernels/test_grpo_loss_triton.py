@@ -123,12 +123,14 @@ def test_ignored_targets_and_the_entropy_bonus(name, device, poisoned):
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_groups(rewards, scale, device):
     """Advantages are read off the gradient on-policy: -A for one token a completion."""
-    num = rewards.numel()
+    chosen = torch.arange(0, rewards.numel(), 1 + rewards.numel() // 100, device=device)
     config = LossConfig(aggregate="token_mean", advantage_scale=scale)
-    offsets = torch.arange(num + 1, dtype=torch.int32, device=device)
-    tensors = {"rewards": rewards.to(device)}
-    ours = evaluate(torch.full((num,), -1.0, device=device), offsets, config, tensors, torch.float32)
-    exact = evaluate(torch.full((num,), -1.0, device=device), offsets, config, tensors, torch.float64)
+    offsets = torch.arange(len(chosen) + 1, dtype=torch.int32, device=device)
+    tensors = {"rewards": rewards.to(device), "sequence_ids": chosen}
+    ours, exact = (
+        evaluate(torch.full((len(chosen),), -1.0, device=device), offsets, config, tensors, dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-5, atol=1e-8)
     if rewards.isfinite().all() and (rewards == rewards[0, 0]).all():
         assert not ours[1].any()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels import logprob
+from flashgrpo.kernels import logprob_torch
 from flashgrpo.kernels.logprob import gather_logprobs
 
 
@@ -21,7 +21,7 @@ def naive(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("rows_a_chunk", [1, 3, 100])
 def test_equals_the_definition_with_every_gradient(temperature, rows_a_chunk, monkeypatch):
-    monkeypatch.setattr(logprob, "_CHUNK_BYTES", rows_a_chunk * 4 * 11)
+    monkeypatch.setattr(logprob_torch, "_CHUNK_BYTES", rows_a_chunk * 4 * 11)
     logits, targets = make_logits()
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(2, 7, dtype=torch.float64, generator=generator)

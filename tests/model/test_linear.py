@@ -1,13 +1,18 @@
 """Products through oneDNN must be what torch's own are, forward and backward, and be used where they are faster."""
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.linear import Linear, product, weight_gradient
+from flashgrpo.model.linear import Linear, padded_rows, product, weight_gradient
 
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 
@@ -91,18 +96,6 @@ def test_gradients_do_not_change_the_forward_pass(wide):
     assert torch.equal(wide.run(ids, ids, only_values), without)
 
 
-def test_fused_projections_equal_separate_ones(wide):
-    ids = torch.arange(300) % 61
-    with torch.no_grad():
-        wanted = wide.run(ids, ids, only_values)
-        with wide.fused_projections(), CountCalls(ONEDNN) as counter:
-            fused = wide.run(ids, ids, only_values)
-        again = wide.run(ids, ids, only_values)
-    torch.testing.assert_close(fused, wanted, atol=1e-5, rtol=0)
-    assert counter.calls == 2 * 4  # layers; qkv, o, gate and up, down
-    assert torch.equal(again, wanted)
-
-
 def test_selective_checkpointing_keeps_the_products(wide, monkeypatch):
     def calls(mode):
         monkeypatch.setattr(wide, "activation_checkpointing", mode)
@@ -112,3 +105,35 @@ def test_selective_checkpointing_keeps_the_products(wide, monkeypatch):
         return counter.calls
 
     assert calls("none") == calls("selective") < calls("full")
+
+
+def test_rows_take_few_numbers():
+    """oneDNN keeps memory for every shape it has met, and packs have any number of tokens."""
+    weight = torch.empty(768, 256)
+    padded = {n: padded_rows(n, weight) for n in range(20000)}
+    assert all(n <= rows <= max(n * 17 / 16 + 1, n + 63) for n, rows in padded.items())
+    assert len({rows for n, rows in padded.items() if n >= 64}) < 140
+    assert padded_rows(301, weight.double()) == 301
+
+
+def test_padding_changes_no_token(wide):
+    prompt, completions = list(range(50)), [[i % 61 for i in range(n)] for n in (80, 40, 97)]
+    batch = build_batch([Group(prompt, [Completion(np.array(ids), i) for i, ids in enumerate(completions)])])
+    assert wide.padded_tokens(batch.total_tokens) > batch.total_tokens
+    hidden = wide(batch)
+    attend = functools.partial(attention_of, batch)
+    torch.testing.assert_close(hidden, wide.run(batch.input_ids, batch.position_ids, attend), atol=1e-5, rtol=0)
+    assert len(hidden) == batch.total_tokens
+
+
+def attention_of(batch, _index, q, k, v):
+    return packed_attention(q, k, v, batch.cu_seqlens, batch.prefix)
+
+
+def test_what_is_not_a_plain_product_is_left_to_torch():
+    layer = Linear(128, 96)
+    cube = torch.randn(200, 3, 128, requires_grad=True)
+    layer(cube).sum().backward()
+    assert cube.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(300, 128)).dtype == torch.bfloat16

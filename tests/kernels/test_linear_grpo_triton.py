@@ -1,0 +1,188 @@
+"""Three GEMMs and the kernels between them, against the torch twin in float64."""
+
+import pytest
+import torch
+
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
+
+SPANS = [40, 0, 1, 200, 59]
+NUM_TARGETS = sum(SPANS)
+
+
+def make_case(device, dtype=torch.float32, hidden_size=40, vocab=300, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(NUM_TARGETS, hidden_size, generator=generator)
+    weight = torch.randn(vocab, hidden_size, generator=generator) / 4
+    targets = torch.randint(0, vocab, (NUM_TARGETS,), generator=generator)
+    targets[7] = -100
+    noise = [-5 + torch.randn(NUM_TARGETS, generator=generator) for _ in range(3)]
+    arguments = {
+        "advantages": torch.tensor([1.0, 2.0, float("nan"), 0.0, -0.7]),
+        "old_logprobs": noise[0],
+        "ref_logprobs": noise[1],
+        "behavior_logprobs": noise[2],
+    }
+    offsets = torch.tensor([0, *SPANS]).cumsum(0)
+    move = [x.to(device) for x in (hidden.to(dtype), weight.to(dtype), targets, offsets)]
+    return *move, {name: x.to(device) for name, x in arguments.items()}
+
+
+def evaluate(case, config, dtype, needed=(True, True), upstream=2.0, **options):
+    hidden, weight, targets, offsets, arguments = case
+    leaves = [x.to(dtype, copy=True).requires_grad_(need) for x, need in zip((hidden, weight), needed, strict=True)]
+    typed = {name: x.double() if dtype == torch.float64 else x for name, x in arguments.items()}
+    if config.behavior_cap is None:
+        del typed["behavior_logprobs"]
+    loss, stats = linear_grpo_loss(*leaves, targets, offsets, config, denominator=64.0, **typed, **options)
+    (upstream * loss).backward()
+    return loss.detach(), *(leaf.grad for leaf in leaves), stats
+
+
+@pytest.mark.parametrize("chunk_tokens", [64, 1000])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig.preset("grpo"),
+        LossConfig.preset("gspo", kl_coef=0.1),
+        LossConfig.preset("dapo", entropy_coef=0.01, behavior_cap=2.0),
+        LossConfig.preset("cispo"),
+    ],
+    ids=["grpo", "gspo", "dapo", "cispo"],
+)
+def test_equals_the_twin(config, chunk_tokens, device, poisoned):
+    case = make_case(device)
+    ours = evaluate(case, config, torch.float32, chunk_tokens=chunk_tokens, temperature=0.9)
+    exact = evaluate(case, config, torch.float64, temperature=0.9)
+    for a, b in zip(ours[:3], exact[:3], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5 * b.abs().max().item())
+    assert ours[3].keys() == exact[3].keys()
+    for name, value in exact[3].items():
+        torch.testing.assert_close(ours[3][name].double(), value.double(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def dense(hidden, weight, targets, advantages):
+    """On-policy token-mean loss in plain torch."""
+    logprobs = torch.log_softmax(
+        (hidden @ weight.T).float() if hidden.dtype != torch.float64 else hidden @ weight.T, -1
+    )
+    chosen = logprobs.gather(1, targets[:, None])[:, 0]
+    return -((chosen - chosen.detach()).exp() * advantages.to(chosen.dtype)).sum() / 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+def test_low_precision_is_as_accurate_as_torch(dtype, logits_dtype, device, as_accurate):
+    hidden, weight, targets, _, _ = make_case(device, dtype, hidden_size=64)
+    targets[7] = 3
+    offsets = torch.arange(NUM_TARGETS + 1, device=device)
+    advantages = torch.randn(NUM_TARGETS, device=device)
+    config = LossConfig.preset("bnpo")
+    gradients = []
+    for function, kind in ((None, dtype), (dense, dtype), (dense, torch.float64)):
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in (hidden, weight)]
+        if function is None:
+            options = {"advantages": advantages, "denominator": 64.0, "logits_dtype": logits_dtype, "chunk_tokens": 128}
+            loss, _ = linear_grpo_loss(*leaves, targets, offsets, config, **options)
+        else:
+            loss = function(*leaves, targets, advantages)
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for name, *values in zip(("d_hidden", "d_weight"), *gradients, strict=True):
+        as_accurate(*values, name)
+
+
+def test_a_tiny_denominator_keeps_fp16_gradients(device):
+    """1 / 1e6 inside the GEMMs would flush them to 0."""
+    hidden, weight, targets, offsets, arguments = make_case(device, torch.float16)
+    hidden.requires_grad_()
+    loss, _ = linear_grpo_loss(
+        hidden, weight, targets, offsets, LossConfig(aggregate="token_mean"), denominator=1e6,
+        advantages=arguments["advantages"],
+    )  # fmt: skip
+    (1e6 * loss).backward()
+    assert (hidden.grad[:40].abs().sum(1) > 0).sum() == 39  # all but the ignored one
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True)])
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])
+def test_only_what_is_needed(needed, preset, device):
+    case, config = make_case(device), LossConfig.preset(preset)
+    both, one = evaluate(case, config, torch.float32), evaluate(case, config, torch.float32, needed)
+    for a, b, need in zip(both[1:3], one[1:3], needed, strict=True):
+        assert torch.equal(a, b) if need else b is None
+
+
+@pytest.mark.parametrize("compact", [True, None])
+def test_compaction_changes_no_gradient(compact, device):
+    case = make_case(device)
+    config = LossConfig.preset("dapo")
+    all_rows = evaluate(case, config, torch.float32, compact=False, chunk_tokens=64)
+    live = evaluate(case, config, torch.float32, compact=compact, chunk_tokens=64)
+    for a, b in zip(all_rows[:3], live[:3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert not live[1][41:241].any()  # a NaN advantage, and one of 0
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+def test_one_log_prob_path(logits_dtype, device):
+    """New minus old is exactly 0 at equal weights, so every ratio is exactly 1."""
+    hidden, weight, targets, offsets, arguments = make_case(device, torch.bfloat16)
+    options = {"chunk_tokens": 64, "logits_dtype": logits_dtype, "temperature": 0.8}
+    old, entropies = linear_logprobs(hidden, weight, targets, **options)
+    _, stats = linear_grpo_loss(
+        hidden.requires_grad_(), weight, targets, offsets, LossConfig(), denominator=3.0, old_logprobs=old,
+        advantages=arguments["advantages"], **options,
+    )  # fmt: skip
+    assert torch.equal(stats["logprobs"], old)
+    assert torch.equal(stats["entropies"], entropies)
+    assert stats["ratio_mean"] == stats["ratio_max"] == 1
+
+
+def test_linear_logprobs_and_gradients(device, poisoned):
+    hidden, weight, targets, _, _ = make_case(device)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(NUM_TARGETS, generator=generator).to(device) for _ in range(2)]
+    results = []
+    for dtype, chunk in ((torch.float32, 64), (torch.float64, None)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+        outputs = linear_logprobs(*leaves, targets, temperature=0.7, chunk_tokens=chunk)
+        total = sum((x * u.to(dtype)).sum() for x, u in zip(outputs, upstream, strict=True))
+        results.append([*outputs, *torch.autograd.grad(total, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5 * b.abs().max().item())
+
+
+def test_no_targets(device):
+    hidden = torch.zeros(0, 16, device=device, requires_grad=True)
+    weight = torch.randn(20, 16, device=device, requires_grad=True)
+    offsets = torch.zeros(2, dtype=torch.int64, device=device)
+    advantages = torch.ones(1, device=device)
+    for config in (LossConfig(), LossConfig.preset("gspo")):
+        loss, stats = linear_grpo_loss(
+            hidden, weight, offsets[:0], offsets, config, denominator=1.0, advantages=advantages
+        )
+        assert loss == 0
+        assert stats["num_tokens"] == 0
+        assert not torch.autograd.grad(loss, weight)[0].any()
+
+
+def test_graph_captured_whole_and_double_backward_refused(device):
+    hidden, weight, targets, offsets, arguments = make_case(device)
+    weight.requires_grad_()
+    config = LossConfig.preset("grpo")
+    del arguments["behavior_logprobs"]
+
+    def loss(hidden):
+        old = linear_logprobs(hidden, weight, targets)[0].detach()
+        total, _ = linear_grpo_loss(
+            hidden, weight, targets, offsets, config, denominator=3.0, **{**arguments, "old_logprobs": old}
+        )
+        return total
+
+    hidden.requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden)
+    assert torch.equal(compiled, loss(hidden))
+    gradients = [torch.autograd.grad(value, (hidden, weight)) for value in (compiled, loss(hidden))]
+    assert all(map(torch.equal, *gradients))
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss(hidden), hidden, create_graph=True)
