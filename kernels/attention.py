@@ -8,23 +8,22 @@ Token i sees token j if both are in one segment and j <= i, or if j is in the se
 
 with q, out [total_tokens, num_heads, head_dim] and k, v [total_tokens, num_kv_heads, head_dim]. A prompt of P tokens
 with G completions of R costs P^2/2 + G R (P + R/2) scores a head instead of the G (P + R)^2/2 of repeated prompts: at
-P=4096, R=1024, G=8 that is 2.3x less. A score costs 4 head_dim FLOPs forward and 14 backward (10 and the scores and
-their gradient once more, since d_q has a kernel of its own). The forward pass reads q, k, v and writes out and 4
-bytes a row and head; the backward pass reads these and d_out and writes d_q, d_k, d_v and 4 bytes a row and head.
+P=4096, R=1024, G=8 that is 2.3x less. A score costs 4 head_dim FLOPs forward and 14 backward: d_q has a kernel of its
+own, which computes two of the five products again. Forward reads q, k, v and writes out and lse; backward reads these
+and d_out and writes d_q, d_k, d_v and d_out . out; lse and d_out . out are fp32 [num_heads, total_tokens].
 
-A program has one tile of one segment: queries of one head, or keys of one kv head with all their query heads. The
-tiles are listed longest first in a table that torch builds on the device from the offsets, once a batch, so that
-nothing waits for the device. Since completions follow their prompt, a prompt's keys meet their queries in one causal
-range; of a short prompt with many completions that range is cut into pieces, whose sums are added in fixed order.
-Nothing is atomic, and all ranges are relative to a segment or its prompt: results are deterministic and do not depend
-on what else is in the pack.
+A program has one tile of one segment: queries of one head, or keys of one kv head with all their query heads. Torch
+lists the tiles, longest first, on the device and once a batch, so nothing waits. Since completions follow their
+prompt, a prompt's keys meet their queries in one causal range; of a short prompt with many completions that range is
+cut into pieces, added in fixed order. Without atomics, and with all ranges relative to a segment or its prompt,
+results are deterministic and do not depend on what else is in the pack.
 
 Not done here: dropout, sliding windows, bias, attention between completions, head_dim other than those in `HEAD_DIMS`
-(80 and 96 are computed as 128), more programs for d_k and d_v where there are only 1 or 2 kv heads.
-Sources: Dao, FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen, arXiv 2402.05099, whose shared part is
-here a part of one softmax.
+(80 and 96 are computed as 128), more programs for d_k and d_v where there are only 1 or 2 kv heads. Sources: Dao,
+FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen, arXiv 2402.05099, here with one softmax over both parts.
 """
 
+# pyright: reportGeneralTypeIssues=false
 import math
 from typing import Any
 
@@ -38,20 +37,17 @@ from flashgrpo.kernels.logprob import backward_once, by_triton, check_index
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 BACKENDS = ("triton", "torch")
-LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+_LOG2_E = tl.constexpr(math.log2(math.e))
 # The queries of a prompt's keys are cut into pieces of this many, if the prompt has at most SPLIT_TILES tiles of keys.
 _PIECE = 16_384
-
-
-# For the forward pass, d_q, and d_k with d_v: queries and keys in a tile, warps, stages.
-_INTERPRETED = (64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)
-_FP32 = (64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)
-# By head_dim rounded up, for two-byte dtypes.
+# For the forward pass, d_q, and d_k with d_v: queries and keys in a tile, warps, stages. In fp32 and interpreted:
+_SMALL_TILES = (64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)
+# Two-byte dtypes, by head_dim rounded up:
 _TILES = {
     "sm_80": {
         64: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
         128: ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
-        256: ((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     },
     "sm_90": {
         64: ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
@@ -61,7 +57,7 @@ _TILES = {
     "sm_100": {
         64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
         128: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
-        256: ((128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
+        256: ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
     },
     "gfx942": {
         64: ((128, 64, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1)),
@@ -78,12 +74,9 @@ def _load_rows(
     """[ROWS, BLOCK_D] with 0 in the columns from HEAD_DIM on and, if MASKED, in the rows from num_rows on."""
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     pointers = ptr + rows * stride + columns
-    if MASKED:
+    if MASKED or BLOCK_D != HEAD_DIM:
         return tl.load(pointers, mask=(rows < num_rows) & (columns < HEAD_DIM), other=0.0)
-    elif BLOCK_D != HEAD_DIM:  # noqa: RET505
-        return tl.load(pointers, mask=columns < HEAD_DIM, other=0.0)
-    else:
-        return tl.load(pointers)
+    return tl.load(pointers)
 
 
 @triton.jit
@@ -122,7 +115,7 @@ def _key_blocks(
 
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, log2_scale, total_tokens: tl.int64, num_heads, group_size,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, scale, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The programs of a tile's heads are neighbours, here and below."""
@@ -139,6 +132,7 @@ def _attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    log2_scale = scale * _LOG2_E
     for MASKED in tl.static_range(2):
         shared, own, shared_key, own_key = _key_blocks(
             start, stop, own_start, prefix_start, prefix_stop, BLOCK_M, BLOCK_N, MASKED
@@ -151,8 +145,7 @@ def _attention_fwd_kernel(
             k = _load_rows(k_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if MASKED:
-                last = tl.where(in_prefix, prefix_stop - 1, rows)
-                visible = key + tl.arange(0, BLOCK_N)[None, :] <= last[:, None]
+                visible = key + tl.arange(0, BLOCK_N)[None, :] <= tl.where(in_prefix, prefix_stop - 1, rows)[:, None]
                 scores = tl.where(visible, scores, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             base = tl.where(new_max == float("-inf"), 0.0, new_max * log2_scale)
@@ -165,13 +158,13 @@ def _attention_fwd_kernel(
     out = tl.where(own_start < 0, 0.0, acc / row_sum[:, None])
     _store_rows(out_ptr + q_offset, out, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
     lse = row_max * log2_scale + tl.log2(row_sum)
-    tl.store(lse_ptr + head * total_tokens + rows, lse, mask=rows < stop)
+    tl.store(lse_ptr + head.to(tl.int64) * total_tokens + rows, lse, mask=rows < stop)
 
 
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
-    scale, total_tokens: tl.int64, num_heads, group_size,
+    scale, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes delta = rowsum(out * d_out) too, which the other kernel needs."""
@@ -187,11 +180,11 @@ def _attention_bwd_dq_kernel(
     d_out = _load_rows(d_out_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     out = _load_rows(out_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(delta_ptr + head * total_tokens + rows, delta, mask=rows < stop)
-    lse = tl.load(lse_ptr + head * total_tokens + rows, mask=rows < stop, other=float("inf"))
+    tl.store(delta_ptr + head.to(tl.int64) * total_tokens + rows, delta, mask=rows < stop)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * total_tokens + rows, mask=rows < stop, other=float("inf"))
     q = _load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    log2_scale = scale * LOG2E
+    log2_scale = scale * _LOG2_E
     for MASKED in tl.static_range(2):
         shared, own, shared_key, own_key = _key_blocks(
             start, stop, own_start, prefix_start, prefix_stop, BLOCK_M, BLOCK_N, MASKED
@@ -206,8 +199,7 @@ def _attention_bwd_dq_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             p = tl.exp2(scores * log2_scale - lse[:, None])
             if MASKED:
-                last = tl.where(in_prefix, prefix_stop - 1, rows)
-                visible = key + tl.arange(0, BLOCK_N)[None, :] <= last[:, None]
+                visible = key + tl.arange(0, BLOCK_N)[None, :] <= tl.where(in_prefix, prefix_stop - 1, rows)[:, None]
                 p = tl.where(visible, p, 0.0)
             dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
             ds = p * (dp - delta[:, None])
@@ -217,8 +209,8 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, partial_ptr, tiles_ptr,
-    scale, total_tokens: tl.int64, num_heads, group_size,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_pieces_ptr, dv_pieces_ptr, tiles_ptr,
+    scale, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One flat loop over the kv head's query heads and blocks of queries; lse = inf past the end makes p = 0 there."""
@@ -233,9 +225,8 @@ def _attention_bwd_dkv_kernel(
     v = _load_rows(v_ptr + offset, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    log2_scale = scale * LOG2E
-    columns = tl.arange(0, BLOCK_M)
-    ahead = columns[None, :] - tl.arange(0, BLOCK_N)[:, None]
+    log2_scale = scale * _LOG2_E
+    columns, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     num_blocks = tl.cdiv(query_stop - query_start, BLOCK_M)
     for i in range(num_blocks * group_size):
         head = kv_head * group_size + i // num_blocks
@@ -243,11 +234,11 @@ def _attention_bwd_dkv_kernel(
         q_offset = (query.to(tl.int64) * num_heads + head) * HEAD_DIM
         left = query_stop - query
         q = _load_rows(q_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        row = head * total_tokens + query
+        row = head.to(tl.int64) * total_tokens + query
         lse = tl.load(lse_ptr + row + columns, mask=columns < left, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
         p = tl.exp2(scores * log2_scale - lse[None, :])
-        p = tl.where(ahead >= start - query, p, 0.0)
+        p = tl.where(columns[None, :] >= (keys - (query - start))[:, None], p, 0.0)
         d_out = _load_rows(d_out_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + row + columns, mask=columns < left, other=0.0)
@@ -259,46 +250,38 @@ def _attention_bwd_dkv_kernel(
         _store_rows(dk_ptr + offset, dk, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
         _store_rows(dv_ptr + offset, dv, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
     else:
-        partial_ptr += (slot.to(tl.int64) * num_kv_heads + kv_head) * 2 * BLOCK_N * HEAD_DIM
-        _store_rows(partial_ptr, dk, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D)
-        _store_rows(partial_ptr + BLOCK_N * HEAD_DIM, dv, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D)
+        offset = (slot.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N * HEAD_DIM
+        _store_rows(dk_pieces_ptr + offset, dk, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D)
+        _store_rows(dv_pieces_ptr + offset, dv, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads"])
 def _attention_bwd_sum_kernel(
-    partial_ptr, dk_ptr, dv_ptr, tiles_ptr, num_kv_heads,
+    pieces_ptr, out_ptr, tiles_ptr, num_kv_heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds the pieces of a tile of keys; axis 1 is dk and dv."""
+    """Adds the pieces of a tile of keys, [num_slots, num_kv_heads, BLOCK_N, HEAD_DIM] fp32, for dk or dv."""
     kv_head = tl.program_id(0) % num_kv_heads
     start, stop, slot, num_pieces, _ = _load_tile(tiles_ptr, tl.program_id(0) // num_kv_heads)
     if start >= stop:
         return
-    is_dv = tl.program_id(1)
-    size = BLOCK_N * HEAD_DIM
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for piece in range(num_pieces):
-        offset = ((slot + piece).to(tl.int64) * num_kv_heads + kv_head) * 2 + is_dv
-        total += _load_rows(partial_ptr + offset * size, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D, False)
-    offset = (start.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
-    if is_dv == 0:
-        _store_rows(dk_ptr + offset, total, num_kv_heads * HEAD_DIM, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
-    else:
-        _store_rows(dv_ptr + offset, total, num_kv_heads * HEAD_DIM, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
+        offset = ((slot + piece).to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N * HEAD_DIM
+        total += _load_rows(pieces_ptr + offset, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    out_ptr += (start.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
+    _store_rows(out_ptr, total, num_kv_heads * HEAD_DIM, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 def _tile_options(q: Tensor) -> list[dict[str, Any]]:
     """What each of the three kernels is compiled with, for q's device, dtype and head_dim."""
-    if not q.is_cuda:
-        tiles = _INTERPRETED
-    elif q.dtype == torch.float32:
-        tiles = _FP32
-    else:
+    block_d, tiles = 1 << (q.shape[2] - 1).bit_length(), _SMALL_TILES
+    if q.is_cuda and q.dtype != torch.float32:
         nvidia = {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(q.device)[0], "sm_80")
-        tiles = _TILES["gfx942" if torch.version.hip else nvidia][max(64, triton.next_power_of_2(q.shape[2]))]
+        tiles = _TILES["gfx942" if torch.version.hip else nvidia][max(64, block_d)]
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    dims = {"HEAD_DIM": q.shape[2], "BLOCK_D": triton.next_power_of_2(q.shape[2])}
-    return [dict(zip(names, tile, strict=True)) | dims for tile in tiles]
+    shared = {"HEAD_DIM": q.shape[2], "BLOCK_D": block_d} | ({"matrix_instr_nonkdim": 16} if torch.version.hip else {})
+    return [dict(zip(names, tile, strict=True)) | shared for tile in tiles]
 
 
 @torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
@@ -310,13 +293,11 @@ def _attention_fwd(
     out, lse = torch.empty_like(q), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
     if not q.numel():
         return out, lse
+    sizes = (total_tokens, num_heads, num_heads // k.shape[1])
     options, _, _ = _tile_options(q)
     with torch.cuda.device_of(q):
         tiles = plan.cached(plan.query_tiles, cu_seqlens, prefix, total_tokens, options["BLOCK_M"])
-        _attention_fwd_kernel[(tiles.shape[0] * num_heads,)](
-            q, k, v, out, lse, tiles, scale * LOG2E.value, total_tokens, num_heads, num_heads // k.shape[1],
-            **options,
-        )  # fmt: skip
+        _attention_fwd_kernel[(tiles.shape[0] * num_heads,)](q, k, v, out, lse, tiles, scale, *sizes, **options)
     return out, lse
 
 
@@ -329,13 +310,13 @@ def _attention_bwd(
     (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     if not q.numel():
-        return dq, dk, dv
+        return dq, dk.zero_(), dv.zero_()
     sizes = (total_tokens, num_heads, num_heads // num_kv_heads)
     _, options, key_options = _tile_options(q)
     block = key_options["BLOCK_N"]
     split_tiles = min(plan.SPLIT_TILES, (total_tokens if max_seqlen is None else max_seqlen) // block + 1)
     num_slots = 2 * total_tokens // _PIECE * split_tiles if total_tokens > _PIECE else 0
-    partial = q.new_empty(num_slots, num_kv_heads, 2, block, head_dim, dtype=torch.float32)
+    pieces = q.new_empty(2, num_slots, num_kv_heads, block, head_dim, dtype=torch.float32)
     with torch.cuda.device_of(q):
         tiles = plan.cached(plan.query_tiles, cu_seqlens, prefix, total_tokens, options["BLOCK_M"])
         _attention_bwd_dq_kernel[(tiles.shape[0] * num_heads,)](
@@ -343,23 +324,21 @@ def _attention_bwd(
         )
         tiles, slots = plan.cached(plan.key_tiles, cu_seqlens, prefix, total_tokens, block, _PIECE, num_slots)
         _attention_bwd_dkv_kernel[(tiles.shape[0] * num_kv_heads,)](
-            q, k, v, d_out, lse, delta, dk, dv, partial, tiles, scale, *sizes, **key_options
+            q, k, v, d_out, lse, delta, dk, dv, pieces[0], pieces[1], tiles, scale, *sizes, **key_options
         )
-        if num_slots:
-            del key_options["BLOCK_M"]
-            _attention_bwd_sum_kernel[(num_slots * num_kv_heads, 2)](
-                partial, dk, dv, slots, num_kv_heads, **key_options
-            )
+        del key_options["BLOCK_M"]
+        for i, total in enumerate((dk, dv) if num_slots else ()):
+            _attention_bwd_sum_kernel[(num_slots * num_kv_heads,)](pieces[i], total, slots, num_kv_heads, **key_options)
     return dq, dk, dv
 
 
 @_attention_fwd.register_fake
-def _(q, k, v, cu_seqlens, prefix, max_seqlen, scale):
+def _(q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @_attention_bwd.register_fake
-def _(d_out, q, k, v, out, lse, cu_seqlens, prefix, max_seqlen, scale):
+def _(d_out, q, k, v, *_):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -391,19 +370,18 @@ def packed_attention(
 ) -> Tensor:  # [total_tokens, num_heads, head_dim]
     """Causal attention within segments, and from every segment to the whole of the segment it has as prefix.
 
-    prefix[s] is the segment whose tokens all of segment s sees, or -1; a segment that is a prefix has none itself, and
-    the segments that have it follow it one after another ("torch": stand anywhere). Without `prefix` every segment
-    stands alone. Query head h uses kv head h // (num_heads // num_kv_heads). Rows from cu_seqlens[-1] on belong to no
-    segment: their output and gradients are 0, whatever they hold. `max_seqlen` is the length of the longest segment or
-    above, `scale` defaults to 1/sqrt(head_dim). Differentiable once by "triton"; on a CPU and for float64 that means
-    the torch twin, which also wins by backend="torch". On CUDA the offsets' values are not read on the host, so only
-    shapes are checked; tensors that are not contiguous are copied.
+    prefix[s] is the segment whose tokens all of segment s sees, or -1. A segment that is a prefix has none itself, and
+    those that have it follow it one after another. Without `prefix` every segment stands alone. Query head h uses kv
+    head h // (num_heads // num_kv_heads). Rows from cu_seqlens[-1] on belong to no segment: their output and gradients
+    are 0, whatever they hold. `max_seqlen` is the length of the longest segment or above, `scale` defaults to
+    1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64; under "torch" a
+    prefix may stand anywhere, and double backward works. Tensors that are not contiguous are copied.
 
-    Raises ValueError for shapes that do not fit together, offsets that decrease or leave the tensor, a prefix that is
-    no segment or has a prefix of its own, an unknown backend, and what the kernels do not have; TypeError for wrong
-    dtypes.
+    Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim or scale that the kernels do
+    not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or leave the tensor and a
+    prefix that is no segment, has one itself or stands elsewhere; TypeError for wrong dtypes.
     """
-    _check_tensors(q, k, v)
+    plan.check_tensors(q, k, v)
     check_index("cu_seqlens", cu_seqlens, q.device)
     if prefix is not None:
         check_index("prefix", prefix, q.device, cu_seqlens.shape[0] - 1)
@@ -413,31 +391,10 @@ def packed_attention(
         return plan.torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
     if q.is_cpu and not torch.compiler.is_compiling():
         plan.segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)
-    _check_kernel(q, scale)
-    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, q.shape[2] ** -0.5 if scale is None else scale)[0]
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 3:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted [total_tokens, heads, head_dim]")
-        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and q is {q.dtype}; wanted one floating dtype for q, k and v")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; wanted one device")
-    total_tokens, num_heads, head_dim = q.shape
-    if k.shape != v.shape or k.shape[0] != total_tokens or k.shape[2] != head_dim:
-        raise ValueError(
-            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; wanted [{total_tokens}, num_kv_heads, {head_dim}]"
-        )
-    if not k.shape[1] or num_heads % k.shape[1]:
-        raise ValueError(f"q has {num_heads} heads and k has {k.shape[1]}; wanted a multiple")
-
-
-def _check_kernel(q: Tensor, scale: float | None) -> None:
     if q.shape[2] not in HEAD_DIMS:
         raise ValueError(f"q has head_dim {q.shape[2]}; wanted one of {HEAD_DIMS}, or backend='torch'")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"q is {q.dtype}; wanted bfloat16, float16 or float32, or backend='torch'")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale is {scale}; wanted a finite number above 0, or backend='torch'")
+    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, q.shape[2] ** -0.5 if scale is None else scale)[0]

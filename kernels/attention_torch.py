@@ -37,6 +37,24 @@ class Segment:
         return self.length * (self.prefix_length + self.length)
 
 
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises unless q, k and v are of one dtype and device, and of shapes that fit together."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted [total_tokens, heads, head_dim]")
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and q is {q.dtype}; wanted one floating dtype for q, k and v")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; wanted one device")
+    total_tokens, num_heads, head_dim = q.shape
+    if k.shape != v.shape or k.shape[0] != total_tokens or k.shape[2] != head_dim:
+        raise ValueError(
+            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; wanted [{total_tokens}, num_kv_heads, {head_dim}]"
+        )
+    if not k.shape[1] or num_heads % k.shape[1]:
+        raise ValueError(f"q has {num_heads} heads and k has {k.shape[1]}; wanted a multiple")
+
+
 def segments_on_host(
     cu_seqlens: Tensor,  # [num_segments + 1]
     prefix: Tensor | None,  # [num_segments]
@@ -208,8 +226,7 @@ def key_tiles(
     end = query_stop[segment]
     pieces = (end - first + piece - 1) // piece
     is_split = (pieces > 1) & (segments.stop - segments.start <= SPLIT_TILES * block)[segment]
-    if not num_slots:
-        is_split = torch.zeros_like(is_split)
+    is_split &= torch.where(is_split, pieces, 0).cumsum(0) <= num_slots  # all of them, for a right max_seqlen
     slots = torch.where(is_split, pieces, 0)
     used = torch.where(first < stop, slots.clamp(min=1), 0)
     last_entry, last_slot = used.cumsum(0), slots.cumsum(0)
