@@ -37,33 +37,28 @@ from flashgrpo.kernels.logprob import backward_once, by_triton, check_index
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 BACKENDS = ("triton", "torch")
+_CPU_TOO = by_triton(torch.empty(0))  # a constant, since torch.compile cannot trace what by_triton reads
 _LOG2_E = tl.constexpr(math.log2(math.e))
 # The queries of a prompt's keys are cut into pieces of this many, if the prompt has at most SPLIT_TILES tiles of keys.
 _PIECE = 16_384
-# For the forward pass, d_q, and d_k with d_v: queries and keys in a tile, warps, stages. In fp32 and interpreted:
-_SMALL_TILES = (64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)
-# Two-byte dtypes, by head_dim rounded up:
+# By architecture and head_dim rounded up: queries and keys in a tile, warps and stages of the forward pass, of d_q, and
+# of d_k with d_v. A CPU takes the first row.
 _TILES = {
-    "sm_80": {
-        64: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
-        128: ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
-        256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
-    },
-    "sm_90": {
-        64: ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
-        128: ((128, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 2)),
-        256: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
-    },
-    "sm_100": {
-        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
-        256: ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
-    },
-    "gfx942": {
-        64: ((128, 64, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1)),
-        128: ((128, 64, 4, 1), (128, 32, 4, 1), (32, 128, 4, 1)),
-        256: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
-    },
+    ("fp32", 64): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("fp32", 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
+    ("fp32", 256): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("sm_80", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+    ("sm_80", 128): ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
+    ("sm_80", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    ("sm_90", 64): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
+    ("sm_90", 128): ((128, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 2)),
+    ("sm_90", 256): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
+    ("sm_100", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+    ("sm_100", 128): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+    ("sm_100", 256): ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
+    ("gfx942", 64): ((128, 64, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1)),
+    ("gfx942", 128): ((128, 64, 4, 1), (128, 32, 4, 1), (32, 128, 4, 1)),
+    ("gfx942", 256): ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
 }
 
 
@@ -155,8 +150,8 @@ def _attention_fwd_kernel(
             row_max = new_max
             v = _load_rows(v_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-    out = tl.where(own_start < 0, 0.0, acc / row_sum[:, None])
-    _store_rows(out_ptr + q_offset, out, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
+    row_sum = tl.where(own_start < 0, 1.0, row_sum)  # of rows in no segment acc is 0
+    _store_rows(out_ptr + q_offset, acc / row_sum[:, None], q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
     lse = row_max * log2_scale + tl.log2(row_sum)
     tl.store(lse_ptr + head.to(tl.int64) * total_tokens + rows, lse, mask=rows < stop)
 
@@ -275,10 +270,11 @@ def _attention_bwd_sum_kernel(
 
 def _tile_options(q: Tensor) -> list[dict[str, Any]]:
     """What each of the three kernels is compiled with, for q's device, dtype and head_dim."""
-    block_d, tiles = 1 << (q.shape[2] - 1).bit_length(), _SMALL_TILES
+    block_d, arch = 1 << (q.shape[2] - 1).bit_length(), "fp32"
     if q.is_cuda and q.dtype != torch.float32:
         nvidia = {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(q.device)[0], "sm_80")
-        tiles = _TILES["gfx942" if torch.version.hip else nvidia][max(64, block_d)]
+        arch = "gfx942" if torch.version.hip else nvidia
+    tiles = _TILES[arch, max(64, block_d) if q.is_cuda else 64]
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     shared = {"HEAD_DIM": q.shape[2], "BLOCK_D": block_d} | ({"matrix_instr_nonkdim": 16} if torch.version.hip else {})
     return [dict(zip(names, tile, strict=True)) | shared for tile in tiles]
@@ -387,7 +383,7 @@ def packed_attention(
         check_index("prefix", prefix, q.device, cu_seqlens.shape[0] - 1)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
-    if backend == "torch" or not by_triton(q):
+    if backend == "torch" or q.dtype == torch.float64 or not (q.is_cuda or _CPU_TOO):
         return plan.torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
     if q.is_cpu and not torch.compiler.is_compiling():
         plan.segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)

@@ -80,7 +80,8 @@ def segments_on_host(
             raise ValueError(f"prefix[{segment}] is {parent}; wanted -1 or another of the {len(lengths)} segments")
         if parent >= 0 and prefixes[parent] >= 0:
             raise ValueError(f"prefix[{segment}] is {parent}, which has a prefix itself; wanted one level")
-        if in_order and parent >= 0 and parent != segment - 1 and parent != prefixes[segment - 1]:
+        behind = parent < segment and parent in (segment - 1, prefixes[segment - 1])
+        if in_order and parent >= 0 and not behind:
             raise ValueError(f"prefix[{segment}] is {parent}; wanted it behind segment {parent} or one that has it")
         if length:
             shared = (offsets[parent], lengths[parent]) if parent >= 0 else (0, 0)
