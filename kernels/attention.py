@@ -2,46 +2,357 @@
 
 Token i sees token j if both are in one segment and j <= i, or if j is in the segment prefix[segment(i)]:
 
-    out_i = sum_j softmax_j(scale * q_i . k_j) v_j
+    out_i  = sum_j p_ij v_j        p_ij = softmax_j(scale q_i . k_j)        lse_i = log2 sum_j exp(scale q_i . k_j)
+    ds_ij  = p_ij (d_out_i . v_j - d_out_i . out_i)
+    d_q_i  = scale sum_j ds_ij k_j        d_k_j = scale sum_i ds_ij q_i        d_v_j = sum_i p_ij d_out_i
 
-A prompt of P tokens with G completions of R costs P^2/2 + G R (P + R/2) scores a head instead of the G (P + R)^2/2
-of repeated prompts: at P=4096, R=1024, G=8 that is 2.3x less. A score costs 4 head_dim FLOPs forward and 10 backward.
+with q, out [total_tokens, num_heads, head_dim] and k, v [total_tokens, num_kv_heads, head_dim]. A prompt of P tokens
+with G completions of R costs P^2/2 + G R (P + R/2) scores a head instead of the G (P + R)^2/2 of repeated prompts: at
+P=4096, R=1024, G=8 that is 2.3x less. A score costs 4 head_dim FLOPs forward and 14 backward: d_q has a kernel of its
+own, which computes two of the five products again. Forward reads q, k, v and writes out and lse; backward reads these
+and d_out and writes d_q, d_k, d_v and d_out . out; lse and d_out . out are fp32 [num_heads, total_tokens].
 
-The torch twin pads segments of similar length into batches and calls scaled_dot_product_attention once a batch, so
-it also copies a prompt's keys and values for each of its completions. It waits for the offsets to reach the host.
-It has no dropout, no sliding window and no attention between completions.
+A program has one tile of one segment: queries of one head, or keys of one kv head with all their query heads. Torch
+lists the tiles, longest first, on the device and once a batch, so nothing waits. Since completions follow their
+prompt, a prompt's keys meet their queries in one causal range; of a short prompt with many completions that range is
+cut into pieces, added in fixed order. Without atomics, and with all ranges relative to a segment or its prompt,
+results are deterministic and do not depend on what else is in the pack.
 
-Source of the sharing: Juravsky et al., Hydragen, arXiv 2402.05099, whose shared part is here a part of one softmax.
+Not done here: dropout, sliding windows, bias, attention between completions, head_dim other than those in `HEAD_DIMS`
+(80 and 96 are computed as 128), more programs for d_k and d_v where there are only 1 or 2 kv heads. Sources: Dao,
+FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen, arXiv 2402.05099, here with one softmax over both parts.
 """
 
-from dataclasses import dataclass
-from itertools import pairwise
+# pyright: reportGeneralTypeIssues=false
+import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from flashgrpo.kernels.common import check_index
+from flashgrpo.kernels import attention_torch as plan
+from flashgrpo.kernels.common import backward_once, by_triton, check_index
 
-_BACKENDS = ("torch",)
-# The calls of one more batch take about as long as this many scores, so less padding than that is free.
-_FREE_PADDING = 16_384
-_MAX_PADDING_SHARE = 0.2
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+BACKENDS = ("triton", "torch")
+_CPU_TOO = by_triton(torch.empty(0))  # a constant, since torch.compile cannot trace what by_triton reads
+_LOG2_E = tl.constexpr(math.log2(math.e))
+# The queries of a prompt's keys are cut into pieces of this many, if the prompt has at most SPLIT_TILES tiles of keys.
+_PIECE = 16_384
+# By architecture and head_dim rounded up: queries and keys in a tile, warps and stages of the forward pass, of d_q, and
+# of d_k with d_v. A CPU takes the first row.
+_TILES = {
+    ("fp32", 64): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    ("fp32", 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
+    ("fp32", 256): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("sm_80", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+    ("sm_80", 128): ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
+    ("sm_80", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    ("sm_90", 64): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
+    ("sm_90", 128): ((128, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 2)),
+    ("sm_90", 256): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
+    ("sm_100", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+    ("sm_100", 128): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+    ("sm_100", 256): ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
+    ("gfx942", 64): ((128, 64, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1)),
+    ("gfx942", 128): ((128, 64, 4, 1), (128, 32, 4, 1), (32, 128, 4, 1)),
+    ("gfx942", 256): ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
+}
 
 
-@dataclass(frozen=True)
-class _Segment:
-    start: int
-    length: int
-    prefix_start: int
-    prefix_length: int
+@triton.jit
+def _load_rows(
+    ptr, stride, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """[ROWS, BLOCK_D] with 0 in the columns from HEAD_DIM on and, if MASKED, in the rows from num_rows on."""
+    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    pointers = ptr + rows * stride + columns
+    if MASKED or BLOCK_D != HEAD_DIM:
+        return tl.load(pointers, mask=(rows < num_rows) & (columns < HEAD_DIM), other=0.0)
+    return tl.load(pointers)
 
-    @property
-    def num_scores(self) -> int:
-        return self.length * (self.prefix_length + self.length)
+
+@triton.jit
+def _store_rows(ptr, tile, stride, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    mask = (rows < num_rows) & (columns < HEAD_DIM)
+    tl.store(ptr + rows * stride + columns, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
-@torch.compiler.disable()  # the twin's plan is made on the host
+@triton.jit
+def _load_tile(tiles_ptr, index):
+    pointer = tiles_ptr + index * 5
+    return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3), tl.load(pointer + 4)
+
+
+@triton.jit
+def _key_blocks(
+    start, stop, own_start, prefix_start, prefix_stop,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """How many blocks of keys queries see in their prefix and in their segment, and where both begin.
+
+    Whole blocks, or, MASKED, what is left: the prefix's tail and the diagonal. own_start = -1: rows that see none.
+    """
+    shared = (prefix_stop - prefix_start) // BLOCK_N
+    shared_key = prefix_start
+    own = (start - own_start) // BLOCK_N
+    own_key = own_start
+    if MASKED:
+        shared_key += shared * BLOCK_N
+        shared = tl.where(shared_key < prefix_stop, 1, 0)
+        own = tl.cdiv(tl.minimum(stop - start, BLOCK_M), BLOCK_N)
+        own_key = start
+    return shared, tl.where(own_start < 0, 0, own), shared_key, own_key
+
+
+@triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, scale, total_tokens, num_heads, group_size,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The programs of a tile's heads are neighbours, here and below."""
+    head = tl.program_id(0) % num_heads
+    start, stop, own_start, prefix_start, prefix_stop = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
+    if start >= stop:
+        return
+    rows = start + tl.arange(0, BLOCK_M)
+    q_offset = (start.to(tl.int64) * num_heads + head) * HEAD_DIM
+    q_stride, stride = num_heads * HEAD_DIM, num_heads // group_size * HEAD_DIM
+    k_ptr += head // group_size * HEAD_DIM
+    v_ptr += head // group_size * HEAD_DIM
+    q = _load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    log2_scale = scale * _LOG2_E
+    for MASKED in tl.static_range(2):
+        shared, own, shared_key, own_key = _key_blocks(
+            start, stop, own_start, prefix_start, prefix_stop, BLOCK_M, BLOCK_N, MASKED
+        )
+        for i in range(shared + own):
+            in_prefix = i < shared
+            key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
+            left = tl.where(in_prefix, prefix_stop, stop) - key
+            offset = key.to(tl.int64) * stride
+            k = _load_rows(k_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if MASKED:
+                visible = key + tl.arange(0, BLOCK_N)[None, :] <= tl.where(in_prefix, prefix_stop - 1, rows)[:, None]
+                scores = tl.where(visible, scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            base = tl.where(new_max == float("-inf"), 0.0, new_max * log2_scale)
+            p = tl.exp2(scores * log2_scale - base[:, None])
+            rescale = tl.exp2(row_max * log2_scale - base)
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            row_max = new_max
+            v = _load_rows(v_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    row_sum = tl.where(own_start < 0, 1.0, row_sum)  # of rows in no segment acc is 0
+    _store_rows(out_ptr + q_offset, acc / row_sum[:, None], q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
+    lse = row_max * log2_scale + tl.log2(row_sum)
+    tl.store(lse_ptr + head.to(tl.int64) * total_tokens + rows, lse, mask=rows < stop)
+
+
+@triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
+def _attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
+    scale, total_tokens, num_heads, group_size,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Writes delta = rowsum(out * d_out) too, which the other kernel needs."""
+    head = tl.program_id(0) % num_heads
+    start, stop, own_start, prefix_start, prefix_stop = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
+    if start >= stop:
+        return
+    rows = start + tl.arange(0, BLOCK_M)
+    q_offset = (start.to(tl.int64) * num_heads + head) * HEAD_DIM
+    q_stride, stride = num_heads * HEAD_DIM, num_heads // group_size * HEAD_DIM
+    k_ptr += head // group_size * HEAD_DIM
+    v_ptr += head // group_size * HEAD_DIM
+    d_out = _load_rows(d_out_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    out = _load_rows(out_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    tl.store(delta_ptr + head.to(tl.int64) * total_tokens + rows, delta, mask=rows < stop)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * total_tokens + rows, mask=rows < stop, other=float("inf"))
+    q = _load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    log2_scale = scale * _LOG2_E
+    for MASKED in tl.static_range(2):
+        shared, own, shared_key, own_key = _key_blocks(
+            start, stop, own_start, prefix_start, prefix_stop, BLOCK_M, BLOCK_N, MASKED
+        )
+        for i in range(shared + own):
+            in_prefix = i < shared
+            key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
+            left = tl.where(in_prefix, prefix_stop, stop) - key
+            offset = key.to(tl.int64) * stride
+            k = _load_rows(k_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            v = _load_rows(v_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            p = tl.exp2(scores * log2_scale - lse[:, None])
+            if MASKED:
+                visible = key + tl.arange(0, BLOCK_N)[None, :] <= tl.where(in_prefix, prefix_stop - 1, rows)[:, None]
+                p = tl.where(visible, p, 0.0)
+            dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    _store_rows(dq_ptr + q_offset, dq * scale, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
+def _attention_bwd_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_pieces_ptr, dv_pieces_ptr, tiles_ptr,
+    scale, total_tokens, num_heads, group_size,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One flat loop over the kv head's query heads and blocks of queries; lse = inf past the end makes p = 0 there."""
+    num_kv_heads = num_heads // group_size
+    kv_head = tl.program_id(0) % num_kv_heads
+    start, stop, query_start, query_stop, slot = _load_tile(tiles_ptr, tl.program_id(0) // num_kv_heads)
+    if start >= stop:
+        return
+    offset = (start.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
+    q_stride, stride = num_heads * HEAD_DIM, num_kv_heads * HEAD_DIM
+    k = _load_rows(k_ptr + offset, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = _load_rows(v_ptr + offset, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    log2_scale = scale * _LOG2_E
+    columns, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    num_blocks = tl.cdiv(query_stop - query_start, BLOCK_M)
+    for i in range(num_blocks * group_size):
+        head = kv_head * group_size + i // num_blocks
+        query = query_start + i % num_blocks * BLOCK_M
+        q_offset = (query.to(tl.int64) * num_heads + head) * HEAD_DIM
+        left = query_stop - query
+        q = _load_rows(q_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        row = head.to(tl.int64) * total_tokens + query
+        lse = tl.load(lse_ptr + row + columns, mask=columns < left, other=float("inf"))
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
+        p = tl.exp2(scores * log2_scale - lse[None, :])
+        p = tl.where(columns[None, :] >= (keys - (query - start))[:, None], p, 0.0)
+        d_out = _load_rows(d_out_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
+        delta = tl.load(delta_ptr + row + columns, mask=columns < left, other=0.0)
+        dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk *= scale
+    if slot < 0:
+        _store_rows(dk_ptr + offset, dk, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
+        _store_rows(dv_ptr + offset, dv, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
+    else:
+        offset = (slot.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N * HEAD_DIM
+        _store_rows(dk_pieces_ptr + offset, dk, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D)
+        _store_rows(dv_pieces_ptr + offset, dv, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["num_kv_heads"])
+def _attention_bwd_sum_kernel(
+    pieces_ptr, out_ptr, tiles_ptr, num_kv_heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds the pieces of a tile of keys, [num_slots, num_kv_heads, BLOCK_N, HEAD_DIM] fp32, for dk or dv."""
+    kv_head = tl.program_id(0) % num_kv_heads
+    start, stop, slot, num_pieces, _ = _load_tile(tiles_ptr, tl.program_id(0) // num_kv_heads)
+    if start >= stop:
+        return
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for piece in range(num_pieces):
+        offset = ((slot + piece).to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N * HEAD_DIM
+        total += _load_rows(pieces_ptr + offset, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    out_ptr += (start.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
+    _store_rows(out_ptr, total, num_kv_heads * HEAD_DIM, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+def _tile_options(q: Tensor) -> list[dict[str, Any]]:
+    """What each of the three kernels is compiled with, for q's device, dtype and head_dim."""
+    block_d, arch = 1 << (q.shape[2] - 1).bit_length(), "fp32"
+    if q.is_cuda and q.dtype != torch.float32:
+        nvidia = {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(q.device)[0], "sm_80")
+        arch = "gfx942" if torch.version.hip else nvidia
+    tiles = _TILES[arch, max(64, block_d) if q.is_cuda else 64]
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    shared = {"HEAD_DIM": q.shape[2], "BLOCK_D": block_d} | ({"matrix_instr_nonkdim": 16} if torch.version.hip else {})
+    return [dict(zip(names, tile, strict=True)) | shared for tile in tiles]
+
+
+@torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
+def _attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float
+) -> tuple[Tensor, Tensor]:  # out as q; lse [num_heads, total_tokens] fp32
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    total_tokens, num_heads, _ = q.shape
+    out, lse = torch.empty_like(q), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
+    if not q.numel():
+        return out, lse
+    sizes = (total_tokens, num_heads, num_heads // k.shape[1])
+    options, _, _ = _tile_options(q)
+    with torch.cuda.device_of(q):
+        tiles = plan.cached(plan.query_tiles, cu_seqlens, prefix, total_tokens, options["BLOCK_M"])
+        _attention_fwd_kernel[(tiles.shape[0] * num_heads,)](q, k, v, out, lse, tiles, scale, *sizes, **options)
+    return out, lse
+
+
+@torch.library.custom_op("flashgrpo::packed_attention_backward", mutates_args=())
+def _attention_bwd(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_out, q, k, v = d_out.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    sizes = (total_tokens, num_heads, num_heads // num_kv_heads)
+    _, options, key_options = _tile_options(q)
+    block = key_options["BLOCK_N"]
+    split_tiles = min(plan.SPLIT_TILES, (total_tokens if max_seqlen is None else max_seqlen) // block + 1)
+    num_slots = 2 * total_tokens // _PIECE * split_tiles if total_tokens > _PIECE else 0
+    pieces = q.new_empty(2, num_slots, num_kv_heads, block, head_dim, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        tiles = plan.cached(plan.query_tiles, cu_seqlens, prefix, total_tokens, options["BLOCK_M"])
+        _attention_bwd_dq_kernel[(tiles.shape[0] * num_heads,)](
+            q, k, v, out, d_out, lse, delta, dq, tiles, scale, *sizes, **options
+        )
+        tiles, slots = plan.cached(plan.key_tiles, cu_seqlens, prefix, total_tokens, block, _PIECE, num_slots)
+        _attention_bwd_dkv_kernel[(tiles.shape[0] * num_kv_heads,)](
+            q, k, v, d_out, lse, delta, dk, dv, pieces[0], pieces[1], tiles, scale, *sizes, **key_options
+        )
+        del key_options["BLOCK_M"]
+        for i, total in enumerate((dk, dv) if num_slots else ()):
+            _attention_bwd_sum_kernel[(num_slots * num_kv_heads,)](pieces[i], total, slots, num_kv_heads, **key_options)
+    return dq, dk, dv
+
+
+@_attention_fwd.register_fake
+def _(q, *_):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@_attention_bwd.register_fake
+def _(d_out, q, k, v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, prefix, ctx.max_seqlen, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, prefix)
+
+
+@backward_once
+def _backward(ctx, d_out, _):
+    q, k, v, out, lse, cu_seqlens, prefix = ctx.saved_tensors
+    gradients = _attention_bwd(d_out, q, k, v, out, lse, cu_seqlens, prefix, ctx.max_seqlen, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+_attention_fwd.register_autograd(_backward, setup_context=_save)
+
+
 def packed_attention(
     q: Tensor,  # [total_tokens, num_heads, head_dim]
     k: Tensor,  # [total_tokens, num_kv_heads, head_dim]
@@ -51,128 +362,35 @@ def packed_attention(
     *,
     max_seqlen: int | None = None,
     scale: float | None = None,
-    backend: str = "torch",
+    backend: str = "triton",
 ) -> Tensor:  # [total_tokens, num_heads, head_dim]
     """Causal attention within segments, and from every segment to the whole of the segment it has as prefix.
 
-    prefix[s] is the segment whose tokens all of segment s sees, or -1; a segment that is a prefix has none itself.
-    Without `prefix` every segment stands alone. Query head h uses kv head h // (num_heads // num_kv_heads).
-    Rows from cu_seqlens[-1] on belong to no segment: their output and gradients are 0, whatever they hold.
-    `max_seqlen` is the length of the longest segment or above, `scale` defaults to 1/sqrt(head_dim).
+    prefix[s] is the segment whose tokens all of segment s sees, or -1. A segment that is a prefix has none itself, and
+    those that have it follow it one after another. Without `prefix` every segment stands alone. Query head h uses kv
+    head h // (num_heads // num_kv_heads). Rows from cu_seqlens[-1] on belong to no segment: their output and gradients
+    are 0, whatever they hold. `max_seqlen` is the length of the longest segment or above, `scale` defaults to
+    1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64; under "torch" a
+    prefix may stand anywhere, and double backward works. Tensors that are not contiguous are copied.
 
-    Raises ValueError for shapes that do not fit together, offsets that decrease or leave the tensor, a prefix that is
-    no segment or has a prefix of its own, and an unknown backend; TypeError for wrong dtypes.
+    Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim or scale that the kernels do
+    not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or leave the tensor and a
+    prefix that is no segment, has one itself or stands elsewhere; TypeError for wrong dtypes.
     """
-    _check_tensors(q, k, v)
+    plan.check_tensors(q, k, v)
     check_index("cu_seqlens", cu_seqlens, q.device)
     if prefix is not None:
         check_index("prefix", prefix, q.device, cu_seqlens.shape[0] - 1)
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend is {backend!r}; known backends: {', '.join(_BACKENDS)}")
-    segments = _segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen)
-    return _torch_attention(q, k, v, segments, scale)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 3:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted [total_tokens, heads, head_dim]")
-        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and q is {q.dtype}; wanted one floating dtype for q, k and v")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; wanted one device")
-    total_tokens, num_heads, head_dim = q.shape
-    if k.shape != v.shape or k.shape[0] != total_tokens or k.shape[2] != head_dim:
-        raise ValueError(
-            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; wanted [{total_tokens}, num_kv_heads, {head_dim}]"
-        )
-    if not k.shape[1] or num_heads % k.shape[1]:
-        raise ValueError(f"q has {num_heads} heads and k has {k.shape[1]}; wanted a multiple")
-
-
-def _segments_on_host(
-    cu_seqlens: Tensor,  # [num_segments + 1]
-    prefix: Tensor | None,  # [num_segments]
-    total_tokens: int,
-    max_seqlen: int | None,
-) -> list[_Segment]:
-    """The segments that have tokens. The twin needs the offsets' values, and so can check them."""
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] > total_tokens or any(start > stop for start, stop in pairwise(offsets)):
-        raise ValueError(f"cu_seqlens is {offsets}; wanted offsets that rise from 0 to at most {total_tokens}")
-    lengths = [stop - start for start, stop in pairwise(offsets)]
-    if max_seqlen is not None and max_seqlen < max(lengths, default=0):
-        raise ValueError(f"max_seqlen is {max_seqlen}, but a segment has {max(lengths)} tokens")
-    prefixes = [-1] * len(lengths) if prefix is None else prefix.tolist()
-    segments = []
-    for segment, (length, parent) in enumerate(zip(lengths, prefixes, strict=True)):
-        if not -1 <= parent < len(lengths) or parent == segment:
-            raise ValueError(f"prefix[{segment}] is {parent}; wanted -1 or another of the {len(lengths)} segments")
-        if parent >= 0 and prefixes[parent] >= 0:
-            raise ValueError(f"prefix[{segment}] is {parent}, which has a prefix itself; wanted one level")
-        if length:
-            shared = (offsets[parent], lengths[parent]) if parent >= 0 else (0, 0)
-            segments.append(_Segment(offsets[segment], length, *shared))
-    return segments
-
-
-def _batches(segments: list[_Segment]) -> list[list[_Segment]]:
-    """Segments grouped by similar lengths, longest first, so that little of a padded batch is padding."""
-    batches: list[list[_Segment]] = []
-    padded_rows = padded_prefix = num_scores = 0
-    for segment in sorted(segments, key=lambda s: (s.prefix_length, s.length), reverse=True):
-        rows, shared = max(padded_rows, segment.length), max(padded_prefix, segment.prefix_length)
-        if batches:
-            area = (len(batches[-1]) + 1) * rows * (rows + shared)
-            padding = area - num_scores - segment.num_scores
-            fits = padding <= max(_FREE_PADDING, _MAX_PADDING_SHARE * area)
-            if fits and (shared > 0) == (segment.prefix_length > 0):
-                batches[-1].append(segment)
-                padded_rows, padded_prefix, num_scores = rows, shared, num_scores + segment.num_scores
-                continue
-        batches.append([segment])
-        padded_rows, padded_prefix, num_scores = segment.length, segment.prefix_length, segment.num_scores
-    return batches
-
-
-def _torch_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[_Segment], scale: float | None) -> Tensor:
-    """Padded rows repeat a segment's last token: finite wherever the segment is, never read back, hidden as keys."""
-    if not segments:  # zeros that remain a function of all three
-        return q.new_zeros(q.shape) + (q[:0].sum() + k[:0].sum() + v[:0].sum())
-    outputs = [q.new_zeros(1, q.shape[1] * q.shape[2])]  # that of tokens in no segment, then the batches' padded rows
-    places = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-    num_outputs = 1
-    for batch in _batches(segments):
-        start, length, prefix_start, prefix_length = torch.tensor(
-            [(s.start, s.length, s.prefix_start, s.prefix_length) for s in batch], device=q.device
-        ).T.unsqueeze(2)
-        own = torch.arange(max(s.length for s in batch), device=q.device)
-        shared = torch.arange(max(s.prefix_length for s in batch), device=q.device)
-        query_rows = start + own.minimum(length - 1)  # [batch, own]
-        key_rows = torch.cat((prefix_start + shared.minimum(prefix_length - 1), query_rows), 1)
-        mask = None
-        if shared.numel():
-            sees_shared = (shared < prefix_length)[:, None, None].expand(-1, 1, own.numel(), -1)
-            sees_own = (own <= own[:, None]).expand(len(batch), 1, -1, -1)
-            mask = torch.cat((sees_shared, sees_own), 3)
-        out = F.scaled_dot_product_attention(
-            _gather_heads(q, query_rows),
-            _gather_heads(k, key_rows),
-            _gather_heads(v, key_rows),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        ).transpose(1, 2)  # [batch, own, num_heads, head_dim]
-        outputs.append(out.flatten(2).flatten(0, 1))
-        kept = own < length
-        places[query_rows[kept]] = num_outputs + kept.flatten().nonzero().squeeze(1)
-        num_outputs += kept.numel()
-    return torch.cat(outputs).index_select(0, places).view(q.shape)
-
-
-def _gather_heads(
-    x: Tensor,  # [total_tokens, heads, head_dim]
-    rows: Tensor,  # [batch, length]
-) -> Tensor:  # [batch, heads, length, head_dim]
-    return x.flatten(1).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
+    if backend == "torch" or q.dtype == torch.float64 or not (q.is_cuda or _CPU_TOO):
+        return plan.torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
+    if q.is_cpu and not torch.compiler.is_compiling():
+        plan.segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"q has head_dim {q.shape[2]}; wanted one of {HEAD_DIMS}, or backend='torch'")
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"q is {q.dtype}; wanted bfloat16, float16 or float32, or backend='torch'")
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale}; wanted a finite number above 0, or backend='torch'")
+    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, q.shape[2] ** -0.5 if scale is None else scale)[0]

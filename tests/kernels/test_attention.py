@@ -140,7 +140,7 @@ def test_scoring_and_training_forward_are_bit_identical():
 
 def test_bfloat16_stays_close_to_float64():
     lengths, prefix = [30, 9, 20], [-1, 0, 0]
-    qkv = make_qkv(sum(lengths), dtype=torch.bfloat16)
+    qkv = make_qkv(sum(lengths), head_dim=16, dtype=torch.bfloat16)
     out = run(qkv, lengths, prefix)
     assert out.dtype == torch.bfloat16
     expected = naive_attention(*[x.double() for x in qkv], lengths, prefix)
@@ -173,7 +173,7 @@ OFFSETS = torch.tensor([0, 2, 4])
         ((Q, KV, KV, OFFSETS, torch.tensor([1, 0])), {}, ValueError, "one level"),
         ((Q, KV, KV, OFFSETS, torch.tensor([-1.0, 0.0])), {}, TypeError, "prefix is torch.float32"),
         ((Q, KV, KV, OFFSETS), {"max_seqlen": 1}, ValueError, "max_seqlen is 1"),
-        ((Q, KV, KV, OFFSETS), {"backend": "cudnn"}, ValueError, "known backends: torch"),
+        ((Q, KV, KV, OFFSETS), {"backend": "cudnn"}, ValueError, "known backends: triton, torch"),
     ],
 )
 def test_bad_arguments_are_named(arguments, options, error, message):

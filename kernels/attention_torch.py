@@ -1,0 +1,268 @@
+"""What torch does for attention.py: its twin, and the tables of tiles that its kernels walk.
+
+The twin takes any floating dtype up to float64 and any head_dim on any device. It pads segments of similar length into
+batches and calls scaled_dot_product_attention once a batch, so it also copies a prompt's keys and values for each of
+its completions. It waits for the offsets to reach the host; the tables are made without that, in sizes that follow
+from shapes.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# The calls of one more batch take about as long as this many scores, so less padding than that is free.
+_FREE_PADDING = 16_384
+_MAX_PADDING_SHARE = 0.2
+# With more tiles of keys a prompt has enough programs, however many completions it has.
+SPLIT_TILES = 16
+_CACHED_TABLES = 12
+
+
+@dataclass(frozen=True)
+class Segment:
+    start: int
+    length: int
+    prefix_start: int
+    prefix_length: int
+
+    @property
+    def num_scores(self) -> int:
+        return self.length * (self.prefix_length + self.length)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises unless q, k and v are of one dtype and device, and of shapes that fit together."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted [total_tokens, heads, head_dim]")
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and q is {q.dtype}; wanted one floating dtype for q, k and v")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; wanted one device")
+    total_tokens, num_heads, head_dim = q.shape
+    if k.shape != v.shape or k.shape[0] != total_tokens or k.shape[2] != head_dim:
+        raise ValueError(
+            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; wanted [{total_tokens}, num_kv_heads, {head_dim}]"
+        )
+    if not k.shape[1] or num_heads % k.shape[1]:
+        raise ValueError(f"q has {num_heads} heads and k has {k.shape[1]}; wanted a multiple")
+
+
+def segments_on_host(
+    cu_seqlens: Tensor,  # [num_segments + 1]
+    prefix: Tensor | None,  # [num_segments]
+    total_tokens: int,
+    max_seqlen: int | None,
+    *,
+    in_order: bool = False,
+) -> list[Segment]:
+    """The segments that have tokens. Raises ValueError for offsets and prefixes that are no segments.
+
+    With `in_order` also where a segment does not follow its prefix, or another segment that has that prefix.
+    """
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] > total_tokens or any(start > stop for start, stop in pairwise(offsets)):
+        raise ValueError(f"cu_seqlens is {offsets}; wanted offsets that rise from 0 to at most {total_tokens}")
+    lengths = [stop - start for start, stop in pairwise(offsets)]
+    if max_seqlen is not None and max_seqlen < max(lengths, default=0):
+        raise ValueError(f"max_seqlen is {max_seqlen}, but a segment has {max(lengths)} tokens")
+    prefixes = [-1] * len(lengths) if prefix is None else prefix.tolist()
+    segments = []
+    for segment, (length, parent) in enumerate(zip(lengths, prefixes, strict=True)):
+        if not -1 <= parent < len(lengths) or parent == segment:
+            raise ValueError(f"prefix[{segment}] is {parent}; wanted -1 or another of the {len(lengths)} segments")
+        if parent >= 0 and prefixes[parent] >= 0:
+            raise ValueError(f"prefix[{segment}] is {parent}, which has a prefix itself; wanted one level")
+        behind = parent < segment and parent in (segment - 1, prefixes[segment - 1])
+        if in_order and parent >= 0 and not behind:
+            raise ValueError(f"prefix[{segment}] is {parent}; wanted it behind segment {parent} or one that has it")
+        if length:
+            shared = (offsets[parent], lengths[parent]) if parent >= 0 else (0, 0)
+            segments.append(Segment(offsets[segment], length, *shared))
+    return segments
+
+
+def _batches(segments: list[Segment]) -> list[list[Segment]]:
+    """Segments grouped by similar lengths, longest first, so that little of a padded batch is padding."""
+    batches: list[list[Segment]] = []
+    padded_rows = padded_prefix = num_scores = 0
+    for segment in sorted(segments, key=lambda s: (s.prefix_length, s.length), reverse=True):
+        rows, shared = max(padded_rows, segment.length), max(padded_prefix, segment.prefix_length)
+        if batches:
+            area = (len(batches[-1]) + 1) * rows * (rows + shared)
+            padding = area - num_scores - segment.num_scores
+            fits = padding <= max(_FREE_PADDING, _MAX_PADDING_SHARE * area)
+            if fits and (shared > 0) == (segment.prefix_length > 0):
+                batches[-1].append(segment)
+                padded_rows, padded_prefix, num_scores = rows, shared, num_scores + segment.num_scores
+                continue
+        batches.append([segment])
+        padded_rows, padded_prefix, num_scores = segment.length, segment.prefix_length, segment.num_scores
+    return batches
+
+
+@torch.compiler.disable()  # the plan is made on the host
+def torch_attention(
+    q: Tensor,  # [total_tokens, num_heads, head_dim]
+    k: Tensor,  # [total_tokens, num_kv_heads, head_dim]
+    v: Tensor,  # [total_tokens, num_kv_heads, head_dim]
+    cu_seqlens: Tensor,  # [num_segments + 1]
+    prefix: Tensor | None,  # [num_segments]
+    max_seqlen: int | None,
+    scale: float | None,
+) -> Tensor:  # [total_tokens, num_heads, head_dim]
+    """What `packed_attention` says, its arguments checked but for the offsets' values; prompts may stand anywhere."""
+    return _attend(q, k, v, segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen), scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], scale: float | None) -> Tensor:
+    """Padded rows repeat a segment's last token: finite wherever the segment is, never read back, hidden as keys."""
+    if not segments:  # zeros that remain a function of all three
+        return q.new_zeros(q.shape) + (q[:0].sum() + k[:0].sum() + v[:0].sum())
+    outputs = [q.new_zeros(1, q.shape[1] * q.shape[2])]  # that of tokens in no segment, then the batches' padded rows
+    places = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    num_outputs = 1
+    for batch in _batches(segments):
+        start, length, prefix_start, prefix_length = torch.tensor(
+            [(s.start, s.length, s.prefix_start, s.prefix_length) for s in batch], device=q.device
+        ).T.unsqueeze(2)
+        own = torch.arange(max(s.length for s in batch), device=q.device)
+        shared = torch.arange(max(s.prefix_length for s in batch), device=q.device)
+        query_rows = start + own.minimum(length - 1)  # [batch, own]
+        key_rows = torch.cat((prefix_start + shared.minimum(prefix_length - 1), query_rows), 1)
+        mask = None
+        if shared.numel():
+            sees_shared = (shared < prefix_length)[:, None, None].expand(-1, 1, own.numel(), -1)
+            sees_own = (own <= own[:, None]).expand(len(batch), 1, -1, -1)
+            mask = torch.cat((sees_shared, sees_own), 3)
+        out = F.scaled_dot_product_attention(
+            _gather_heads(q, query_rows),
+            _gather_heads(k, key_rows),
+            _gather_heads(v, key_rows),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        ).transpose(1, 2)  # [batch, own, num_heads, head_dim]
+        outputs.append(out.flatten(2).flatten(0, 1))
+        kept = own < length
+        places[query_rows[kept]] = num_outputs + kept.flatten().nonzero().squeeze(1)
+        num_outputs += kept.numel()
+    return torch.cat(outputs).index_select(0, places).view(q.shape)
+
+
+def _gather_heads(
+    x: Tensor,  # [total_tokens, heads, head_dim]
+    rows: Tensor,  # [batch, length]
+) -> Tensor:  # [batch, heads, length, head_dim]
+    return x.flatten(1).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+
+
+class _Segments(NamedTuple):
+    """Offsets on the device; the last segment is made of the rows in none. [num_segments + 1] each."""
+
+    start: Tensor
+    stop: Tensor
+    parent: Tensor  # -1 where there is none
+    is_last: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> "_Segments":
+        bounds = F.pad(cu_seqlens.long().clamp(0, total_tokens), (0, 1), value=total_tokens)
+        start, stop = bounds[:-1], bounds[1:]
+        parent = torch.full_like(start, -1)
+        if prefix is not None:
+            parent[:-1] = prefix.clamp(-1, prefix.shape[0] - 1)
+        index = torch.arange(start.shape[0], device=start.device)
+        return cls(start, stop, parent, index == start.shape[0] - 1)
+
+    def tiles(self, block: int, total_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Segment, first row and end of each tile of `block` rows; an unused one begins at its end or behind."""
+        counts = (self.stop - self.start + block - 1) // block
+        ends = counts.cumsum(0)
+        tile = torch.arange(total_tokens // block + counts.shape[0], device=ends.device)
+        segment = torch.searchsorted(ends, tile, right=True).clamp(max=counts.shape[0] - 1)
+        first = self.start[segment] + (tile - (ends - counts)[segment]) * block
+        return segment, first, self.stop[segment]
+
+
+def _table(work: Tensor, *columns: Tensor) -> Tensor:  # [num_tiles, 5] int32
+    """A row a tile, the longest work first."""
+    order = work.sort(descending=True, stable=True).indices
+    return torch.stack(columns, 1)[order].int()
+
+
+def query_tiles(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, block: int) -> Tensor:
+    """Columns: first query, end of its segment, start of its segment (-1: none), start and end of the prefix."""
+    segments = _Segments.of(cu_seqlens, prefix, total_tokens)
+    segment, first, stop = segments.tiles(block, total_tokens)
+    parent = segments.parent[segment]
+    prefix_start, prefix_stop = (torch.where(parent < 0, 0, x[parent]) for x in (segments.start, segments.stop))
+    start = torch.where(segments.is_last, -1, segments.start)[segment]
+    work = torch.where((first < stop) & (start >= 0), prefix_stop - prefix_start + first - start + block, 0)
+    return _table(work, first, stop, start, prefix_start, prefix_stop)
+
+
+def key_tiles(
+    cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, block: int, piece: int, num_slots: int
+) -> tuple[Tensor, Tensor]:
+    """Columns: first key, end of its segment, first and end of the queries, slot of a piece (-1: the only one).
+
+    The second table has a row a slot: first key, end of its segment, first slot, number of pieces; used for a tile's
+    first slot.
+    """
+    segments = _Segments.of(cu_seqlens, prefix, total_tokens)
+    index = torch.arange(segments.start.shape[0], device=cu_seqlens.device)
+    family = torch.where(segments.parent < 0, index, segments.parent)  # rises, as completions follow their prompt
+    behind = torch.searchsorted(family, index, right=True).clamp(max=index.shape[0] - 1)
+    query_stop = torch.where(segments.parent < 0, segments.start[behind], segments.stop)  # of the last: its start
+    segment, first, stop = segments.tiles(block, total_tokens)
+    end = query_stop[segment]
+    pieces = (end - first + piece - 1) // piece
+    is_split = (pieces > 1) & (segments.stop - segments.start <= SPLIT_TILES * block)[segment]
+    is_split &= torch.where(is_split, pieces, 0).cumsum(0) <= num_slots  # all of them, for a right max_seqlen
+    slots = torch.where(is_split, pieces, 0)
+    used = torch.where(first < stop, slots.clamp(min=1), 0)
+    last_entry, last_slot = used.cumsum(0), slots.cumsum(0)
+    entry = torch.arange(first.shape[0] + num_slots, device=cu_seqlens.device)
+    tile = torch.searchsorted(last_entry, entry, right=True).clamp(max=first.shape[0] - 1)
+    place = entry - (last_entry - used)[tile]
+    first_slot = last_slot - slots
+    begin = first[tile] + place * piece
+    end = torch.where(is_split[tile], torch.minimum(begin + piece, end[tile]), end[tile])
+    slot = torch.where(is_split[tile], first_slot[tile] + place, -1)
+    tile_stop = torch.where(place < used[tile], stop[tile], 0)
+    entries = _table(torch.where(tile_stop > 0, end - begin, 0), first[tile], tile_stop, begin, end, slot)
+    slot = torch.arange(num_slots, device=cu_seqlens.device)
+    tile = torch.searchsorted(last_slot, slot, right=True).clamp(max=first.shape[0] - 1)
+    tile_stop = torch.where(is_split[tile] & (slot == first_slot[tile]), stop[tile], 0)
+    return entries, torch.stack((first[tile], tile_stop, slot, pieces[tile], slot), 1).int()
+
+
+_tables: OrderedDict[tuple, tuple[list[StorageWeakRef], Any]] = OrderedDict()
+
+
+def cached(build: Callable, cu_seqlens: Tensor, prefix: Tensor | None, *arguments: int) -> Any:
+    """build(cu_seqlens, prefix, *arguments), kept for the layers of a batch as long as the tensors do not change.
+
+    A weak reference to a storage keeps its address from being given to another one.
+    """
+    tensors = [cu_seqlens] if prefix is None else [cu_seqlens, prefix]
+    if any(x.is_inference() for x in tensors) or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return build(cu_seqlens, prefix, *arguments)
+    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if cu_seqlens.is_cuda else 0
+    storages = [StorageWeakRef(x.untyped_storage()) for x in tensors]
+    layouts = [(x.storage_offset(), x.stride(), x.shape, x.dtype, x._version) for x in tensors]
+    key = (build, stream, arguments, *(storage.cdata for storage in storages), *layouts)
+    if key not in _tables:
+        _tables[key] = storages, build(cu_seqlens, prefix, *arguments)
+        if len(_tables) > _CACHED_TABLES:
+            _tables.popitem(last=False)
+    return _tables[key][1]

@@ -1,0 +1,250 @@
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flashgrpo.kernels import attention, attention_torch
+from flashgrpo.kernels.attention import HEAD_DIMS, packed_attention
+
+ALONE = [0, 129, 0, 0, 1, 70, 0], [-1] * 7
+FAMILIES = [1, 40, 0, 65, 70, 33, 3, 0, 96], [-1, 0, 0, -1, 3, 3, -1, 6, -1]
+SMALL = [37, 20, 5], [-1, 0, 0]
+
+
+def make_qkv(total_tokens, device, num_heads=2, num_kv_heads=1, head_dim=64, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    tensors = [torch.randn(total_tokens, h, head_dim, generator=generator).to(device, dtype) for h in heads]
+    return [x.requires_grad_() for x in tensors[:3]], tensors[3]
+
+
+def index(lengths, prefix, device):
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return cu_seqlens, None if prefix is None else torch.tensor(prefix, dtype=torch.int32, device=device)
+
+
+def run(qkv: list[Tensor], d_out: Tensor, lengths, prefix, **options) -> list[Tensor]:
+    """Output and the three gradients, where memory that nobody has written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = packed_attention(*qkv, *index(lengths, prefix, d_out.device), **options)
+        return [out.detach(), *torch.autograd.grad(out, qkv, d_out)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def dense(qkv: list[Tensor], d_out: Tensor, lengths, prefix) -> list[Tensor]:
+    lengths, parents = torch.tensor(lengths, device=d_out.device), torch.tensor(prefix, device=d_out.device)
+    segment = torch.arange(len(lengths), device=d_out.device).repeat_interleave(lengths)
+    place = torch.arange(len(segment), device=d_out.device)
+    own = (segment[:, None] == segment) & (place[:, None] >= place)
+    mask = own | (parents[segment][:, None] == segment)
+    q, k, v = (x.transpose(0, 1)[None] for x in qkv)
+    out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
+    return [out.detach(), *torch.autograd.grad(out, qkv, d_out)]
+
+
+def assert_as_accurate_as_torch(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    """RMS error at most 1.1x and largest error at most 1.5x that of `plain`, and 1e-6 of the values' scale."""
+    for actual, torch_s, true in zip(ours, plain, exact, strict=True):
+        floor = 1e-6 * max(1.0, true.abs().max().item())
+        error, torch_error = actual.double() - true, torch_s.double() - true
+        assert error.square().mean().sqrt() <= 1.1 * torch_error.square().mean().sqrt() + floor
+        assert error.abs().max() <= 1.5 * torch_error.abs().max() + floor
+
+
+def check(device, lengths, prefix, dtype, **shape) -> list[Tensor]:
+    qkv, d_out = make_qkv(sum(lengths), device, dtype=dtype, **shape)
+    exact = dense([x.detach().double().requires_grad_() for x in qkv], d_out.double(), lengths, prefix)
+    ours = run(qkv, d_out, lengths, prefix)
+    assert_as_accurate_as_torch(ours, dense(qkv, d_out, lengths, prefix), exact)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", [ALONE, FAMILIES], ids=["empty, single and long segments", "families"])
+def test_as_accurate_as_torch(layout, dtype, device):
+    check(device, *layout, dtype)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim(head_dim, device):
+    check(device, *SMALL, torch.bfloat16, head_dim=head_dim)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (4, 2), (7, 1)])
+def test_every_ratio_of_query_to_kv_heads(num_heads, num_kv_heads, device):
+    check(device, *SMALL, torch.bfloat16, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=32)
+
+
+def test_a_longer_pack(device):
+    check(device, [200, 150, 1, 130, 129, 70], [-1, 0, 0, 0, -1, -1], torch.bfloat16)
+
+
+def test_without_prefix_and_with_a_scale_equals_the_twin(device):
+    lengths = [70, 33]
+    qkv, d_out = make_qkv(103, device)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    ours, twin = run(qkv, d_out, lengths, None, scale=0.3), run(exact, d_out.double(), lengths, None, scale=0.3)
+    for actual, expected in zip(ours, twin, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_rows_beyond_the_last_offset_are_zero_and_touch_nothing(device):
+    lengths, prefix = FAMILIES
+    qkv, d_out = make_qkv(sum(lengths) + 70, device)
+    inside = slice(sum(lengths))
+    alone = run([x[inside].detach().requires_grad_() for x in qkv], d_out[inside], lengths, prefix)
+    with torch.no_grad():
+        for x in (*qkv, d_out):
+            x[sum(lengths) :] = torch.nan
+    for padded, expected in zip(run(qkv, d_out, lengths, prefix), alone, strict=True):
+        assert torch.equal(padded[inside], expected)
+        assert not padded[sum(lengths) :].any()
+
+
+@pytest.mark.parametrize(("total_tokens", "lengths"), [(0, []), (0, [0, 0]), (3, []), (3, [0]), (1, [1])])
+def test_next_to_nothing(total_tokens, lengths, device):
+    qkv, d_out = make_qkv(total_tokens, device)
+    out, *gradients = run(qkv, d_out, lengths, [-1] * len(lengths))
+    alone = total_tokens == sum(lengths)  # a token that sees itself only returns its value
+    assert torch.equal(out, qkv[2].detach().expand_as(out) if alone else torch.zeros_like(out))
+    for gradient, expected in zip(gradients, (0, 0, d_out.sum(1, keepdim=True) if alone else 0), strict=True):
+        torch.testing.assert_close(gradient, expected + torch.zeros_like(gradient), rtol=0, atol=1e-5)
+
+
+def test_a_completion_touches_no_sibling_and_a_pack_no_family(device):
+    lengths, prefix = [70, 40, 65, 20], [-1, 0, 0, 0]
+    qkv, d_out = make_qkv(195, device, dtype=torch.bfloat16)
+    before = run(qkv, d_out, lengths, prefix)
+    packed = [torch.cat((torch.randn_like(x[:45]), x.detach(), torch.randn_like(x[:3]))) for x in (*qkv, d_out)]
+    among = run([x.requires_grad_() for x in packed[:3]], packed[3], [45, *lengths, 3], [-1, -1, 1, 1, 1, -1])
+    for actual, expected in zip(among, before, strict=True):
+        assert torch.equal(actual[45:-3], expected)
+    with torch.no_grad():
+        for x in (*qkv, d_out):
+            x[110:175] += 1
+    after = run(qkv, d_out, lengths, prefix)
+    for name, x, y in zip(("out", "d_q", "d_k", "d_v"), before, after, strict=True):
+        siblings = [*range(70, 110), *range(175, 195)]
+        assert torch.equal(x[siblings], y[siblings]), name
+        assert not torch.equal(x[110:175], y[110:175])
+
+
+def test_gradients_of_a_prompt_are_those_of_its_copies_summed(device):
+    qkv, d_out = make_qkv(37 + 25, device)
+    prompt, first, second = range(37), range(37, 57), range(57, 62)
+    _, _, *shared = run(qkv, d_out, *SMALL)
+    rows = torch.tensor([*prompt, *first, *prompt, *second], device=device)
+    copies, d_copies = [x.detach()[rows].requires_grad_() for x in qkv], d_out[rows]
+    d_copies[57 : 57 + 37] = 0  # the prompt's own outputs count once
+    _, _, *repeated = run(copies, d_copies, [57, 42], None)
+    for actual, copied in zip(shared, repeated, strict=True):
+        expected = torch.zeros_like(actual).index_add_(0, rows, copied)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_seqlen", [None, 70])
+def test_split_families_equal_whole_ones(max_seqlen, device, monkeypatch):
+    lengths, prefix = [3, 70, 50, 45, 60, 60, 30], [-1, -1, 1, 1, 1, 1, -1]
+    qkv, d_out = make_qkv(sum(lengths), device, num_heads=2, num_kv_heads=2, head_dim=32)
+    exact = dense([x.detach().double().requires_grad_() for x in qkv], d_out.double(), lengths, prefix)
+    whole = run(qkv, d_out, lengths, prefix)
+    monkeypatch.setattr(attention, "_PIECE", 64)
+    split, again = (run(qkv, d_out, lengths, prefix, max_seqlen=max_seqlen) for _ in range(2))
+    for x, y in zip(split, again, strict=True):
+        assert torch.equal(x, y)
+    assert not torch.equal(split[3][3:73], whole[3][3:73]), "not split"
+    assert torch.equal(split[3][73:], whole[3][73:])
+    assert_as_accurate_as_torch(split, dense(qkv, d_out, lengths, prefix), exact)
+
+
+def test_pieces_fit_their_slots_and_cover_every_query():
+    """Tables of a pack of two long families, at the lengths of a run."""
+    lengths, prefix = [130, *[700] * 40, 2000, *[500] * 40, 300], [-1, *[0] * 40, -1, *[41] * 40, -1]
+    cu_seqlens, parents = index(lengths, prefix, "cpu")
+    total_tokens, block, piece = sum(lengths), 128, 16_384
+    num_slots = 2 * total_tokens // piece * min(attention_torch.SPLIT_TILES, 2000 // block + 1)
+    entries, slots = attention_torch.key_tiles(cu_seqlens, parents, total_tokens, block, piece, num_slots)
+    used = entries[entries[:, 0] < entries[:, 1]]
+    assert sorted(used[used[:, 4] >= 0][:, 4].tolist()) == list(range(2 * 2 + 16 * 2))
+    assert int(slots[:, 3][slots[:, 0] < slots[:, 1]].sum()) == 2 * 2 + 16 * 2
+    families = {0: 28_130, 28_130: 50_130, 50_130: 50_430}
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        for key in range(start, stop, block):
+            ranges = sorted(used[used[:, 0] == key][:, 2:4].tolist())
+            assert [ranges[0][0], ranges[-1][1]] == [key, families.get(start, stop)]
+            assert all(before[1] == after[0] for before, after in pairwise(ranges))
+    work = (used[:, 3] - used[:, 2]).tolist()
+    assert work == sorted(work, reverse=True)
+
+
+def test_tables_are_made_without_reading_the_offsets():
+    with FakeTensorMode():  # raises where a value is needed on the host
+        cu_seqlens, prefix = torch.zeros(8, dtype=torch.int32), torch.zeros(7, dtype=torch.int32)
+        assert attention_torch.query_tiles(cu_seqlens, prefix, 1000, 64).shape == (1000 // 64 + 8, 5)
+        assert attention_torch.key_tiles(cu_seqlens, prefix, 1000, 64, 256, 14)[1].shape == (14, 5)
+
+
+def test_tables_are_kept_for_the_layers_of_a_batch_until_it_changes():
+    cu_seqlens, prefix = index([10, 20], [-1, 0], "cpu")
+    first = attention_torch.cached(attention_torch.query_tiles, cu_seqlens, prefix, 30, 16)
+    assert attention_torch.cached(attention_torch.query_tiles, cu_seqlens.detach(), prefix.detach(), 30, 16) is first
+    cu_seqlens[1] = 12
+    changed = attention_torch.cached(attention_torch.query_tiles, cu_seqlens, prefix, 30, 16)
+    assert torch.equal(changed, attention_torch.query_tiles(cu_seqlens, prefix, 30, 16))
+    assert not torch.equal(changed, first)
+    for _ in range(50):
+        attention_torch.cached(attention_torch.query_tiles, cu_seqlens.clone(), prefix, 30, 16)
+    assert len(attention_torch._tables) < 20
+
+
+def test_no_result_depends_on_where_tensors_lie(device):
+    qkv, d_out = make_qkv(62, device, num_heads=2, num_kv_heads=2)
+    expected = run(qkv, d_out, *SMALL)
+    wide = torch.cat([x.detach() for x in qkv], 1).requires_grad_()
+    strided = list(wide.split(2, 1))
+    for x, y in zip(run(strided, d_out.transpose(0, 1).contiguous().transpose(0, 1), *SMALL), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_one_compiled_graph_serves_every_pack(device):
+    compiled = torch.compile(packed_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths, prefix in (SMALL, ([5, 30, 20, 9], [-1, 0, 0, -1])):
+        qkv, d_out = make_qkv(sum(lengths), device)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            out = compiled(*qkv, *index(lengths, prefix, device), max_seqlen=max(lengths))
+        actual = out, *torch.autograd.grad(out, qkv, d_out)
+        for x, y in zip(actual, run(qkv, d_out, lengths, prefix), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_operators_keep_their_contract_with_torch(device):
+    (q, k, v), _ = make_qkv(62, device)
+    torch.library.opcheck(attention._attention_fwd, (q, k, v, *index(*SMALL, device), 37, 0.1))
+
+
+def test_double_backward_is_refused(device):
+    qkv, _ = make_qkv(62, device)
+    out = packed_attention(*qkv, *index(*SMALL, device))
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(out.sum(), qkv, create_graph=True)
+
+
+def test_what_the_kernels_do_not_have_is_named(device):
+    qkv, _ = make_qkv(62, device)
+    places = index(*SMALL, device)
+    with pytest.raises(ValueError, match="head_dim 48; wanted one of"):
+        packed_attention(*(x[..., :48] for x in qkv), *places)
+    with pytest.raises(ValueError, match="scale is -1"):
+        packed_attention(*qkv, *places, scale=-1.0)
+
+
+@pytest.mark.parametrize("prefix", [[1, -1, 1], [-1, -1, 0]])
+def test_a_prefix_elsewhere_is_refused_where_offsets_are_on_the_host(prefix):
+    qkv, _ = make_qkv(62, "cpu")
+    with pytest.raises(ValueError, match="wanted it behind segment"):
+        packed_attention(*qkv, *index(SMALL[0], prefix, "cpu"))
