@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) >= 2 and arguments[0] in _RECIPE_COMMANDS and {"-h", "--help"} & set(arguments[1:]):
-        _print_recipe_help(arguments[0])
+        from flashgrpo.grpo.recipe_help import print_recipe_help
+
+        print_recipe_help(arguments[0])
         return 0
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
@@ -110,20 +112,14 @@ def _sft(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from flashgrpo.grpo.evaluate import evaluate_recipe
     from flashgrpo.grpo.recipe import Recipe, load_recipe
 
     scores = evaluate_recipe(load_recipe(Recipe, options.recipe, overrides), options.model)
     if options.json:
         print(json.dumps(scores))
-        return
-    table = Table("score", "value")
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    else:
+        print("\n".join(f"{name:<12}  {value:.6g}" for name, value in scores.items()))
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -141,13 +137,6 @@ def _report_run(options: argparse.Namespace, overrides: list[str]) -> None:
     picture = write_report(options.run_folder)
     print_summary(options.run_folder)
     print(f"picture: {picture}")
-
-
-def _print_recipe_help(command: str) -> None:
-    from flashgrpo.grpo.recipe import Recipe, SftRecipe
-    from flashgrpo.grpo.recipe_help import print_recipe_help
-
-    print_recipe_help(command, Recipe if command == "train" else SftRecipe)
 
 
 if __name__ == "__main__":

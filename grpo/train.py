@@ -193,10 +193,10 @@ class Trainer(RunLoop):
             for epoch in range(self.recipe.train.epochs):
                 for i, update in enumerate(updates):
                     stats, norm = self.learner.update(update.batches, partial(self._loss, update=update))
-                    if (
-                        epoch == i == 0
-                    ):  # its log-probs were made at the weights of the rollout: the old ones from now on
-                        updates[0] = _with_old_logprobs(update, [s["logprobs"] for s in stats])
+                    if epoch == i == 0:  # made at the weights of the rollout: the old log-probs from now on
+                        pairs = zip(update.batches, stats, strict=True)
+                        scored = [dataclasses.replace(batch, old_logprobs=s["logprobs"]) for batch, s in pairs]
+                        updates[0] = dataclasses.replace(update, batches=scored)
                     collected.append([{k: v for k, v in s.items() if v.dim() == 0} for s in stats])
                     norms.append(norm)
             return device_metrics(collected, norms, self.learner)
@@ -238,17 +238,7 @@ class Trainer(RunLoop):
         return bool(every) and (step % every == 0 or step == self.recipe.train.steps)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        recipe = self.recipe
-        result = evaluate(
-            self.held_out,
-            self.policy,
-            self.generator,
-            self.pool,
-            recipe.eval,
-            recipe.rollout.max_new_tokens,
-            seed=recipe.run.seed,
-            step=step,
-        )
+        result = evaluate(self.held_out, self.policy, self.generator, self.pool, self.recipe, step)
         return {f"eval/{name}": float(value) for name, value in result.scores().items()}
 
     def _samples(self, data: StepData) -> Iterator[dict[str, Any]]:
@@ -282,13 +272,6 @@ class Trainer(RunLoop):
 
     def extra_state(self) -> dict[str, Any]:
         return {"position": self.position}
-
-
-def _with_old_logprobs(update: Update, old_logprobs: list[Tensor]) -> Update:
-    batches = [
-        dataclasses.replace(batch, old_logprobs=old) for batch, old in zip(update.batches, old_logprobs, strict=True)
-    ]
-    return dataclasses.replace(update, batches=batches)
 
 
 def _check_token_budget(recipe: Recipe, longest_prompt: int) -> None:
