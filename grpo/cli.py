@@ -77,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--top-p", type=share, default=0.95, help="default 0.95")
     command.add_argument("--seed", type=int, default=0, help="default 0")
     command.set_defaults(run=_sample)
-    command = commands.add_parser("report", help="draw RUN/report.png and print the run's summary and samples")
+    command = commands.add_parser("report", help="draw RUN/report.png, print a summary and samples")
     command.add_argument("run_folder", metavar="RUN", help="a run's output folder")
-    command.set_defaults(run=_report_run)
+    command.set_defaults(run=lambda options, _: _print_report(options.run_folder))
     return parser
 
 
@@ -94,21 +94,20 @@ def _number(kind: type, wanted: str, is_valid: Callable[[float], bool]) -> Calla
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from flashgrpo.grpo.recipe import Recipe, load_recipe
-    from flashgrpo.grpo.report import print_summary, write_report
     from flashgrpo.grpo.train import train
 
     recipe = load_recipe(Recipe, options.recipe, overrides)
-    model = train(recipe, resume=options.resume)
-    picture = write_report(recipe.run.output)
-    print_summary(recipe.run.output)
-    print(f"model: {model}\npicture: {picture}")
+    print(f"model: {train(recipe, resume=options.resume)}")
+    _print_report(recipe.run.output)
 
 
 def _sft(options: argparse.Namespace, overrides: list[str]) -> None:
     from flashgrpo.grpo.recipe import SftRecipe, load_recipe
     from flashgrpo.grpo.sft import sft
 
-    print(f"model: {sft(load_recipe(SftRecipe, options.recipe, overrides), resume=options.resume)}")
+    recipe = load_recipe(SftRecipe, options.recipe, overrides)
+    print(f"model: {sft(recipe, resume=options.resume)}")
+    _print_report(recipe.run.output)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -131,11 +130,11 @@ def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
         print(text)
 
 
-def _report_run(options: argparse.Namespace, overrides: list[str]) -> None:
+def _print_report(run_folder: str) -> None:
     from flashgrpo.grpo.report import print_summary, write_report
 
-    picture = write_report(options.run_folder)
-    print_summary(options.run_folder)
+    picture = write_report(run_folder)
+    print_summary(run_folder)
     print(f"picture: {picture}")
 
 

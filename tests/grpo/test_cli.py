@@ -261,7 +261,11 @@ def test_sft_from_the_command_line(model_path, tmp_path, capsys):
     }
     (tmp_path / "sft.toml").write_text(tomli_w.dumps(recipe))
     assert main(["sft", str(tmp_path / "sft.toml"), "--train.epochs=1"]) == 0
-    assert capsys.readouterr().out == f"model: {tmp_path / 'run/model'}\n"
+    printed = capsys.readouterr().out
+    assert f"model: {tmp_path / 'run/model'}\n" in printed
+    assert f"picture: {tmp_path / 'run/report.png'}\n" in printed
+    assert "loss" in printed
+    assert "reward" not in printed
 
 
 def test_an_empty_prompt_to_sample_exits_2(model_path, capsys):
