@@ -30,6 +30,7 @@ from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
+from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.decoder import Decoder
 
 _LOGGED_GROUPS = 2
@@ -51,6 +52,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     RewardFailure later. Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
     with RunFolder(recipe.run.output, recipe_to_toml(recipe), resume) as folder:
+        read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
         with open_reward_pool(recipe, problems[0]) as pool:
             return Trainer(recipe, folder, pool, problems, held_out).run()

@@ -403,6 +403,13 @@ def test_another_seed_or_data_set_is_not_the_same_run(recipe):
         train(changed(recipe, "data", held_out=9), resume=True)
 
 
+def test_the_model_is_looked_for_before_the_data(recipe, tmp_path):
+    """A data set may take minutes to fetch."""
+    recipe = changed(recipe, "data", path=str(tmp_path / "none.jsonl"))
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        train(changed(recipe, "model", path=str(tmp_path / "nowhere")))
+
+
 def test_a_faulty_start_leaves_nothing_behind(recipe, tmp_path):
     with pytest.raises(CheckpointError):
         train(changed(recipe, "model", path=str(tmp_path / "nowhere")))
