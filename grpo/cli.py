@@ -15,6 +15,11 @@ _RECIPE_COMMANDS = ("train", "sft")  # what a command needs is imported by it: -
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--version"]:
+        from importlib.metadata import version
+
+        print("flashgrpo", version("flashgrpo"))
+        return 0
     if len(arguments) >= 2 and arguments[0] in _RECIPE_COMMANDS and {"-h", "--help"} & set(arguments[1:]):
         from flashgrpo.grpo.recipe_help import print_recipe_help
 
@@ -51,6 +56,7 @@ def _report(error: Exception) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashgrpo", description="GRPO training with fused kernels.")
+    parser.add_argument("--version", action="store_true", default=argparse.SUPPRESS, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in (("train", "train a policy by GRPO"), ("sft", "fine-tune on prompts and completions")):
         command = commands.add_parser(

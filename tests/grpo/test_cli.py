@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,11 @@ def test_help_is_quick():
     assert done.returncode == 0, done.stderr
     for command in ("train", "sft", "eval", "sample", "report"):
         assert f"\n    {command} " in done.stdout
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"flashgrpo {version('flashgrpo')}\n"
 
 
 @pytest.mark.parametrize("width", [80, 100])
