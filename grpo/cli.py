@@ -4,6 +4,7 @@ Exit codes: 2 for what is wrong before the first step, 1 for a later failure, 13
 """
 
 import argparse
+import difflib
 import json
 import math
 import sys
@@ -29,6 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if overrides and options.command not in (*_RECIPE_COMMANDS, "eval"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    flags = [f"--{name}" for name, value in vars(options).items() if value in (None, False)]  # those not given
+    for override in overrides:
+        if "." not in override and (flag := difflib.get_close_matches(override, flags, n=1)):
+            print(f"flashgrpo: {override}: did you mean {flag[0]}?", file=sys.stderr)
+            return 2
     try:
         options.run(options, overrides)
     except KeyboardInterrupt:
