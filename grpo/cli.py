@@ -4,6 +4,7 @@ Exit codes: 2 for what is wrong before the first step, 1 for a later failure, 13
 """
 
 import argparse
+import difflib
 import json
 import math
 import sys
@@ -15,13 +16,25 @@ _RECIPE_COMMANDS = ("train", "sft")  # what a command needs is imported by it: -
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--version"]:
+        from importlib.metadata import version
+
+        print("flashgrpo", version("flashgrpo"))
+        return 0
     if len(arguments) >= 2 and arguments[0] in _RECIPE_COMMANDS and {"-h", "--help"} & set(arguments[1:]):
-        _print_recipe_help(arguments[0])
+        from flashgrpo.grpo.recipe_help import print_recipe_help
+
+        print_recipe_help(arguments[0])
         return 0
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     if overrides and options.command not in (*_RECIPE_COMMANDS, "eval"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    flags = [f"--{name}" for name, value in vars(options).items() if value in (None, False)]  # those not given
+    for override in overrides:
+        if "." not in override and (flag := difflib.get_close_matches(override, flags, n=1)):
+            print(f"flashgrpo: {override}: did you mean {flag[0]}?", file=sys.stderr)
+            return 2
     try:
         options.run(options, overrides)
     except KeyboardInterrupt:
@@ -49,6 +62,7 @@ def _report(error: Exception) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashgrpo", description="GRPO training with fused kernels.")
+    parser.add_argument("--version", action="store_true", default=argparse.SUPPRESS, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in (("train", "train a policy by GRPO"), ("sft", "fine-tune on prompts and completions")):
         command = commands.add_parser(
@@ -75,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--top-p", type=share, default=0.95, help="default 0.95")
     command.add_argument("--seed", type=int, default=0, help="default 0")
     command.set_defaults(run=_sample)
-    command = commands.add_parser("report", help="draw RUN/report.png and print the run's summary and samples")
+    command = commands.add_parser("report", help="draw RUN/report.png, print a summary and samples")
     command.add_argument("run_folder", metavar="RUN", help="a run's output folder")
-    command.set_defaults(run=_report_run)
+    command.set_defaults(run=lambda options, _: _print_report(options.run_folder))
     return parser
 
 
@@ -92,38 +106,31 @@ def _number(kind: type, wanted: str, is_valid: Callable[[float], bool]) -> Calla
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from flashgrpo.grpo.recipe import Recipe, load_recipe
-    from flashgrpo.grpo.report import print_summary, write_report
     from flashgrpo.grpo.train import train
 
     recipe = load_recipe(Recipe, options.recipe, overrides)
-    model = train(recipe, resume=options.resume)
-    picture = write_report(recipe.run.output)
-    print_summary(recipe.run.output)
-    print(f"model: {model}\npicture: {picture}")
+    print(f"model: {train(recipe, resume=options.resume)}")
+    _print_report(recipe.run.output)
 
 
 def _sft(options: argparse.Namespace, overrides: list[str]) -> None:
     from flashgrpo.grpo.recipe import SftRecipe, load_recipe
     from flashgrpo.grpo.sft import sft
 
-    print(f"model: {sft(load_recipe(SftRecipe, options.recipe, overrides), resume=options.resume)}")
+    recipe = load_recipe(SftRecipe, options.recipe, overrides)
+    print(f"model: {sft(recipe, resume=options.resume)}")
+    _print_report(recipe.run.output)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from flashgrpo.grpo.evaluate import evaluate_recipe
     from flashgrpo.grpo.recipe import Recipe, load_recipe
 
     scores = evaluate_recipe(load_recipe(Recipe, options.recipe, overrides), options.model)
     if options.json:
         print(json.dumps(scores))
-        return
-    table = Table("score", "value")
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    else:
+        print("\n".join(f"{name:<12}  {value:.6g}" for name, value in scores.items()))
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -135,19 +142,12 @@ def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
         print(text)
 
 
-def _report_run(options: argparse.Namespace, overrides: list[str]) -> None:
+def _print_report(run_folder: str) -> None:
     from flashgrpo.grpo.report import print_summary, write_report
 
-    picture = write_report(options.run_folder)
-    print_summary(options.run_folder)
+    picture = write_report(run_folder)
+    print_summary(run_folder)
     print(f"picture: {picture}")
-
-
-def _print_recipe_help(command: str) -> None:
-    from flashgrpo.grpo.recipe import Recipe, SftRecipe
-    from flashgrpo.grpo.recipe_help import print_recipe_help
-
-    print_recipe_help(command, Recipe if command == "train" else SftRecipe)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """`make demo`: from nothing to a policy that GRPO has taught to add, on two CPU cores.
 
 A tokenizer and a small Qwen3-shaped model are made from nothing; a cold start by SFT on worked examples of a small
-share of the problems teaches the form and some of the arithmetic; then GRPO (recipes/demo.toml) learns from rewards.
+share of the problems teaches the form and some of the arithmetic (recipes/sft.toml); then GRPO learns from rewards
+(recipes/demo.toml).
 The held-out score is accuracy, with no credit for form.
 """
 
 import argparse
-import dataclasses
 import json
 import random
 import shutil
@@ -19,14 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from flashgrpo.grpo.data import Problem, load_problems, render_text
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import (
-    Recipe,
-    RunSection,
-    SftDataSection,
-    SftRecipe,
-    SftTrainSection,
-    load_recipe,
-)
+from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
 from flashgrpo.grpo.report import print_summary, write_report
 from flashgrpo.grpo.run_folder import RunInputError, read_rows
 from flashgrpo.grpo.sft import sft
@@ -70,7 +63,15 @@ def run_demo(recipe_path: str, output: Path, seed: int) -> None:
     console.print(f"{len(problems):,} problems to train on, {len(held_out):,} held out; seed {seed}")
     base = make_model(output / "base", [render_text(p.prompt, recipe.data.template) for p in problems[:500]], seed)
     examples = write_cold_start(output / "cold_start.jsonl", problems[:_COLD_START_EXAMPLES], seed)
-    sft(cold_start_recipe(base, examples, recipe, output / "cold_start"))
+    overrides = [
+        f"--model.path={base}",
+        f"--data.path={examples}",
+        f"--data.template={recipe.data.template}",
+        f"--run.output={output / 'cold_start'}",
+        f"--run.seed={seed}",
+        f"--run.device={recipe.run.device}",
+    ]
+    sft(load_recipe(SftRecipe, "recipes/sft.toml", overrides))
     train(recipe)
     picture = write_report(recipe.run.output)
     print_summary(recipe.run.output)
@@ -145,18 +146,6 @@ def worked_answer(expression: str, careful: bool) -> str:
         if not careful:
             break
     return f"<think>{' '.join(steps)}</think><answer>{total}</answer>"
-
-
-def cold_start_recipe(base: Path, examples: Path, recipe: Recipe, output: Path) -> SftRecipe:
-    """SFT of the base model on the worked examples, with the template and device of the GRPO recipe."""
-    return SftRecipe(
-        model=dataclasses.replace(recipe.model, path=str(base)),
-        data=SftDataSection(path=str(examples), template=recipe.data.template),
-        run=RunSection(output=str(output), seed=recipe.run.seed, device=recipe.run.device),
-        train=SftTrainSection(
-            lr=1e-3, schedule="cosine", warmup_steps=10, betas=(0.9, 0.95), epochs=6, batch_size=16, checkpoint_every=0
-        ),
-    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from flashgrpo.grpo.data import DataError, Problem, Template, load_problems, ren
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts, resolve_device
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import EvalSection, ModelSection, Recipe
+from flashgrpo.grpo.recipe import ModelSection, Recipe
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rewards import extract_answer, is_correct
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
@@ -47,21 +47,14 @@ class Evaluation:
 
 
 def evaluate(
-    prompts: list[Prompt],
-    policy: Policy,
-    generator: Generator,
-    pool: RewardPool,
-    section: EvalSection,
-    max_new_tokens: int,
-    seed: int,
-    step: int = 0,
+    prompts: list[Prompt], policy: Policy, generator: Generator, pool: RewardPool, recipe: Recipe, step: int = 0
 ) -> Evaluation:
-    """Sample `section.samples` completions a prompt and score them with the accuracy reward."""
+    """Sample recipe.eval.samples completions a prompt and score them with the accuracy reward."""
     requests = [
-        Request(i, prompt.token_ids, sample_seeds(seed, _EVAL_STREAM + step, i, section.samples))
+        Request(i, prompt.token_ids, sample_seeds(recipe.run.seed, _EVAL_STREAM + step, i, recipe.eval.samples))
         for i, prompt in enumerate(prompts)
     ]
-    sampling = Sampling(max_new_tokens, section.temperature, section.top_p)
+    sampling = Sampling(recipe.rollout.max_new_tokens, recipe.eval.temperature, recipe.eval.top_p)
     groups: list[list[Rollout]] = [[] for _ in prompts]
     for group in generator.generate(requests, sampling):
         groups[group[0].group] = group
@@ -88,18 +81,14 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
     prompts = render_prompts(held_out[: recipe.eval.problems], policy, recipe.data)
     generator = NativeGenerator(policy.model, policy.stop_token_ids)
     with open_reward_pool(recipe, held_out[0]) as pool:
-        result = evaluate(
-            prompts, policy, generator, pool, recipe.eval, recipe.rollout.max_new_tokens, seed=recipe.run.seed
-        )
-    return result.scores()
+        return evaluate(prompts, policy, generator, pool, recipe).scores()
 
 
 def sample_texts(
     model: str, prompt: str, template: Template, num_samples: int, sampling: Sampling, seed: int = 0
 ) -> list[str]:
     """Completions of one prompt by the model in a Hugging Face folder."""
-    device = resolve_device("auto")
-    policy = open_policy(ModelSection(model), device)
+    policy = open_policy(ModelSection(model), resolve_device("auto"))
     prompt_ids = render_prompt(prompt, template, policy.tokenizer)
     request = Request(0, prompt_ids, sample_seeds(seed, 0, 0, num_samples))
     (group,) = NativeGenerator(policy.model, policy.stop_token_ids).generate([request], sampling)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
+_LINES = 20  # of a run without a terminal
 
 
 class Clock:
@@ -38,7 +39,7 @@ class Clock:
 
 @contextmanager
 def step_bar(title: str, done: int, total: int) -> Iterator["StepBar"]:
-    """A progress bar over steps; where there is no terminal, one line a step."""
+    """A progress bar over steps; where there is no terminal, a line at the first and each twentieth of all steps."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -49,12 +50,12 @@ def step_bar(title: str, done: int, total: int) -> Iterator["StepBar"]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, completed=done, values="")
-        yield StepBar(progress, task, title)
+        yield StepBar(progress, task, title, total)
 
 
 class StepBar:
-    def __init__(self, progress: Progress, task, title: str):
-        self.progress, self.task, self.title = progress, task, title
+    def __init__(self, progress: Progress, task, title: str, total: int):
+        self.progress, self.task, self.title, self.total = progress, task, title, total
 
     def phase(self, name: str) -> None:
         """Show what the running step is doing."""
@@ -63,7 +64,8 @@ class StepBar:
     def advance(self, step: int, values: str) -> None:
         """A step is done."""
         self.progress.update(self.task, completed=step, values=values)
-        if not console.is_terminal:
+        is_shown = step == 1 or step * _LINES // self.total > (step - 1) * _LINES // self.total
+        if is_shown and not console.is_terminal:
             print(f"{self.title} {step}: {values}", file=sys.stderr, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from flashgrpo.grpo.data import Template
-from flashgrpo.grpo.rewards import nearest
+from flashgrpo.grpo.rewards import nearest, resolve_reward
 from flashgrpo.kernels.grpo_loss import LossConfig
 
 _CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -95,6 +96,9 @@ class RewardsSection:
             raise ValueError("functions is empty, wanted at least one reward function")
         if len(set(self.functions)) < len(self.functions):
             raise ValueError(f"found functions = {self.functions}, wanted each of them once")
+        for name in self.functions:
+            if ":" not in name:  # one of the user's own is imported when it is needed
+                resolve_reward(name)
         if self.weights and len(self.weights) != len(self.functions):
             raise ValueError(f"found {len(self.weights)} weights for {len(self.functions)} functions, wanted one each")
         if self.weights and not any(self.weights):
@@ -277,6 +281,10 @@ def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe",
             raise RecipeError(f"{source}: {key}: missing, and it has no default") from None
         found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
         where = _origin(key, source, overrides)
+        if first["type"] in ("list_type", "tuple_type"):
+            items = [_parsed(item.strip()) for item in str(first["input"]).strip("[]").split(",")]
+            quote = "'" if where != source else ""  # for the shell
+            message += f", as {quote}{json.dumps(items, default=str)}{quote}"
         raise RecipeError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
 
 
@@ -308,18 +316,21 @@ def _refuse_unknown_keys(kind: type, values: dict[str, Any], source: str) -> Non
             raise RecipeError(f"{source}: {name}: found {section_values!r}, wanted a section [{name}]")
         for key in section_values:
             if key not in _keys(sections[name]):
-                elsewhere = [f"{other}.{key}" for other, section in sections.items() if key in _keys(section)]
-                hint = (
-                    f"; did you mean {elsewhere[0]}?" if elsewhere else nearest(key, _keys(sections[name]), f"{name}.")
-                )
+                hint = _elsewhere(kind, key) or nearest(key, _keys(sections[name]), f"{name}.")
                 raise RecipeError(f"{source}: {name}.{key}: unknown key{hint}")
+
+
+def _elsewhere(kind: type, key: str) -> str:
+    """The tail of an error message: which sections have the key, if any."""
+    names = [f"{name}.{key}" for name, section in get_type_hints(kind).items() if key in _keys(section)]
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def _apply_override(kind: type, values: dict[str, Any], override: str) -> None:
     key, equals, text = override.removeprefix("--").partition("=")
     section, dot, name = key.partition(".")
     if not (override.startswith("--") and equals and dot):
-        raise RecipeError(f"{override}: wanted --section.key=value")
+        raise RecipeError(f"{override}: wanted --section.key=value{_elsewhere(kind, key)}")
     name, nested, option = name.partition(".")
     _refuse_unknown_keys(kind, {section: {name: text}}, override)
     hint = get_type_hints(get_type_hints(kind)[section]).get(name, str)  # loss.preset is not a field

@@ -42,8 +42,8 @@ def recipe_keys(kind: type[Recipe | SftRecipe]) -> list[Key]:
     return keys
 
 
-def print_recipe_help(command: str, kind: type[Recipe | SftRecipe]) -> None:
-    """Usage of a command that takes a recipe, and its keys, to standard output."""
+def print_recipe_help(command: str) -> None:
+    """Usage of `train` or `sft`, and the keys of its recipe, to standard output."""
     console = Console(highlight=False, markup=False)
     console.print(f"usage: flashgrpo {command} RECIPE.toml [--resume] [--section.key=value ...]\n")
     usage = Table.grid(padding=(0, 2, 0, 0))
@@ -54,7 +54,7 @@ def print_recipe_help(command: str, kind: type[Recipe | SftRecipe]) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     section = None
-    for key in recipe_keys(kind):
+    for key in recipe_keys(Recipe if command == "train" else SftRecipe):
         if section != (section := key.name.partition(".")[0]):
             table.add_row()
             table.add_row(Text(f"[{section}]", "bold"))

@@ -1,4 +1,7 @@
-"""`flashgrpo report RUN`: the paper's two curves (score and response length over steps), rewards, the time's shares."""
+"""`flashgrpo report RUN`: the paper's two curves (score and response length over steps), rewards, the time's shares.
+
+Of an SFT run, the loss.
+"""
 
 from pathlib import Path
 
@@ -16,22 +19,34 @@ from flashgrpo.grpo.run_folder import RunInputError, read_rows
 _SHOWN_SHARE = 0.005  # of the time; a thinner band could not be seen
 _LEGEND_COLUMNS = 4
 _NOT_REWARDS = {"mean", "std", "group_std", "missing"}
+_GRPO_SUMMARY = {  # column: key and format
+    "held-out pass@1": ("eval/pass@1", "{:.1%}"),
+    "reward": ("reward/mean", "{:.3f}"),
+    "length": ("length/mean", "{:.1f}"),
+    "sampled tokens/s": ("tokens_per_s", "{:,.0f}"),
+}
+_SFT_SUMMARY = {"loss": ("loss", "{:.4f}"), "trained tokens/s": ("tokens_per_s/trained", "{:,.0f}")}
 
 
 def write_report(run: str | Path) -> Path:
     """Draw RUN/report.png from RUN/metrics.jsonl; returns its path. Raises RunInputError for no step to draw."""
     run = Path(run)
     rows = read_rows(run / "metrics.jsonl")
-    steps = [row for row in rows if "reward/mean" in row]
+    steps = [row for row in rows if "loss" in row]
     if not steps:
-        raise RunInputError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a GRPO run?")
+        raise RunInputError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a run?")
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    _draw_scores(axes[0, 0], rows, steps)
-    _draw_lengths(axes[0, 1], steps)
-    _draw_rewards(axes[1, 0], steps)
-    _draw_times(axes[1, 1], steps)
-    for axis in axes.flat:
+    if "reward/mean" in steps[0]:
+        axes = figure.subplots(2, 2, sharex=True).ravel()
+        _draw_scores(axes[0], rows, steps)
+        _draw_lengths(axes[1], steps)
+        _draw_rewards(axes[2], steps)
+        _draw_times(axes[3], steps)
+    else:
+        axes = [figure.subplots()]
+        axes[0].plot(*_series(steps, "loss"), color="tab:blue")
+        _label(axes[0], "loss, nats a token")
+    for axis in axes:
         axis.set_xlabel("step")
         axis.tick_params(labelbottom=True)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -46,20 +61,18 @@ def write_report(run: str | Path) -> Path:
 
 
 def print_summary(run: str | Path, num_samples: int = 3) -> None:
-    """Held-out score before and after, last rewards, and the newest sampled completions, to standard output."""
+    """Held-out score or loss before and after, and the newest sampled completions, to standard output."""
     run, console = Path(run), Console()
     rows = read_rows(run / "metrics.jsonl")
     evaluations = [row for row in rows if "eval/pass@1" in row]
-    steps = [row for row in rows if "reward/mean" in row]
+    steps = [row for row in rows if "loss" in row]
+    columns = _GRPO_SUMMARY if any("reward/mean" in row for row in steps) else _SFT_SUMMARY
     table = Table(title=Text(str(run)), title_justify="left")
-    for column in ("step", "held-out pass@1", "reward", "length", "sampled tokens/s"):
+    for column in ("step", *columns):
         table.add_column(column, justify="right")
     for row in evaluations or steps[:1] + steps[1:][-1:]:
-        cells = [row.get("eval/pass@1"), row.get("reward/mean"), row.get("length/mean"), row.get("tokens_per_s")]
-        formats = ("{:.1%}", "{:.3f}", "{:.1f}", "{:,.0f}")
-        table.add_row(
-            str(row["step"]), *["" if c is None else f.format(c) for f, c in zip(formats, cells, strict=True)]
-        )
+        cells = ["" if row.get(key) is None else form.format(row[key]) for key, form in columns.values()]
+        table.add_row(str(row["step"]), *cells)
     console.print(table)
     newest = {sample["prompt"]: sample for sample in read_rows(run / "samples.jsonl")}
     for prompt, sample in list(newest.items())[-num_samples:]:

@@ -190,13 +190,12 @@ class RewardPool:
 
 
 def _check_signature(name: str, arguments: dict[str, Any]) -> None:
+    function = resolve_reward(name)
     try:
-        inspect.signature(resolve_reward(name)).bind(**arguments)
+        inspect.signature(function).bind(**arguments)
     except (TypeError, ValueError) as error:  # ValueError: of what is written in C and has no signature
-        raise RewardError(
-            f"reward {name!r} cannot be called as (prompts, completions, **columns) with the columns "
-            f"{', '.join(arguments)}: {error}"
-        ) from error
+        called = f"called as (prompts, completions, **columns) with the columns {', '.join(arguments)}"
+        raise RewardError(f"reward {name!r}: {error}; it is {called}") from error
 
 
 def _gather(name: str, sizes: Sequence[int], futures: Sequence[Future[_Result]]) -> tuple[np.ndarray, str | None]:

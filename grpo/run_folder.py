@@ -24,6 +24,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from flashgrpo.grpo.progress import console
+
 
 class RunError(RuntimeError):
     """A run that cannot start, continue or be saved; the message says what to do."""
@@ -47,8 +49,7 @@ class RunFolder:
             raise RunInputError(f"{self.path} exists: continue it with --resume, or choose another run.output")
         self.checkpoint = newest_checkpoint(self.path)
         self.state = _read_state(self.checkpoint) if self.checkpoint else {}
-        if self.checkpoint:
-            _refuse_other_run(self.path / "recipe.toml", recipe_toml)
+        self._changes = _changed_keys(self.path / "recipe.toml", recipe_toml) if self.checkpoint else []
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "RunFolder":
@@ -58,11 +59,13 @@ class RunFolder:
         self._stack.close()
 
     def start(self) -> None:
-        """Write recipe.toml, cut the logs back to the checkpoint and open them."""
+        """Write recipe.toml, say what changed in it, cut the logs back to the checkpoint and open them."""
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob("checkpoints/*.tmp"):
             shutil.rmtree(leftover)
         write_text(self.path / "recipe.toml", self._recipe_toml)
+        if self._changes:
+            console.print("changed on resume:", ", ".join(self._changes), style="yellow", markup=False, soft_wrap=True)
         last_step = self.state.get("step", -1)
         for name in ("metrics.jsonl", "samples.jsonl"):
             rows = [row for row in read_rows(self.path / name) if row["step"] <= last_step]
@@ -192,16 +195,20 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def _refuse_other_run(stored: Path, recipe_toml: str) -> None:
-    """A run goes on with the model, data and seed that it began with: others would be another run under its name."""
-    before, now = tomllib.loads(stored.read_text(encoding="utf-8")), tomllib.loads(recipe_toml)
-    for section, key in (("model", "path"), ("run", "seed"), *(("data", key) for key in before["data"] | now["data"])):
-        old, new = before.get(section, {}).get(key), now.get(section, {}).get(key)
-        if old != new:
+def _changed_keys(stored: Path, recipe_toml: str) -> list[str]:
+    """What is new in a recipe. Another model, data set or seed would be another run under this one's name: refused."""
+    texts = stored.read_text(encoding="utf-8"), recipe_toml
+    before, now = ({(s, k): v for s, keys in tomllib.loads(t).items() for k, v in keys.items()} for t in texts)
+    changes = []
+    for section, key in before | now:
+        old, new = before.get((section, key)), now.get((section, key))
+        if old != new and (section == "data" or (section, key) in (("model", "path"), ("run", "seed"))):
             raise RunInputError(
                 f"{section}.{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
                 "keep it, or choose another run.output"
             )
+        changes += [f"{section}.{key} {old!r} -> {new!r}"] if old != new else []
+    return changes
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -30,6 +30,7 @@ from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
+from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.decoder import Decoder
 
 _LOGGED_GROUPS = 2
@@ -51,6 +52,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     RewardFailure later. Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
     with RunFolder(recipe.run.output, recipe_to_toml(recipe), resume) as folder:
+        read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
         with open_reward_pool(recipe, problems[0]) as pool:
             return Trainer(recipe, folder, pool, problems, held_out).run()
@@ -193,10 +195,10 @@ class Trainer(RunLoop):
             for epoch in range(self.recipe.train.epochs):
                 for i, update in enumerate(updates):
                     stats, norm = self.learner.update(update.batches, partial(self._loss, update=update))
-                    if (
-                        epoch == i == 0
-                    ):  # its log-probs were made at the weights of the rollout: the old ones from now on
-                        updates[0] = _with_old_logprobs(update, [s["logprobs"] for s in stats])
+                    if epoch == i == 0:  # made at the weights of the rollout: the old log-probs from now on
+                        pairs = zip(update.batches, stats, strict=True)
+                        scored = [dataclasses.replace(batch, old_logprobs=s["logprobs"]) for batch, s in pairs]
+                        updates[0] = dataclasses.replace(update, batches=scored)
                     collected.append([{k: v for k, v in s.items() if v.dim() == 0} for s in stats])
                     norms.append(norm)
             return device_metrics(collected, norms, self.learner)
@@ -238,17 +240,7 @@ class Trainer(RunLoop):
         return bool(every) and (step % every == 0 or step == self.recipe.train.steps)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        recipe = self.recipe
-        result = evaluate(
-            self.held_out,
-            self.policy,
-            self.generator,
-            self.pool,
-            recipe.eval,
-            recipe.rollout.max_new_tokens,
-            seed=recipe.run.seed,
-            step=step,
-        )
+        result = evaluate(self.held_out, self.policy, self.generator, self.pool, self.recipe, step)
         return {f"eval/{name}": float(value) for name, value in result.scores().items()}
 
     def _samples(self, data: StepData) -> Iterator[dict[str, Any]]:
@@ -282,13 +274,6 @@ class Trainer(RunLoop):
 
     def extra_state(self) -> dict[str, Any]:
         return {"position": self.position}
-
-
-def _with_old_logprobs(update: Update, old_logprobs: list[Tensor]) -> Update:
-    batches = [
-        dataclasses.replace(batch, old_logprobs=old) for batch, old in zip(update.batches, old_logprobs, strict=True)
-    ]
-    return dataclasses.replace(update, batches=batches)
 
 
 def _check_token_budget(recipe: Recipe, longest_prompt: int) -> None:

@@ -1,14 +1,32 @@
 """The README's numbers are those of the results files."""
 
+import shlex
+
 import pytest
 
 from flashgrpo.bench import readme
+from flashgrpo.grpo.cli import _parser
+from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
 
 
 def test_the_readme_is_what_the_results_say():
     text = (readme.ROOT / "README.md").read_text()
     assert all(f"<!-- results: {name} -->" in text for name in readme.TABLES)
     assert readme.render(text) == text, "run `make readme`"
+
+
+def test_the_commands_of_the_readme_are_understood():
+    """By the command line, and so are the recipes and keys that they name."""
+    lines = (readme.ROOT / "README.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("flashgrpo ")]
+    seen = set()
+    for command in commands:
+        options, overrides = _parser().parse_known_args(command)
+        seen.add(options.command)
+        if "recipe" in options:
+            kind = SftRecipe if options.command == "sft" else Recipe
+            assert load_recipe(kind, readme.ROOT / options.recipe, overrides)
+    assert seen == {"train", "sft", "eval", "sample", "report"}
 
 
 def test_only_what_stands_between_the_marks_is_replaced():

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,11 @@ def test_help_is_quick():
     assert done.returncode == 0, done.stderr
     for command in ("train", "sft", "eval", "sample", "report"):
         assert f"\n    {command} " in done.stdout
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"flashgrpo {version('flashgrpo')}\n"
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -157,7 +163,8 @@ def test_a_faulty_recipe_is_one_line_and_exit_2(command, write_recipe, tmp_path,
     ("options", "message"),
     [
         (["--train.lrr=1"], "--train.lrr=1: train.lrr: unknown key; did you mean train.lr?"),
-        (["--resum"], "--resum: wanted --section.key=value"),
+        (["--resum"], "--resum: did you mean --resume?"),
+        (["--lr", "1"], "--lr: wanted --section.key=value; did you mean train.lr?"),
         (["--train.lr", "1"], "--train.lr: wanted --section.key=value"),
         (["another.toml"], "another.toml: wanted --section.key=value"),
         (["--rollout.group_size=1"], "rollout.group_size: Input should be greater than or equal to 2, found 1"),
@@ -261,7 +268,11 @@ def test_sft_from_the_command_line(model_path, tmp_path, capsys):
     }
     (tmp_path / "sft.toml").write_text(tomli_w.dumps(recipe))
     assert main(["sft", str(tmp_path / "sft.toml"), "--train.epochs=1"]) == 0
-    assert capsys.readouterr().out == f"model: {tmp_path / 'run/model'}\n"
+    printed = capsys.readouterr().out
+    assert f"model: {tmp_path / 'run/model'}\n" in printed
+    assert f"picture: {tmp_path / 'run/report.png'}\n" in printed
+    assert "loss" in printed
+    assert "reward" not in printed
 
 
 def test_an_empty_prompt_to_sample_exits_2(model_path, capsys):

@@ -12,7 +12,7 @@ from flashgrpo.grpo.data import DataError, Problem
 from flashgrpo.grpo.evaluate import Evaluation, evaluate, evaluate_recipe, open_reward_pool, sample_texts
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import open_policy, render_prompts
-from flashgrpo.grpo.recipe import DataSection, EvalSection, ModelSection, Recipe, build_recipe
+from flashgrpo.grpo.recipe import DataSection, ModelSection, Recipe, build_recipe
 from flashgrpo.grpo.reward_pool import RewardPool
 from flashgrpo.grpo.rollout import Rollout, Sampling
 
@@ -81,6 +81,19 @@ def policy(model_path):
     return open_policy(ModelSection(str(model_path)), torch.device("cpu"))
 
 
+def eval_recipe(seed: int = 0, temperature: float = 0.6) -> Recipe:
+    return build_recipe(
+        Recipe,
+        {
+            "model": {"path": "unused"},
+            "data": {"path": "unused"},
+            "rollout": {"max_new_tokens": 8},
+            "eval": {"samples": 2, "temperature": temperature},
+            "run": {"output": "unused", "seed": seed},
+        },
+    )
+
+
 @pytest.fixture
 def prompts(policy):
     problems = [Problem(f"{i}+1=", {"answer": str(i + 1), "number": i}) for i in range(3)]
@@ -91,7 +104,7 @@ def test_partial_credit_and_missing_scores_count_as_wrong(policy, prompts):
     """And rows stay with their problems, in whatever order groups are finished."""
     texts = [["<answer>1</answer>"] * 2, ["a\n2", "3"], ["4", "<think>5"]]
     pool = TablePool([[1.0, 1.0], [0.99, np.nan], [np.nan, 1.0]])
-    result = evaluate(prompts, policy, TableGenerator(texts, policy.tokenizer), pool, EvalSection(samples=2), 8, seed=0)
+    result = evaluate(prompts, policy, TableGenerator(texts, policy.tokenizer), pool, eval_recipe())
     assert result.correct.tolist() == [[True, True], [False, False], [False, True]]
     assert result.answers == [["1", "1"], ["2", "3"], ["4", None]]
     assert result.lengths[2].tolist() == [1, 8]
@@ -102,7 +115,7 @@ def test_answers_are_extracted_as_the_accuracy_reward_does(policy):
     problems = [Problem("1+1=<think>", {"answer": "2", "number": 0})]
     prompts = render_prompts(problems, policy, DataSection(path="unused", template="none"))
     generator = TableGenerator([["so it is 2", "</think>2"]], policy.tokenizer)
-    result = evaluate(prompts, policy, generator, TablePool([[0.0, 1.0]]), EvalSection(samples=2), 8, seed=0)
+    result = evaluate(prompts, policy, generator, TablePool([[0.0, 1.0]]), eval_recipe())
     assert result.answers == [[None, "2"]]
     assert result.scores()["cons@k"] == 1.0
 
@@ -111,8 +124,8 @@ def test_an_evaluation_depends_on_weights_seed_and_step_alone(policy, prompts):
     """Not on what was generated before it, nor on the global random generators."""
 
     def answers(seed: int, step: int) -> list:
-        section, pool = EvalSection(samples=2, temperature=1.0), TablePool([[0.0, 0.0]] * 3)
-        return evaluate(prompts, policy, generator, pool, section, 8, seed, step).answers
+        pool = TablePool([[0.0, 0.0]] * 3)
+        return evaluate(prompts, policy, generator, pool, eval_recipe(seed, temperature=1.0), step).answers
 
     generator = NativeGenerator(policy.model, policy.stop_token_ids)
     first = answers(seed=1, step=5)

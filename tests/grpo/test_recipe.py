@@ -102,6 +102,8 @@ WRONG_FILES = [
     (faulty("rewards", functions=[]), r"rewards: functions is empty"),
     (faulty("rewards", weights=[1.0]), r"rewards: found 1 weights for 2 functions, wanted one each"),
     (faulty("rewards", weights=[0, 0.0]), r"rewards: found weights = \[0\.0, 0\.0\], wanted one that is not 0"),
+    (faulty("rewards", functions="accuracy"), r"functions: .*list, as \[.accuracy.\], found 'accuracy'"),
+    (faulty("rewards", functions=["acuracy"], weights=[1, 1]), r"unknown reward 'acuracy', .* did you mean accuracy\?"),
     (faulty("rewards", functions=["format", "format"]), r"rewards: found functions = .*, wanted each of them once"),
     (faulty("rewards", weights=[1.0, float("inf")]), r"rewards\.weights\.1: .*finite number, found inf"),
     (faulty("data", template="chatt"), r"data\.template: .*'r1', 'chat' or 'none', found 'chatt'"),
@@ -142,7 +144,11 @@ WRONG_OPTIONS = [
     ("--loss.kl_coef=much", r"^--loss\.kl_coef=much: loss: kl_coef is 'much'"),
     ("--loss.preset=5", r"loss: unknown preset '5'"),
     ("--rollout.group_size=1", r"^--rollout\.group_size=1: rollout\.group_size: .*found 1"),
-    ("--rewards.functions=accuracy,format", r"rewards\.functions: .*list, found 'accuracy,format'"),
+    ("--rewards.functions=accuracy,format", r"functions: .*list, as '\[.accuracy., .format.\]', found 'acc"),
+    ("--rewards.functions=[accuracy]", r"functions: .*list, as '\[.accuracy.\]', found '\[accuracy\]'"),
+    ("--train.betas=0.9,1", r"train\.betas: .*tuple, as '\[0\.9, 1\]', found '0\.9,1'"),
+    ("--lr=1e-5", r"^--lr=1e-5: wanted --section\.key=value; did you mean train\.lr\?$"),
+    ("--top_p=1", r"wanted --section\.key=value; did you mean rollout\.top_p or eval\.top_p\?"),
     ("--train=5", r"--train=5: wanted --section\.key=value"),
     ("--train.lr", r"--train\.lr: wanted --section\.key=value"),
     ("train.lr=5", r"train\.lr=5: wanted --section\.key=value"),
@@ -226,11 +232,13 @@ def test_help_tells_defaults_as_a_file_would_have_them():
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
 def test_shipped_recipes_load(path):
-    assert isinstance(load_recipe(Recipe, path), Recipe)
+    kind = SftRecipe if path.stem == "sft" else Recipe
+    assert isinstance(load_recipe(kind, path), kind)
 
 
 def test_shipped_recipes_are_the_promised_ones():
-    assert {"demo.toml", "r1_zero.toml", "gsm8k_qwen2.5_1.5b.toml"} <= {path.name for path in RECIPES.iterdir()}
+    promised = {"demo.toml", "r1_zero.toml", "gsm8k_qwen2.5_1.5b.toml", "sft.toml"}
+    assert promised <= {path.name for path in RECIPES.iterdir()}
 
 
 def test_r1_zero_has_room_for_the_longer_completions_of_its_second_stage():

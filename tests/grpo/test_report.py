@@ -14,6 +14,7 @@ from flashgrpo.grpo.run_folder import RunError
 def step_row(step: int, **values) -> dict:
     return {
         "step": step,
+        "loss": 0.01,
         "reward/mean": 0.1 * step,
         "reward/std": 0.5,
         "reward/missing": 0.0,
@@ -59,7 +60,7 @@ def test_the_picture_has_the_curves(make_run):
     assert width > 1000
     assert height > 700
     with_curves = len(colours(path))
-    write_report(make_run([{"step": 1, "reward/mean": 0.5, "length/mean": 3.0}]))
+    write_report(make_run([{"step": 1, "loss": 0.1, "reward/mean": 0.5, "length/mean": 3.0}]))
     assert with_curves > len(colours(path)) + 5
 
 
@@ -89,8 +90,17 @@ def test_sparse_runs_have_a_picture_too(make_run, rows, capsys):
 def test_a_run_without_steps_is_an_error(make_run, tmp_path, rows):
     if rows is not None:
         make_run(rows)
-    with pytest.raises(RunError, match=r"metrics\.jsonl: no training step found; is .* the folder of a GRPO run\?"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl: no training step found; is .* the folder of a run\?"):
         write_report(tmp_path)
+
+
+def test_an_sft_run_shows_its_loss(make_run, capsys):
+    run = make_run([{"step": i, "loss": 1 / i, "tokens_per_s/trained": 4321.0} for i in (1, 2, 3)])
+    assert len(colours(write_report(run))) > 0
+    print_summary(run)
+    printed = capsys.readouterr().out
+    assert [loss in printed for loss in ("1.0000", "0.5000", "0.3333", "4,321")] == [True, False, True, True]
+    assert "reward" not in printed
 
 
 def test_the_summary_tells_scores_and_the_newest_answers(make_run, capsys, monkeypatch):

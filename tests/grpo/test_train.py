@@ -403,6 +403,25 @@ def test_another_seed_or_data_set_is_not_the_same_run(recipe):
         train(changed(recipe, "data", held_out=9), resume=True)
 
 
+def test_a_resume_tells_what_changed(recipe, capsys):
+    train(changed(recipe, "train", steps=2))
+    train(recipe, resume=True)
+    train(recipe, resume=True)
+    train(changed(dataclasses.replace(recipe, loss=LossConfig.preset("cispo")), "train", lr=2e-3), resume=True)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed on resume: ")]
+    assert lines[0] == "changed on resume: train.steps 2 -> 4"
+    assert "train.lr 0.001 -> 0.002" in lines[1]
+    assert "loss.objective 'clip' -> 'cispo'" in lines[1]
+    assert len(lines) == 2
+
+
+def test_the_model_is_looked_for_before_the_data(recipe, tmp_path):
+    """A data set may take minutes to fetch."""
+    recipe = changed(recipe, "data", path=str(tmp_path / "none.jsonl"))
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        train(changed(recipe, "model", path=str(tmp_path / "nowhere")))
+
+
 def test_a_faulty_start_leaves_nothing_behind(recipe, tmp_path):
     with pytest.raises(CheckpointError):
         train(changed(recipe, "model", path=str(tmp_path / "nowhere")))
