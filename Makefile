@@ -6,7 +6,7 @@ SEED ?= 1
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format bench-cpu bench-demo readme clean
+.PHONY: setup demo test gpu-test lint format bench-cpu bench-demo readme clean
 
 setup: .venv/.done
 
@@ -23,8 +23,15 @@ setup: .venv/.done
 demo: setup
 	$(BIN)/python -m flashgrpo.grpo.demo --seed $(SEED)
 
+# The second run sends the kernels' tests through Triton's interpreter.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 tests/kernels
+
+# Needs nothing but a GPU and a python3 with torch, triton and pytest.
+gpu-test:
+	mkdir -p .types && ln -sfn .. .types/flashgrpo
+	PYTHONPATH=.types python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib -q tests/kernels
 
 lint: setup
 	$(BIN)/ruff format --check .

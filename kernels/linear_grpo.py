@@ -14,8 +14,8 @@ gradient in place (in torch three chunks, in fp32).
 
 Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row: with r rows a chunk
 that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at 6,144. So on CUDA r is 6,144 rows of
-16-bit or 3,072 of fp32 logits, which also is what 5% of full fp32 logits hold for 64k targets; on a CPU it is as many as
-have their fp32 logits in 2 MiB of cache, and at least 256.
+16-bit or 3,072 of fp32 logits, which also is what 5% of full fp32 logits hold for 64k targets; on a CPU it is as many
+as have their fp32 logits in 2 MiB of cache, and at least 256.
 
 Both functions make log-probs in `sweep`, so with equal chunks they agree bit for bit, and autocast changes neither.
 Not done here: vocabulary-parallel heads, a bias, logit soft-capping. Sources: Wijmans et al., Cut Your Losses, arXiv

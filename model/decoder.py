@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.activation_checkpointing: ActivationCheckpointing = "none"
-        self.attention_backend = "torch"
+        self.attention_backend = "triton"
 
     @property
     def lm_head_weight(self) -> Tensor:  # [vocab_size, hidden_size]

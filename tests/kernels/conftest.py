@@ -3,7 +3,6 @@
 Files named test_*_triton.py test the kernels, against the twins in float64; the others test the twins.
 """
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -20,7 +19,7 @@ def pytest_ignore_collect(collection_path):
     return True if tests_kernels != (INTERPRETED or DEVICE == "cuda") else None
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device():
     return torch.device(DEVICE)
 
@@ -63,6 +62,7 @@ def as_accurate():
 
 def mend_interpreters_bf16():
     """The interpreter holds bf16 as uint16, multiplies the bit patterns in tl.dot, and truncates where it rounds."""
+    import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
