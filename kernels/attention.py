@@ -233,7 +233,8 @@ def _attention_bwd_dkv_kernel(
         lse = tl.load(lse_ptr + row + columns, mask=columns < left, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
         p = tl.exp2(scores * log2_scale - lse[None, :])
-        p = tl.where(columns[None, :] >= (keys - (query - start))[:, None], p, 0.0)
+        if query < start + BLOCK_N:  # the diagonal
+            p = tl.where(columns[None, :] >= (keys - (query - start))[:, None], p, 0.0)
         d_out = _load_rows(d_out_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + row + columns, mask=columns < left, other=0.0)
