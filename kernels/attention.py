@@ -372,7 +372,7 @@ def packed_attention(
     head h // (num_heads // num_kv_heads). Rows from cu_seqlens[-1] on belong to no segment: their output and gradients
     are 0, whatever they hold. `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64; under "torch" a
-    prefix may stand anywhere, and double backward works. Tensors that are not contiguous are copied.
+    prefix may stand anywhere. Tensors that are not contiguous are copied.
 
     Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim or scale that the kernels do
     not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or leave the tensor and a
