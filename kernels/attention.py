@@ -233,7 +233,8 @@ def _attention_bwd_dkv_kernel(
         lse = tl.load(lse_ptr + row + columns, mask=columns < left, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
         p = tl.exp2(scores * log2_scale - lse[None, :])
-        p = tl.where(columns[None, :] >= (keys - (query - start))[:, None], p, 0.0)
+        if query < start + BLOCK_N:  # the diagonal
+            p = tl.where(columns[None, :] >= (keys - (query - start))[:, None], p, 0.0)
         d_out = _load_rows(d_out_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + row + columns, mask=columns < left, other=0.0)
@@ -371,7 +372,7 @@ def packed_attention(
     head h // (num_heads // num_kv_heads). Rows from cu_seqlens[-1] on belong to no segment: their output and gradients
     are 0, whatever they hold. `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64; under "torch" a
-    prefix may stand anywhere, and double backward works. Tensors that are not contiguous are copied.
+    prefix may stand anywhere. Tensors that are not contiguous are copied.
 
     Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim or scale that the kernels do
     not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or leave the tensor and a
