@@ -37,7 +37,6 @@ from flashgrpo.kernels.common import backward_once, by_triton, check_index
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 BACKENDS = ("triton", "torch")
-_CPU_TOO = by_triton(torch.empty(0))  # a constant, since torch.compile cannot trace what by_triton reads
 _LOG2_E = tl.constexpr(math.log2(math.e))
 # The queries of a prompt's keys are cut into pieces of this many, if the prompt has at most SPLIT_TILES tiles of keys.
 _PIECE = 16_384
@@ -384,7 +383,7 @@ def packed_attention(
         check_index("prefix", prefix, q.device, cu_seqlens.shape[0] - 1)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
-    if backend == "torch" or q.dtype == torch.float64 or not (q.is_cuda or _CPU_TOO):
+    if backend == "torch" or not by_triton(q):
         return plan.torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
     if q.is_cpu and not torch.compiler.is_compiling():
         plan.segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)

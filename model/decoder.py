@@ -239,6 +239,7 @@ _keep_products = functools.partial(
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
         *([ONEDNN_PRODUCT.default] if ONEDNN_PRODUCT else []),
+        torch.ops.flashgrpo.packed_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
