@@ -38,23 +38,23 @@ _NEVER = tl.constexpr(-1e30)
 
 @triton.jit
 def _accumulate(x, scale, peak, total, moment, SLICE: tl.constexpr):
-    """Takes a block of logits x into each slice's running maximum of z = x scale, sum of 2^(z - peak), and sum of
-    2^(z - peak) (z - peak). A maximum that is still -inf counts as 0.
+    """Takes a block of logits x into each slice's running maximum, and with z = (x - peak) scale its sums of 2^z and of
+    2^z z. A maximum that is still -inf counts as 0.
     """
     x = tl.reshape(x, [x.shape[0] // SLICE, SLICE])
-    higher = tl.maximum(peak, tl.max(x, 1) * scale)
+    higher = tl.maximum(peak, tl.max(x, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
-    z = x * scale - base[:, None]
+    z = (x - base[:, None]) * scale
     powers = tl.exp2(z)
-    rise = tl.maximum(peak - base, _NEVER)
+    rise = tl.maximum((peak - base) * scale, _NEVER)
     fade = tl.exp2(rise)
     moment = fade * (moment + total * rise) + tl.sum(powers * tl.maximum(z, _NEVER), 1)
     return higher, fade * total + tl.sum(powers, 1), moment
 
 
 @triton.jit
-def row_softmax(row, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
-    """(peak, log total, moment / total) of one row at pointer `row`, in powers of two: see `_accumulate`."""
+def _row_softmax(row, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
+    """(largest logit, log2 of the sum of 2^z, mean of z) of the row at pointer `row`, with z as in `_accumulate`."""
     columns = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK // SLICE], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK // SLICE], tl.float32)
@@ -68,11 +68,10 @@ def row_softmax(row, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
         peak, total, moment = _accumulate(x, scale, peak, total, moment, SLICE)
     highest = tl.max(peak, 0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
-    rise = tl.maximum(peak - highest, _NEVER)
+    rise = tl.maximum((peak - highest) * scale, _NEVER)
     fade = tl.exp2(rise)
     row_total = tl.sum(fade * total, 0)
-    row_moment = tl.sum(fade * (moment + total * rise), 0)
-    return highest, tl.log2(row_total), row_moment / row_total
+    return highest, tl.log2(row_total), tl.sum(fade * (moment + total * rise), 0) / row_total
 
 
 @triton.jit(do_not_specialize=["vocab"])
@@ -85,11 +84,11 @@ def _logprob_fwd_kernel(
     logprob, entropy, peak, log_total = 0.0, 0.0, 0.0, 0.0
     if target != -100:
         row = logits + n * row_stride
-        peak, log_total, mean = row_softmax(row, vocab, scale, BLOCK, SLICE)
+        peak, log_total, mean = _row_softmax(row, vocab, scale, BLOCK, SLICE)
         entropy = (log_total - mean) * _LN_2
         in_range = (target >= 0) & (target < vocab)
         chosen = tl.load(row + target, mask=in_range, other=float("nan")).to(tl.float32)
-        logprob = (chosen * scale - peak - log_total) * _LN_2
+        logprob = ((chosen - peak) * scale - log_total) * _LN_2
     tl.store(logprobs + n, logprob)
     tl.store(entropies + n, entropy)
     tl.store(peaks + n, peak)
@@ -110,7 +109,7 @@ def _logprob_bwd_kernel(
         tl.store(d_logits, tl.zeros([BLOCK], tl.float32), mask=columns < vocab)
     else:
         x = tl.load(logits + n * row_stride + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-        log_p = (x * scale - tl.load(peaks + n)) - tl.load(log_totals + n)
+        log_p = (x - tl.load(peaks + n)) * scale - tl.load(log_totals + n)
         p = tl.exp2(log_p)
         to_target = 0.0
         if d_logprobs is not None:
@@ -158,8 +157,8 @@ class TritonRows(NamedTuple):
     logits: Tensor  # [rows, vocab], contiguous along rows
     logprobs: Tensor  # [rows] fp32, and so the others
     entropy: Tensor
-    peaks: Tensor  # largest logit over temperature, in powers of two
-    log_totals: Tensor  # log2 of the sum of the powers relative to the peak
+    peaks: Tensor  # largest logit
+    log_totals: Tensor  # log2 of the sum of exp((logit - peak) / temperature)
 
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor, temperature: float) -> "TritonRows":

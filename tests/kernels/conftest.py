@@ -24,6 +24,11 @@ def device():
     return torch.device(DEVICE)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """New uninitialised floating tensors hold NaN, so that what a kernel does not write shows."""
