@@ -41,7 +41,7 @@ def check_index(name: str, index: Tensor, device: torch.device, length: int | No
 
 def check_temperature(temperature: float) -> None:
     """Raises unless `temperature` is a finite number above 0."""
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; wanted a finite number above 0")
 
 

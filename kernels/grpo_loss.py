@@ -105,7 +105,7 @@ def logits_grpo_loss(
     gradient is written over logits that are another operation's result, which autograd then refuses to use again;
     logits that are a leaf, or a view of one, keep their values. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
-    spare = logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
+    spare = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
     logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not spare)
     arguments = check_arguments(
         logprobs, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
@@ -194,6 +194,7 @@ def _keep_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[2:], denominator)
     ctx.dtype, ctx.has_entropies, ctx.number = logprobs.dtype, entropies is not None, numbers[-1]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 @backward_once

@@ -10,7 +10,8 @@ For n rows, hidden size H and vocabulary V, chunk by chunk:
 `linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H FLOPs against 8 n V H
 for what recomputes them. A sequence-level ratio needs all log-probs before any gradient, so it costs 8 n V H. Beyond
 its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and one chunk of logits, which the kernels turn into their
-gradient in place (in torch three chunks, in fp32).
+gradient in place, or two where live rows are picked out (in torch three chunks, in fp32). Gradients pass through the
+logits' dtype before the denominator: in fp16 an advantage times a ratio above 65,504 overflows.
 
 Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row: with r rows a chunk
 that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at 6,144. So on CUDA r is 6,144 rows of
@@ -65,6 +66,7 @@ def linear_logprobs(
     chunk and another logits_dtype; TypeError for wrong dtypes.
     """
     head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
+    targets = targets.contiguous()
     if by_triton(hidden):
         return _linear_logprobs_op(hidden, lm_head_weight, targets, *head)
     return _LinearLogprobs.apply(hidden, lm_head_weight, targets, head)
@@ -100,6 +102,7 @@ def linear_grpo_loss(
     raise.
     """
     head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
+    targets = targets.contiguous()
     like = hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
     arguments = check_arguments(
         like, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
@@ -307,6 +310,7 @@ def _keep_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[4:], denominator)
     ctx.number, ctx.needed, ctx.dtype = numbers[-1], needed, hidden.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 @backward_once

@@ -47,6 +47,8 @@ class Gradients:
 
     def add(self, d_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
         """Adds what the rows `rows` contribute, by their d_logits and hidden states."""
+        if d_logits.is_cuda:  # 16-bit products also of fp32 logits' gradients
+            d_logits = d_logits.to(weight.dtype)
         if self.d_hidden is not None and isinstance(rows, slice):
             torch.mm(d_logits.to(weight.dtype), weight, out=self.d_hidden[rows])
         elif self.d_hidden is not None:
@@ -73,7 +75,7 @@ def sweep(
     """Log-probs and entropies, chunk by chunk, and with `upstream` what each chunk adds to `gradients`."""
     logprobs = hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
     entropies = torch.empty_like(logprobs)
-    logits_weight = weight.to(head.logits_dtype)
+    logits_weight = weight if weight.is_cuda else weight.to(head.logits_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, hidden.shape[0] if rows is None else rows.shape[0], head.chunk_tokens):
             chunk = slice(start, start + head.chunk_tokens)
@@ -102,12 +104,15 @@ def _softmax(
     head: Head,
     num_tokens: int,  # of all chunks
 ) -> RowLogprobs | TritonRows:
-    hidden = hidden.to(weight.dtype)
     if not by_triton(hidden):
-        return row_logprobs(hidden @ weight.T, targets, head.temperature, overwrite=True)
+        return row_logprobs(hidden.to(weight.dtype) @ weight.T, targets, head.temperature, overwrite=True)
     # The library chooses a product's order of summation by its shape, so the last of several chunks is as long as all.
     missing = head.chunk_tokens - hidden.shape[0] if num_tokens > head.chunk_tokens else 0
-    logits = torch.nn.functional.pad(hidden, (0, 0, 0, missing)) @ weight.T
+    padded = torch.nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
+    if head.logits_dtype != weight.dtype:  # CUDA; on a CPU the weight has been cast
+        logits = torch.mm(padded, weight.T, out_dtype=head.logits_dtype)
+    else:
+        logits = padded.to(weight.dtype) @ weight.T
     return TritonRows.of(logits[: hidden.shape[0]], targets, head.temperature)
 
 

@@ -114,7 +114,7 @@ def _logprob_bwd_kernel(
         to_target = 0.0
         if d_logprobs is not None:
             to_target = tl.load(d_logprobs + n)
-        to_target = tl.where((target >= 0) & (target < vocab), to_target, float("nan"))
+        to_target = tl.where((target >= 0) & (target < vocab) | (to_target == 0), to_target, float("nan"))
         slope = to_target
         if d_entropies is not None:
             slope += tl.load(d_entropies + n) * (tl.maximum(log_p, _NEVER) * _LN_2 + tl.load(entropies + n))
@@ -147,7 +147,8 @@ def gather_logprobs(
     if by_triton(logits):
         if logits.stride(1) != 1:
             logits, inplace_backward = logits.contiguous(), False
-        return _logprob_fwd(logits, targets, temperature, inplace_backward)[:2]
+        inplace_backward &= logits.stride(0) >= logits.shape[1]  # rows that share memory have no place for gradients
+        return _logprob_fwd(logits, targets.contiguous(), temperature, inplace_backward)[:2]
     return GatherLogprobs.apply(logits, targets, temperature, inplace_backward)
 
 

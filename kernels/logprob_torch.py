@@ -32,7 +32,7 @@ class RowLogprobs(NamedTuple):
     ) -> Tensor:  # [rows, vocab]
         """Gradient by the logits, in the memory of the rows. Out-of-range targets give NaN, ignored ones exactly 0."""
         in_range = (targets >= 0) & (targets < self.p.shape[1])
-        to_target = torch.where(in_range, d_logprobs, torch.nan).unsqueeze(1) / temperature
+        to_target = torch.where(in_range | (d_logprobs == 0), d_logprobs, torch.nan).unsqueeze(1) / temperature
         if d_entropy is None:
             d_logits = self.p.mul_(-to_target)
         else:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.common import check_index
+from flashgrpo.kernels.common import accumulation_dtype, check_index
 
 RatioLevel = Literal["token", "sequence"]
 Objective = Literal["clip", "cispo"]
@@ -139,7 +139,7 @@ def check_arguments(
         if denominator.dim():
             raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
         denominator = denominator.detach()
-    elif not (denominator > 0 and math.isfinite(denominator)):
+    elif not 0 < denominator < math.inf:
         raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
     _check_offsets(target_cu_seqlens, like)
     _check_rewards(rewards, sequence_ids, advantages, target_cu_seqlens.shape[0] - 1)
@@ -148,12 +148,14 @@ def check_arguments(
         if x is not None and x.shape != like.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {tuple(like.shape)}, one entry a target")
     detached = (None if x is None else x.detach() for x in (advantages, old_logprobs, ref_logprobs, behavior_logprobs))
-    rewards = None if rewards is None else rewards.detach()
+    rewards = None if rewards is None else rewards.detach().to(accumulation_dtype(rewards.dtype))
     return LossArguments(config, target_cu_seqlens, denominator, targets, rewards, sequence_ids, *detached)
 
 
 def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:
     check_index("target_cu_seqlens", target_cu_seqlens, like.device)
+    if like.shape[0] and target_cu_seqlens.shape[0] < 2:
+        raise ValueError(f"target_cu_seqlens has one entry; wanted the offsets of {like.shape[0]} target rows")
     if target_cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         first, last = int(target_cu_seqlens[0]), int(target_cu_seqlens[-1])
         if first != 0 or last != like.shape[0] or bool((target_cu_seqlens.diff() < 0).any()):

@@ -43,6 +43,12 @@ def _at_most(x, bound):
 
 
 @triton.jit
+def _largest(x):
+    """max(x), NaN if any is."""
+    return tl.where(tl.sum((x != x).to(tl.int32), 0) > 0, float("nan"), tl.max(x, 0))
+
+
+@triton.jit
 def _group_advantage(rewards, slot, group_size, by_deviation, eps, GROUP_BLOCK: tl.constexpr):
     """Advantage of rewards[slot] in its group. Deviations are from a reward of the group, see `group_advantages`."""
     group = rewards + slot // group_size * group_size
@@ -180,8 +186,8 @@ def _grpo_loss_kernel(
     mismatch = tl.abs(tl.where(counted, mismatch, 0.0))
 
     behavior_weight = tl.exp(_at_most(tl.where(counted, log_weight, 0.0), 20.0))
-    outside = (behavior_weight < behavior_floor) | (behavior_weight > behavior_cap)
-    cut = tl.where(mask_behavior != 0, tl.where(outside, 0.0, behavior_weight), _at_most(behavior_weight, behavior_cap))
+    within = (behavior_weight >= behavior_floor) & (behavior_weight <= behavior_cap)
+    cut = tl.where(mask_behavior != 0, tl.where(within, behavior_weight, 0.0), _at_most(behavior_weight, behavior_cap))
     weighted = tl.where(has_cap != 0, advantage * cut, advantage)
     ratio = tl.exp(_at_most(log_ratio, 20.0))
     loss, slope = _policy(ratio, log_ratio, logprob, advantage, weighted, clip_low, clip_high, clip_max, cispo)
@@ -189,8 +195,8 @@ def _grpo_loss_kernel(
     if ref is not None:
         reference = tl.load(ref + rows, mask=counted, other=0.0).to(tl.float32)
         kl, d_kl = _kl_and_gradient(reference - logprob, kl_estimator)
-        loss += kl_coef * kl
-        slope += kl_coef * d_kl
+        loss += tl.where(kl_coef != 0, kl_coef * kl, 0.0)
+        slope += tl.where(kl_coef != 0, kl_coef * d_kl, 0.0)
     loss, slope = weight * loss, weight * slope
     live = slope != 0
     entropy = tl.zeros([BLOCK], tl.float32)
@@ -208,13 +214,13 @@ def _grpo_loss_kernel(
     tl.store(sums, tl.sum(loss, 0))
     tl.store(sums + num_blocks, tl.sum(counted.to(tl.float32), 0))
     tl.store(sums + 2 * num_blocks, tl.sum(tl.where(counted, ratio, 0.0), 0))
-    tl.store(sums + 3 * num_blocks, tl.max(tl.where(counted, ratio, 0.0), 0))
+    tl.store(sums + 3 * num_blocks, _largest(tl.where(counted, ratio, 0.0)))
     tl.store(sums + 4 * num_blocks, tl.sum(((ratio < 1 - clip_low) & (advantage < 0)).to(tl.float32), 0))
     tl.store(sums + 5 * num_blocks, tl.sum(((ratio > 1 + clip_high) & (advantage > 0)).to(tl.float32), 0))
     tl.store(sums + 6 * num_blocks, tl.sum(live.to(tl.float32), 0))
     tl.store(sums + 7 * num_blocks, tl.sum(tl.where(counted, kl, 0.0), 0))
     tl.store(sums + 8 * num_blocks, tl.sum(mismatch, 0))
-    tl.store(sums + 9 * num_blocks, tl.max(mismatch, 0))
+    tl.store(sums + 9 * num_blocks, _largest(mismatch))
     tl.store(sums + 10 * num_blocks, tl.sum(entropy, 0))
 
 
@@ -230,7 +236,7 @@ def _sum_blocks_kernel(partials, denominators, loss, metrics, num_blocks, denomi
         larger = tl.where((x > total) | (x != x), x, total)
         total = tl.where(is_max, larger, total + x)
         tokens += tl.load(partials + num_blocks + start + lanes, mask=start + lanes < num_blocks, other=0.0)
-    result = tl.where(is_max, tl.max(total, 0), tl.sum(total, 0))
+    result = tl.where(is_max, _largest(total), tl.sum(total, 0))
     if metric == 0:
         if denominators is not None:
             denominator = tl.load(denominators).to(tl.float32)
@@ -264,10 +270,11 @@ def num_blocks_of(num_tokens: int) -> int:
 def kernel_arguments(arguments: LossArguments) -> tuple[list[Tensor | None], Tensor | None, list[float]]:
     """The arguments as the kernels take them: tensors, the denominator if it is one, numbers."""
     config, denominator = arguments.config, arguments.denominator
-    tensors = [
+    tensors = (
         arguments.targets, arguments.target_cu_seqlens, arguments.rewards, arguments.sequence_ids,
         arguments.advantages, arguments.old_logprobs, arguments.ref_logprobs, arguments.behavior_logprobs,
-    ]  # fmt: skip
+    )  # fmt: skip
+    contiguous = [None if x is None else x.contiguous() for x in tensors]
     numbers = [
         ADVANTAGE_EPS, config.clip_low, config.clip_high, _or_infinite(config.clip_max), config.kl_coef,
         config.entropy_coef, _or_infinite(config.behavior_cap), config.behavior_floor,
@@ -276,7 +283,7 @@ def kernel_arguments(arguments: LossArguments) -> tuple[list[Tensor | None], Ten
         config.behavior_cap is not None, config.behavior_mode == "mask",
         1.0 if isinstance(denominator, Tensor) else denominator,
     ]  # fmt: skip
-    return tensors, denominator if isinstance(denominator, Tensor) else None, [float(number) for number in numbers]
+    return contiguous, denominator if isinstance(denominator, Tensor) else None, [float(number) for number in numbers]
 
 
 def launch_loss(
@@ -290,11 +297,10 @@ def launch_loss(
     """Loss, and its gradient by the log-prob, of a run of tokens."""
     start, stop, _ = (chunk or slice(None)).indices(logprobs.shape[0])
     first_block = start // (chunk.stop - chunk.start) * num_blocks_of(chunk.stop - chunk.start) if chunk else 0
-    contiguous = [None if x is None else x.contiguous() for x in tensors]
-    rewards, offsets = contiguous[2], contiguous[1]
+    rewards, offsets = tensors[2], tensors[1]
     assert offsets is not None
     launch(
-        _grpo_loss_kernel, (num_blocks_of(stop - start),), logprobs, entropies, *contiguous, *buffers,
+        _grpo_loss_kernel, (num_blocks_of(stop - start),), logprobs, entropies, *tensors, *buffers,
         stop, start, first_block, offsets.shape[0] - 1, 1 if rewards is None else rewards.shape[1],
         buffers.partials.shape[1], *numbers[:-1], BLOCK=BLOCK, GROUP_BLOCK=_GROUP_BLOCK,
     )  # fmt: skip

@@ -136,6 +136,31 @@ def test_groups(rewards, scale, device):
         assert not ours[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16])
+def test_rewards_of_any_dtype(dtype, device):
+    """Correctness is naturally a bool; masked lanes of an integer load hold no NaN."""
+    rewards = torch.tensor([[1, 0, 1], [1, 1, 1]], device=device)
+    offsets, logprobs = torch.arange(7, device=device), torch.zeros(6, device=device)
+    wanted = evaluate(logprobs, offsets, LossConfig(), {"rewards": rewards.float()}, torch.float32)
+    leaf = logprobs.clone().requires_grad_()
+    loss, _ = grpo_loss(leaf, offsets, LossConfig(), denominator=37.0, rewards=rewards.to(dtype))
+    loss.backward()
+    assert torch.equal(leaf.grad, wanted[1])
+    assert leaf.grad[:3].all()
+    assert not leaf.grad[3:].any()
+
+
+def test_nan_shows_in_every_metric(device):
+    logprobs, offsets, _, tensors = make_case(device)
+    logprobs[900] = float("nan")
+    stats = [
+        evaluate(logprobs, offsets, CONFIGS["truncated"], tensors, dtype)[2] for dtype in (torch.float32, torch.float64)
+    ]
+    for name in stats[0]:
+        assert stats[0][name].isnan() == stats[1][name].isnan(), name
+    assert stats[0]["ratio_max"].isnan()
+
+
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "dual clip"])
 @pytest.mark.parametrize("far", [20.0, 100.0, -20.0, -100.0])
 def test_extreme_ratios_and_references(name, far, device):
@@ -204,3 +229,19 @@ def test_graph_captured_whole_and_double_backward_refused(device):
     assert torch.equal(*(torch.autograd.grad(value, leaf)[0] for value in (compiled, loss(leaf))))
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+
+
+def test_a_leaf_keeps_its_values_when_compiled(device):
+    """Whether logits are a leaf is not what a compiled function checks when it is called again."""
+    offsets, targets = torch.tensor([0, 2, 4], device=device), torch.arange(4, device=device)
+    advantages, config = torch.tensor([1.0, -1.0], device=device), LossConfig()
+
+    def loss(logits, denominator):
+        return logits_grpo_loss(logits, targets, offsets, config, denominator=denominator, advantages=advantages)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    leaf = torch.randn(4, 9, device=device, requires_grad=True)
+    compiled(leaf * 1, 2.0).backward()
+    kept = leaf.detach().clone()
+    compiled(leaf, 3.0).backward()
+    assert torch.equal(leaf.detach(), kept)

@@ -131,6 +131,24 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
         assert torch.equal(a, b)
 
 
+def test_targets_of_any_stride(device):
+    logits, pairs = torch.randn(6, 40, device=device), torch.randint(0, 40, (6, 2), device=device)
+    assert torch.equal(gather_logprobs(logits, pairs[:, 0])[0], gather_logprobs(logits, pairs[:, 0].clone())[0])
+    one = pairs[:1, 0].expand(6)
+    assert torch.equal(gather_logprobs(logits, one)[0], gather_logprobs(logits, one.clone())[0])
+
+
+def test_rows_that_share_memory_keep_it(device):
+    """An in-place gradient would be the last row's for all."""
+    x = torch.randn(1, 10, device=device, requires_grad=True)
+    targets = torch.arange(4, device=device)
+    gradients = []
+    for inplace in (True, False):
+        logprobs, _ = gather_logprobs((x * 1).expand(4, 10), targets, inplace_backward=inplace)
+        gradients.append(torch.autograd.grad(logprobs.sum(), x)[0])
+    assert torch.equal(*gradients)
+
+
 def test_graph_captured_whole_and_double_backward_refused(device):
     logits = torch.randn(3, 500, device=device, requires_grad=True)
     targets = torch.randint(0, 500, (3,), device=device)
