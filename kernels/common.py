@@ -51,9 +51,10 @@ def by_triton(x: Tensor) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Queues a Triton kernel; nothing for an empty grid, which CUDA refuses."""
+    """Queues a Triton kernel on its first argument's device; nothing for an empty grid, which CUDA refuses."""
     if all(grid):
-        kernel[grid](*arguments, **options)
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **options)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,5 +1,6 @@
 """The README's numbers are those of the results files."""
 
+import re
 import shlex
 
 import pytest
@@ -27,6 +28,20 @@ def test_the_commands_of_the_readme_are_understood():
             kind = SftRecipe if options.command == "sft" else Recipe
             assert load_recipe(kind, readme.ROOT / options.recipe, overrides)
     assert seen == {"train", "sft", "eval", "sample", "report"}
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (readme.ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[re.findall(r"import (\w+)", code)[-1] for code in EXAMPLES])
+def test_the_examples_run(example):
+    assert 5 <= example.count("\n") <= 20, "about 15 lines each"
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_every_kernel_has_an_example():
+    names = "packed_attention gather_logprobs grpo_loss pack_padded logits_grpo_loss linear_logprobs linear_grpo_loss"
+    assert all(re.search(rf"\b{name}\(", "".join(EXAMPLES)) for name in names.split())
 
 
 def test_only_what_stands_between_the_marks_is_replaced():
