@@ -8,8 +8,8 @@ instructions, else the innermost one with the most 16-byte loads, else with the 
 Instructions and loads are those of the shortest hot loop, the one without masks; spills are those of all.
 
 Rows of sm_90 have a `prediction` for an H200 at the shapes below: arithmetic, not a measurement. The limit is what
-matmul FLOPs or bytes take at the rates below. The expected share of it compares a pass through the hot loop with its
-issue, 4 warp instructions a clock: of the shorter of both one program's part does not overlap.
+matmul FLOPs or bytes take at the rates below. The expected share of it sets a pass through the hot loop against its
+issue, 4 warp instructions a clock, part of which other programs hide; latency counts only where little else does.
 """
 
 import json
