@@ -74,7 +74,8 @@ def _row_softmax(row, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
     return highest, tl.log2(row_total), tl.sum(fade * (moment + total * rise), 0) / row_total
 
 
-@triton.jit(do_not_specialize=["vocab"])
+# vocab is specialised: accesses under `columns < vocab` are 16 bytes wide only if 8 is known to divide it.
+@triton.jit
 def _logprob_fwd_kernel(
     logits, targets, logprobs, entropies, peaks, log_totals, vocab, row_stride, scale,
     BLOCK: tl.constexpr, SLICE: tl.constexpr,
@@ -95,7 +96,7 @@ def _logprob_fwd_kernel(
     tl.store(log_totals + n, log_total)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
 def _logprob_bwd_kernel(
     logits, d_logits, targets, entropies, peaks, log_totals, d_logprobs, d_entropies, vocab, row_stride, d_row_stride,
     scale, BLOCK: tl.constexpr,

@@ -1,0 +1,218 @@
+"""Kernels stay as good as bench/results/static.json says they compile; nothing here needs a GPU."""
+
+import ast
+import json
+import random
+import re
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from flashgrpo.bench.static import RESULTS, TARGETS, launches, measure
+from flashgrpo.kernels import attention
+from flashgrpo.kernels.logprob import TritonRows
+from flashgrpo.kernels.loss_config import LossConfig, check_arguments
+from flashgrpo.kernels.loss_triton import LossBuffers, kernel_arguments, launch_loss, launch_sums
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+RECORDED = json.loads(RESULTS.read_text())
+ROWS = {(row["kernel"], row["target"], row["head_dim"]): row for row in RECORDED["rows"]}
+SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+MATMULS = ("_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel")
+# 255 registers do not hold the tiles: d_q's spill is on the diagonal, one block in many; d_k with d_v spill everywhere.
+KNOWN_SPILLS = {("_attention_bwd_dq_kernel", "sm_90", 128), ("_attention_bwd_dkv_kernel", "sm_90", 256)}
+WORST = [
+    ("_attention_fwd_kernel", 128),
+    ("_attention_bwd_dq_kernel", 128),
+    ("_attention_bwd_dkv_kernel", 128),
+    ("_attention_bwd_dkv_kernel", 256),
+    ("_logprob_fwd_kernel", None),
+    ("_logprob_bwd_kernel", None),
+    ("_grpo_loss_kernel", None),
+]
+
+
+def find_launch(kernel, head_dim):
+    return next(x for x in launches("sm_90") if (x.kernel.__name__, x.head_dim) == (kernel, head_dim))
+
+
+def defined_kernels():
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and re.fullmatch(r"_\w+_kernel", node.name):
+                assert any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+                yield node.name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_has_a_row(target):
+    """A kernel that nobody compiles may spill, or need more shared memory than there is, until a GPU says so."""
+    assert {kernel for kernel, chip, _ in ROWS if chip == target} == set(defined_kernels())
+    launched = [(x.kernel.__name__, x.target, x.head_dim) for x in launches(target)]
+    assert launched == [key for key in ROWS if key[1] == target]
+    assert [dim for kernel, _, dim in launched if kernel in MATMULS] == [64] * 3 + [128] * 3 + [256] * 3
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_chips_hold_the_shared_memory(target):
+    """Triton compiles kernels that need more than the chip has; they fail at the first launch."""
+    needed = {key: row["shared_bytes"] for key, row in ROWS.items() if key[1] == target}
+    assert {key: size for key, size in needed.items() if size > SHARED_LIMITS[target]} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_matmuls_run_on_tensor_cores(target):
+    """A tile that the best instruction does not take falls back to one of half its rate, or to none."""
+    found = {key: list(row["tensor_core"]) for key, row in ROWS.items() if key[0] in MATMULS and key[1] == target}
+    assert found == {key: [MATRIX_INSTRUCTION[target]] for key in found}
+    assert len(found) == 9
+
+
+def test_hot_loops_do_not_spill():
+    nvidia = {key: row["hot_loop_spills"] for key, row in ROWS.items() if key[1].startswith("sm_")}
+    assert {key for key, spills in nvidia.items() if spills} == KNOWN_SPILLS
+
+
+def test_row_kernels_load_16_bytes_at_a_time():
+    """With narrower loads the row kernels are bound by their instructions, not by memory."""
+    for target in TARGETS:
+        forward, backward = (ROWS[f"_logprob_{name}_kernel", target, None] for name in ("fwd", "bwd"))
+        assert forward["global_loads"] == forward["global_loads_16_byte"] > 0
+        assert backward["global_loads_16_byte"] == forward["global_loads_16_byte"]
+
+
+def test_predictions_are_marked_and_stand_for_every_kernel_once():
+    """A number that looks measured would end up in a table as if it were."""
+    predicted = {key: row["prediction"] for key, row in ROWS.items() if "prediction" in row}
+    assert {key[0] for key in predicted} == set(defined_kernels())
+    assert {key[1] for key in predicted} == {"sm_90"}
+    assert not {name for row in ROWS.values() for name in row if "_ms" in name}
+    assert all(0 <= (x["expected_share_of_limit"] or 0) <= 1 and x["reason"] for x in predicted.values())
+
+
+@pytest.mark.skipif(triton.__version__ != RECORDED["triton"], reason="figures are those of another Triton")
+@pytest.mark.parametrize(("kernel", "head_dim"), WORST)
+def test_kernels_compile_no_worse_than_recorded(kernel, head_dim):
+    """Run python -m flashgrpo.bench.static where a change is meant."""
+    now, recorded = measure(find_launch(kernel, head_dim)), ROWS[kernel, "sm_90", head_dim]
+    for name in ("registers", "stack_bytes", "hot_loop_spills", "shared_bytes", "instructions"):
+        assert now[name] <= recorded[name], name
+    assert now["tensor_core"].keys() == recorded["tensor_core"].keys()
+    assert all(now["tensor_core"][name] >= count for name, count in recorded["tensor_core"].items())
+    assert now["global_loads_16_byte"] >= recorded["global_loads_16_byte"]
+
+
+@cache
+def products(kernel):
+    """The integer products of registers in a kernel's PTX: bits of the result, and where each factor comes from.
+
+    That is a set of names of arguments, special registers, and "load" for what was read from memory.
+    """
+    launch = find_launch(kernel, 128 if "attention" in kernel else None)
+    signature = launch.specialise()[1][1]
+    arguments = [name for name, kind in signature.items() if kind != "constexpr"]
+    ptx = launch.compile().asm["ptx"]
+    origins, found = defaultdict(set), []
+    lines = re.findall(r"^\s*(?:@\S+ )?([a-z][\w.:]*)\s+([^;]*%[^;]*);", ptx, re.M)
+    for _ in range(3):  # values go round loops
+        found = []
+        for operation, operands in lines:
+            if operation.startswith(("st.", "setp", "cp.async", "wgmma")):
+                continue
+            first, _, rest = operands.partition("}" if operands.startswith("{") else ",")
+            sources = re.findall(r"%[\w.]+", rest)
+            came = [origins[name] | ({name[1:]} if name.startswith(("%ctaid", "%tid")) else set()) for name in sources]
+            if parameter := re.search(r"_param_(\d+)\]", rest):
+                came = [{arguments[int(parameter[1])]}]
+            elif operation.startswith("ld."):
+                came = [{"load"}]
+            for name in re.findall(r"%\w+", first):
+                origins[name] |= set().union(*came)
+            if operation.startswith(("mul.wide", "mad.wide", "mul.lo", "mad.lo")) and len(re.findall(",", rest)) >= 1:
+                factors = [x.strip() for x in rest.split(",")][:2]
+                if all(x.startswith("%") for x in factors):
+                    bits = 64 if "wide" in operation or operation.endswith("64") else 32
+                    found.append((bits, *(origins[x] for x in factors)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kernel", "row", "stride"),
+    [
+        ("_logprob_fwd_kernel", "ctaid.x", "row_stride"),
+        ("_logprob_bwd_kernel", "ctaid.x", "row_stride"),
+        ("_logprob_bwd_kernel", "ctaid.x", "d_row_stride"),
+        *((kernel, "load", "num_heads") for kernel in MATMULS),
+        *((kernel, "ctaid.x", "total_tokens") for kernel in MATMULS),
+        ("_attention_bwd_sum_kernel", "load", "num_kv_heads"),
+    ],
+)
+def test_row_offsets_are_computed_in_64_bits(kernel, row, stride):
+    """8,192 rows of 300k logits, or 1M tokens of 32 heads of 128, are more elements than 32 bits count."""
+    bits = {n for n, *pair in products(kernel) for a, b in (pair, pair[::-1]) if row in a and stride in b}
+    if row == "load":
+        assert bits == {64}
+    else:  # a program's number also counts heads, in 32 bits
+        assert 64 in bits
+
+
+@pytest.fixture
+def compiled_keys(monkeypatch):
+    """By kernel, what Triton would have compiled it for."""
+    backend = make_backend(TARGETS["sm_90"])
+    keys = defaultdict(set)
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, options = binder(*args, **kwargs)
+        keys[kernel.__name__].add(str((specialization, sorted(options.items()))))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    return keys
+
+
+def draw_cu_seqlens(rng, total):
+    return torch.tensor([0, *sorted(rng.choices(range(total + 1), k=rng.randint(0, 9))), total], dtype=torch.int32)
+
+
+def test_sizes_do_not_recompile(compiled_keys):
+    """Compiling takes seconds; were it done for every new length, a training step would never reach its speed."""
+    rng = random.Random(0)
+    for _ in range(200):
+        n, vocab = rng.randint(1, 40), rng.choice([1, rng.randint(2, 5000), 16 * rng.randint(1, 300)])
+        group_size, groups = rng.randint(1, 20), rng.randint(1, 9)
+        values = torch.zeros(n)
+        rows = TritonRows.of(
+            torch.zeros(n, vocab, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int64), rng.random()
+        )
+        rows.gradients(torch.zeros(n, dtype=torch.int64), values, values, rng.choice([1, 0.7]))
+
+        offsets, rewards = draw_cu_seqlens(rng, n), torch.zeros(groups, group_size)
+        config = LossConfig.preset(rng.choice(["grpo", "dapo", "cispo", "gspo"]), kl_coef=rng.choice([1, 0.04]))
+        ids = torch.zeros(offsets.shape[0] - 1, dtype=torch.int64)
+        arguments = check_arguments(
+            values, offsets, config, rng.choice([1, 0.5]), None, rewards, ids, None, values, values, None
+        )
+        tensors, denominator, numbers = kernel_arguments(arguments)
+        buffers = LossBuffers.empty(values, False)
+        launch_loss(values, None, tensors, numbers, buffers)
+        launch_sums(buffers, denominator, numbers)
+
+        total = rng.choice([rng.randint(1, 700), 16 * rng.randint(1, 40)])
+        kv_heads, ratio = rng.choice([1, 2, 8]), rng.choice([1, 4, 16])
+        q = torch.zeros(total, kv_heads * ratio, 64, requires_grad=True)
+        kv = torch.zeros(total, kv_heads, 64)
+        cu_seqlens = draw_cu_seqlens(rng, total)
+        out, _ = attention._attention_fwd(q, kv, kv, cu_seqlens, None, None, rng.choice([1.0, 0.125]))
+        out.sum().backward()
+    # A vocabulary, and with it the rows' stride, of 1, a multiple of 16, and any other.
+    expected = {kernel: 3 if "logprob" in kernel else 1 for kernel in defined_kernels()}
+    del expected["_attention_bwd_sum_kernel"]  # below `attention._PIECE` tokens
+    assert {kernel: len(keys) for kernel, keys in compiled_keys.items()} == expected
