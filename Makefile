@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export GOMP_SPINCOUNT ?= 2000# grpo/cli.py has the reason
 
-.PHONY: setup demo test gpu-test lint format bench-cpu bench-demo readme clean
+.PHONY: setup demo test gpu-test mutations lint format bench-cpu bench-demo readme clean
 
 setup: .venv/.done
 
@@ -33,6 +33,10 @@ test: setup
 gpu-test:
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
 	PYTHONPATH=.types python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib -q tests/kernels
+
+# Faults planted in the kernels, each of which must fail a test; two minutes.
+mutations: setup
+	$(BIN)/python tests/mutations.py
 
 lint: setup
 	$(BIN)/ruff format --check .

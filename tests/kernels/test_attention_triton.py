@@ -84,6 +84,18 @@ def test_a_longer_pack(device):
     check(device, [200, 150, 1, 130, 129, 70], [-1, 0, 0, 0, -1, -1], torch.bfloat16)
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scores_far_below_and_far_above_zero(sign, device):
+    """At -128 every power underflows that is not measured from a maximum below 0."""
+    qkv, d_out = make_qkv(62, device)
+    with torch.no_grad():
+        qkv[0].add_(4 * sign)
+        qkv[1].add_(4)
+    exact = dense([x.detach().double().requires_grad_() for x in qkv], d_out.double(), *SMALL)
+    for actual, expected in zip(run(qkv, d_out, *SMALL), exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=5e-4)
+
+
 def test_without_prefix_and_with_a_scale_equals_the_twin(device):
     lengths = [70, 33]
     qkv, d_out = make_qkv(103, device)

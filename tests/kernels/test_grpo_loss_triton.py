@@ -6,7 +6,8 @@ import torch
 from flashgrpo.kernels import loss_triton
 from flashgrpo.kernels.grpo_loss import LossConfig, grpo_loss, logits_grpo_loss
 
-SPANS = [0, 700, 1, 0, 0, 300, 512, 30, 0]  # of completions: empty ones first, last and between, one beyond a block
+# Of completions: empty ones first, last and between, one beyond a block, and two that start at a block's last token.
+SPANS = [0, 700, 1, 0, 0, 322, 512, 30, 0]
 CONFIGS = {name: LossConfig.preset(name) for name in LossConfig.presets()} | {
     "grpo, k1": LossConfig.preset("grpo", kl_estimator="k1"),
     "grpo, k2": LossConfig.preset("grpo", kl_estimator="k2", kl_coef=0.3),

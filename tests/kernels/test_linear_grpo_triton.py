@@ -112,15 +112,15 @@ def test_only_what_is_needed(needed, preset, device):
         assert torch.equal(a, b) if need else b is None
 
 
-@pytest.mark.parametrize("compact", [True, None])
-def test_compaction_changes_no_gradient(compact, device):
+@pytest.mark.parametrize(("compact", "entropy_coef"), [(True, 0.0), (None, 0.0), (True, 0.01)])
+def test_compaction_changes_no_gradient(compact, entropy_coef, device):
     case = make_case(device)
-    config = LossConfig.preset("dapo")
+    config = LossConfig.preset("dapo", entropy_coef=entropy_coef)
     all_rows = evaluate(case, config, torch.float32, compact=False, chunk_tokens=64)
     live = evaluate(case, config, torch.float32, compact=compact, chunk_tokens=64)
     for a, b in zip(all_rows[:3], live[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert not live[1][41:241].any()  # a NaN advantage, and one of 0
+    assert live[1][41:241].any() == (entropy_coef != 0)  # an advantage of 0: only the bonus is left
 
 
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])

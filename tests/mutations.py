@@ -1,0 +1,120 @@
+"""Plants faults in the kernels, one at a time in a copy of the tracked files, and shows that a test fails for each.
+
+Tests run in Triton's interpreter, first without a fault. Only a failed assertion catches one: a fault that keeps the
+kernels from running shows nothing. Exits 1 if a fault survives, or its text is not found exactly once. Left out is
+what only a GPU shows: 32-bit offsets that overflow, races, the tiles of other architectures.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+PYTEST = ["-m", "pytest", "-qx", "--color=no", "--tb=short", "-p", "pytest_timeout", "--timeout=60"]
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "400"}
+# (module, test module): (fault, text, text in its place, -k expression of the tests that should fail)
+FAULTS = {
+    ("logprob", "logprob"): [
+        ("tail counts as 0", '+ columns < vocab, other=float("-inf")', "+ columns < vocab, other=0.0", "every_voc"),
+        ("running maximum starts at 0", '[BLOCK // SLICE], float("-inf")', "[BLOCK // SLICE], 0.0", "extreme_rows"),
+        ("entropy of the wrong sign", "(log_total - mean) * _LN_2", "(mean - log_total) * _LN_2", "every_dtype"),
+        ("entropy's gradient of the wrong sign", "slope += tl.load(d_ent", "slope -= tl.load(d_ent", "every_dtype"),
+        ("1/temperature left out of d_logits", "gradient * (scale / _LOG2_E)", "gradient", "temperatures"),
+        ("d_logits is 0", "d_logits, gradient *", "d_logits, 0 * gradient *", "every_dtype"),
+        ("ignored target's row counted", "if target != -100", "if target != -101", "every_vocabulary"),
+        ("logits overwritten unasked", "logits if ctx.inplace_backward", "logits if True", "temperatures"),
+    ],
+    ("loss_triton", "grpo_loss"): [
+        ("clip bounds swapped", "clip_low, config.clip_high", "clip_high, config.clip_low", "every_method and dapo"),
+        ("clipped tokens keep a gradient", "(cispo == 0) & beyond", "(cispo > 1) & beyond", "every_method and bnpo"),
+        ("k1 of the wrong sign", "(estimator == 1, -d", "(estimator == 1, d", "every_method and k1"),
+        ("k3's slope without d", "-(k3 + d)", "-k3", "small_differences"),
+        ("population deviation", "tl.maximum(count - 1.0, 1.0)", "tl.maximum(count, 1.0)", "groups and missing"),
+        ("NaN rewards counted", "_is_finite(x), 1.0", "start + lanes < group_size, 1.0", "groups and missing"),
+        ("NaN advantages counted", "inside & (advantage == advantage)", "inside", "own_advantages"),
+        ("sequence mean over ignored targets", "(valid.to(", "((tokens < end).to(", "ignored_targets"),
+        ("sequence mean without its division", "1.0, 1.0 / length", "1.0, 1.0", "own_advantages"),
+        ("ignored targets counted", "inside, other=-100) != -100", "inside, other=-100) != -101", "ignored"),
+        ("entropy bonus of the wrong sign", "bonus = -entropy", "bonus = entropy", "ignored_targets"),
+        ("completion found a token late", "(offsets + middle) <= row", "(offsets + middle) < row", "own_advantages"),
+        ("1/denominator left out of the loss", "result / denominator", "result", "own_advantages"),
+    ],
+    ("attention", "attention"): [
+        ("running maximum starts at 0", '(BLOCK_M,), float("-inf")', "(BLOCK_M,), 0.0", "far_below"),
+        ("sum not rescaled when the maximum rises", "row_sum * rescale +", "row_sum +", "as_accurate and families"),
+        ("prefix has a key too many", "prefix_stop - 1, rows)[:, None]\n                scores",
+         "prefix_stop, rows)[:, None]\n                scores", "every_head_dim"),
+        ("prefix's tail of one key unseen", "(shared_key <", "(shared_key + 1 <", "as_accurate and families"),
+        ("own key hidden in d_k and d_v", "[None, :] >= (keys", "[None, :] > (keys", "every_head_dim"),
+        ("d_q without its mask", "p = tl.where(visible, p, 0.0)", "p = p", "every_head_dim"),
+        ("d_k without scale", "dk *= scale", "dk *= 1.0", "every_head_dim"),
+        ("d_v is 0", "(dv_ptr + offset, dv,", "(dv_ptr + offset, 0 * dv,", "every_head_dim"),
+        ("d_k of another head's queries", "kv_head * group_size + i", "kv_head + i", "every_ratio and 4-2"),
+        ("last piece of a family left out", "range(num_pieces)", "range(num_pieces - 1)", "split_families and 70"),
+        ("NaN in rows of no segment", "tl.where(own_start < 0, 1.0, row_sum)", "row_sum", "next_to_nothing"),
+    ],
+    ("linear_grpo", "linear_grpo"): [
+        ("1/denominator left out of the gradients", "(ctx.number if", "(1.0 if", "low_precision and None"),
+    ],
+    ("linear_sweep", "linear_grpo"): [
+        ("d_weight of the last chunk alone", "d_weight.dtype))", "d_weight.dtype), beta=0)", "low_precision and None"),
+        ("d_weight summed in bf16", "accumulation_dtype(weight.dtype))", "weight.dtype)", "low_precision and None"),
+        ("compacted rows of another chunk", "live + start, rows", "live, rows", "compaction and True"),
+        ("rows of the entropy bonus alone left out", "| (d_entropies != 0)", "", "compaction and True"),
+    ],
+}  # fmt: skip
+
+
+def run_tests(test: str, expression: str, module="", old="", new="") -> tuple[subprocess.CompletedProcess[str], float]:
+    """Tests of test_`test`_triton.py on a copy of the repository with `new` for `old` in `module`, and its seconds."""
+    start = time.perf_counter()
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        for name in names.split("\0")[:-1]:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+        (Path(folder) / "flashgrpo").symlink_to(copy)
+        if module:
+            source = copy / "kernels" / f"{module}.py"
+            source.write_text(source.read_text().replace(old, new))
+        command = [sys.executable, *PYTEST, f"tests/kernels/test_{test}_triton.py", "-k", expression]
+        env = os.environ | ENVIRONMENT | {"PYTHONPATH": folder}
+        ran = subprocess.run(command, cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return ran, time.perf_counter() - start
+
+
+def main() -> None:
+    faults = [(*modules, *fault) for modules, several in FAULTS.items() for fault in several]
+    for module, _, name, old, *_ in faults:
+        if (times := (ROOT / "kernels" / f"{module}.py").read_text().count(old)) != 1:
+            sys.exit(f"{name}: {old!r} is {times} times in kernels/{module}.py; wanted once")
+    tests = {test: " or ".join({f"({fault[-1]})" for fault in faults if fault[1] == test}) for _, test in FAULTS}
+    table, caught = Table("fault", "file", "caught by", "s"), 0
+    with ThreadPoolExecutor(2) as pool:
+        for ran, _ in track(pool.map(run_tests, tests, tests.values()), "Without a fault", len(tests)):
+            if ran.returncode:
+                sys.exit(f"{ran.stdout}\nfails without a fault")
+        runs = pool.map(lambda fault: run_tests(fault[1], fault[-1], fault[0], *fault[3:5]), faults)
+        for (module, _, name, *_), (ran, seconds) in zip(faults, track(runs, "With each", len(faults)), strict=True):
+            failed = re.search(r"^FAILED \S+?::(.+?) - (AssertionError|assert)\b", ran.stdout, re.MULTILINE)
+            caught += failed is not None
+            verdict = escape(failed[1]) if failed else "no assertion fails" if ran.returncode else "survives"
+            table.add_row(name, f"{module}.py", verdict, f"{seconds:.1f}", style="" if failed else "red")
+    Console().print(table, f"{caught} of {len(faults)} caught")
+    sys.exit(caught != len(faults))
+
+
+if __name__ == "__main__":
+    main()
