@@ -66,11 +66,11 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _suits_onednn(n: int, weight: Tensor) -> bool:
-    return (
-        ONEDNN_PRODUCT is not None
+    return (  # what most often fails first: decoding calls this often
+        n * weight.numel() >= _MIN_MULTIPLY_ADDS
         and weight.is_cpu
         and weight.dtype == torch.float32
-        and n * weight.numel() >= _MIN_MULTIPLY_ADDS
+        and ONEDNN_PRODUCT is not None
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
