@@ -212,6 +212,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_table(summary: list[dict[str, Any]], load_average: float) -> None:
+    """The rows of `summarize` on the terminal, with the load that they were measured under."""
     table = Table(
         title=f"One GRPO step on CPU, fp32, {THREADS} threads",
         caption=f"load average before a run: up to {load_average:.1f}, about {THREADS} if idle otherwise",
@@ -231,6 +232,7 @@ def print_table(summary: list[dict[str, Any]], load_average: float) -> None:
 
 
 def main() -> None:
+    """Measure everything once, write RESULTS, print it."""
     runs = []
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
         inputs = {length: make_inputs(Path(folder) / str(length), length) for length in PROMPT_LENGTHS}

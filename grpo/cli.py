@@ -15,7 +15,7 @@ _RECIPE_COMMANDS = ("train", "sft")  # what a command needs is imported by it: -
 
 # For torch's threads on a CPU, read when it is imported. Where another process wants a core, waiting for the thread
 # that lost it takes most of a step: with both of 2 cores busy, sampling is several times as fast as by default.
-_SPIN_COUNT = "5000"
+_SPIN_COUNT = "2000"
 
 
 def main(arguments: list[str] | None = None) -> int:
