@@ -5,7 +5,7 @@ PYTHON ?= python3
 SEED ?= 1
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
-export GOMP_SPINCOUNT ?= 2000# grpo/cli.py has the reason
+export GOMP_SPINCOUNT ?= 50000# grpo/cli.py has the reason
 
 .PHONY: setup demo test gpu-test mutations lint format bench-cpu bench-demo readme clean
 

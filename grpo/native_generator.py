@@ -1,6 +1,7 @@
 """The embedded generator: the trainer's own weights, one KV cache, the whole batch at once.
 
 A prompt's keys and values are computed once and read by all of its completions; each completion keeps only its own.
+Where every prompt has one completion, it keeps the prompt's before its own: half the products.
 One decoding step of `rows` live completions reads the weights once, so its cost on a CPU is 2 N FLOPs a row and on a
 GPU the N weights' bytes. Finished rows leave the batch once an eighth of it is idle, and so do the prompts of finished
 groups. It runs without CUDA graphs and pages: it is the default where vLLM is not installed, and the reference that
@@ -71,7 +72,9 @@ class _DecodingBatch:
         self.group_of_row = np.repeat(np.arange(len(requests)), counts)
         self.unfinished = np.array(counts)
         self.groups = np.arange(len(requests))  # those with a place in the prompts' cache, ascending
+        self.shared = max(counts) > 1
         self.prompt_lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=self.device)
+        self.own_start = 0 if self.shared else max(len(r.prompt_ids) for r in requests)  # in `own_cache`
         self.prompt_cache: list[tuple[Tensor, Tensor]] = []
         self.own_cache: list[tuple[Tensor, Tensor]] = []
         self.position = 0  # tokens that the live rows have been given beyond their prompts
@@ -103,20 +106,21 @@ class _DecodingBatch:
 
         stops = np.isin(sampled[0], self.stop_token_ids)
         newly_done = live & (stops | (self.position == self.sampling.max_new_tokens))
-        ended = self.rows[newly_done]
-        self.lengths[ended] = self.position
-        self.stopped[ended] = stops[newly_done]
-        self.done |= newly_done
-        groups, counts = np.unique(self.group_of_row[ended], return_counts=True)
-        self.unfinished[groups] -= counts
-        complete = [int(group) for group in groups if self.unfinished[group] == 0]
-
-        if self.done.all():
-            self.rows = self.rows[:0]
-        else:
+        complete = []
+        if newly_done.any():
+            ended = self.rows[newly_done]
+            self.lengths[ended] = self.position
+            self.stopped[ended] = stops[newly_done]
+            self.done |= newly_done
+            groups, counts = np.unique(self.group_of_row[ended], return_counts=True)
+            self.unfinished[groups] -= counts
+            complete = [int(group) for group in groups if self.unfinished[group] == 0]
+            if self.done.all():
+                self.rows = self.rows[:0]
+                return complete
             tokens = self._drop_idle_rows(tokens)
-            positions = self.prompt_lengths.index_select(0, self.group_of_place) + (self.position - 1)
-            self.hidden = self.model.run(tokens, positions, self._decode_attention)
+        positions = self.prompt_lengths.index_select(0, self.group_of_place) + (self.position - 1)
+        self.hidden = self.model.run(tokens, positions, self._decode_attention)
         return complete
 
     def _draw_uniforms(self) -> Tensor:
@@ -133,22 +137,22 @@ class _DecodingBatch:
         kept = ~spare
         keep = torch.from_numpy(np.flatnonzero(kept)).to(self.device)
         self.rows, self.done = self.rows[kept], self.done[kept]
-        written = self.position - 1
+        written = self.own_start + self.position - 1
         for layer, (k, v) in enumerate(self.own_cache):
-            self.own_cache[layer] = (_keep_rows(k, keep, written), _keep_rows(v, keep, written))
+            self.own_cache[layer] = (_moved(k, written, k.shape[2], keep), _moved(v, written, v.shape[2], keep))
         self.uniforms = self.uniforms.index_select(0, keep)
         self._drop_finished_groups()
         self._place_rows()
         return tokens.index_select(0, keep)
 
     def _drop_finished_groups(self) -> None:
-        live = np.flatnonzero(self.unfinished)
-        if len(self.groups) - len(live) < _IDLE_SHARE * len(self.groups):
+        kept = np.unique(self.group_of_row[self.rows])
+        if len(self.groups) - len(kept) < _IDLE_SHARE * len(self.groups):
             return
-        keep = np.searchsorted(self.groups, live)
+        keep = np.searchsorted(self.groups, kept)
         num_kv_heads = self.model.config.num_kv_heads
         heads = torch.from_numpy((keep[:, None] * num_kv_heads + np.arange(num_kv_heads)).ravel()).to(self.device)
-        self.groups = live
+        self.groups = kept
         self.prompt_cache = [(k.index_select(0, heads), v.index_select(0, heads)) for k, v in self.prompt_cache]
         self.prompt_bias = self.prompt_bias.index_select(0, heads)
         self.prompt_lengths = self.prompt_lengths.index_select(0, torch.from_numpy(keep).to(self.device))
@@ -166,7 +170,6 @@ class _DecodingBatch:
         self.group_of_place = torch.from_numpy(groups).to(self.device)
         self.slots = torch.from_numpy(slots).to(self.device)
         self.row_of_slot = torch.from_numpy(row_of_slot).to(self.device)
-        self.rows_are_groups = self.grid_width == 1 and len(groups) == num_groups
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         """Run every prompt once, keep its keys and values; returns its last hidden state, [requests, hidden_size]."""
@@ -180,12 +183,16 @@ class _DecodingBatch:
         inside = columns < self.prompt_lengths[:, None]
         places = (cu_seqlens[:-1, None].long() + columns).where(inside, 0)
         bias = torch.zeros_like(inside, dtype=self.dtype).masked_fill(~inside, float("-inf"))
+        if not self.shared:
+            bias = F.pad(bias, (0, self.sampling.max_new_tokens))
         self.prompt_bias = bias.repeat_interleave(self.model.config.num_kv_heads, dim=0)[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys = k[places].permute(0, 2, 3, 1).flatten(0, 1)  # [requests * num_kv_heads, head_dim, longest]
-            values = v[places].transpose(1, 2).flatten(0, 1)  # [requests * num_kv_heads, longest, head_dim]
-            self.prompt_cache.append((keys, values))
+            keys, values = k[places].transpose(1, 2), v[places].transpose(1, 2)
+            if self.shared:  # [requests * num_kv_heads, head_dim, longest] and [.., longest, head_dim]
+                self.prompt_cache.append((keys.transpose(2, 3).flatten(0, 1), values.flatten(0, 1)))
+            else:  # [requests, num_kv_heads, longest, head_dim]
+                self.own_cache.append((keys, values))
             return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest, backend=self.model.attention_backend)
 
         hidden = self.model.run(input_ids, positions, attend)
@@ -195,10 +202,14 @@ class _DecodingBatch:
         """One query a row against its prompt's keys, shared by the group, and its own: one softmax over both."""
         rows, num_heads, head_dim = q.shape
         keys, values = self._append(layer, k, v)
+        q = (q * head_dim**-0.5).view(len(keys), -1, head_dim)  # [rows * num_kv_heads, heads of one kv head, head_dim]
+        if not self.shared:
+            scores = torch.baddbmm(self.prompt_bias[..., : keys.shape[1]], q, keys.transpose(1, 2))
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+            return torch.bmm(weights, values).view(rows, num_heads, head_dim)
+
         prompt_keys, prompt_values = self.prompt_cache[layer]
         longest = prompt_keys.shape[2]
-        q = (q * head_dim**-0.5).view(len(keys), -1, head_dim)  # [rows * num_kv_heads, heads of one kv head, head_dim]
-
         shared = torch.baddbmm(self.prompt_bias, self._by_group(q), prompt_keys)
         scores = torch.cat([self._by_row(shared, q.shape[1]), torch.bmm(q, keys.transpose(1, 2))], dim=-1)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
@@ -208,8 +219,6 @@ class _DecodingBatch:
 
     def _by_group(self, x: Tensor) -> Tensor:
         """[rows * num_kv_heads, n, d] -> [groups * num_kv_heads, width * n, d], whatever in the slots without a row."""
-        if self.rows_are_groups:
-            return x
         num_kv_heads, n, d = x.shape[0] // len(self.rows), *x.shape[1:]
         grid = x.reshape(len(self.rows), -1).index_select(0, self.row_of_slot)
         grid = grid.view(len(self.groups), self.grid_width, num_kv_heads, n, d).transpose(1, 2)
@@ -217,25 +226,24 @@ class _DecodingBatch:
 
     def _by_row(self, x: Tensor, n: int) -> Tensor:
         """[groups * num_kv_heads, width * n, d] -> [rows * num_kv_heads, n, d]."""
-        if self.rows_are_groups:
-            return x
         num_kv_heads, d = x.shape[0] // len(self.groups), x.shape[2]
         grid = x.view(len(self.groups), num_kv_heads, self.grid_width, n, d).transpose(1, 2)
         rows = grid.reshape(len(self.row_of_slot), -1).index_select(0, self.slots)
         return rows.view(len(self.rows) * num_kv_heads, n, d)
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the rows' newest keys and values; returns all, [rows * num_kv_heads, position, head_dim] each."""
+        """Store the rows' newest keys and values; returns all, [rows * num_kv_heads, cached tokens, head_dim] each."""
         if layer == len(self.own_cache):
             shape = (k.shape[0], k.shape[1], 0, k.shape[2])
             self.own_cache.append((k.new_empty(shape), v.new_empty(shape)))
-        cache = self.own_cache[layer]
-        if cache[0].shape[2] < self.position:
-            room = min(max(2 * cache[0].shape[2], _CACHE_STEP), self.sampling.max_new_tokens) - cache[0].shape[2]
-            cache = self.own_cache[layer] = (F.pad(cache[0], (0, 0, 0, room)), F.pad(cache[1], (0, 0, 0, room)))
+        cache, filled = self.own_cache[layer], self.own_start + self.position
+        room = cache[0].shape[2]
+        if room < filled:
+            room = min(max(2 * room, _CACHE_STEP), self.own_start + self.sampling.max_new_tokens)
+            cache = self.own_cache[layer] = (_moved(cache[0], filled - 1, room), _moved(cache[1], filled - 1, room))
         for store, new in zip(cache, (k, v), strict=True):
-            store.select(2, self.position - 1).copy_(new)
-        keys, values = (store.flatten(0, 1)[:, : self.position] for store in cache)
+            store.select(2, filled - 1).copy_(new)
+        keys, values = (store.flatten(0, 1)[:, :filled] for store in cache)
         return keys, values
 
 
@@ -253,7 +261,9 @@ def sample_tokens(
     if sampling.temperature == 0:
         logprobs, tokens = torch.log_softmax(logits, dim=-1).max(dim=-1)
         return tokens, logprobs
-    logprobs = torch.log_softmax(logits / sampling.temperature, dim=-1)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
     order = None
     if sampling.top_k or sampling.top_p < 1:
         logprobs, order = logprobs.sort(dim=-1, descending=True, stable=True)
@@ -278,7 +288,10 @@ def _truncate(sorted_logprobs: Tensor, sampling: Sampling) -> Tensor:
     return sorted_logprobs
 
 
-def _keep_rows(cache: Tensor, keep: Tensor, written: int) -> Tensor:
-    kept = cache.new_empty(len(keep), *cache.shape[1:])
-    kept[:, :, :written] = cache[:, :, :written].index_select(0, keep)
-    return kept
+def _moved(cache: Tensor, written: int, room: int, keep: Tensor | None = None) -> Tensor:
+    """The first `written` tokens of all rows, or of those in `keep`, in a cache with room for `room` tokens."""
+    rows = cache.shape[0] if keep is None else len(keep)
+    moved = cache.new_empty(rows, cache.shape[1], room, cache.shape[3])
+    filled = cache[:, :, :written]
+    moved[:, :, :written] = filled if keep is None else filled.index_select(0, keep)
+    return moved
