@@ -3,8 +3,8 @@
     python -m flashgrpo.bench.own_step --model DIR --prompts FILE --num-prompts 8 --group-size 8 --max-new-tokens 64
 
 Prints one JSON object: `step_s` (wall seconds of each step after the warm-up, logging included) and `peak_mb`.
-`--what generate` times the generator alone, `--what prefix` a training step (forward, loss, backward, update) with the
-prompt shared by its completions and with the prompt repeated for each.
+`--what generate` times the generator and transformers', `--what prefix` a training step (forward, loss, backward,
+update) with the prompt repeated for each of its completions and shared by them.
 """
 
 import argparse
@@ -12,12 +12,14 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from flashgrpo.bench.peer_trl import WARMUP_STEPS, parse_args, peak_mb, read_prompts
+from flashgrpo.bench.peer_trl import WARMUP_STEPS, parse_args, peak_mb, read_prompts, transformers_sampler
 from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.learner import Learner
@@ -73,20 +75,18 @@ def time_steps(options: argparse.Namespace) -> dict:
 
 
 def time_generate(options: argparse.Namespace) -> dict:
-    """Sampled tokens a second of the generator alone, one completion a prompt."""
+    """Seconds to sample one completion for each of many prompts, by the generator and by transformers, in turns."""
     num_prompts = options.num_prompts * options.group_size
     policy = open_policy(ModelSection(str(options.model)), torch.device("cpu"))
     generator = NativeGenerator(policy.model, [])
     prompts = [policy.tokenizer(text)["input_ids"] for text in read_prompts(options.prompts, num_prompts)]
     requests = [Request(i, prompt, sample_seeds(0, 0, i, 1)) for i, prompt in enumerate(prompts[:num_prompts])]
-    seconds, groups = [], []
-    for _ in range(options.steps):
-        start = time.perf_counter()
+
+    def sample() -> None:
         groups = list(generator.generate(requests, Sampling(options.max_new_tokens)))
-        seconds.append(time.perf_counter() - start)
-    tokens = sum(len(rollout.completion_ids) for group in groups for rollout in group)
-    median = statistics.median(seconds[WARMUP_STEPS:])
-    return {"generate_s": seconds, "tokens_per_s": tokens / median}
+        assert all(len(group[0].completion_ids) == options.max_new_tokens for group in groups)
+
+    return _in_turns({"transformers": transformers_sampler(options), "ours": sample}, options.steps)
 
 
 def time_prefix(options: argparse.Namespace) -> dict:
@@ -122,16 +122,24 @@ def time_prefix(options: argparse.Namespace) -> dict:
             advantages=advantages[batch.sequence_ids],
         )
 
-    seconds: dict[str, list[float]] = {name: [] for name in packs}
-    for _ in range(options.steps):
-        for name, batch in packs.items():
-            start = time.perf_counter()
-            learner.update([batch], loss_of)
-            seconds[name].append(time.perf_counter() - start)
-    timed = {f"{name}_s": values[WARMUP_STEPS:] for name, values in seconds.items()}
-    medians = {name: statistics.median(values) for name, values in timed.items()}
     tokens = {f"{name}_tokens": batch.total_tokens for name, batch in packs.items()}
-    return timed | tokens | {"ratio": medians["repeated_s"] / medians["shared_s"]}
+    steps = {name: partial(learner.update, [batch], loss_of) for name, batch in packs.items()}
+    return _in_turns({"repeated": steps["repeated"], "shared": steps["shared"]}, options.steps) | tokens
+
+
+def _in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict:
+    """Wall seconds of two runs in turns, so that a slow spell of the machine meets both, without the warm-up.
+
+    `ratio` is the median, over rounds, of the first one's seconds by the second one's.
+    """
+    seconds: dict[str, list[float]] = {f"{name}_s": [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[f"{name}_s"].append(time.perf_counter() - start)
+    timed = {name: values[WARMUP_STEPS:] for name, values in seconds.items()}
+    return timed | {"ratio": statistics.median(a / b for a, b in zip(*timed.values(), strict=True))}
 
 
 WHAT = {"step": time_steps, "generate": time_generate, "prefix": time_prefix}

@@ -1,7 +1,6 @@
-"""The peer of `cpu_step.py`: one GRPO step of TRL's GRPOTrainer on CPU, or transformers' `generate` alone.
+"""The peer of `cpu_step.py`: one GRPO step of TRL's GRPOTrainer on CPU.
 
     python bench/peer_trl.py --model DIR --prompts FILE --group-size 8 --num-prompts 8 --max-new-tokens 64 --steps 6
-    python bench/peer_trl.py --what generate --model DIR --prompts FILE
 
 Runs in an environment of its own (`make .venv-trl/.done`) and needs nothing of flashgrpo. Everything is fp32. A step is
 one rollout, its rewards, one optimizer update and its log line; no KL, no reference model, no old log-probs. TRL's
@@ -14,10 +13,9 @@ import argparse
 import importlib
 import json
 import re
-import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -129,24 +127,19 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def time_generate(args: argparse.Namespace) -> dict[str, Any]:
-    """Sample one completion for each of `num_prompts x group_size` distinct prompts, `args.steps` times."""
+def transformers_sampler(args: argparse.Namespace) -> Callable[[], None]:
+    """What samples one completion of `max_new_tokens` for each of `num_prompts x group_size` distinct prompts."""
     num_prompts = args.num_prompts * args.group_size
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     batch = tokenizer(read_prompts(args.prompts, num_prompts)[:num_prompts], padding=True, return_tensors="pt")
-    prompt_len = batch["input_ids"].shape[1]
-    clock = []
-    for _ in range(args.steps):
-        begin = time.perf_counter()
-        output = model.generate(
-            **batch, do_sample=True, min_new_tokens=args.max_new_tokens, max_new_tokens=args.max_new_tokens
-        )
-        clock.append(time.perf_counter() - begin)
-        if output.shape[1] - prompt_len != args.max_new_tokens:
-            raise RuntimeError(f"{output.shape[1] - prompt_len} new tokens, wanted {args.max_new_tokens}")
-    median_s = statistics.median(clock[WARMUP_STEPS:])
-    return {"generate_s": clock, "tokens_per_s": num_prompts * args.max_new_tokens / median_s}
+    limits = {"min_new_tokens": args.max_new_tokens, "max_new_tokens": args.max_new_tokens}
+
+    def sample() -> None:
+        output = model.generate(**batch, do_sample=True, **limits)
+        assert output.shape[1] - batch["input_ids"].shape[1] == args.max_new_tokens
+
+    return sample
 
 
 def parse_args(what: Iterable[str]) -> argparse.Namespace:
@@ -167,6 +160,4 @@ def parse_args(what: Iterable[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    measurements = {"step": time_steps, "generate": time_generate}
-    options = parse_args(measurements)
-    print(json.dumps(measurements[options.what](options)))
+    print(json.dumps(time_steps(parse_args(["step"]))))

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 _RECIPE_COMMANDS = ("train", "sft")  # what a command needs is imported by it: --help must not wait for torch
 
-# For torch's threads on a CPU, read when it is imported: for about how long they wait for each other awake. Longer than
-# the Python between two operators of a decoding step, or every one of them must wake a thread; far shorter than a turn of
-# the scheduler, or where another process wants a core, waiting for the thread that lost it takes most of a step. Sampling
-# on 2 cores is 1.6 times as fast as with 2,000 both idle and beside two busy processes, and there steadier than by default.
+# For torch's threads on a CPU, read when it is imported: how long they wait for each other awake. It should be longer
+# than the Python between two operators of a decoding step, or each of them must wake a thread, and far shorter than a
+# turn of the scheduler, or where another process wants a core, waiting for the thread that lost it takes most of a
+# step. Sampling on 2 cores is 1.6 times as fast as with 2,000, both idle and beside two busy processes.
 _SPIN_COUNT = "50000"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling, splitmix64
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.model.decoder import Decoder
-from flashgrpo.model.linear import product
+from flashgrpo.model.linear import PackedWeights, product
 
 _CACHE_STEP = 64
 _IDLE_SHARE = 1 / 8
@@ -61,7 +61,7 @@ class _DecodingBatch:
         num_rows = sum(counts)
         self.first_row = np.concatenate([[0], np.cumsum(counts)])
         self.seeds = np.concatenate([request.seeds for request in requests]).astype(np.uint64)
-        self.stop_token_ids = stop_token_ids
+        self.stop_token_ids = np.array(stop_token_ids, dtype=np.int64)
         self.tokens = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.int64)
         self.logprobs = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.float32)
         self.lengths = np.zeros(num_rows, dtype=np.int64)
@@ -79,6 +79,7 @@ class _DecodingBatch:
         self.own_cache: list[tuple[Tensor, Tensor]] = []
         self.position = 0  # tokens that the live rows have been given beyond their prompts
         self._place_rows()
+        self.weights = PackedWeights(model, num_rows)
         hidden = self._prefill([request.prompt_ids for request in requests])
         self.hidden = hidden.index_select(0, self.group_of_place)
 
@@ -94,7 +95,8 @@ class _DecodingBatch:
 
     def step(self) -> list[int]:
         """Sample one token for every live row, run the decoder on them; returns the requests that are now complete."""
-        logits = product(self.hidden, self.model.lm_head_weight)
+        with self.weights:
+            logits = product(self.hidden, self.model.lm_head_weight)
         if self.position % _DRAWN_AHEAD == 0:
             self.uniforms = self._draw_uniforms()
         tokens, logprobs = sample_tokens(logits, self.uniforms[:, self.position % _DRAWN_AHEAD], self.sampling)
@@ -104,7 +106,7 @@ class _DecodingBatch:
         self.logprobs[self.rows[live], self.position] = sampled[1, live]
         self.position += 1
 
-        stops = np.isin(sampled[0], self.stop_token_ids)
+        stops = (sampled[0, :, None] == self.stop_token_ids).any(1)
         newly_done = live & (stops | (self.position == self.sampling.max_new_tokens))
         complete = []
         if newly_done.any():
@@ -120,7 +122,8 @@ class _DecodingBatch:
                 return complete
             tokens = self._drop_idle_rows(tokens)
         positions = self.prompt_lengths.index_select(0, self.group_of_place) + (self.position - 1)
-        self.hidden = self.model.run(tokens, positions, self._decode_attention)
+        with self.weights:
+            self.hidden = self.model.run(tokens, positions, self._decode_attention)
         return complete
 
     def _draw_uniforms(self) -> Tensor:
@@ -241,10 +244,9 @@ class _DecodingBatch:
         if room < filled:
             room = min(max(2 * room, _CACHE_STEP), self.own_start + self.sampling.max_new_tokens)
             cache = self.own_cache[layer] = (_moved(cache[0], filled - 1, room), _moved(cache[1], filled - 1, room))
-        for store, new in zip(cache, (k, v), strict=True):
-            store.select(2, filled - 1).copy_(new)
-        keys, values = (store.flatten(0, 1)[:, :filled] for store in cache)
-        return keys, values
+        cache[0].select(2, filled - 1).copy_(k)
+        cache[1].select(2, filled - 1).copy_(v)
+        return cache[0].flatten(0, 1)[:, :filled], cache[1].flatten(0, 1)[:, :filled]
 
 
 def sample_tokens(
@@ -263,29 +265,27 @@ def sample_tokens(
         return tokens, logprobs
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
-    logprobs = torch.log_softmax(logits, dim=-1)
-    order = None
+    probs, order = torch.softmax(logits, dim=-1), None
     if sampling.top_k or sampling.top_p < 1:
-        logprobs, order = logprobs.sort(dim=-1, descending=True, stable=True)
-        logprobs = _truncate(logprobs, sampling)
-    cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        probs = _truncate(probs, sampling)
+    cdf = probs.cumsum(dim=-1, dtype=torch.float64)
     drawn = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
     places = drawn.clamp_max(logits.shape[-1] - 1)
     tokens = places if order is None else order.gather(-1, places)
-    return tokens.squeeze(-1), logprobs.gather(-1, places).squeeze(-1)
+    return tokens.squeeze(-1), probs.gather(-1, places).squeeze(-1).log()
 
 
-def _truncate(sorted_logprobs: Tensor, sampling: Sampling) -> Tensor:
-    """Keep the k likeliest, then the smallest set that holds top_p of what is left; renormalise. -inf elsewhere."""
+def _truncate(sorted_probs: Tensor, sampling: Sampling) -> Tensor:
+    """Keep the k likeliest, then the smallest set that holds top_p of what is left; renormalise. 0 elsewhere."""
     if sampling.top_k:
-        sorted_logprobs[:, sampling.top_k :] = float("-inf")
-        sorted_logprobs = torch.log_softmax(sorted_logprobs, dim=-1)
+        sorted_probs[:, sampling.top_k :] = 0
+        sorted_probs = sorted_probs / sorted_probs.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1:
-        probs = sorted_logprobs.exp()
-        before = probs.cumsum(dim=-1) - probs
-        sorted_logprobs = sorted_logprobs.masked_fill(before >= sampling.top_p, float("-inf"))
-        sorted_logprobs = torch.log_softmax(sorted_logprobs, dim=-1)
-    return sorted_logprobs
+        before = sorted_probs.cumsum(dim=-1) - sorted_probs
+        sorted_probs = sorted_probs.masked_fill(before >= sampling.top_p, 0)
+        sorted_probs = sorted_probs / sorted_probs.sum(dim=-1, keepdim=True)
+    return sorted_probs
 
 
 def _moved(cache: Tensor, written: int, room: int, keep: Tensor | None = None) -> Tensor:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashgrpo.model.config import CheckpointError, ModelConfig
-from flashgrpo.model.decoder import Decoder
+from flashgrpo.model.decoder import Decoder, huggingface_views
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,12 +41,12 @@ def init_decoder(
     Equal seeds give equal weights on every device.
     """
     generator = torch.Generator().manual_seed(seed)
-    decoder = _empty_decoder(config)
-    for name, parameter in list(decoder.named_parameters()):
-        value = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
-        if parameter.dim() == 2:
-            value.normal_(0.0, config.initializer_range, generator=generator)
-        _set_parameter(decoder, name, value.to(device, dtype))
+    decoder = _empty_decoder(config).to(dtype).to_empty(device=device)
+    for name, weight in _weights(decoder).items():
+        if weight.dim() == 2:
+            weight.copy_(torch.empty(weight.shape).normal_(0.0, config.initializer_range, generator=generator))
+        else:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
     return decoder
 
 
@@ -66,7 +66,7 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
 def load_checkpoint(
     path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The decoder in folder `path`, its weights cast to `dtype` (None keeps each weight's own), on `device`.
+    """The decoder in folder `path`, its weights cast to `dtype` (None: that of the first one stored), on `device`.
 
     Tensors are read one by one, so no more than one is held twice. Raises CheckpointError, naming the file or the
     tensor, for a folder or file that is missing or broken, a tensor that is missing, unexpected or of the wrong shape,
@@ -74,16 +74,17 @@ def load_checkpoint(
     """
     folder = Path(path)
     decoder = _empty_decoder(read_config(folder))
-    missing = dict(decoder.named_parameters())
+    missing = _weights(decoder)
     unexpected: list[str] = []
     tied_head = None
-    for name, tensor in _stored_tensors(folder):
+    for number, (name, tensor) in enumerate(_stored_tensors(folder)):
+        if number == 0:
+            missing = _weights(decoder.to(dtype or tensor.dtype).to_empty(device=device))
         if name in missing:
-            wanted = missing.pop(name).shape
-            if tensor.shape != wanted:
-                raise CheckpointError(f"{folder}: {name} has shape {[*tensor.shape]}; {CONFIG} wants {[*wanted]}")
-            # copied even if nothing is cast: a stored tensor is a view of the file, which may be gone tomorrow
-            _set_parameter(decoder, name, tensor.to(device, dtype or tensor.dtype, copy=True))
+            weight = missing.pop(name)
+            if tensor.shape != weight.shape:
+                raise CheckpointError(f"{folder}: {name} has shape {[*tensor.shape]}; {CONFIG} wants {[*weight.shape]}")
+            weight.copy_(tensor)
         elif name == "lm_head.weight" and decoder.lm_head is None:
             tied_head = tensor
         elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that older checkpoints carry
@@ -127,7 +128,9 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while writing
     partial.mkdir(parents=True)
     try:
-        weights = {name: tensor.detach() for name, tensor in (weights or decoder.state_dict()).items()}
+        weights = huggingface_views(
+            {k: v.detach() for k, v in (weights or decoder.state_dict()).items()}, decoder.config
+        )
         stored = dtype or next(iter(weights.values())).dtype
         _write_json(partial / CONFIG, decoder.config.to_dict(str(stored).removeprefix("torch.")))
         _write_weights(partial, weights, dtype, max_shard_bytes)
@@ -145,9 +148,8 @@ def _empty_decoder(config: ModelConfig) -> Decoder:
         return Decoder(config)
 
 
-def _set_parameter(decoder: Decoder, name: str, value: Tensor) -> None:
-    module, _, attribute = name.rpartition(".")
-    setattr(decoder.get_submodule(module), attribute, nn.Parameter(value))
+def _weights(decoder: Decoder) -> dict[str, Tensor]:
+    return huggingface_views({name: p.detach() for name, p in decoder.named_parameters()}, decoder.config)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 Attention is an argument of the forward pass, so that training (packed segments) and generation (a KV cache) share
 every other line. The LM head is not applied: `lm_head_weight` goes to the fused loss or log-prob kernels instead, and
-the logits never exist. Parameters have the names that Hugging Face checkpoints use.
+the logits never exist. What multiplies the same input is one parameter: the projections to q, k and v, and those to
+gate and up. `huggingface_views` has them apart, under the names that checkpoints use.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -18,7 +19,7 @@ from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.common import backward_once
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.linear import ONEDNN_PRODUCT, Linear, padded_rows, product, sum_of_products, weight_gradient
+from flashgrpo.model.linear import ONEDNN_PRODUCT, Linear, padded_rows, product, weight_gradient
 from flashgrpo.model.rope import apply_rope, rotary_cos_sin
 
 # (layer index, q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim]) -> [n, num_heads, head_dim];
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
 
     def padded_tokens(self, num_tokens: int) -> int:
         """`num_tokens`, or a little more on a CPU: `model.linear` has the reason."""
-        return padded_rows(num_tokens, self.model.layers[0].mlp.gate_proj.weight)  # pyright: ignore
+        return padded_rows(num_tokens, self.model.layers[0].mlp.down_proj.weight)  # pyright: ignore
 
     def run(
         self,
@@ -93,6 +94,27 @@ class Decoder(nn.Module):
         """Compiles each block of `forward`, for any number of tokens; parameter names stay. Meant for CUDA."""
         for block in self.model.layers:
             block.compile(backend=backend, dynamic=True)
+
+
+def huggingface_views(
+    tensors: Mapping[str, Tensor],  # a decoder's parameters, or what has their names and shapes
+    config: ModelConfig,
+) -> dict[str, Tensor]:
+    """Views of `tensors` under the names that Hugging Face checkpoints use, in their order."""
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    parts = {
+        "qkv_proj": {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+    }
+    views = {}
+    for name, tensor in tensors.items():
+        joint = next((joint for joint in parts if f".{joint}." in name), None)
+        if joint is None:
+            views[name] = tensor
+            continue
+        for part, rows in zip(parts[joint], tensor.split([*parts[joint].values()]), strict=True):
+            views[name.replace(joint, part)] = rows
+    return views
 
 
 class Trunk(nn.Module):
@@ -141,45 +163,58 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:
-        q = self.q_norm(self.q_proj(hidden).unflatten(1, (self.num_heads, -1)))
-        k = self.k_norm(self.k_proj(hidden).unflatten(1, (self.num_kv_heads, -1)))
-        v = self.v_proj(hidden).unflatten(1, (self.num_kv_heads, -1))
-        return self.o_proj(attend(index, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v).flatten(1))
+        heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv_proj(hidden).unflatten(1, (sum(heads) + self.num_kv_heads, -1))
+        qk, v = qkv.split((sum(heads), self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = self.q_norm.weight.expand(heads[0], -1), self.k_norm.weight.expand(heads[1], -1)
+            qk = rms_norm(qk, torch.cat(weights), self.q_norm.eps)
+        q, k = apply_rope(qk, cos, sin).split(heads, dim=1)
+        return self.o_proj(attend(index, q, k, v).flatten(1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        weights = self.gate_up_proj.weight, self.down_proj.weight
         if torch.is_grad_enabled():
             return _SwiGLU.apply(hidden, *weights)
-        return product(F.silu(product(hidden, weights[0])).mul_(product(hidden, weights[1])), weights[2])
+        gate, up = product(hidden, weights[0]).chunk(2, dim=1)
+        return product(F.silu(gate).mul_(up), weights[1])
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+    """`rms_norm` with a weight over the last dimension."""
 
     eps: float  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu or x.dtype.itemsize < 4:
-            return super().forward(x)
-        if torch.is_grad_enabled():  # torch has no fused kernel here, only its composition
-            return _RMSNorm.apply(x, self.weight, self.eps)
-        return (x * _inverse_rms(x, self.eps)).mul_(self.weight)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(
+    x: Tensor,  # [n, d] or [n, num_heads, d]
+    weight: Tensor,  # [d] or [num_heads, d]
+    eps: float,
+) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+    if not x.is_cpu or x.dtype.itemsize < 4:
+        if weight.dim() == 1:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+    if torch.is_grad_enabled():  # torch has no fused kernel here, only its composition
+        return _RMSNorm.apply(x, weight, eps)
+    return (x * _inverse_rms(x, eps)).mul_(weight)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -209,9 +244,10 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse_rms = ctx.saved_tensors
         normed = x * inverse_rms
         d_scaled = d_out * normed  # summed over rows it is d_weight, weighted over columns the part of d_out along x
-        along = (d_scaled @ weight).div_(-x.shape[-1]).unsqueeze(-1)
+        along = d_scaled @ weight if weight.dim() == 1 else torch.linalg.vecdot(d_scaled, weight)
+        along = along.div_(-x.shape[-1]).unsqueeze(-1)
         d_x = torch.addcmul(d_out * weight, normed, along).mul_(inverse_rms)
-        return d_x, d_scaled.flatten(0, -2).sum(0), None
+        return d_x, d_scaled.sum_to_size(weight.shape), None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -220,23 +256,26 @@ class _SwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight):
-        gate, up = product(x, gate_weight), product(x, up_weight)
-        ctx.save_for_backward(x, gate, up, gate_weight, up_weight, down_weight)
+    def forward(ctx, x, gate_up_weight, down_weight):
+        gate_up = product(x, gate_up_weight)
+        ctx.save_for_backward(x, gate_up, gate_up_weight, down_weight)
+        gate, up = gate_up.chunk(2, dim=1)
         return product(F.silu(gate).mul_(up), down_weight)
 
     @staticmethod
     @backward_once
     def backward(ctx, *grad_outputs):
         (d_out,) = grad_outputs
-        x, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        x, gate_up, gate_up_weight, down_weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=1)
         silu = F.silu(gate)
         d_down_weight = weight_gradient(d_out, silu * up)
         d_product = product(d_out, down_weight.T)
-        d_up = silu.mul_(d_product)
-        d_gate = torch.ops.aten.silu_backward(d_product.mul_(up), gate)
-        d_x = sum_of_products(d_gate, gate_weight.T, d_up, up_weight.T)
-        return d_x, weight_gradient(d_gate, x), weight_gradient(d_up, x), d_down_weight
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=1)
+        torch.mul(silu, d_product, out=d_up)
+        torch.ops.aten.silu_backward(d_product.mul_(up), gate, grad_input=d_gate)
+        return product(d_gate_up, gate_up_weight.T), weight_gradient(d_gate_up, x), d_down_weight
 
 
 _keep_products = functools.partial(

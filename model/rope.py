@@ -38,9 +38,9 @@ def rotary_cos_sin(
 
     The first half of sin is negated, which makes the rotation x cos + swapped(x) sin with the halves of x swapped.
     """
-    angles = position_ids[:, None, None].float() * inverse_frequencies(rope, head_dim, position_ids.device)
-    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    angles = position_ids[:, None, None].float() * _signed_frequencies(rope, head_dim, position_ids.device)
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if rope.attention_factor == 1 else (cos * rope.attention_factor, sin * rope.attention_factor)
 
 
 def apply_rope(
@@ -53,8 +53,14 @@ def apply_rope(
 
 
 @functools.cache
-def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
-    """Radians per position of every plane, [head_dim / 2] fp32; cached, so that no step copies it to the device."""
+def _signed_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
+    """Minus the frequencies, then the frequencies, [head_dim]; cached, so that no step copies it to the device."""
+    frequencies = inverse_frequencies(rope, head_dim)
+    return torch.cat((-frequencies, frequencies)).to(device)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """Radians per position of every plane, [head_dim / 2] fp32, on the CPU."""
     wavelengths = rope.theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     frequencies = 1.0 / wavelengths
     if rope.kind == "linear":
@@ -64,7 +70,7 @@ def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tens
     elif rope.kind == "yarn":
         kept = 1 - _yarn_ramp(rope, head_dim)
         frequencies = 1.0 / (rope.factor * wavelengths) * (1 - kept) + frequencies * kept
-    return frequencies.to(device)
+    return frequencies
 
 
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:

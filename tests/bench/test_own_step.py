@@ -8,7 +8,7 @@ from flashgrpo.bench import own_step
 from flashgrpo.bench.cpu_step import make_inputs
 
 
-@pytest.mark.parametrize(("what", "key"), [("step", "step_s"), ("generate", "generate_s"), ("prefix", "shared_s")])
+@pytest.mark.parametrize(("what", "key"), [("step", "step_s"), ("generate", "ours_s"), ("prefix", "shared_s")])
 def test_every_measurement_runs(tmp_path, what, key):
     inputs = make_inputs(tmp_path, prompt_len=4)
     options = argparse.Namespace(

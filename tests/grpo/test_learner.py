@@ -95,7 +95,7 @@ def test_an_update_without_batches_decays_the_moments(make_learner, dtype):
 def test_many_small_gradients_do_not_vanish(make_learner, dtype):
     """In bfloat16 1 + 1/512 is 1: gradients summed there would end as the first micro-batch's alone."""
     learner = make_learner(dtype)
-    name = "model.layers.0.mlp.up_proj.weight"
+    name = "model.layers.0.mlp.gate_up_proj.weight"
     ones = torch.ones_like(learner.masters[name])
     _, norm = learner.update([1.0] + [1 / 512] * 256, linear_loss(learner, {name: ones}))
     assert norm.item() == pytest.approx(1.5 * math.sqrt(ones.numel()), rel=1e-5)

@@ -43,9 +43,9 @@ def generate(model, asked, sampling):
     return {group[0].group: group for group in groups}
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_behavior_logprobs_are_the_models_own(model, temperature):
-    groups = generate(model, requests(5, 4), Sampling(80, temperature))
+@pytest.mark.parametrize(("group_size", "temperature"), [(4, 1.0), (4, 0.7), (1, 1.0)])
+def test_behavior_logprobs_are_the_models_own(model, group_size, temperature):
+    groups = generate(model, requests(20 // group_size, group_size), Sampling(80, temperature))
     rollouts = [rollout for group in groups.values() for rollout in group]
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
     for rollout in rollouts:
@@ -76,6 +76,13 @@ def test_a_sample_does_not_depend_on_what_is_beside_it(model):
         for a, b in zip(alone, together[request.group], strict=True):
             assert a.completion_ids.tolist() == b.completion_ids.tolist()
             np.testing.assert_allclose(a.behavior_logprobs, b.behavior_logprobs, atol=1e-5)
+
+
+def test_rows_outlive_their_finished_groups(model):
+    """Rows leave in few numbers, so that some stay idle; the prompt of an idle row's group must stay with it."""
+    generator = NativeGenerator(model, list(range(3, 13)))
+    for seed in range(12):
+        assert len(list(generator.generate(requests(32, 2, seed), Sampling(60)))) == 32
 
 
 def test_prompts_of_finished_groups_are_no_longer_read(model):

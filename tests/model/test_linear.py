@@ -12,7 +12,7 @@ from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.linear import Linear, padded_rows, product, weight_gradient
+from flashgrpo.model.linear import Linear, PackedWeights, padded_rows, product, weight_gradient
 
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 
@@ -105,6 +105,19 @@ def test_selective_checkpointing_keeps_the_products(wide, monkeypatch):
         return counter.calls
 
     assert calls("none") == calls("selective") < calls("full")
+
+
+def test_packed_weights_are_read_inside_only(wide):
+    x, weight = torch.randn(300, 128), wide.model.layers[0].mlp.gate_up_proj.weight
+    packed = PackedWeights(wide, 300)
+    wanted = product(x, weight)
+    with torch.no_grad():
+        weight.add_(1)
+        changed = product(x, weight)
+        with packed:
+            torch.testing.assert_close(product(x, weight), wanted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(product(x, weight), changed)
+        weight.sub_(1)
 
 
 def test_rows_take_few_numbers():
