@@ -81,8 +81,8 @@ def test_a_sample_does_not_depend_on_what_is_beside_it(model):
 def test_rows_outlive_their_finished_groups(model):
     """Rows leave in few numbers, so that some stay idle; the prompt of an idle row's group must stay with it."""
     generator = NativeGenerator(model, list(range(3, 13)))
-    for seed in range(12):
-        assert len(list(generator.generate(requests(32, 2, seed), Sampling(60)))) == 32
+    for seed in range(2, 13):
+        assert len(list(generator.generate(requests(40, 1, seed), Sampling(60)))) == 40
 
 
 def test_prompts_of_finished_groups_are_no_longer_read(model):
