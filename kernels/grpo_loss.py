@@ -189,7 +189,11 @@ def _triton_loss(
     """(loss, metrics, gradients by log-prob and by entropy), the gradients before the denominator."""
     buffers = LossBuffers.empty(logprobs, entropies is not None)
     launch_loss(logprobs.contiguous(), entropies, tensors, numbers, buffers)
-    return *launch_sums(buffers.partials, denominator, numbers), buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
+    return (
+        *launch_sums(buffers.partials, denominator, numbers),
+        buffers.d_logprobs,
+        _or_nothing(buffers.d_entropies, logprobs),
+    )
 
 
 @_triton_loss.register_fake

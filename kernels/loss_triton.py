@@ -117,8 +117,9 @@ def _policy(ratio, log_ratio, logprob, advantage, weighted, clip_low, clip_high,
 
 @triton.jit
 def completions_of(
-    rows, start, stop, log_ratio, log_weight, logprobs, targets, offsets, rewards, sequence_ids, advantages, old, behavior,
-    num_sequences, group_size, eps, by_deviation, at_sequence_level, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    rows, start, stop, log_ratio, log_weight, logprobs, targets, offsets, rewards, sequence_ids, advantages, old,
+    behavior, num_sequences, group_size, eps, by_deviation, at_sequence_level,
+    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each of the `rows` from start to stop, by its completion: the advantage (NaN: does not count), the number of
     tokens that count, and log-ratio and log behavior weight, at sequence level their means.
@@ -244,8 +245,9 @@ def _grpo_loss_kernel(
         entropy = tl.load(entropies + rows, mask=inside, other=0.0)
     log_ratio, mismatch = log_ratio_and_mismatch(rows, inside, logprob, old, behavior)
     advantage, length, log_ratio, log_weight = completions_of(
-        rows, start, tl.minimum(start + BLOCK, n), log_ratio, mismatch, logprobs, targets, offsets, rewards, sequence_ids,
-        advantages, old, behavior, num_sequences, group_size, eps, by_deviation, at_sequence_level, BLOCK, GROUP_BLOCK,
+        rows, start, tl.minimum(start + BLOCK, n), log_ratio, mismatch, logprobs, targets, offsets, rewards,
+        sequence_ids, advantages, old, behavior, num_sequences, group_size, eps, by_deviation, at_sequence_level,
+        BLOCK, GROUP_BLOCK,
     )  # fmt: skip
     slope, bonus = loss_of_tokens(
         rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, ref, partials + block, num_blocks,

@@ -3,9 +3,10 @@
 
 A launch beforehand gives every token the advantage and the length of its completion. Then a program takes a row: it
 reads it for log-prob and entropy, makes the loss and its gradient by them as loss_triton.py does, and reads the row
-again to write the gradient of its logits. The second read comes from L2 as long as the rows that are at work fit: 132
-of 304 kB are 40 MB of an H200's 50. A row whose gradient is 0 is not read again. 4 bytes an element in bf16 from and
-to memory, or 6 without L2: for 8,192 rows of 151,936 1.16 or 1.74 ms at 4.3 TB/s.
+again, backwards, to write the gradient of its logits. The second read comes from L2 as long as the rows at work fit:
+132 of 304 kB are 40 MB of an H200's 50. So that no more are at work a program is as large as a processor holds. A row
+whose gradient is 0 is not read again. 4 bytes an element in bf16 from and to memory, or 6 without L2: for 8,192 rows of
+151,936 1.16 or 1.74 ms at 4.3 TB/s.
 """
 
 import math
@@ -20,6 +21,8 @@ from flashgrpo.kernels import logprob, loss_triton
 from flashgrpo.kernels.common import launch
 from flashgrpo.kernels.logprob import row_gradient, row_logprob
 from flashgrpo.kernels.loss_triton import completions_of, log_ratio_and_mismatch, loss_of_tokens
+
+BLOCK, NUM_WARPS = 32_768, 32  # logits a program has in registers at a time: 54 registers a thread, so one a processor
 
 
 @triton.jit(do_not_specialize=["n", "num_sequences", "group_size"])
@@ -71,18 +74,17 @@ def _row_loss_kernel(
         if denominators is not None:
             denominator = tl.load(denominators).to(tl.float32)
         d_row = d_logits + n * d_row_stride
-        columns = tl.arange(0, BLOCK)
-        for start in range(0, vocab, BLOCK):
-            inside = start + columns < vocab
+        last = (vocab - 1) // BLOCK * BLOCK
+        for back in range(0, vocab, BLOCK):
+            columns = last - back + tl.arange(0, BLOCK)
+            gradient = tl.zeros([BLOCK], tl.float32)
             if is_live:
-                x = tl.load(row + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+                x = tl.load(row + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
                 gradient = row_gradient(
-                    x, start + columns, target, vocab, peak, log_total, entropy, d_logprob / denominator,
+                    x, columns, target, vocab, peak, log_total, entropy, d_logprob / denominator,
                     d_entropy / denominator, scale,
                 )  # fmt: skip
-                tl.store(d_row + start + columns, gradient, mask=inside)
-            else:
-                tl.store(d_row + start + columns, tl.zeros([BLOCK], tl.float32), mask=inside)
+            tl.store(d_row + columns, gradient, mask=columns < vocab)
 
 
 @triton.jit
@@ -146,7 +148,7 @@ class RowLoss:
             self.logprobs, self.entropies, self.live, self.partials, denominator if by_tensor else None, first_row,
             self.partials.shape[1], vocab, logits.stride(0), 0 if d_logits is None else d_logits.stride(0), self.scale,
             *self.numbers[loss_triton.TOKEN_NUMBERS : -1], 1.0 if by_tensor else denominator,
-            BLOCK=logprob.BLOCK, SLICE=logprob.SLICE, num_warps=logprob.NUM_WARPS,
+            BLOCK=BLOCK, SLICE=logprob.SLICE, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
@@ -165,7 +167,16 @@ def move_live_rows(
         place = torch.arange(num_live, device=x.device)
         behind = kept.sum() + (~kept).cumsum(0) - 1  # where `sources` has the row for a dead one
         sources = torch.where(kept, place, sources[behind.clamp(0, num_live - 1)])
-        launch(_move_rows_kernel, (num_live,), x, sources, x.shape[1], x.stride(0), BLOCK=logprob.BLOCK)
+        launch(
+            _move_rows_kernel,
+            (num_live,),
+            x,
+            sources,
+            x.shape[1],
+            x.stride(0),
+            BLOCK=logprob.BLOCK,
+            num_warps=logprob.NUM_WARPS,
+        )
     return sources
 
 
@@ -189,4 +200,6 @@ def _(logits, d_logits, tensors, denominator, numbers, temperature):
 @torch.library.custom_op("flashgrpo::scale_rows", mutates_args=("x",))
 def scale_rows(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a 0-d tensor, without touching x where that is 1; x is contiguous along rows."""
-    launch(_scale_kernel, x.shape[:1], x, factor, x.shape[1], x.stride(0), BLOCK=logprob.BLOCK, num_warps=8)
+    launch(
+        _scale_kernel, x.shape[:1], x, factor, x.shape[1], x.stride(0), BLOCK=logprob.BLOCK, num_warps=logprob.NUM_WARPS
+    )
