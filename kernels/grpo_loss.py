@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from flashgrpo.kernels.common import backward_once, by_triton
-from flashgrpo.kernels.logprob import gather_logprobs
+from flashgrpo.kernels.logprob import check_logits, gather_logprobs
 from flashgrpo.kernels.loss_config import LossArguments, LossConfig, check_arguments
 from flashgrpo.kernels.loss_torch import Stats, group_advantages, prepare_inputs, token_losses, token_stats, total_loss
 from flashgrpo.kernels.loss_triton import (
@@ -38,6 +38,7 @@ from flashgrpo.kernels.loss_triton import (
     launch_sums,
     named_metrics,
 )
+from flashgrpo.kernels.row_loss import logits_loss, scale_rows
 
 __all__ = ["LossConfig", "group_advantages", "grpo_loss", "logits_grpo_loss", "merge_stats", "pack_padded"]
 
@@ -105,13 +106,25 @@ def logits_grpo_loss(
     gradient is written over logits that are another operation's result, which autograd then refuses to use again;
     logits that are a leaf, or a view of one, keep their values. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
-    spare = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
-    logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not spare)
+    check_logits(logits, targets, temperature)
     arguments = check_arguments(
-        logprobs, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
-        old_logprobs, ref_logprobs, behavior_logprobs,
+        logits.new_empty(targets.shape), target_cu_seqlens, config, denominator, targets, rewards, sequence_ids,
+        advantages, old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
-    return _loss(logprobs, entropies, arguments)
+    spare = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
+    # A sequence-level ratio needs all log-probs before any gradient, and fp16 would flush a gradient over a denominator
+    # to 0 before it is scaled up.
+    if not by_triton(logits) or config.ratio_level == "sequence" or logits.dtype == torch.float16:
+        logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not spare)
+        return _loss(logprobs, entropies, arguments)
+    if logits.stride(1) != 1:
+        logits, spare = logits.contiguous(), torch.compiler.is_compiling()
+    spare |= logits.stride(0) < logits.shape[1]
+    needed = torch.is_grad_enabled() and logits.requires_grad
+    loss, metrics, logprobs, entropies = _LogitsLoss.apply(
+        logits, needed, not spare, *kernel_arguments(arguments), temperature
+    )
+    return loss, named_metrics(metrics, entropies, arguments) | {"logprobs": logprobs, "entropies": entropies}
 
 
 def pack_padded(
@@ -176,7 +189,11 @@ def _triton_loss(
     """(loss, metrics, gradients by log-prob and by entropy), the gradients before the denominator."""
     buffers = LossBuffers.empty(logprobs, entropies is not None)
     launch_loss(logprobs.contiguous(), entropies, tensors, numbers, buffers)
-    return *launch_sums(buffers, denominator, numbers), buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
+    return (
+        *launch_sums(buffers.partials, denominator, numbers),
+        buffers.d_logprobs,
+        _or_nothing(buffers.d_entropies, logprobs),
+    )
 
 
 @_triton_loss.register_fake
@@ -205,6 +222,31 @@ def _scale_gradients(ctx, *grad_outputs):
 
 
 _triton_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """The gradient is made in the forward pass, in place of the logits if `in_place`."""
+
+    @staticmethod
+    def forward(ctx, logits, needed, in_place, tensors, denominator, numbers, temperature):
+        d_logits = None
+        if needed:
+            d_logits = logits if in_place else logits.new_empty(logits.shape)
+        outputs = logits_loss(logits, d_logits, tensors, denominator, numbers, temperature)
+        ctx.save_for_backward(d_logits)
+        ctx.in_place = in_place
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @backward_once
+    def backward(ctx, *grad_outputs):
+        (d_logits,) = ctx.saved_tensors
+        if ctx.in_place:  # and so for the last time: autograd refuses what has changed
+            scale_rows(d_logits, grad_outputs[0])
+        else:
+            d_logits = d_logits * grad_outputs[0]
+        return d_logits, *[None] * 6
 
 
 class _GRPOLoss(torch.autograd.Function):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton, check_index, check_temperature
-from flashgrpo.kernels.linear_sweep import Gradients, Head, recompute, sweep
+from flashgrpo.kernels.linear_sweep import Gradients, Head, recompute, sweep, sweep_loss
 from flashgrpo.kernels.loss_config import LossConfig, check_arguments
 from flashgrpo.kernels.loss_torch import Stats, TokenLoss, prepare_inputs, token_losses, token_stats, total_loss
 from flashgrpo.kernels.loss_triton import (
@@ -41,6 +41,7 @@ from flashgrpo.kernels.loss_triton import (
     launch_sums,
     named_metrics,
 )
+from flashgrpo.kernels.row_loss import RowLoss
 
 _CPU_CACHE = 2 << 20  # bytes
 _MIN_CPU_CHUNK = 256
@@ -96,7 +97,8 @@ def linear_grpo_loss(
     The gradients are made only for those of hidden and lm_head_weight that require them, and wait for the backward
     pass, which multiplies them by the upstream scalar over the denominator and cannot be differentiated again. Rows
     whose gradient is exactly 0 leave the gradient GEMMs where fewer than 90% of a chunk are live (`compact=None`),
-    always (True) or never (False). On CUDA, where counting them waits for the device, None means never.
+    always (True) or never (False). To count them the host waits for the device once a chunk; under torch.compile None
+    means never.
 
     Loss, metrics and arguments are those of `logits_grpo_loss`, the rest as in `linear_logprobs`; raises what they
     raise.
@@ -109,6 +111,8 @@ def linear_grpo_loss(
         old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, lm_head_weight)]
+    if compact is None and torch.compiler.is_compiling():
+        compact = False
     if not by_triton(hidden):
         inputs = prepare_inputs(like, arguments)
         return _LinearGRPOLoss.apply(hidden, lm_head_weight, targets, head, inputs, compact, needed)
@@ -276,26 +280,20 @@ def _linear_grpo_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics, logprobs, entropies, d_hidden, d_weight), the gradients before the denominator."""
     head, gradients = Head(temperature, chunk_tokens, logits_dtype), Gradients.zeros(hidden, weight, *needed)
-    (targets, *_), n = tensors, hidden.shape[0]
+    targets = tensors[0]
     assert targets is not None
-    by_chunk = gradients.needed and not at_sequence_level
-    has_bonus = numbers[ENTROPY_COEF] != 0
-    buffers = LossBuffers.empty(_per_target(hidden, targets), has_bonus, chunk_tokens if by_chunk else None)
-
-    def upstream(chunk: slice | Tensor, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor | None]:
-        assert isinstance(chunk, slice)
-        launch_loss(logprobs, entropies, tensors, numbers, buffers, chunk if by_chunk else None)
-        return buffers.d_logprobs[chunk], None if buffers.d_entropies is None else buffers.d_entropies[chunk]
-
-    if by_chunk:
-        logprobs, entropies = sweep(hidden, weight, targets, head, gradients, upstream, compact=compact)
-    else:
+    if at_sequence_level:
         logprobs, entropies = sweep(hidden, weight, targets, head)
-        d_logprobs, d_entropies = upstream(slice(0, n), logprobs, entropies)
+        loss = LossBuffers.empty(logprobs, numbers[ENTROPY_COEF] != 0)
+        launch_loss(logprobs, entropies, tensors, numbers, loss)
         if gradients.needed:
-            recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact)
+            recompute(gradients, hidden, weight, targets, head, loss.d_logprobs, loss.d_entropies, compact)
+    else:
+        loss = RowLoss(_per_target(hidden, targets), tensors, numbers, temperature)
+        sweep_loss(loss, gradients, hidden, weight, head, compact)
+        logprobs, entropies = loss.logprobs, loss.entropies
     d_hidden, d_weight = (_or_nothing(x, hidden) for x in (gradients.d_hidden, gradients.d_weight))
-    return *launch_sums(buffers, denominator, numbers), logprobs, entropies, d_hidden, d_weight
+    return *launch_sums(loss.partials, denominator, numbers), logprobs, entropies, d_hidden, d_weight
 
 
 @_linear_grpo_op.register_fake
