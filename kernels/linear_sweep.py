@@ -73,7 +73,10 @@ def sweep(
     compact: bool | None = False,
     rows: Tensor | None = None,  # [num_rows], those to visit; None: all
 ) -> tuple[Tensor, Tensor]:  # [n], [n], uninitialised where not visited
-    """Log-probs and entropies, chunk by chunk, and with `upstream` what each chunk adds to `gradients`."""
+    """Log-probs and entropies, chunk by chunk, and with `upstream` what each chunk adds to `gradients`.
+
+    `compact` is for torch: Triton's token-level loss is `sweep_loss`.
+    """
     logprobs = hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
     entropies = torch.empty_like(logprobs)
     logits_weight = weight if by_triton(hidden) else weight.to(head.logits_dtype)
@@ -87,7 +90,7 @@ def sweep(
             if gradients is not None and upstream is not None:
                 d_logprobs, d_entropies = upstream(chosen, logprobs, entropies)
                 live = _live_rows(d_logprobs, d_entropies, compact)
-                if live is not None:
+                if live is not None and isinstance(rows_softmax, RowLogprobs):
                     chosen, rows_softmax = live + start, rows_softmax.select(live)
                     inputs, wanted, d_logprobs = inputs[live], wanted[live], d_logprobs[live]
                     d_entropies = None if d_entropies is None else d_entropies[live]

@@ -195,9 +195,6 @@ class TritonRows(NamedTuple):
         )  # fmt: skip
         return rows
 
-    def select(self, rows: Tensor) -> "TritonRows":
-        return TritonRows(*(x.index_select(0, rows) for x in self))
-
     def gradients(
         self,
         targets: Tensor,  # [rows]

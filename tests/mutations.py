@@ -75,8 +75,10 @@ FAULTS = {
     ("linear_sweep", "linear_grpo"): [
         ("d_weight of the last chunk alone", "d_weight.dtype))", "d_weight.dtype), beta=0)", "low_precision and None"),
         ("d_weight summed in bf16", "accumulation_dtype(weight.dtype))", "weight.dtype)", "low_precision and None"),
-        ("compacted rows of another chunk", "live + start, rows", "live, rows", "compaction and True"),
-        ("rows of the entropy bonus alone left out", "| (d_entropies != 0)", "", "compaction and True"),
+        ("compacted rows of another chunk", "start + move_live", "move_live", "compaction and True"),
+    ],
+    ("row_loss", "linear_grpo"): [
+        ("rows of the entropy bonus alone left out", " | (d_entropy != 0)", "", "compaction and True"),
     ],
 }  # fmt: skip
 
