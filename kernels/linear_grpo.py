@@ -67,10 +67,7 @@ def linear_logprobs(
     chunk and another logits_dtype; TypeError for wrong dtypes.
     """
     head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
-    targets = targets.contiguous()
-    if by_triton(hidden):
-        return _linear_logprobs_op(hidden, lm_head_weight, targets, *head)
-    return _LinearLogprobs.apply(hidden, lm_head_weight, targets, head)
+    return _linear_logprobs_op(hidden, lm_head_weight, targets.contiguous(), *head)
 
 
 def linear_grpo_loss(
@@ -151,27 +148,6 @@ def _make_head(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; wanted 1 or above")
     return Head(temperature, chunk_tokens, logits_dtype)
-
-
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, head):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.head = head
-        ctx.set_materialize_grads(False)
-        return sweep(hidden, weight, targets, head)
-
-    @staticmethod
-    @backward_once
-    def backward(ctx, *grad_outputs):
-        d_logprobs, d_entropies = grad_outputs
-        hidden, weight, targets = ctx.saved_tensors
-        if d_logprobs is None:
-            d_logprobs = hidden.new_zeros(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-        gradients = Gradients.zeros(hidden, weight, *ctx.needs_input_grad[:2])
-        recompute(gradients, hidden, weight, targets, ctx.head, d_logprobs, d_entropies, None)
-        d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
-        return gradients.d_hidden, d_weight, None, None
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
