@@ -31,6 +31,7 @@ from flashgrpo.kernels.logprob import check_logits, gather_logprobs
 from flashgrpo.kernels.loss_config import LossArguments, LossConfig, check_arguments
 from flashgrpo.kernels.loss_torch import Stats, group_advantages, prepare_inputs, token_losses, token_stats, total_loss
 from flashgrpo.kernels.loss_triton import (
+    ENTROPY_COEF,
     LossBuffers,
     empty_sums,
     kernel_arguments,
@@ -62,7 +63,12 @@ def grpo_loss(
 
     Advantages come from `rewards` (then `sequence_ids` says whose completion is whose, by default in order) or as they
     are. A completion whose advantage is NaN takes no part in anything. Without `old_logprobs` the step is exactly
-    on-policy: every ratio is 1, with the ratio's gradient. `denominator` is a number, or a 0-d tensor on the device.
+    on-policy: every ratio is 1, with the ratio's gradient.
+
+    `denominator` is what the sum is divided by: of the whole optimizer update, over its micro-batches and ranks, the
+    number of completions for `sequence_mean`, of their tokens for `token_mean`, and completions times the longest
+    length allowed for `constant`. It is a number, or a 0-d tensor on the device, which torch.compile does not compile
+    again for.
 
     Metrics are fp32 scalars on the device, means over the tokens that count: num_tokens, ratio_mean, ratio_max,
     clip_low_fraction, clip_high_fraction, live_fraction (gradient not 0), kl with a reference, and
@@ -187,7 +193,7 @@ def _triton_loss(
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics, gradients by log-prob and by entropy), the gradients before the denominator."""
-    buffers = LossBuffers.empty(logprobs, entropies is not None)
+    buffers = LossBuffers.empty(logprobs, numbers[ENTROPY_COEF] != 0)
     launch_loss(logprobs.contiguous(), entropies, tensors, numbers, buffers)
     return (
         *launch_sums(buffers.partials, denominator, numbers),
@@ -198,7 +204,7 @@ def _triton_loss(
 
 @_triton_loss.register_fake
 def _(logprobs, entropies, tensors, denominator, numbers):
-    buffers = LossBuffers.empty(logprobs, entropies is not None)
+    buffers = LossBuffers.empty(logprobs, numbers[ENTROPY_COEF] != 0)
     return *empty_sums(logprobs), buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
 
 
@@ -207,9 +213,9 @@ def _or_nothing(d_entropies: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _keep_gradients(ctx, inputs, output):
-    logprobs, entropies, _, denominator, numbers = inputs
+    logprobs, _, _, denominator, numbers = inputs
     ctx.save_for_backward(*output[2:], denominator)
-    ctx.dtype, ctx.has_entropies, ctx.number = logprobs.dtype, entropies is not None, numbers[-1]
+    ctx.dtype, ctx.number, ctx.has_bonus = logprobs.dtype, numbers[-1], numbers[ENTROPY_COEF] != 0
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -218,7 +224,7 @@ def _keep_gradients(ctx, inputs, output):
 def _scale_gradients(ctx, *grad_outputs):
     d_logprobs, d_entropies, denominator = ctx.saved_tensors
     scale = grad_outputs[0] / (ctx.number if denominator is None else denominator)
-    return (d_logprobs * scale).to(ctx.dtype), d_entropies * scale if ctx.has_entropies else None, None, None, None
+    return (d_logprobs * scale).to(ctx.dtype), d_entropies * scale if ctx.has_bonus else None, None, None, None
 
 
 _triton_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
