@@ -31,6 +31,8 @@ FUNCTIONS = [
     "packed_attention", "gather_logprobs", "group_advantages", "grpo_loss", "logits_grpo_loss", "linear_logprobs",
     "linear_grpo_loss", "grpo_loss of sequences", "linear_grpo_loss of sequences",
 ]  # fmt: skip
+has_60_gb = torch.cuda.is_available() and torch.cuda.mem_get_info()[1] > 60e9
+huge = pytest.mark.skipif(not has_60_gb, reason="the GPU has less than 60 GB")
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -99,6 +101,7 @@ def assert_same_rows(whole, alone, rows):
         assert torch.equal(x[rows], y)
 
 
+@huge
 def test_rows_past_2_to_the_31_are_what_they_are_alone(device):
     """More rows, too, than a grid's other axes hold programs."""
     logits = torch.randn(ROWS, VOCAB, device=device, dtype=torch.bfloat16)
@@ -110,6 +113,7 @@ def test_rows_past_2_to_the_31_are_what_they_are_alone(device):
     assert_same_rows(in_place, [x[rows] for x in whole], rows)
 
 
+@huge
 @pytest.mark.parametrize(
     ("families", "heads", "head_dim"),
     [([[500, 1000, 1000, 1000]] * 155, 32, 128), ([[5, 3, 17]] * 24_000, 4, 64)],
@@ -200,7 +204,7 @@ def test_the_sanitizer_finds_no_error(tool):
     command += ["--report-api-errors", "no"] if tool == "memcheck" else []
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     ran = subprocess.run([*command, sys.executable, __file__], env=env, capture_output=True, text=True, timeout=100)
-    if "Device not supported" in ran.stdout:
+    if "Device not supported" in ran.stdout + ran.stderr:
         pytest.skip("compute-sanitizer does not support this device")
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
