@@ -209,7 +209,8 @@ def _linear_logprobs_bwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gradients = Gradients.zeros(hidden, weight, *needed)
     head = Head(temperature, chunk_tokens, logits_dtype)
-    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, None)
+    compact = False if hidden.is_cuda else None  # to count live rows would wait for the device
+    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact)
     d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
     return _or_nothing(gradients.d_hidden, hidden), _or_nothing(d_weight, hidden)
 
