@@ -96,8 +96,7 @@ def launches(target: str) -> Iterator[Launch]:
     row = {"BLOCK": logprob.BLOCK, "num_warps": logprob.NUM_WARPS}
     yield Launch(logprob._logprob_fwd_kernel, target, None, row | {"SLICE": logprob.SLICE})
     yield Launch(logprob._logprob_bwd_kernel, target, None, row)
-    block = {"BLOCK": row_loss.BLOCK, "num_warps": row_loss.NUM_WARPS, "SLICE": logprob.SLICE}
-    yield Launch(row_loss._row_loss_kernel, target, None, block)
+    yield Launch(row_loss._row_loss_kernel, target, None, row | {"SLICE": logprob.SLICE, "entropy_coef": None})
     yield Launch(row_loss._move_rows_kernel, target, None, row)
     yield Launch(row_loss._scale_kernel, target, None, row)
     row = {"BLOCK": loss_triton.BLOCK, "GROUP_BLOCK": loss_triton.GROUP_BLOCK}

@@ -153,14 +153,15 @@ def completions_of(
                     was = new
                     if old is not None:
                         was = tl.load(old + tokens, mask=valid, other=0.0).to(tl.float32)
-                    total += tl.sum(new - was, 0)
+                        total += tl.sum(new - was, 0)
                     if behavior is not None:
                         sampled = tl.load(behavior + tokens, mask=valid, other=0.0).to(tl.float32)
                         total_mismatch += tl.sum(was - sampled, 0)
         count = tl.maximum(count, 1.0)
         length = tl.where(mine, count, length)
         if at_sequence_level != 0:
-            log_ratio = tl.where(mine, total / count, log_ratio)
+            if old is not None:
+                log_ratio = tl.where(mine, total / count, log_ratio)
             log_weight = tl.where(mine, total_mismatch / count, log_weight)
     if targets is not None:
         ignored = tl.load(targets + rows, mask=rows < stop, other=-100) == -100
