@@ -53,7 +53,7 @@ _POINTERS = {
 }
 _COUNTS = (
     "total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n num_sequences num_blocks first_row "
-    "num_rows width"
+    "num_rows num_rewards width"
 )
 ARGUMENTS: dict[str, Any] = {name: MockTensor(dtype) for dtype, names in _POINTERS.items() for name in names.split()}
 ARGUMENTS |= dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}

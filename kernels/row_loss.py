@@ -23,17 +23,17 @@ from flashgrpo.kernels.logprob import row_gradient, row_logprob
 from flashgrpo.kernels.loss_triton import completions_of, log_ratio_and_mismatch, loss_of_tokens
 
 
-@triton.jit(do_not_specialize=["n", "num_sequences", "group_size"])
+@triton.jit(do_not_specialize=["n", "num_sequences", "num_rewards", "group_size"])
 def _advantage_kernel(
-    token_advantages, token_lengths, targets, offsets, rewards, sequence_ids, advantages, n, num_sequences, group_size,
-    eps, by_deviation, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    token_advantages, token_lengths, targets, offsets, rewards, sequence_ids, advantages, n, num_sequences, num_rewards,
+    group_size, eps, by_deviation, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * BLOCK
     rows = start + tl.arange(0, BLOCK)
     nothing = tl.zeros([BLOCK], tl.float32)
     advantage, length, _, _ = completions_of(
         rows, start, tl.minimum(start + BLOCK, n), nothing, nothing, None, targets, offsets, rewards, sequence_ids,
-        advantages, None, None, num_sequences, group_size, eps, by_deviation, 0, BLOCK, GROUP_BLOCK,
+        advantages, None, None, num_sequences, num_rewards, group_size, eps, by_deviation, 0, BLOCK, GROUP_BLOCK,
     )  # fmt: skip
     tl.store(token_advantages + rows, advantage, mask=rows < n)
     tl.store(token_lengths + rows, length, mask=rows < n)
