@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
+from flashgrpo.kernels.logprob import gather_logprobs
 
 SPANS = [40, 0, 1, 200, 59]
 NUM_TARGETS = sum(SPANS)
@@ -136,6 +137,19 @@ def test_one_log_prob_path(logits_dtype, device):
     assert torch.equal(stats["logprobs"], old)
     assert torch.equal(stats["entropies"], entropies)
     assert stats["ratio_mean"] == stats["ratio_max"] == 1
+
+
+def test_one_log_prob_path_for_rows_of_several_blocks(device):
+    """A row's sums in another order would differ in the last bit."""
+    hidden, weight = torch.randn(96, 8, device=device), torch.randn(50_257, 8, device=device, requires_grad=True)
+    targets, offsets = torch.randint(0, 50_257, (96,), device=device), torch.tensor([0, 96], device=device)
+    old, _ = linear_logprobs(hidden, weight, targets)
+    gathered, _ = gather_logprobs(hidden @ weight.T, targets)
+    for config in (LossConfig(), LossConfig.preset("gspo")):
+        arguments = (targets, offsets, config)
+        given = {"denominator": 1.0, "advantages": torch.ones(1, device=device)}
+        assert torch.equal(linear_grpo_loss(hidden, weight, *arguments, **given)[1]["logprobs"], old)
+        assert torch.equal(logits_grpo_loss(hidden @ weight.T, *arguments, **given)[1]["logprobs"], gathered)
 
 
 def test_linear_logprobs_and_gradients(device, poisoned):

@@ -202,3 +202,13 @@ def test_trains_after_sampling(pack):
     with torch.inference_mode():
         decoder(pack([tokens(5)]))
     assert all(gradient.isfinite().all() for gradient in gradients(decoder, decoder(pack([tokens(5)]))).values())
+
+
+def test_the_hand_written_gradients_compile_whole():
+    """A break in the graph would leave the blocks to eager mode where they are checkpointed."""
+    config = ModelConfig.from_dict(TINY)
+    for module in (MLP(config), RMSNorm(config.hidden_size, 1e-6)):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        x = torch.randn(5, config.hidden_size, requires_grad=True)
+        wanted = torch.autograd.grad(module(x).sum(), x)[0]
+        torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], wanted)
