@@ -52,7 +52,7 @@ FAULTS = {
         ("1/denominator left out of the loss", "result / denominator", "result", "own_advantages"),
     ],
     ("row_loss", "grpo_loss"): [
-        ("1/denominator left out of d_logits", "d_logprob / denominator", "d_logprob", "rows_are_as_accurate"),
+        ("1/denominator left out of d_logits", "d_logprob /= denominator", "d_logprob /= 1.0", "rows_are_as_accurate"),
         ("upstream gradient left out", "mask=inside) * factor", "mask=inside)", "rows_are_as_accurate"),
         ("first live row moved to all", "behind.clamp", "(0 * behind).clamp", "live_rows"),
     ],
