@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from flashgrpo.grpo.data import load_problems, render_text
 from flashgrpo.grpo.demo import make_model
 from flashgrpo.grpo.recipe import Recipe, load_recipe
-from flashgrpo.grpo.run_folder import write_text
+from flashgrpo.model.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu_step.json"

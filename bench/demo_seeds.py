@@ -17,7 +17,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from flashgrpo.grpo.run_folder import read_rows, write_text
+from flashgrpo.grpo.run_folder import read_rows
+from flashgrpo.model.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 
