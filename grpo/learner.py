@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashgrpo.grpo.recipe import OptimizerSection
-from flashgrpo.model.batch import PackedBatch
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss
+from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
 from flashgrpo.model.decoder import Decoder
 
@@ -42,12 +45,12 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        zero = torch.zeros((), device=self.device)
         for p in self.masters.values():
-            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": torch.zeros((), device=self.device), **zeros}
-        self.skipped = torch.zeros((), device=self.device)  # updates in a row, up to now
-        self.most_skipped = torch.zeros((), device=self.device)  # the longest such row since the last `take_skipped`
-        self.total_skipped = torch.zeros((), device=self.device)
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": zero.clone(), **moments}
+        self.skipped = zero.clone()  # updates in a row, up to now
+        self.most_skipped, self.total_skipped = zero, zero  # the longest such row, and all, since `take_skipped`
 
     def set_lr(self, step: int) -> float:
         """Set and return the learning rate of a step, counted from 1."""
@@ -113,6 +116,21 @@ class Learner:
         for name, p in self.params.items():
             if p is not self.masters[name]:
                 p.copy_(self.masters[name])
+
+
+def packed_loss(model: Decoder, batch: PackedBatch, config: LossConfig, **options: Any) -> tuple[Tensor, Stats]:
+    """The loss of a pack with its log-probs; `options` are the other ones of `linear_grpo_loss`."""
+    return linear_grpo_loss(
+        gather_predictors(model(batch), batch),
+        model.lm_head_weight,
+        batch.targets,
+        batch.target_cu_seqlens,
+        config,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        behavior_logprobs=batch.behavior_logprobs,
+        **options,
+    )
 
 
 def _schedule(config: OptimizerSection, step: int, total_steps: int) -> float:
