@@ -7,7 +7,8 @@ A step is one rollout of 8 prompts x 8 completions of 64 tokens each, their rewa
 line. Both sides run as processes of their own with 2 threads, in turns, so that a slow spell of the machine meets both.
 TRL runs with all completions in one backward pass, as ours does, and with fewer, which is as fast or faster and needs
 less memory. The machine should be idle: on 2 busy cores a step takes up to ten times as long, by chance.
-Prints a table and writes every run to bench/results/cpu_step.json. Times are seconds, memory is in units of 10^6 bytes.
+Prints the README's tables and writes every run to bench/results/cpu_step.json. Times are seconds, memory is in units of
+10^6 bytes.
 """
 
 import json
@@ -27,12 +28,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from flashgrpo.bench.readme import cpu_parts_table, cpu_step_table
 from flashgrpo.grpo.data import load_problems, render_text
 from flashgrpo.grpo.demo import make_model
 from flashgrpo.grpo.recipe import Recipe, load_recipe
@@ -68,14 +69,7 @@ class Inputs:
     prompts: Path  # JSONL with a `prompt` column
 
 
-def make_inputs(
-    folder: Path,
-    prompt_len: int,
-    *,
-    num_prompts: int = 64,
-    num_words: int = 61,
-    seed: int = 0,
-) -> Inputs:
+def make_inputs(folder: Path, prompt_len: int, *, num_prompts: int = 64, num_words: int = 61, seed: int = 0) -> Inputs:
     """Write a random Qwen3 of 4.7M parameters, its word-level tokenizer, and prompts of exactly `prompt_len` tokens.
 
     Neighbouring words are never merged, so both sides read a prompt of `prompt_len` words as that many tokens. The
@@ -207,26 +201,6 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def print_table(summary: list[dict[str, Any]], load_average: float) -> None:
-    """The rows of `summarize` on the terminal, with the load that they were measured under."""
-    table = Table(
-        title=f"One GRPO step on CPU, fp32, {THREADS} threads",
-        caption=f"load average before a run: up to {load_average:.1f}, about {THREADS} if idle otherwise",
-    )
-    for column in ("prompt", "", "step s", "x ours", "peak MB", "x ours"):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in summary:
-        table.add_row(
-            str(row["prompt_len"]),
-            row["name"],
-            f"{row['median_step_s']:.2f}",
-            f"{row['step_ratio']:.2f}",
-            f"{row['peak_mb']:.0f}",
-            f"{row['peak_ratio']:.2f}",
-        )
-    Console().print(table)
-
-
 def main() -> None:
     """Measure everything once, write RESULTS, print it."""
     runs = []
@@ -240,9 +214,9 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     results = {"machine": machine, "summary": summary, "parts": parts, "runs": runs}
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-    for name, part in parts.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in part.items()))
-    print_table(summary, max(run["load_average"] for run in runs))
+    print(*cpu_parts_table(), "", *cpu_step_table(), sep="\n")
+    busiest = max(run["load_average"] for run in runs)
+    print(f"load average before a run: up to {busiest:.1f}, about {THREADS} if idle otherwise")
 
 
 if __name__ == "__main__":

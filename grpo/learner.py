@@ -71,9 +71,9 @@ class Learner:
             loss, stats = loss_of(batch)
             loss.backward()
             collected.append({"loss": loss.detach(), **stats})
-        grads = [_grad_or_zeros(p) for p in self.masters.values()]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.grad_clip, norm, foreach=True)
+        for p in self.masters.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.grad_clip, foreach=True)
         found_inf = (~torch.isfinite(norm)).float()
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by the fused kernel, as GradScaler does
         self.optimizer.step()
@@ -150,9 +150,3 @@ def _move_grad(p: Tensor, master: Tensor) -> None:
     else:
         master.grad += p.grad
     p.grad = None
-
-
-def _grad_or_zeros(p: Tensor) -> Tensor:
-    if p.grad is None:
-        p.grad = torch.zeros_like(p)
-    return p.grad

@@ -12,7 +12,7 @@ import random
 import shutil
 import tomllib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from flashgrpo.grpo.progress import console
 from flashgrpo.model.files import whole_folder, write_text
+
+# DCP without a process group is meant
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class RunError(RuntimeError):
@@ -102,8 +105,7 @@ class RunFolder:
             with whole_folder(final) as partial:
                 write_model(partial / "model")
                 if tensors:
-                    with _single_process():
-                        state_dict_saver.save(tensors, checkpoint_id=partial / "state", no_dist=True)
+                    state_dict_saver.save(tensors, checkpoint_id=partial / "state", no_dist=True)
                 write_text(partial / "state.json", json.dumps({"step": step, **state, "rng": _rng_state()}))
         except (OSError, RuntimeError, CheckpointException) as error:
             kept = newest_checkpoint(self.path)
@@ -118,8 +120,7 @@ class RunFolder:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place from the open checkpoint, and set every random generator as it was."""
         try:
-            with _single_process():
-                state_dict_loader.load(tensors, checkpoint_id=f"{self.checkpoint}/state", no_dist=True)
+            state_dict_loader.load(tensors, checkpoint_id=f"{self.checkpoint}/state", no_dist=True)
             _set_rng_state(self.state["rng"])
         except (OSError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
             raise RunInputError(
@@ -135,24 +136,11 @@ def newest_checkpoint(run: str | Path) -> Path | None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL log; a last line that was cut by a crash is left out."""
-    if not path.exists():
-        return []
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), path.open(encoding="utf-8") as lines:
         for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+            rows.append(json.loads(line))
     return rows
-
-
-@contextlib.contextmanager
-def _single_process() -> Iterator[None]:
-    """DCP without a process group is meant, and needs no warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _checkpoints(run: Path) -> list[Path]:
