@@ -12,6 +12,7 @@ Prints the README's tables and writes every run to bench/results/cpu_step.json. 
 """
 
 import json
+import math
 import os
 import platform
 import random
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,22 +44,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu_step.json"
 PEER_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 THREADS = 2
+SIZES = {"num_prompts": 8, "group_size": 8, "max_new_tokens": 64}  # of a step
+STEPS = 5  # of a run; the first two are not timed
 ROUNDS = 2
 TURNS = 42  # of the two generators: half a second each
 PROMPT_LENGTHS = (64, 256)
 PEER_MICRO_BATCHES = (64, 8)
 OURS = "flashgrpo"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What both sides do. The first two steps of a run are not timed."""
-
-    prompt_len: int
-    num_prompts: int = 8
-    group_size: int = 8
-    max_new_tokens: int = 64
-    steps: int = 5
 
 
 @dataclass(frozen=True)
@@ -113,61 +105,48 @@ def run_process(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def flags(inputs: Inputs, setting: Setting, what: str) -> list[str]:
+def flags(inputs: Inputs, what: str = "step", steps: int = STEPS) -> list[str]:
     """What both sides are called with."""
-    values = {
-        "--what": what,
-        "--model": inputs.model,
-        "--prompts": inputs.prompts,
-        "--num-prompts": setting.num_prompts,
-        "--group-size": setting.group_size,
-        "--max-new-tokens": setting.max_new_tokens,
-        "--steps": setting.steps,
-        "--threads": THREADS,
-    }
-    return [str(part) for flag in values.items() for part in flag]
+    values = {"what": what, "model": inputs.model, "prompts": inputs.prompts, "steps": steps, "threads": THREADS}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in (values | SIZES).items()]
 
 
-def run_peer(inputs: Inputs, setting: Setting, micro_batch: int) -> dict[str, Any]:
+def run_peer(inputs: Inputs, micro_batch: int) -> dict[str, Any]:
     """TRL's step in its own environment. Raises FileNotFoundError if that has not been made."""
     if not PEER_PYTHON.exists():
         raise FileNotFoundError(f"{PEER_PYTHON} does not exist; make TRL's environment with `make .venv-trl/.done`")
-    command = [str(PEER_PYTHON), "bench/peer_trl.py", "--micro-batch", str(micro_batch)]
-    return run_process(command + flags(inputs, setting, "step"))
+    return run_process([str(PEER_PYTHON), "bench/peer_trl.py", f"--micro-batch={micro_batch}", *flags(inputs)])
 
 
-def run_ours(inputs: Inputs, setting: Setting, what: str = "step") -> dict[str, Any]:
+def run_ours(inputs: Inputs, what: str = "step", steps: int = STEPS) -> dict[str, Any]:
     """Our side, in a process of its own."""
-    return run_process([sys.executable, "-m", "flashgrpo.bench.own_step", *flags(inputs, setting, what)])
+    return run_process([sys.executable, "-m", "flashgrpo.bench.own_step", *flags(inputs, what, steps)])
 
 
-def measure(setting: Setting, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
+def measure(prompt_len: int, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
     """Every contender in turn, `ROUNDS` times over; one row a run, with the load average it started under."""
     contenders: dict[str, Callable[[], dict[str, Any]]] = {
-        **{f"TRL, micro-batch {size}": partial(run_peer, inputs, setting, size) for size in PEER_MICRO_BATCHES},
-        OURS: partial(run_ours, inputs, setting),
+        **{f"TRL, micro-batch {size}": partial(run_peer, inputs, size) for size in PEER_MICRO_BATCHES},
+        OURS: partial(run_ours, inputs),
     }
-    task = progress.add_task(f"prompts of {setting.prompt_len} tokens", total=ROUNDS * len(contenders))
+    task = progress.add_task(f"prompts of {prompt_len} tokens", total=ROUNDS * len(contenders))
     runs = []
     for round_number in range(ROUNDS):
         for name, run in contenders.items():
-            row = {"name": name, "round": round_number, "load_average": os.getloadavg()[0], **asdict(setting)}
-            runs.append(row | run())
+            row = {"name": name, "round": round_number, "load_average": os.getloadavg()[0], "prompt_len": prompt_len}
+            runs.append(row | SIZES | {"steps": STEPS} | run())
             progress.advance(task)
     return runs
 
 
 def measure_parts(folder: Path, prefix_inputs: Inputs) -> dict[str, dict[str, float]]:
     """Generation on the demo's model against transformers', and the training step with shared and repeated prompts."""
-    generate = run_ours(make_demo_inputs(folder), Setting(prompt_len=256, steps=TURNS), "generate")
-    prefix = run_ours(prefix_inputs, Setting(prompt_len=256), "prefix")
-    medians = {name: statistics.median(generate[f"{name}_s"]) for name in ("transformers", "ours")}
-    rates = {name: 64 * Setting.max_new_tokens / second for name, second in medians.items()}
-    return {
-        "generate": rates | {"ratio": generate["ratio"]},
-        "prefix": {name: statistics.median(prefix[name]) for name in ("shared_s", "repeated_s")}
-        | {"ratio": prefix["ratio"]},
-    }
+    generate = run_ours(make_demo_inputs(folder), "generate", TURNS)
+    prefix = run_ours(prefix_inputs, "prefix")
+    num_tokens = math.prod(SIZES.values())
+    rates = {name: num_tokens / statistics.median(generate[f"{name}_s"]) for name in ("transformers", "ours")}
+    seconds = {name: statistics.median(prefix[name]) for name in ("shared_s", "repeated_s")}
+    return {"generate": rates | {"ratio": generate["ratio"]}, "prefix": seconds | {"ratio": prefix["ratio"]}}
 
 
 def make_demo_inputs(folder: Path) -> Inputs:
@@ -208,7 +187,7 @@ def main() -> None:
         inputs = {length: make_inputs(Path(folder) / str(length), length) for length in PROMPT_LENGTHS}
         parts = measure_parts(Path(folder), inputs[256])
         for prompt_len in PROMPT_LENGTHS:
-            runs += measure(Setting(prompt_len), inputs[prompt_len], progress)
+            runs += measure(prompt_len, inputs[prompt_len], progress)
     summary = summarize(runs)
     machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": THREADS}
     RESULTS.parent.mkdir(exist_ok=True)
