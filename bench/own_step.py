@@ -12,7 +12,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -118,7 +118,7 @@ def time_prefix(options: argparse.Namespace) -> dict:
     return _in_turns(steps, options.steps) | tokens
 
 
-def _in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict:
+def _in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict:
     """Wall seconds of two runs in turns, so that a slow spell of the machine meets both, without the warm-up.
 
     `ratio` is the median, over rounds, of the first one's seconds by the second one's.

@@ -234,8 +234,8 @@ def _is_intractable(expression: Any) -> bool:
         return False
     import sympy
 
-    nodes: Any = sympy.postorder_traversal(expression)
-    sizes = (node.args[-1] for node in nodes if isinstance(node, sympy.Pow | sympy.factorial))
+    nodes = sympy.postorder_traversal(expression)
+    sizes: Iterator[Any] = (node.args[-1] for node in nodes if isinstance(node, sympy.Pow | sympy.factorial))
     return any(size.is_number and not abs(size.evalf(5)) <= _MAX_EXPONENT for size in sizes)
 
 
