@@ -235,7 +235,7 @@ def _is_intractable(expression: Any) -> bool:
     import sympy
 
     nodes = sympy.postorder_traversal(expression)
-    sizes: Iterator[Any] = (node.args[-1] for node in nodes if isinstance(node, sympy.Pow | sympy.factorial))
+    sizes: list[Any] = [node.args[-1] for node in nodes if isinstance(node, sympy.Pow | sympy.factorial)]
     return any(size.is_number and not abs(size.evalf(5)) <= _MAX_EXPONENT for size in sizes)
 
 
