@@ -108,9 +108,10 @@ def logits_grpo_loss(
 ) -> tuple[Tensor, Stats]:
     """`grpo_loss` of the log-probs of `targets` under softmax(logits / temperature), with the entropy bonus.
 
-    Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs and entropies. The
-    gradient is written over logits that are another operation's result, which autograd then refuses to use again;
-    logits that are a leaf, or a view of one, keep their values. Raises what `grpo_loss` and `gather_logprobs` raise.
+    Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs and entropies. Logits
+    that are another operation's result hold their gradient afterwards (at sequence level, in fp16 and on a CPU after
+    the backward pass), and autograd refuses to use them again; a leaf, or a view of one, keeps its values. Read them
+    before. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
     check_logits(logits, targets, temperature)
     arguments = check_arguments(

@@ -10,15 +10,16 @@ For n rows, hidden size H and vocabulary V, chunk by chunk:
 `linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H FLOPs against 8 n V H
 for what recomputes them. A sequence-level ratio needs all log-probs before any gradient, so it costs 8 n V H. Beyond
 its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and one chunk of logits, which the kernels turn into their
-gradient in place, or two where live rows are picked out (in torch three chunks, in fp32). Gradients pass through the
-logits' dtype before the denominator: in fp16 an advantage times a ratio above 65,504 overflows.
+gradient in place (in torch three chunks, in fp32). Gradients pass through the logits' dtype before the denominator: in
+fp16 an advantage times a ratio above 65,504 overflows.
 
 Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row: with r rows a chunk
 that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at 6,144. So on CUDA r is 6,144 rows of
 16-bit or 3,072 of fp32 logits, which also is what 5% of full fp32 logits hold for 64k targets; on a CPU it is as many
 as have their fp32 logits in 2 MiB of cache, and at least 256.
 
-Both functions make log-probs in `sweep`, so with equal chunks they agree bit for bit, and autocast changes neither.
+Both functions make log-probs by the same GEMM and `logprob.row_logprob`, so with equal chunks they agree bit for bit,
+and autocast changes neither.
 Not done here: vocabulary-parallel heads, a bias, logit soft-capping. Sources: Wijmans et al., Cut Your Losses, arXiv
 2411.09009; Hsu et al., Liger Kernel, arXiv 2410.10989.
 """
@@ -208,7 +209,8 @@ def _linear_logprobs_bwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gradients = Gradients.zeros(hidden, weight, *needed)
     head = Head(temperature, chunk_tokens, logits_dtype)
-    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, None)
+    compact = False if hidden.is_cuda else None  # to count live rows would wait for the device
+    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact)
     d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
     return _or_nothing(gradients.d_hidden, hidden), _or_nothing(d_weight, hidden)
 

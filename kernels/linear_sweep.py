@@ -173,7 +173,7 @@ def recompute(
 
 def _live_rows(d_logprobs: Tensor, d_entropies: Tensor | None, compact: bool | None) -> Tensor | None:
     """Indices of the rows whose gradient is not exactly 0, or None to use all rows. Waits for the device."""
-    if compact is False or (compact is None and d_logprobs.is_cuda):
+    if compact is False:
         return None
     live = d_logprobs != 0 if d_entropies is None else (d_logprobs != 0) | (d_entropies != 0)
     rows = live.nonzero().squeeze(1)

@@ -25,12 +25,13 @@ GROUP_BLOCK = 128  # rewards of a group read at once
 _ROWS = 2048  # blocks summed at once
 # Where `kernel_arguments` puts them among the numbers: those of a token begin, the entropy bonus.
 TOKEN_NUMBERS, ENTROPY_COEF = 3, 7
-# What a program sums up for its block, in this order; those that end in _max are largest values.
+# What a program sums up for its block, in this order; maxima are largest values.
 _SUMS = (
     "loss", "num_tokens", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "live_fraction", "kl",
     "behavior_mismatch_mean", "behavior_mismatch_max", "entropy",
 )  # fmt: skip
 NUM_SUMS = len(_SUMS)
+_RATIO_MAX, _MISMATCH_MAX = (tl.constexpr(_SUMS.index(name)) for name in ("ratio_max", "behavior_mismatch_max"))
 
 
 @triton.jit
@@ -216,13 +217,13 @@ def loss_of_tokens(
     tl.store(sums, tl.sum(loss, 0))
     tl.store(sums + num_blocks, tl.sum(counted.to(tl.float32), 0))
     tl.store(sums + 2 * num_blocks, tl.sum(tl.where(counted, ratio, 0.0), 0))
-    tl.store(sums + 3 * num_blocks, _largest(tl.where(counted, ratio, 0.0)))
+    tl.store(sums + _RATIO_MAX * num_blocks, _largest(tl.where(counted, ratio, 0.0)))
     tl.store(sums + 4 * num_blocks, tl.sum(((ratio < 1 - clip_low) & (advantage < 0)).to(tl.float32), 0))
     tl.store(sums + 5 * num_blocks, tl.sum(((ratio > 1 + clip_high) & (advantage > 0)).to(tl.float32), 0))
     tl.store(sums + 6 * num_blocks, tl.sum(live.to(tl.float32), 0))
     tl.store(sums + 7 * num_blocks, tl.sum(tl.where(counted, kl, 0.0), 0))
     tl.store(sums + 8 * num_blocks, tl.sum(mismatch, 0))
-    tl.store(sums + 9 * num_blocks, _largest(mismatch))
+    tl.store(sums + _MISMATCH_MAX * num_blocks, _largest(mismatch))
     tl.store(sums + 10 * num_blocks, tl.sum(entropy, 0))
     return slope, bonus
 
@@ -263,7 +264,7 @@ def _grpo_loss_kernel(
 def _sum_blocks_kernel(partials, denominators, loss, metrics, num_blocks, denominator, ROWS: tl.constexpr):
     """One program a metric: the sum of its blocks in order, or their largest value."""
     metric = tl.program_id(0)
-    is_max = (metric == 3) | (metric == 9)
+    is_max = (metric == _RATIO_MAX) | (metric == _MISMATCH_MAX)
     lanes = tl.arange(0, ROWS)
     total, tokens = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for start in range(0, num_blocks, ROWS):
