@@ -82,12 +82,8 @@ def make_model(folder: Path, texts: list[str], seed: int) -> Path:
     """A byte-level BPE tokenizer trained on `texts`, and a randomly initialised Qwen3 of about a million parameters."""
     tokenizer = Tokenizer(models.BPE())
     # No split at spaces: what every prompt repeats becomes one token. Digits stay apart.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in _TAGS])
     trainer = trainers.BpeTrainer(
