@@ -53,7 +53,7 @@ _POINTERS = {
 }
 _COUNTS = (
     "total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n num_sequences num_blocks first_row "
-    "num_rows width"
+    "num_rows num_rewards width"
 )
 ARGUMENTS: dict[str, Any] = {name: MockTensor(dtype) for dtype, names in _POINTERS.items() for name in names.split()}
 ARGUMENTS |= dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
@@ -96,8 +96,7 @@ def launches(target: str) -> Iterator[Launch]:
     row = {"BLOCK": logprob.BLOCK, "num_warps": logprob.NUM_WARPS}
     yield Launch(logprob._logprob_fwd_kernel, target, None, row | {"SLICE": logprob.SLICE})
     yield Launch(logprob._logprob_bwd_kernel, target, None, row)
-    block = {"BLOCK": row_loss.BLOCK, "num_warps": row_loss.NUM_WARPS, "SLICE": logprob.SLICE}
-    yield Launch(row_loss._row_loss_kernel, target, None, block)
+    yield Launch(row_loss._row_loss_kernel, target, None, row | {"SLICE": logprob.SLICE, "entropy_coef": None})
     yield Launch(row_loss._move_rows_kernel, target, None, row)
     yield Launch(row_loss._scale_kernel, target, None, row)
     row = {"BLOCK": loss_triton.BLOCK, "GROUP_BLOCK": loss_triton.GROUP_BLOCK}

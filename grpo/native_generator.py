@@ -72,7 +72,7 @@ class _DecodingBatch:
         self.group_of_row = np.repeat(np.arange(len(requests)), counts)
         self.unfinished = np.array(counts)
         self.groups = np.arange(len(requests))  # those with a place in the prompts' cache, ascending
-        self.shared = max(counts) > 1
+        self.shared = set(counts) != {1}
         self.prompt_lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=self.device)
         self.own_start = 0 if self.shared else max(len(r.prompt_ids) for r in requests)  # in `own_cache`
         self.prompt_cache: list[tuple[Tensor, Tensor]] = []

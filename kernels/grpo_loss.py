@@ -110,8 +110,8 @@ def logits_grpo_loss(
 
     Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs and entropies. Logits
     that are another operation's result hold their gradient afterwards (at sequence level, in fp16 and on a CPU after
-    the backward pass), and autograd refuses to use them again; a leaf, or a view of one, keeps its values. Read them
-    before. Raises what `grpo_loss` and `gather_logprobs` raise.
+    the backward pass): whatever else needs them must come before this call. A leaf, or a view of one, keeps its
+    values. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
     check_logits(logits, targets, temperature)
     arguments = check_arguments(
@@ -125,7 +125,7 @@ def logits_grpo_loss(
         logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not spare)
         return _loss(logprobs, entropies, arguments)
     if logits.stride(1) != 1:
-        logits, spare = logits.contiguous(), torch.compiler.is_compiling()
+        logits, spare = logits.clone(memory_format=torch.contiguous_format), torch.compiler.is_compiling()
     spare |= logits.stride(0) < logits.shape[1]
     needed = torch.is_grad_enabled() and logits.requires_grad
     loss, metrics, logprobs, entropies = _LogitsLoss.apply(

@@ -27,7 +27,8 @@ from torch import Tensor
 from flashgrpo.kernels.common import backward_once, by_triton, check_index, check_temperature, launch
 from flashgrpo.kernels.logprob_torch import GatherLogprobs
 
-BLOCK = 8192  # logits a program has in registers at a time
+# The order of a row's sums depends on both, so whatever makes log-probs has the same. Two programs fill a processor.
+BLOCK = 16_384  # logits a program has in registers at a time
 SLICE = 8  # of them a thread has in a row: 16 bytes of bf16
 NUM_WARPS = 16
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -79,10 +80,11 @@ def row_logprob(row, target, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.conste
     """(log-prob of the target, entropy, peak, log total) of the row at pointer `row`; zeros for an ignored target."""
     logprob, entropy, peak, log_total = 0.0, 0.0, 0.0, 0.0
     if target != -100:
-        peak, log_total, mean = row_softmax(row, vocab, scale, BLOCK, SLICE)
-        entropy = (log_total - mean) * LN_2
+        # Before the threads meet in `row_softmax`: behind it one of them may already overwrite the row.
         in_range = (target >= 0) & (target < vocab)
         chosen = tl.load(row + target, mask=in_range, other=float("nan")).to(tl.float32)
+        peak, log_total, mean = row_softmax(row, vocab, scale, BLOCK, SLICE)
+        entropy = (log_total - mean) * LN_2
         logprob = ((chosen - peak) * scale - log_total) * LN_2
     return logprob, entropy, peak, log_total
 

@@ -119,7 +119,7 @@ def _policy(ratio, log_ratio, logprob, advantage, weighted, clip_low, clip_high,
 @triton.jit
 def completions_of(
     rows, start, stop, log_ratio, log_weight, logprobs, targets, offsets, rewards, sequence_ids, advantages, old,
-    behavior, num_sequences, group_size, eps, by_deviation, at_sequence_level,
+    behavior, num_sequences, num_rewards, group_size, eps, by_deviation, at_sequence_level,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each of the `rows` from start to stop, by its completion: the advantage (NaN: does not count), the number of
@@ -137,7 +137,9 @@ def completions_of(
             slot = sequence
             if sequence_ids is not None:
                 slot = tl.load(sequence_ids + sequence)
-            own = _group_advantage(rewards, slot, group_size, by_deviation, eps, GROUP_BLOCK)
+            own = float("nan")
+            if (slot >= 0) & (slot < num_rewards):
+                own = _group_advantage(rewards, slot, group_size, by_deviation, eps, GROUP_BLOCK)
         advantage = tl.where(mine, own, advantage)
         count, total, total_mismatch = (end - begin).to(tl.float32), 0.0, 0.0
         if (targets is not None) | (at_sequence_level != 0):
@@ -153,14 +155,15 @@ def completions_of(
                     was = new
                     if old is not None:
                         was = tl.load(old + tokens, mask=valid, other=0.0).to(tl.float32)
-                    total += tl.sum(new - was, 0)
+                        total += tl.sum(new - was, 0)
                     if behavior is not None:
                         sampled = tl.load(behavior + tokens, mask=valid, other=0.0).to(tl.float32)
                         total_mismatch += tl.sum(was - sampled, 0)
         count = tl.maximum(count, 1.0)
         length = tl.where(mine, count, length)
         if at_sequence_level != 0:
-            log_ratio = tl.where(mine, total / count, log_ratio)
+            if old is not None:
+                log_ratio = tl.where(mine, total / count, log_ratio)
             log_weight = tl.where(mine, total_mismatch / count, log_weight)
     if targets is not None:
         ignored = tl.load(targets + rows, mask=rows < stop, other=-100) == -100
@@ -228,10 +231,10 @@ def loss_of_tokens(
     return slope, bonus
 
 
-@triton.jit(do_not_specialize=["n", "num_sequences", "group_size", "num_blocks"])
+@triton.jit(do_not_specialize=["n", "num_sequences", "num_rewards", "group_size", "num_blocks"])
 def _grpo_loss_kernel(
     logprobs, entropies, targets, offsets, rewards, sequence_ids, advantages, old, ref, behavior,
-    d_logprobs, d_entropies, partials, n, num_sequences, group_size, num_blocks,
+    d_logprobs, d_entropies, partials, n, num_sequences, num_rewards, group_size, num_blocks,
     eps, by_deviation, at_sequence_level, clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap,
     behavior_floor, kl_estimator, cispo, over_tokens, has_cap, mask_behavior,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
@@ -247,8 +250,8 @@ def _grpo_loss_kernel(
     log_ratio, mismatch = log_ratio_and_mismatch(rows, inside, logprob, old, behavior)
     advantage, length, log_ratio, log_weight = completions_of(
         rows, start, tl.minimum(start + BLOCK, n), log_ratio, mismatch, logprobs, targets, offsets, rewards,
-        sequence_ids, advantages, old, behavior, num_sequences, group_size, eps, by_deviation, at_sequence_level,
-        BLOCK, GROUP_BLOCK,
+        sequence_ids, advantages, old, behavior, num_sequences, num_rewards, group_size, eps, by_deviation,
+        at_sequence_level, BLOCK, GROUP_BLOCK,
     )  # fmt: skip
     slope, bonus = loss_of_tokens(
         rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, ref, partials + block, num_blocks,
@@ -329,11 +332,11 @@ def launch_loss(
     )  # fmt: skip
 
 
-def completion_counts(tensors: Sequence[Tensor | None]) -> tuple[int, int]:
-    """Completions, and rewards of a group, by the tensors of `kernel_arguments`."""
+def completion_counts(tensors: Sequence[Tensor | None]) -> tuple[int, int, int]:
+    """Completions, rewards, and rewards of a group, by the tensors of `kernel_arguments`."""
     offsets, rewards = tensors[1:3]
     assert offsets is not None
-    return offsets.shape[0] - 1, 1 if rewards is None else rewards.shape[1]
+    return offsets.shape[0] - 1, *((0, 1) if rewards is None else (rewards.numel(), rewards.shape[1]))
 
 
 def empty_sums(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,10 @@
 
 A launch beforehand gives every token the advantage and the length of its completion. Then a program takes a row: it
 reads it for log-prob and entropy, makes the loss and its gradient by them as loss_triton.py does, and reads the row
-again, backwards, to write the gradient of its logits. The second read comes from L2 as long as the rows at work fit:
-132 of 304 kB are 40 MB of an H200's 50. So that no more are at work a program is as large as a processor holds. A row
-whose gradient is 0 is not read again. 4 bytes an element in bf16 from and to memory, or 6 without L2: for 8,192 rows of
-151,936 1.16 or 1.74 ms at 4.3 TB/s.
+again, backwards, to write the gradient of its logits. The second read comes from L2 as far as the rows at work fit:
+the 264 of an H200 in 50 MB if they have up to 95,000 logits, and more than half of 151,936. A row whose gradient is 0
+is not read again. 4 bytes an element in bf16 from and to memory, or 6 without L2: for 8,192 rows of 151,936 that takes
+at least 1.16 or 1.74 ms at 4.3 TB/s.
 """
 
 import math
@@ -22,20 +22,18 @@ from flashgrpo.kernels.common import launch
 from flashgrpo.kernels.logprob import row_gradient, row_logprob
 from flashgrpo.kernels.loss_triton import completions_of, log_ratio_and_mismatch, loss_of_tokens
 
-BLOCK, NUM_WARPS = 32_768, 32  # logits a program has in registers at a time: 54 registers a thread, so one a processor
 
-
-@triton.jit(do_not_specialize=["n", "num_sequences", "group_size"])
+@triton.jit(do_not_specialize=["n", "num_sequences", "num_rewards", "group_size"])
 def _advantage_kernel(
-    token_advantages, token_lengths, targets, offsets, rewards, sequence_ids, advantages, n, num_sequences, group_size,
-    eps, by_deviation, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    token_advantages, token_lengths, targets, offsets, rewards, sequence_ids, advantages, n, num_sequences, num_rewards,
+    group_size, eps, by_deviation, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * BLOCK
     rows = start + tl.arange(0, BLOCK)
     nothing = tl.zeros([BLOCK], tl.float32)
     advantage, length, _, _ = completions_of(
         rows, start, tl.minimum(start + BLOCK, n), nothing, nothing, None, targets, offsets, rewards, sequence_ids,
-        advantages, None, None, num_sequences, group_size, eps, by_deviation, 0, BLOCK, GROUP_BLOCK,
+        advantages, None, None, num_sequences, num_rewards, group_size, eps, by_deviation, 0, BLOCK, GROUP_BLOCK,
     )  # fmt: skip
     tl.store(token_advantages + rows, advantage, mask=rows < n)
     tl.store(token_lengths + rows, length, mask=rows < n)
@@ -49,7 +47,7 @@ def _row_loss_kernel(
     kl_estimator, cispo, over_tokens, has_cap, mask_behavior, denominator,
     BLOCK: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """d_logits may be the logits, whose first row is that of token `first_row`."""
+    """d_logits may be the logits, whose first row is that of token `first_row`. An entropy_coef of None is 0."""
     n = tl.program_id(0).to(tl.int64)
     token = first_row + n
     target = tl.load(targets + token)
@@ -60,10 +58,13 @@ def _row_loss_kernel(
 
     one = token + tl.arange(0, 1)
     log_ratio, mismatch = log_ratio_and_mismatch(one, one >= 0, tl.full([1], logprob, tl.float32), old, behavior)
+    coefficient = 0.0
+    if entropy_coef is not None:
+        coefficient = entropy_coef
     slope, bonus = loss_of_tokens(
         one, tl.full([1], logprob, tl.float32), tl.full([1], entropy, tl.float32), log_ratio, mismatch, mismatch,
         tl.load(token_advantages + one), tl.load(token_lengths + one), ref, partials + token, num_rows,
-        clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap, behavior_floor,
+        clip_low, clip_high, clip_max, kl_coef, coefficient, behavior_cap, behavior_floor,
         kl_estimator, cispo, over_tokens, has_cap, mask_behavior,
     )  # fmt: skip
     d_logprob, d_entropy = tl.sum(slope, 0), tl.sum(bonus, 0)
@@ -73,6 +74,10 @@ def _row_loss_kernel(
     if d_logits is not None:
         if denominators is not None:
             denominator = tl.load(denominators).to(tl.float32)
+        d_logprob /= denominator
+        d_bonus = None
+        if entropy_coef is not None:
+            d_bonus = d_entropy / denominator
         d_row = d_logits + n * d_row_stride
         last = (vocab - 1) // BLOCK * BLOCK
         for back in range(0, vocab, BLOCK):
@@ -80,10 +85,7 @@ def _row_loss_kernel(
             gradient = tl.zeros([BLOCK], tl.float32)
             if is_live:
                 x = tl.load(row + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-                gradient = row_gradient(
-                    x, columns, target, vocab, peak, log_total, entropy, d_logprob / denominator,
-                    d_entropy / denominator, scale,
-                )  # fmt: skip
+                gradient = row_gradient(x, columns, target, vocab, peak, log_total, entropy, d_logprob, d_bonus, scale)
             tl.store(d_row + columns, gradient, mask=columns < vocab)
 
 
@@ -143,12 +145,15 @@ class RowLoss:
         """The loss of tokens `first_row` and after, and its gradient over the denominator."""
         rows, vocab = logits.shape
         by_tensor = isinstance(denominator, Tensor)
+        numbers: list[float | None] = [*self.numbers[loss_triton.TOKEN_NUMBERS : -1]]
+        at = loss_triton.ENTROPY_COEF - loss_triton.TOKEN_NUMBERS
+        numbers[at] = numbers[at] or None
         launch(
             _row_loss_kernel, (rows,), logits, d_logits, self.advantages, self.lengths, self.targets, *self.per_token,
             self.logprobs, self.entropies, self.live, self.partials, denominator if by_tensor else None, first_row,
             self.partials.shape[1], vocab, logits.stride(0), 0 if d_logits is None else d_logits.stride(0), self.scale,
-            *self.numbers[loss_triton.TOKEN_NUMBERS : -1], 1.0 if by_tensor else denominator,
-            BLOCK=BLOCK, SLICE=logprob.SLICE, num_warps=NUM_WARPS,
+            *numbers, 1.0 if by_tensor else denominator,
+            BLOCK=logprob.BLOCK, SLICE=logprob.SLICE, num_warps=logprob.NUM_WARPS,
         )  # fmt: skip
 
 

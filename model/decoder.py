@@ -172,9 +172,14 @@ class SelfAttention(nn.Module):
         heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(hidden).unflatten(1, (sum(heads) + self.num_kv_heads, -1))
         qk, v = qkv.split((sum(heads), self.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is None or self.k_norm is None:
+            v = v.contiguous()  # a view would keep q and k for the backward pass, too
+        elif qk.is_cpu:  # where operators cost more than copies
             weights = self.q_norm.weight.expand(heads[0], -1), self.k_norm.weight.expand(heads[1], -1)
             qk = rms_norm(qk, torch.cat(weights), self.q_norm.eps)
+        else:
+            q, k = qk.split(heads, dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = apply_rope(qk, cos, sin).split(heads, dim=1)
         return self.o_proj(attend(index, q, k, v).flatten(1))
 
@@ -271,10 +276,8 @@ class _SwiGLU(torch.autograd.Function):
         silu = F.silu(gate)
         d_down_weight = weight_gradient(d_out, silu * up)
         d_product = product(d_out, down_weight.T)
-        d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.chunk(2, dim=1)
-        torch.mul(silu, d_product, out=d_up)
-        torch.ops.aten.silu_backward(d_product.mul_(up), gate, grad_input=d_gate)
+        d_up = silu.mul_(d_product)
+        d_gate_up = torch.cat((torch.ops.aten.silu_backward(d_product.mul_(up), gate), d_up), dim=1)
         return product(d_gate_up, gate_up_weight.T), weight_gradient(d_gate_up, x), d_down_weight
 
 

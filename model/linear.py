@@ -41,9 +41,9 @@ def product(
 
 
 class PackedWeights:
-    """Copies of a module's matrices in oneDNN's own layout, for many products of few rows, as in decoding.
+    """A snapshot of a module's large matrices in oneDNN's own layout, for many products of few rows, as in decoding.
 
-    `with packed:` lets `product` read them, about 10 us a product sooner; in between the module may change or train.
+    `with packed:` lets `product` read it, about 10 us a product sooner. Later changes of the weights are not seen.
     """
 
     def __init__(self, module: nn.Module, num_rows: int):

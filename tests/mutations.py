@@ -42,6 +42,7 @@ FAULTS = {
         ("k3's slope without d", "-(k3 + d)", "-k3", "small_differences"),
         ("population deviation", "tl.maximum(count - 1.0, 1.0)", "tl.maximum(count, 1.0)", "groups and missing"),
         ("NaN rewards counted", "_is_finite(x), 1.0", "start + lanes < group_size, 1.0", "groups and missing"),
+        ("ids beyond the rewards counted", 'own = float("nan")', "own = 0.0", "beyond_the_rewards"),
         ("NaN advantages counted", "counted = advantage == advantage", "counted = length == length", "own_advantages"),
         ("sequence mean over ignored targets", "(valid.to(", "((tokens < end).to(", "ignored_targets"),
         ("sequence mean without its division", "1.0, 1.0 / length", "1.0, 1.0", "own_advantages"),

@@ -152,6 +152,21 @@ def test_rewards_of_any_dtype(dtype, device):
     assert not leaf.grad[3:].any()
 
 
+def test_ids_beyond_the_rewards_leave_their_completion_out(device):
+    """Compiled, and on a GPU, nobody looks at the values before the kernel does."""
+    offsets, config, leaf = torch.arange(5, device=device), LossConfig(), torch.zeros(4, device=device)
+    rewards, ids = torch.tensor([[1.0, 0.0]], device=device), torch.tensor([1, -1, 2, 0], device=device)
+
+    def loss(x):
+        return grpo_loss(x, offsets, config, denominator=1.0, rewards=rewards, sequence_ids=ids)
+
+    value, stats = torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf.requires_grad_())
+    value.backward()
+    assert stats["num_tokens"] == 2
+    assert leaf.grad.ne(0).tolist() == [True, False, False, True]
+    assert torch.equal(leaf.grad[0], -leaf.grad[3])
+
+
 def test_nan_shows_in_every_metric(device):
     logprobs, offsets, _, tensors = make_case(device)
     logprobs[900] = float("nan")
