@@ -7,10 +7,12 @@ A step is one rollout of 8 prompts x 8 completions of 64 tokens each, their rewa
 line. Both sides run as processes of their own with 2 threads, in turns, so that a slow spell of the machine meets both.
 TRL runs with all completions in one backward pass, as ours does, and with fewer, which is as fast or faster and needs
 less memory. The machine should be idle: on 2 busy cores a step takes up to ten times as long, by chance.
-Prints a table and writes every run to bench/results/cpu_step.json. Times are seconds, memory is in units of 10^6 bytes.
+Prints the README's tables and writes every run to bench/results/cpu_step.json. Times are seconds, memory is in units of
+10^6 bytes.
 """
 
 import json
+import math
 import os
 import platform
 import random
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,37 +29,28 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from flashgrpo.bench.readme import cpu_parts_table, cpu_step_table
 from flashgrpo.grpo.data import load_problems, render_text
 from flashgrpo.grpo.demo import make_model
 from flashgrpo.grpo.recipe import Recipe, load_recipe
-from flashgrpo.grpo.run_folder import write_text
+from flashgrpo.model.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu_step.json"
 PEER_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 THREADS = 2
+SIZES = {"num_prompts": 8, "group_size": 8, "max_new_tokens": 64}  # of a step
+STEPS = 5  # of a run; the first two are not timed
 ROUNDS = 2
 TURNS = 42  # of the two generators: half a second each
 PROMPT_LENGTHS = (64, 256)
 PEER_MICRO_BATCHES = (64, 8)
 OURS = "flashgrpo"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What both sides do. The first two steps of a run are not timed."""
-
-    prompt_len: int
-    num_prompts: int = 8
-    group_size: int = 8
-    max_new_tokens: int = 64
-    steps: int = 5
 
 
 @dataclass(frozen=True)
@@ -68,14 +61,7 @@ class Inputs:
     prompts: Path  # JSONL with a `prompt` column
 
 
-def make_inputs(
-    folder: Path,
-    prompt_len: int,
-    *,
-    num_prompts: int = 64,
-    num_words: int = 61,
-    seed: int = 0,
-) -> Inputs:
+def make_inputs(folder: Path, prompt_len: int, *, num_prompts: int = 64, num_words: int = 61, seed: int = 0) -> Inputs:
     """Write a random Qwen3 of 4.7M parameters, its word-level tokenizer, and prompts of exactly `prompt_len` tokens.
 
     Neighbouring words are never merged, so both sides read a prompt of `prompt_len` words as that many tokens. The
@@ -119,61 +105,48 @@ def run_process(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def flags(inputs: Inputs, setting: Setting, what: str) -> list[str]:
+def flags(inputs: Inputs, what: str = "step", steps: int = STEPS) -> list[str]:
     """What both sides are called with."""
-    values = {
-        "--what": what,
-        "--model": inputs.model,
-        "--prompts": inputs.prompts,
-        "--num-prompts": setting.num_prompts,
-        "--group-size": setting.group_size,
-        "--max-new-tokens": setting.max_new_tokens,
-        "--steps": setting.steps,
-        "--threads": THREADS,
-    }
-    return [str(part) for flag in values.items() for part in flag]
+    values = {"what": what, "model": inputs.model, "prompts": inputs.prompts, "steps": steps, "threads": THREADS}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in (values | SIZES).items()]
 
 
-def run_peer(inputs: Inputs, setting: Setting, micro_batch: int) -> dict[str, Any]:
+def run_peer(inputs: Inputs, micro_batch: int) -> dict[str, Any]:
     """TRL's step in its own environment. Raises FileNotFoundError if that has not been made."""
     if not PEER_PYTHON.exists():
         raise FileNotFoundError(f"{PEER_PYTHON} does not exist; make TRL's environment with `make .venv-trl/.done`")
-    command = [str(PEER_PYTHON), "bench/peer_trl.py", "--micro-batch", str(micro_batch)]
-    return run_process(command + flags(inputs, setting, "step"))
+    return run_process([str(PEER_PYTHON), "bench/peer_trl.py", f"--micro-batch={micro_batch}", *flags(inputs)])
 
 
-def run_ours(inputs: Inputs, setting: Setting, what: str = "step") -> dict[str, Any]:
+def run_ours(inputs: Inputs, what: str = "step", steps: int = STEPS) -> dict[str, Any]:
     """Our side, in a process of its own."""
-    return run_process([sys.executable, "-m", "flashgrpo.bench.own_step", *flags(inputs, setting, what)])
+    return run_process([sys.executable, "-m", "flashgrpo.bench.own_step", *flags(inputs, what, steps)])
 
 
-def measure(setting: Setting, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
+def measure(prompt_len: int, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
     """Every contender in turn, `ROUNDS` times over; one row a run, with the load average it started under."""
     contenders: dict[str, Callable[[], dict[str, Any]]] = {
-        **{f"TRL, micro-batch {size}": partial(run_peer, inputs, setting, size) for size in PEER_MICRO_BATCHES},
-        OURS: partial(run_ours, inputs, setting),
+        **{f"TRL, micro-batch {size}": partial(run_peer, inputs, size) for size in PEER_MICRO_BATCHES},
+        OURS: partial(run_ours, inputs),
     }
-    task = progress.add_task(f"prompts of {setting.prompt_len} tokens", total=ROUNDS * len(contenders))
+    task = progress.add_task(f"prompts of {prompt_len} tokens", total=ROUNDS * len(contenders))
     runs = []
     for round_number in range(ROUNDS):
         for name, run in contenders.items():
-            row = {"name": name, "round": round_number, "load_average": os.getloadavg()[0], **asdict(setting)}
-            runs.append(row | run())
+            row = {"name": name, "round": round_number, "load_average": os.getloadavg()[0], "prompt_len": prompt_len}
+            runs.append(row | SIZES | {"steps": STEPS} | run())
             progress.advance(task)
     return runs
 
 
 def measure_parts(folder: Path, prefix_inputs: Inputs) -> dict[str, dict[str, float]]:
     """Generation on the demo's model against transformers', and the training step with shared and repeated prompts."""
-    generate = run_ours(make_demo_inputs(folder), Setting(prompt_len=256, steps=TURNS), "generate")
-    prefix = run_ours(prefix_inputs, Setting(prompt_len=256), "prefix")
-    medians = {name: statistics.median(generate[f"{name}_s"]) for name in ("transformers", "ours")}
-    rates = {name: 64 * Setting.max_new_tokens / second for name, second in medians.items()}
-    return {
-        "generate": rates | {"ratio": generate["ratio"]},
-        "prefix": {name: statistics.median(prefix[name]) for name in ("shared_s", "repeated_s")}
-        | {"ratio": prefix["ratio"]},
-    }
+    generate = run_ours(make_demo_inputs(folder), "generate", TURNS)
+    prefix = run_ours(prefix_inputs, "prefix")
+    num_tokens = math.prod(SIZES.values())
+    rates = {name: num_tokens / statistics.median(generate[f"{name}_s"]) for name in ("transformers", "ours")}
+    seconds = {name: statistics.median(prefix[name]) for name in ("shared_s", "repeated_s")}
+    return {"generate": rates | {"ratio": generate["ratio"]}, "prefix": seconds | {"ratio": prefix["ratio"]}}
 
 
 def make_demo_inputs(folder: Path) -> Inputs:
@@ -207,26 +180,6 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def print_table(summary: list[dict[str, Any]], load_average: float) -> None:
-    """The rows of `summarize` on the terminal, with the load that they were measured under."""
-    table = Table(
-        title=f"One GRPO step on CPU, fp32, {THREADS} threads",
-        caption=f"load average before a run: up to {load_average:.1f}, about {THREADS} if idle otherwise",
-    )
-    for column in ("prompt", "", "step s", "x ours", "peak MB", "x ours"):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in summary:
-        table.add_row(
-            str(row["prompt_len"]),
-            row["name"],
-            f"{row['median_step_s']:.2f}",
-            f"{row['step_ratio']:.2f}",
-            f"{row['peak_mb']:.0f}",
-            f"{row['peak_ratio']:.2f}",
-        )
-    Console().print(table)
-
-
 def main() -> None:
     """Measure everything once, write RESULTS, print it."""
     runs = []
@@ -234,15 +187,15 @@ def main() -> None:
         inputs = {length: make_inputs(Path(folder) / str(length), length) for length in PROMPT_LENGTHS}
         parts = measure_parts(Path(folder), inputs[256])
         for prompt_len in PROMPT_LENGTHS:
-            runs += measure(Setting(prompt_len), inputs[prompt_len], progress)
+            runs += measure(prompt_len, inputs[prompt_len], progress)
     summary = summarize(runs)
     machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": THREADS}
     RESULTS.parent.mkdir(exist_ok=True)
     results = {"machine": machine, "summary": summary, "parts": parts, "runs": runs}
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-    for name, part in parts.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in part.items()))
-    print_table(summary, max(run["load_average"] for run in runs))
+    print(*cpu_parts_table(), "", *cpu_step_table(), sep="\n")
+    busiest = max(run["load_average"] for run in runs)
+    print(f"load average before a run: up to {busiest:.1f}, about {THREADS} if idle otherwise")
 
 
 if __name__ == "__main__":

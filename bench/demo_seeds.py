@@ -17,7 +17,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from flashgrpo.grpo.run_folder import read_rows, write_text
+from flashgrpo.grpo.run_folder import read_rows
+from flashgrpo.model.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,9 +38,8 @@ def run_seed(seed: int, output: Path) -> dict:
 def draw(runs: list[dict], path: Path) -> None:
     """The paper's two curves, one line a seed."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, key, title in zip(
-        axes, ("pass@1", "length"), ("held-out pass@1", "response length, tokens"), strict=True
-    ):
+    curves = {"pass@1": "held-out pass@1", "length": "response length, tokens"}
+    for axis, (key, title) in zip(axes, curves.items(), strict=True):
         for run in runs:
             axis.plot([int(step) for step in run[key]], list(run[key].values()), label=f"seed {run['seed']}")
         axis.set(title=title, xlabel="step")

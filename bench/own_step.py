@@ -12,7 +12,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 from flashgrpo.bench.peer_trl import WARMUP_STEPS, parse_args, peak_mb, read_prompts, transformers_sampler
 from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool
-from flashgrpo.grpo.learner import Learner
+from flashgrpo.grpo.learner import Learner, Stats, packed_loss
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import open_policy
@@ -32,8 +32,7 @@ from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.kernels.grpo_loss import LossConfig
-from flashgrpo.kernels.linear_grpo import linear_grpo_loss
-from flashgrpo.model.batch import PackedBatch, gather_predictors
+from flashgrpo.model.batch import PackedBatch
 
 
 def time_steps(options: argparse.Namespace) -> dict:
@@ -105,29 +104,21 @@ def time_prefix(options: argparse.Namespace) -> dict:
         ]
         shared.append(Group(prompt_ids, completions))
         repeated += [Group(prompt_ids, [completion]) for completion in completions]
-    packs = {"shared": build_batch(shared), "repeated": build_batch(repeated)}
+    packs = {"repeated": build_batch(repeated), "shared": build_batch(shared)}
     learner = Learner(policy.model, TrainSection(lr=1e-9), total_steps=1)
     advantages = torch.from_numpy(rng.standard_normal(options.num_prompts * options.group_size)).float()
     config = LossConfig.preset("grpo", kl_coef=0.0)
 
-    def loss_of(batch: PackedBatch):
-        hidden = gather_predictors(policy.model(batch), batch)
-        return linear_grpo_loss(
-            hidden,
-            policy.model.lm_head_weight,
-            batch.targets,
-            batch.target_cu_seqlens,
-            config,
-            denominator=float(len(advantages)),
-            advantages=advantages[batch.sequence_ids],
-        )
+    def loss_of(batch: PackedBatch) -> tuple[torch.Tensor, Stats]:
+        own = advantages[batch.sequence_ids]
+        return packed_loss(policy.model, batch, config, denominator=float(len(advantages)), advantages=own)
 
     tokens = {f"{name}_tokens": batch.total_tokens for name, batch in packs.items()}
     steps = {name: partial(learner.update, [batch], loss_of) for name, batch in packs.items()}
-    return _in_turns({"repeated": steps["repeated"], "shared": steps["shared"]}, options.steps) | tokens
+    return _in_turns(steps, options.steps) | tokens
 
 
-def _in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict:
+def _in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict:
     """Wall seconds of two runs in turns, so that a slow spell of the machine meets both, without the warm-up.
 
     `ratio` is the median, over rounds, of the first one's seconds by the second one's.

@@ -11,8 +11,8 @@ The last line on stdout is one JSON object; times are seconds, memory is in unit
 
 import argparse
 import importlib
+import itertools
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -26,11 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 WARMUP_STEPS = 2
 
 
-def even_words(
-    prompts: list[str],
-    completions: list[str],
-    **columns: Any,
-) -> list[float]:
+def even_words(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Share of a completion's words that end in an even digit: cheap, and hardly ever equal throughout a group."""
     words = [completion.split() for completion in completions]
     return [sum(word[-1] in "02468" for word in row) / max(len(row), 1) for row in words]
@@ -42,26 +38,19 @@ class StepClock(TrainerCallback):
     def __init__(self):
         self.times: list[float] = []
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.times.append(time.perf_counter())
-
     def on_step_end(self, args, state, control, **kwargs):
         self.times.append(time.perf_counter())
 
+    on_train_begin = on_step_end
+
     def step_seconds(self) -> list[float]:
-        return [end - begin for begin, end in zip(self.times, self.times[1:], strict=False)]
+        return [end - begin for begin, end in itertools.pairwise(self.times)]
 
 
 def peak_mb() -> float:
-    """Largest resident memory of this process so far.
-
-    Read from /proc, because `getrusage` also counts what the process that started this one held before the exec.
-    """
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    if found is None:
-        raise RuntimeError("/proc/self/status has no VmHWM line; peak memory can only be measured on Linux")
-    return int(found[1]) * 1024 / 1e6
+    """Largest resident memory of this process so far; `getrusage` would count what its parent held before the exec."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
 
 
 def read_prompts(path: Path, needed: int) -> list[str]:
@@ -103,11 +92,10 @@ def grpo_config(trl: Any, args: argparse.Namespace, output: str) -> Any:
 def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     """Train for `args.steps` steps; report all but the warm-up."""
     trl = importlib.import_module("trl")  # not installed where flashgrpo is, so a type checker cannot see it
-    trainer_class = trl.GRPOTrainer
     prompts = read_prompts(args.prompts, args.num_prompts)
     clock = StepClock()
     with tempfile.TemporaryDirectory() as output:
-        trainer = trainer_class(
+        trainer = trl.GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
             reward_funcs=even_words,
             args=grpo_config(trl, args, output),
@@ -119,12 +107,7 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     shortest = min(row["completions/min_length"] for row in trainer.state.log_history if "reward" in row)
     if shortest != args.max_new_tokens:
         raise RuntimeError(f"a completion has {shortest} tokens, all must have {args.max_new_tokens}")
-    step_s = clock.step_seconds()[WARMUP_STEPS:]
-    return {
-        "peer": f"trl {trl.__version__}",
-        "step_s": step_s,
-        "peak_mb": peak_mb(),
-    }
+    return {"peer": f"trl {trl.__version__}", "step_s": clock.step_seconds()[WARMUP_STEPS:], "peak_mb": peak_mb()}
 
 
 def transformers_sampler(args: argparse.Namespace) -> Callable[[], None]:

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from flashgrpo.grpo.run_folder import write_text
+from flashgrpo.model.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 _RECIPE_COMMANDS = ("train", "sft")  # what a command needs is imported by it: --help must not wait for torch
 
@@ -60,12 +61,11 @@ def _report(error: Exception) -> int:
     from flashgrpo.grpo.run_folder import RunError, RunInputError
     from flashgrpo.model.checkpoint import CheckpointError
 
-    early, late = (RecipeError, DataError, CheckpointError, RewardError, RunInputError), (PackingError, RunError)
-    for kinds, code in ((early, 2), ((*late, RewardFailure, OSError), 1)):
-        if isinstance(error, kinds):
-            print("flashgrpo:", " ".join(str(error).split()), file=sys.stderr)  # a library's error may have many lines
-            return code
-    raise error
+    early = RecipeError, DataError, CheckpointError, RewardError, RunInputError
+    if not isinstance(error, (*early, PackingError, RunError, RewardFailure, OSError)):
+        raise error
+    print("flashgrpo:", " ".join(str(error).split()), file=sys.stderr)  # a library's error may have many lines
+    return 2 if isinstance(error, early) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("recipe", help="TOML file; any key can be overridden as --section.key=value")
         command.add_argument("--resume", action="store_true", help="continue the run in run.output, or start it")
-        command.set_defaults(run=_train if name == "train" else _sft)
+        command.set_defaults(run=_run_recipe)
     command = commands.add_parser("eval", help="held-out pass@1, pass@k and cons@k of a model", allow_abbrev=False)
     command.add_argument("recipe", help="a training recipe; its keys can be overridden, as --eval.samples=16")
     command.add_argument("--model", help="Hugging Face folder; default: the run's final or newest, else model.path")
@@ -112,21 +112,15 @@ def _number(kind: type, wanted: str, is_valid: Callable[[float], bool]) -> Calla
     return number
 
 
-def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    from flashgrpo.grpo.recipe import Recipe, load_recipe
+def _run_recipe(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
+    from flashgrpo.grpo.sft import sft
     from flashgrpo.grpo.train import train
 
-    recipe = load_recipe(Recipe, options.recipe, overrides)
-    print(f"model: {train(recipe, resume=options.resume)}")
-    _print_report(recipe.run.output)
-
-
-def _sft(options: argparse.Namespace, overrides: list[str]) -> None:
-    from flashgrpo.grpo.recipe import SftRecipe, load_recipe
-    from flashgrpo.grpo.sft import sft
-
-    recipe = load_recipe(SftRecipe, options.recipe, overrides)
-    print(f"model: {sft(recipe, resume=options.resume)}")
+    commands: dict[str, Any] = {"train": (Recipe, train), "sft": (SftRecipe, sft)}
+    kind, run = commands[options.command]
+    recipe = load_recipe(kind, options.recipe, overrides)
+    print(f"model: {run(recipe, resume=options.resume)}")
     _print_report(recipe.run.output)
 
 

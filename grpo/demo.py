@@ -36,16 +36,13 @@ _VOCAB_SIZE = 512
 
 
 def main() -> None:
+    """Make the model, cold-start it, train it, show what came of it."""
     parser = argparse.ArgumentParser(prog="python -m flashgrpo.grpo.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="recipes/demo.toml")
-    parser.add_argument("--output", default="runs/demo", help="removed first: the demo always runs afresh")
+    parser.add_argument("--output", type=Path, default="runs/demo", help="removed first: the demo always runs afresh")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    run_demo(options.recipe, Path(options.output), options.seed)
-
-
-def run_demo(recipe_path: str, output: Path, seed: int) -> None:
-    """Make the model, cold-start it, train it, show what came of it."""
+    output, seed = options.output, options.seed
     start = time.perf_counter()
     if output.exists():
         if any(output.iterdir()) and not (output / _MARK).exists():
@@ -58,7 +55,7 @@ def run_demo(recipe_path: str, output: Path, seed: int) -> None:
         f"--run.output={output / 'grpo'}",
         f"--run.seed={seed}",
     ]
-    recipe = load_recipe(Recipe, recipe_path, overrides)
+    recipe = load_recipe(Recipe, options.recipe, overrides)
     problems, held_out = load_problems(recipe.data, seed)
     console.print(f"{len(problems):,} problems to train on, {len(held_out):,} held out; seed {seed}")
     base = make_model(output / "base", [render_text(p.prompt, recipe.data.template) for p in problems[:500]], seed)
@@ -85,12 +82,8 @@ def make_model(folder: Path, texts: list[str], seed: int) -> Path:
     """A byte-level BPE tokenizer trained on `texts`, and a randomly initialised Qwen3 of about a million parameters."""
     tokenizer = Tokenizer(models.BPE())
     # No split at spaces: what every prompt repeats becomes one token. Digits stay apart.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in _TAGS])
     trainer = trainers.BpeTrainer(

@@ -55,9 +55,7 @@ def evaluate(
         for i, prompt in enumerate(prompts)
     ]
     sampling = Sampling(recipe.rollout.max_new_tokens, recipe.eval.temperature, recipe.eval.top_p)
-    groups: list[list[Rollout]] = [[] for _ in prompts]
-    for group in generator.generate(requests, sampling):
-        groups[group[0].group] = group
+    groups = sorted(generator.generate(requests, sampling), key=lambda group: group[0].group)
     scored = [completion_group(prompt, group, policy) for prompt, group in zip(prompts, groups, strict=True)]
     return Evaluation(
         correct=is_correct(pool.score(scored, "accuracy")),

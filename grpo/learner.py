@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashgrpo.grpo.recipe import OptimizerSection
-from flashgrpo.model.batch import PackedBatch
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss
+from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
 from flashgrpo.model.decoder import Decoder
 
@@ -42,12 +45,12 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        zero = torch.zeros((), device=self.device)
         for p in self.masters.values():
-            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": torch.zeros((), device=self.device), **zeros}
-        self.skipped = torch.zeros((), device=self.device)  # updates in a row, up to now
-        self.most_skipped = torch.zeros((), device=self.device)  # the longest such row since the last `take_skipped`
-        self.total_skipped = torch.zeros((), device=self.device)
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": zero.clone(), **moments}
+        self.skipped = zero.clone()  # updates in a row, up to now
+        self.most_skipped, self.total_skipped = zero, zero  # the longest such row, and all, since `take_skipped`
 
     def set_lr(self, step: int) -> float:
         """Set and return the learning rate of a step, counted from 1."""
@@ -68,9 +71,9 @@ class Learner:
             loss, stats = loss_of(batch)
             loss.backward()
             collected.append({"loss": loss.detach(), **stats})
-        grads = [_grad_or_zeros(p) for p in self.masters.values()]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.grad_clip, norm, foreach=True)
+        for p in self.masters.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.grad_clip, foreach=True)
         found_inf = (~torch.isfinite(norm)).float()
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by the fused kernel, as GradScaler does
         self.optimizer.step()
@@ -115,6 +118,21 @@ class Learner:
                 p.copy_(self.masters[name])
 
 
+def packed_loss(model: Decoder, batch: PackedBatch, config: LossConfig, **options: Any) -> tuple[Tensor, Stats]:
+    """The loss of a pack with its log-probs; `options` are the other ones of `linear_grpo_loss`."""
+    return linear_grpo_loss(
+        gather_predictors(model(batch), batch),
+        model.lm_head_weight,
+        batch.targets,
+        batch.target_cu_seqlens,
+        config,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        behavior_logprobs=batch.behavior_logprobs,
+        **options,
+    )
+
+
 def _schedule(config: OptimizerSection, step: int, total_steps: int) -> float:
     """Share of the peak learning rate at `step`, counted from 1."""
     if step <= config.warmup_steps:
@@ -132,9 +150,3 @@ def _move_grad(p: Tensor, master: Tensor) -> None:
     else:
         master.grad += p.grad
     p.grad = None
-
-
-def _grad_or_zeros(p: Tensor) -> Tensor:
-    if p.grad is None:
-        p.grad = torch.zeros_like(p)
-    return p.grad

@@ -45,11 +45,7 @@ def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learn
     over updates.
     """
     losses = [sum((s["loss"] for s in update), torch.zeros_like(norms[0])) for update in stats]
-    tensors = {
-        "loss": torch.stack(losses).mean(),
-        "grad_norm": torch.stack(norms).mean(),
-        **learner.take_skipped(),
-    }
+    tensors = {"loss": torch.stack(losses).mean(), "grad_norm": torch.stack(norms).mean(), **learner.take_skipped()}
     scalars = [{k: v for k, v in s.items() if k in _NAMES or k == "num_tokens"} for update in stats for s in update]
     if scalars:
         merged = merge_stats(scalars)

@@ -49,10 +49,8 @@ def pack_groups(groups: list[Group], token_budget: int) -> list[PackedBatch]:
     pieces = [piece for group in groups if group.completions for piece in _split(group, token_budget)]
     for piece in sorted(pieces, key=lambda piece: -piece.num_tokens):
         fitting = [i for i, free in enumerate(room) if free >= piece.num_tokens]
-        if fitting:
-            best = min(fitting, key=room.__getitem__)
-        else:
-            best = len(bins)
+        best = min(fitting, key=room.__getitem__, default=len(bins))
+        if best == len(bins):
             bins.append([])
             room.append(token_budget)
         bins[best].append(piece)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
 _LINES = 20  # of a run without a terminal
@@ -40,14 +40,8 @@ class Clock:
 @contextmanager
 def step_bar(title: str, done: int, total: int) -> Iterator["StepBar"]:
     """A progress bar over steps; where there is no terminal, a line at the first and each twentieth of all steps."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    columns = "[bold]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[values]}", *times
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, completed=done, values="")
         yield StepBar(progress, task, title, total)

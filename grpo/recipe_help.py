@@ -30,15 +30,9 @@ def recipe_keys(kind: type[Recipe | SftRecipe]) -> list[Key]:
             presets = " | ".join(LossConfig.presets())
             keys.append(Key("loss.preset", presets, "grpo", "Published method that the other keys start from."))
         hints = get_type_hints(section_type)
-        keys += [
-            Key(
-                f"{section}.{f.name}",
-                _type_name(hints[f.name]),
-                _default(section_type, f),
-                _meaning(section_type, f.name),
-            )
-            for f in dataclasses.fields(section_type)
-        ]
+        for f in dataclasses.fields(section_type):
+            default, meaning = _default(section_type, f), _meaning(section_type, f.name)
+            keys.append(Key(f"{section}.{f.name}", _type_name(hints[f.name]), default, meaning))
     return keys
 
 

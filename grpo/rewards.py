@@ -234,12 +234,9 @@ def _is_intractable(expression: Any) -> bool:
         return False
     import sympy
 
-    for node in sympy.postorder_traversal(expression):
-        if isinstance(node, sympy.Pow | sympy.factorial):
-            size: Any = node.args[-1]
-            if size.is_number and not abs(size.evalf(5)) <= _MAX_EXPONENT:
-                return True
-    return False
+    nodes = sympy.postorder_traversal(expression)
+    sizes: list[Any] = [node.args[-1] for node in nodes if isinstance(node, sympy.Pow | sympy.factorial)]
+    return any(size.is_number and not abs(size.evalf(5)) <= _MAX_EXPONENT for size in sizes)
 
 
 def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict[str, Any]) -> float:
@@ -308,14 +305,11 @@ def _reasoning(prompt: str, completion: str) -> str:
 def _words(text: str) -> Iterator[tuple[str, str]]:
     """(word, script) for each word; runs of mixed scripts are split."""
     for run in re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*", _BETWEEN_WORDS.sub(" ", text)):
-        scripts = [_script(letter) for letter in run]
-        start = 0
-        for end in range(1, len(run) + 1):
-            if end < len(run) and scripts[end] == scripts[start] and scripts[start] not in _UNSPACED:
-                continue
-            if scripts[start] in _UNSPACED or end - start > 1:
-                yield run[start:end], scripts[start]
-            start = end
+        for script, letters in itertools.groupby(run, _script):
+            if script in _UNSPACED:
+                yield from ((letter, script) for letter in letters)
+            elif len(word := "".join(letters)) > 1:
+                yield word, script
 
 
 @functools.lru_cache(maxsize=4096)

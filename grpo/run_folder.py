@@ -8,12 +8,11 @@ resume the logs are cut back to the checkpoint, so that every step stands once.
 import contextlib
 import json
 import math
-import os
 import random
 import shutil
 import tomllib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from flashgrpo.grpo.progress import console
+from flashgrpo.model.files import whole_folder, write_text
+
+# DCP without a process group is meant
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class RunError(RuntimeError):
@@ -61,7 +64,7 @@ class RunFolder:
     def start(self) -> None:
         """Write recipe.toml, say what changed in it, cut the logs back to the checkpoint and open them."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob("checkpoints/*.tmp"):
+        for leftover in self.path.glob("checkpoints/.*.partial"):
             shutil.rmtree(leftover)
         write_text(self.path / "recipe.toml", self._recipe_toml)
         if self._changes:
@@ -98,21 +101,13 @@ class RunFolder:
         On any failure the unfinished folder is removed, the last good checkpoint stays, and RunError is raised.
         """
         final = self.path / "checkpoints" / f"step_{step}"
-        temporary = final.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
-            write_model(temporary / "model")
-            if tensors:
-                with _single_process():
-                    state_dict_saver.save(tensors, checkpoint_id=temporary / "state", no_dist=True)
-            write_text(temporary / "state.json", json.dumps({"step": step, **state, "rng": _rng_state()}))
-            for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
-            temporary.rename(final)
-            _sync(final.parent)
+            with whole_folder(final) as partial:
+                write_model(partial / "model")
+                if tensors:
+                    state_dict_saver.save(tensors, checkpoint_id=partial / "state", no_dist=True)
+                write_text(partial / "state.json", json.dumps({"step": step, **state, "rng": _rng_state()}))
         except (OSError, RuntimeError, CheckpointException) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             kept = newest_checkpoint(self.path)
             raise RunError(
                 f"checkpoint of step {step} could not be written to {final.parent}: {error}; "
@@ -125,8 +120,7 @@ class RunFolder:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place from the open checkpoint, and set every random generator as it was."""
         try:
-            with _single_process():
-                state_dict_loader.load(tensors, checkpoint_id=f"{self.checkpoint}/state", no_dist=True)
+            state_dict_loader.load(tensors, checkpoint_id=f"{self.checkpoint}/state", no_dist=True)
             _set_rng_state(self.state["rng"])
         except (OSError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
             raise RunInputError(
@@ -142,42 +136,11 @@ def newest_checkpoint(run: str | Path) -> Path | None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL log; a last line that was cut by a crash is left out."""
-    if not path.exists():
-        return []
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), path.open(encoding="utf-8") as lines:
         for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+            rows.append(json.loads(line))
     return rows
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _single_process() -> Iterator[None]:
-    """DCP without a process group is meant, and needs no warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _checkpoints(run: Path) -> list[Path]:

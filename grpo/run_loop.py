@@ -1,10 +1,11 @@
 """What every kind of run shares: opening it, the loop over its steps, checkpoints, Ctrl-C, the final model."""
 
 import abc
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from flashgrpo.grpo.learner import Learner
@@ -16,6 +17,12 @@ from flashgrpo.grpo.run_folder import RunError, RunFolder
 from flashgrpo.model.checkpoint import save_checkpoint
 
 _MOST_SKIPPED = 3
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of `size` problems in a pass over them, from the seed and the pass alone."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 class RunLoop(abc.ABC):

@@ -4,6 +4,7 @@ Cross-entropy is GRPO's loss on-policy with advantage 1 and token_mean: its grad
 the completion's tokens, the prompt's tokens are not trained on, and there is no second loss kernel.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -12,16 +13,15 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.data import DataError, load_problems, render_prompt
-from flashgrpo.grpo.learner import Stats
+from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, pack_groups
 from flashgrpo.grpo.policy import Policy
 from flashgrpo.grpo.progress import Clock, StepBar, deferred_interrupt, peak_memory_mb
-from flashgrpo.grpo.recipe import DataSection, SftDataSection, SftRecipe, recipe_to_toml
+from flashgrpo.grpo.recipe import DataSection, SftDataSection, SftRecipe, SourceSection, recipe_to_toml
 from flashgrpo.grpo.run_folder import RunFolder
-from flashgrpo.grpo.run_loop import RunLoop
+from flashgrpo.grpo.run_loop import RunLoop, epoch_order
 from flashgrpo.kernels.grpo_loss import LossConfig
-from flashgrpo.kernels.linear_grpo import linear_grpo_loss
-from flashgrpo.model.batch import PackedBatch, gather_predictors
+from flashgrpo.model.batch import PackedBatch
 
 _CROSS_ENTROPY = LossConfig.preset("bnpo")
 
@@ -40,7 +40,6 @@ class SftTrainer(RunLoop):
         self.recipe = recipe
         self.examples = load_examples(recipe.data, self.policy, recipe.train.token_budget)
         self.steps_per_epoch = -(-len(self.examples) // recipe.train.batch_size)
-        self._order = functools.cache(self._order_of)
         self.open_learner(recipe.train.epochs * self.steps_per_epoch)
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
@@ -48,7 +47,8 @@ class SftTrainer(RunLoop):
         clock = Clock()
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         size = self.recipe.train.batch_size
-        groups = [self.examples[i] for i in self._order(epoch)[place * size : (place + 1) * size]]
+        order = epoch_order(self.recipe.run.seed, epoch, len(self.examples))
+        groups = [self.examples[i] for i in order[place * size : (place + 1) * size]]
         batches = [batch.to(self.device) for batch in pack_groups(groups, self.recipe.train.token_budget)]
         num_targets = sum(batch.num_targets for batch in batches)
         with deferred_interrupt():
@@ -65,20 +65,9 @@ class SftTrainer(RunLoop):
             self.folder.log(step, metrics)
         return metrics, f"loss {metrics['loss']:.4f}, {rate:,.0f} tokens/s"
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.recipe.run.seed, epoch]).permutation(len(self.examples))
-
     def _loss(self, batch: PackedBatch, denominator: float) -> tuple[Tensor, Stats]:
-        model = self.policy.model
-        return linear_grpo_loss(
-            gather_predictors(model(batch), batch),
-            model.lm_head_weight,
-            batch.targets,
-            batch.target_cu_seqlens,
-            _CROSS_ENTROPY,
-            denominator=denominator,
-            advantages=torch.ones(len(batch.sequence_ids), device=self.device),
-        )
+        advantages = torch.ones(len(batch.sequence_ids), device=self.device)
+        return packed_loss(self.policy.model, batch, _CROSS_ENTROPY, denominator=denominator, advantages=advantages)
 
 
 def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> list[Group]:
@@ -86,14 +75,8 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
 
     Raises DataError for a missing column, an empty text, or an example over data.max_tokens or `token_budget`.
     """
-    source = DataSection(
-        path=data.path,
-        subset=data.subset,
-        split=data.split,
-        prompt_column=data.prompt_column,
-        answer_column=data.completion_column,
-        held_out=0,
-    )
+    shared = {f.name: getattr(data, f.name) for f in dataclasses.fields(SourceSection)}
+    source = DataSection(**shared, answer_column=data.completion_column, held_out=0)
     problems, _ = load_problems(source, seed=0)
     end = policy.tokenizer.eos_token_id
     end = policy.stop_token_ids[0] if end is None else end

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashgrpo.grpo.data import Problem, load_problems
 from flashgrpo.grpo.evaluate import completion_group, evaluate, open_reward_pool
-from flashgrpo.grpo.learner import Stats
+from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.packing import Completion, Group, is_dead, live_groups, loss_denominator, pack_groups
@@ -27,8 +27,8 @@ from flashgrpo.grpo.recipe import Recipe, RecipeError, recipe_to_toml
 from flashgrpo.grpo.reward_pool import RewardPool, RewardTable
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import RunFolder
-from flashgrpo.grpo.run_loop import RunLoop
-from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
+from flashgrpo.grpo.run_loop import RunLoop, epoch_order
+from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.decoder import Decoder
@@ -72,7 +72,6 @@ class Trainer(RunLoop):
         render = partial(render_prompts, policy=self.policy, data=recipe.data)
         self.prompts, self.held_out = render(problems), render(held_out[: recipe.eval.problems])
         _check_token_budget(recipe, max(len(prompt.token_ids) for prompt in self.prompts))
-        self._order_epoch, self._order = -1, np.zeros(0, dtype=np.int64)
         self.generator = NativeGenerator(self.policy.model, self.policy.stop_token_ids)
         self.generator.weight_version = self.step
         rollout = recipe.rollout
@@ -129,23 +128,20 @@ class Trainer(RunLoop):
         config = self.recipe.rollout
         groups: list[list[Rollout]] = []
         tables: list[RewardTable] = []
-        discarded = 0
         position = self.position
         for attempt in range(1 + config.refill_limit):
             wanted = config.prompts_per_step - len(groups)
             rollouts, table = self._sample_groups(step, position, wanted, clock)
             position += wanted
-            dead = [is_dead(row) for row in table.rewards]
-            last = attempt == config.refill_limit
-            keep = [i for i in range(wanted) if last or not dead[i]]
+            is_last = attempt == config.refill_limit
+            keep = [i for i, row in enumerate(table.rewards) if is_last or not is_dead(row)]
             groups += [rollouts[i] for i in keep]
-            discarded += wanted - len(keep)
             tables.append(_rows(table, keep))
             if len(groups) == config.prompts_per_step:
                 break
         table = _concatenate(tables)
         self.pool.check_step(table)
-        return StepData(groups, table, position, discarded)
+        return StepData(groups, table, position, discarded=position - self.position - len(groups))
 
     def _sample_groups(
         self, step: int, position: int, num_groups: int, clock: Clock
@@ -157,17 +153,15 @@ class Trainer(RunLoop):
             Request(i, prompt.token_ids, sample_seeds(seed, step, position + i, size))
             for i, prompt in enumerate(prompts)
         ]
-        rollouts: list[list[Rollout]] = [[] for _ in requests]
         finished = []
         with clock("generate"):
             for group in self.generator.generate(requests, self.sampling):
-                index = group[0].group
-                rollouts[index] = group
-                finished.append(index)
-                self.pool.submit(completion_group(prompts[index], group, self.policy))
+                finished.append(group)
+                self.pool.submit(completion_group(prompts[group[0].group], group, self.policy))
         with clock("reward"):
             table = self.pool.collect()
-        return rollouts, _rows(table, np.argsort(finished))
+        order = np.argsort([group[0].group for group in finished])
+        return [finished[i] for i in order], _rows(table, order)
 
     def _plan_updates(self, data: StepData) -> list[Update]:
         """Split the groups into mini-batches; pack those with a gradient."""
@@ -219,19 +213,13 @@ class Trainer(RunLoop):
         return linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature)[0]
 
     def _loss(self, batch: PackedBatch, update: Update) -> tuple[Tensor, Stats]:
-        model = self.policy.model
-        return linear_grpo_loss(
-            gather_predictors(model(batch), batch),
-            model.lm_head_weight,
-            batch.targets,
-            batch.target_cu_seqlens,
+        return packed_loss(
+            self.policy.model,
+            batch,
             self.recipe.loss,
             denominator=update.denominator,
             rewards=update.rewards,
             sequence_ids=batch.sequence_ids,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            behavior_logprobs=batch.behavior_logprobs,
             temperature=self.recipe.rollout.temperature,
         )
 
@@ -254,12 +242,8 @@ class Trainer(RunLoop):
                 yield {"prompt": prompt, "completion": completion, "reward": reward, "rewards": scores}
 
     def _prompt_at(self, position: int) -> Prompt:
-        """Prompts come in a new order every pass over the data, from the seed and the pass alone."""
         epoch, place = divmod(position, len(self.prompts))
-        if epoch != self._order_epoch:
-            self._order = np.random.default_rng([self.recipe.run.seed, epoch]).permutation(len(self.prompts))
-            self._order_epoch = epoch
-        return self.prompts[self._order[place]]
+        return self.prompts[epoch_order(self.recipe.run.seed, epoch, len(self.prompts))[place]]
 
     def _refresh_reference(self) -> None:
         every = self.recipe.train.ref_refresh_every

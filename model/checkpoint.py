@@ -4,7 +4,6 @@ Whatever is written here loads in transformers and vLLM, and whatever is read is
 shape. A folder appears under its name only when every byte of it is on the disk.
 """
 
-import contextlib
 import difflib
 import json
 import os
@@ -14,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flashgrpo.model.config import CheckpointError, ModelConfig
 from flashgrpo.model.decoder import Decoder, huggingface_views
+from flashgrpo.model.files import recover, whole_folder
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,7 +54,7 @@ def init_decoder(
 def read_config(path: str | os.PathLike) -> ModelConfig:
     """The model that `path`/config.json describes; raises CheckpointError."""
     folder = Path(path)
-    _recover(folder)
+    recover(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a Hugging Face checkpoint is wanted")
     raw = _read_json(folder / CONFIG)
@@ -111,9 +112,8 @@ def save_checkpoint(
     the tokenizer and generation_config.json of the folder `tokenizer_files_from`. `weights` take the place of the
     decoder's own, as an optimizer's fp32 masters do.
 
-    All of it is written and synced to `path`'s neighbour `.NAME.partial`, which then takes the name; a folder that was
-    there stays whole until then. If the process dies between the two renames, the next read or write of `path` puts the
-    old folder back. Raises OSError when the disk fails or is full, with the old folder untouched.
+    A folder that was there stays whole until the new one is (`whole_folder`). Raises OSError when the disk fails or is
+    full, with the old folder untouched.
     """
     folder = Path(path)
     tokenizer_files: list[Path] = []
@@ -123,11 +123,7 @@ def save_checkpoint(
         if not tokenizer_files:
             raise CheckpointError(f"{source}: holds no tokenizer files")
         tokenizer_files += source.glob(GENERATION_CONFIG)
-    _recover(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while writing
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as partial:
         weights = huggingface_views(
             {k: v.detach() for k, v in (weights or decoder.state_dict()).items()}, decoder.config
         )
@@ -136,11 +132,6 @@ def save_checkpoint(
         _write_weights(partial, weights, dtype, max_shard_bytes)
         for file in tokenizer_files:
             shutil.copyfile(file, partial / file.name)
-        for file in (*partial.iterdir(), partial):
-            _sync(file)
-        _replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _empty_decoder(config: ModelConfig) -> Decoder:
@@ -206,62 +197,17 @@ def _check_names(folder: Path, missing: list[str], unexpected: list[str]) -> Non
 
 def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int) -> None:
     """Shards hold at most `max_shard_bytes`, or one tensor; only one shard at a time is held in `dtype`."""
-    shards: list[list[str]] = [[]]
-    total = shard_bytes = 0
-    for name, tensor in weights.items():
-        num_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
-            shards.append([])
-            shard_bytes = 0
-        shards[-1].append(name)
-        shard_bytes += num_bytes
-        total += num_bytes
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
-        tensors = {name: weights[name].to("cpu", dtype or weights[name].dtype).contiguous() for name in names}
+    sizes = {name: torch.empty_like(weight, dtype=dtype, device="meta") for name, weight in weights.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: weights[name].to("cpu", dtype).contiguous() for name in names}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / file}: {error}") from None
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if split.is_sharded:
+        _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _set_aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _recover(folder: Path) -> None:
-    """Puts the old folder back that a killed `_replace` had set aside."""
-    if not folder.exists() and _set_aside(folder).is_dir():
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            _set_aside(folder).rename(folder)
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Gives `partial` the name `folder`; a folder of that name steps aside first, and back if that fails."""
-    old = _set_aside(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except OSError:
-        _recover(folder)
-        raise
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)

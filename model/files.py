@@ -1,0 +1,60 @@
+"""Files and folders that appear under their name only when every byte of them is on the disk."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.rename(path)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty neighbour of `folder` to write in; when the block ends it is synced and takes the name `folder`.
+
+    A folder that was there stays whole until then. If the process dies between the two renames, `recover` puts it back.
+    Raises OSError when the disk fails or is full; an error, this one or the block's, leaves the old folder untouched.
+    """
+    recover(folder)
+    old, partial = _set_aside(folder), folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while writing
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
+        partial.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Put the old folder back where a process died, or a rename failed, while it was set aside."""
+    if not folder.exists() and _set_aside(folder).is_dir():
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            _set_aside(folder).rename(folder)
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
