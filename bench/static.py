@@ -49,9 +49,12 @@ _POINTERS = {
     torch.float32: "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks log_totals loss "
     "d_logprobs d_entropies rewards old ref behavior partials denominators metrics",
 }
-_COUNTS = "total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n num_sequences num_blocks"
+_COUNTS = (
+    "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size "
+    "vocab row_stride d_row_stride n num_sequences num_blocks first_row first_block"
+)
 ARGUMENTS: dict[str, Any] = {name: MockTensor(dtype) for dtype, names in _POINTERS.items() for name in names.split()}
-ARGUMENTS |= dict.fromkeys([*_COUNTS.split(), "first_row", "first_block"], 16) | {"advantages": None}
+ARGUMENTS |= dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
 
 
 class Launch(NamedTuple):

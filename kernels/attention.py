@@ -87,6 +87,20 @@ def _load_tile(tiles_ptr, index):
 
 
 @triton.jit
+def _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM: tl.constexpr):
+    """A program's tile of queries, their head, where they lie in q and in out, and their kv head in a row of k or v.
+
+    The programs of a tile's heads are neighbours, here and below.
+    """
+    head = tl.program_id(0) % num_heads
+    start, stop, own_start, prefix_start, prefix_stop = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
+    q_offset = start.to(tl.int64) * q_stride + head * HEAD_DIM
+    out_offset = (start.to(tl.int64) * num_heads + head) * HEAD_DIM
+    kv_offset = head // group_size * HEAD_DIM
+    return start, stop, own_start, prefix_start, prefix_stop, head, q_offset, out_offset, kv_offset
+
+
+@triton.jit
 def _key_blocks(
     start, stop, own_start, prefix_start, prefix_stop,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
@@ -109,19 +123,19 @@ def _key_blocks(
 
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, scale, total_tokens, num_heads, group_size,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr,
+    scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The programs of a tile's heads are neighbours, here and below."""
-    head = tl.program_id(0) % num_heads
-    start, stop, own_start, prefix_start, prefix_stop = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
+    start, stop, own_start, prefix_start, prefix_stop, head, q_offset, out_offset, kv_offset = _query_tile(
+        tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM
+    )
     if start >= stop:
         return
     rows = start + tl.arange(0, BLOCK_M)
-    q_offset = (start.to(tl.int64) * num_heads + head) * HEAD_DIM
-    q_stride, stride = num_heads * HEAD_DIM, num_heads // group_size * HEAD_DIM
-    k_ptr += head // group_size * HEAD_DIM
-    v_ptr += head // group_size * HEAD_DIM
+    out_stride = num_heads * HEAD_DIM
+    k_ptr += kv_offset
+    v_ptr += kv_offset
     q = _load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -135,8 +149,7 @@ def _attention_fwd_kernel(
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key
-            offset = key.to(tl.int64) * stride
-            k = _load_rows(k_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            k = _load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if MASKED:
                 visible = key + tl.arange(0, BLOCK_N)[None, :] <= tl.where(in_prefix, prefix_stop - 1, rows)[:, None]
@@ -147,10 +160,10 @@ def _attention_fwd_kernel(
             rescale = tl.exp2(row_max * log2_scale - base)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             row_max = new_max
-            v = _load_rows(v_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            v = _load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     row_sum = tl.where(own_start < 0, 1.0, row_sum)  # of rows in no segment acc is 0
-    _store_rows(out_ptr + q_offset, acc / row_sum[:, None], q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
+    _store_rows(out_ptr + out_offset, acc / row_sum[:, None], out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
     lse = row_max * log2_scale + tl.log2(row_sum)
     tl.store(lse_ptr + head.to(tl.int64) * total_tokens + rows, lse, mask=rows < stop)
 
@@ -158,21 +171,21 @@ def _attention_fwd_kernel(
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
-    scale, total_tokens, num_heads, group_size,
+    scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes delta = rowsum(out * d_out) too, which the other kernel needs."""
-    head = tl.program_id(0) % num_heads
-    start, stop, own_start, prefix_start, prefix_stop = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
+    start, stop, own_start, prefix_start, prefix_stop, head, q_offset, out_offset, kv_offset = _query_tile(
+        tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM
+    )
     if start >= stop:
         return
     rows = start + tl.arange(0, BLOCK_M)
-    q_offset = (start.to(tl.int64) * num_heads + head) * HEAD_DIM
-    q_stride, stride = num_heads * HEAD_DIM, num_heads // group_size * HEAD_DIM
-    k_ptr += head // group_size * HEAD_DIM
-    v_ptr += head // group_size * HEAD_DIM
-    d_out = _load_rows(d_out_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    out = _load_rows(out_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    out_stride = num_heads * HEAD_DIM
+    k_ptr += kv_offset
+    v_ptr += kv_offset
+    d_out = _load_rows(d_out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    out = _load_rows(out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta_ptr + head.to(tl.int64) * total_tokens + rows, delta, mask=rows < stop)
     lse = tl.load(lse_ptr + head.to(tl.int64) * total_tokens + rows, mask=rows < stop, other=float("inf"))
@@ -187,9 +200,8 @@ def _attention_bwd_dq_kernel(
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key
-            offset = key.to(tl.int64) * stride
-            k = _load_rows(k_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-            v = _load_rows(v_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            k = _load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            v = _load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             p = tl.exp2(scores * log2_scale - lse[:, None])
             if MASKED:
@@ -198,13 +210,13 @@ def _attention_bwd_dq_kernel(
             dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    _store_rows(dq_ptr + q_offset, dq * scale, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
+    _store_rows(dq_ptr + out_offset, dq * scale, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_pieces_ptr, dv_pieces_ptr, tiles_ptr,
-    scale, total_tokens, num_heads, group_size,
+    scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One flat loop over the kv head's query heads and blocks of queries; lse = inf past the end makes p = 0 there."""
@@ -213,35 +225,40 @@ def _attention_bwd_dkv_kernel(
     start, stop, query_start, query_stop, slot = _load_tile(tiles_ptr, tl.program_id(0) // num_kv_heads)
     if start >= stop:
         return
-    offset = (start.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
-    q_stride, stride = num_heads * HEAD_DIM, num_kv_heads * HEAD_DIM
-    k = _load_rows(k_ptr + offset, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = _load_rows(v_ptr + offset, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    k_ptr += start.to(tl.int64) * k_stride + kv_head * HEAD_DIM
+    v_ptr += start.to(tl.int64) * v_stride + kv_head * HEAD_DIM
+    k = _load_rows(k_ptr, k_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = _load_rows(v_ptr, v_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     log2_scale = scale * _LOG2_E
     columns, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     num_blocks = tl.cdiv(query_stop - query_start, BLOCK_M)
-    for i in range(num_blocks * group_size):
-        head = kv_head * group_size + i // num_blocks
-        query = query_start + i % num_blocks * BLOCK_M
-        q_offset = (query.to(tl.int64) * num_heads + head) * HEAD_DIM
+    head, query = kv_head * group_size, query_start
+    for _ in range(num_blocks * group_size):
         left = query_stop - query
+        q_offset = query.to(tl.int64) * q_stride + head * HEAD_DIM
         q = _load_rows(q_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        out_offset = (query.to(tl.int64) * num_heads + head) * HEAD_DIM
+        d_out = _load_rows(d_out_ptr + out_offset, num_heads * HEAD_DIM, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         row = head.to(tl.int64) * total_tokens + query
         lse = tl.load(lse_ptr + row + columns, mask=columns < left, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
         p = tl.exp2(scores * log2_scale - lse[None, :])
         if query < start + BLOCK_N:  # the diagonal
             p = tl.where(columns[None, :] >= (keys - (query - start))[:, None], p, 0.0)
-        d_out = _load_rows(d_out_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + row + columns, mask=columns < left, other=0.0)
         dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
         ds = p * (dp - delta[None, :])
+        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        query += BLOCK_M
+        head = tl.where(query < query_stop, head, head + 1)
+        query = tl.where(query < query_stop, query, query_start)
     dk *= scale
     if slot < 0:
+        offset = (start.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
+        stride = num_kv_heads * HEAD_DIM
         _store_rows(dk_ptr + offset, dk, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
         _store_rows(dv_ptr + offset, dv, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
     else:
@@ -280,16 +297,21 @@ def _tile_options(q: Tensor) -> list[dict[str, Any]]:
     return [dict(zip(names, tile, strict=True)) | shared for tile in tiles]
 
 
+def _with_rows(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied where a row is not contiguous."""
+    return [x if x[:1].is_contiguous() else x.contiguous() for x in tensors]
+
+
 @torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
 def _attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:  # out as q; lse [num_heads, total_tokens] fp32
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = _with_rows(q, k, v)
     total_tokens, num_heads, _ = q.shape
-    out, lse = torch.empty_like(q), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
+    out, lse = q.new_empty(q.shape), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
     if not q.numel():
         return out, lse
-    sizes = (total_tokens, num_heads, num_heads // k.shape[1])
+    sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // k.shape[1])
     options, _, _ = _tile_options(q)
     with torch.cuda.device_of(q):
         tiles = plan.cached(plan.query_tiles, cu_seqlens, prefix, total_tokens, options["BLOCK_M"])
@@ -302,12 +324,12 @@ def _attention_bwd(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    d_out, q, k, v = d_out.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)
     (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
-    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    sizes = (total_tokens, num_heads, num_heads // num_kv_heads)
+    sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // num_kv_heads)
     _, options, key_options = _tile_options(q)
     block = key_options["BLOCK_N"]
     split_tiles = min(plan.SPLIT_TILES, (total_tokens if max_seqlen is None else max_seqlen) // block + 1)
@@ -371,7 +393,7 @@ def packed_attention(
     head h // (num_heads // num_kv_heads). Rows from cu_seqlens[-1] on belong to no segment: their output and gradients
     are 0, whatever they hold. `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64; under "torch" a
-    prefix may stand anywhere. Tensors that are not contiguous are copied.
+    prefix may stand anywhere. Tensors whose rows are not contiguous are copied.
 
     Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim or scale that the kernels do
     not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or leave the tensor and a
