@@ -25,14 +25,14 @@ FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen, arXiv 2402.05099,
 
 # pyright: reportGeneralTypeIssues=false
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashgrpo.kernels import attention_torch as plan
+from flashgrpo.kernels import attention_tiles as plan
+from flashgrpo.kernels.attention_torch import check_tensors, segments_on_host, torch_attention
 from flashgrpo.kernels.common import backward_once, by_triton, check_index
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
@@ -40,25 +40,6 @@ BACKENDS = ("triton", "torch")
 _LOG2_E = tl.constexpr(math.log2(math.e))
 # The queries of a prompt's keys are cut into pieces of this many, if the prompt has at most SPLIT_TILES tiles of keys.
 _PIECE = 16_384
-# By architecture and head_dim rounded up: queries and keys in a tile, warps and stages of the forward pass, of d_q, and
-# of d_k with d_v. A CPU takes the first row.
-_TILES = {
-    ("fp32", 64): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    ("fp32", 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
-    ("fp32", 256): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    ("sm_80", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
-    ("sm_80", 128): ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
-    ("sm_80", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
-    ("sm_90", 64): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
-    ("sm_90", 128): ((128, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 2)),
-    ("sm_90", 256): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
-    ("sm_100", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-    ("sm_100", 128): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
-    ("sm_100", 256): ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
-    ("gfx942", 64): ((128, 64, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1)),
-    ("gfx942", 128): ((128, 64, 4, 1), (128, 32, 4, 1), (32, 128, 4, 1)),
-    ("gfx942", 256): ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
-}
 
 
 @triton.jit
@@ -93,22 +74,19 @@ def _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM: tl.constex
     The programs of a tile's heads are neighbours, here and below.
     """
     head = tl.program_id(0) % num_heads
-    start, stop, own_start, prefix_start, prefix_stop = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
-    q_offset = start.to(tl.int64) * q_stride + head * HEAD_DIM
-    out_offset = (start.to(tl.int64) * num_heads + head) * HEAD_DIM
-    kv_offset = head // group_size * HEAD_DIM
-    return start, stop, own_start, prefix_start, prefix_stop, head, q_offset, out_offset, kv_offset
+    tile = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
+    start = tile[0].to(tl.int64)
+    out_offset = (start * num_heads + head) * HEAD_DIM
+    return tile, head, start * q_stride + head * HEAD_DIM, out_offset, head // group_size * HEAD_DIM
 
 
 @triton.jit
-def _key_blocks(
-    start, stop, own_start, prefix_start, prefix_stop,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _key_blocks(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
     """How many blocks of keys queries see in their prefix and in their segment, and where both begin.
 
     Whole blocks, or, MASKED, what is left: the prefix's tail and the diagonal. own_start = -1: rows that see none.
     """
+    start, stop, own_start, prefix_start, prefix_stop = tile
     shared = (prefix_stop - prefix_start) // BLOCK_N
     shared_key = prefix_start
     own = (start - own_start) // BLOCK_N
@@ -127,9 +105,8 @@ def _attention_fwd_kernel(
     scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    start, stop, own_start, prefix_start, prefix_stop, head, q_offset, out_offset, kv_offset = _query_tile(
-        tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM
-    )
+    tile, head, q_offset, out_offset, kv_offset = _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM)
+    start, stop, own_start, _, prefix_stop = tile
     if start >= stop:
         return
     rows = start + tl.arange(0, BLOCK_M)
@@ -142,9 +119,7 @@ def _attention_fwd_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     log2_scale = scale * _LOG2_E
     for MASKED in tl.static_range(2):
-        shared, own, shared_key, own_key = _key_blocks(
-            start, stop, own_start, prefix_start, prefix_stop, BLOCK_M, BLOCK_N, MASKED
-        )
+        shared, own, shared_key, own_key = _key_blocks(tile, BLOCK_M, BLOCK_N, MASKED)
         for i in range(shared + own):
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
@@ -175,9 +150,8 @@ def _attention_bwd_dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes delta = rowsum(out * d_out) too, which the other kernel needs."""
-    start, stop, own_start, prefix_start, prefix_stop, head, q_offset, out_offset, kv_offset = _query_tile(
-        tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM
-    )
+    tile, head, q_offset, out_offset, kv_offset = _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM)
+    start, stop, _, _, prefix_stop = tile
     if start >= stop:
         return
     rows = start + tl.arange(0, BLOCK_M)
@@ -193,9 +167,7 @@ def _attention_bwd_dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     log2_scale = scale * _LOG2_E
     for MASKED in tl.static_range(2):
-        shared, own, shared_key, own_key = _key_blocks(
-            start, stop, own_start, prefix_start, prefix_stop, BLOCK_M, BLOCK_N, MASKED
-        )
+        shared, own, shared_key, own_key = _key_blocks(tile, BLOCK_M, BLOCK_N, MASKED)
         for i in range(shared + own):
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
@@ -285,18 +257,6 @@ def _attention_bwd_sum_kernel(
     _store_rows(out_ptr, total, num_kv_heads * HEAD_DIM, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
-def _tile_options(q: Tensor) -> list[dict[str, Any]]:
-    """What each of the three kernels is compiled with, for q's device, dtype and head_dim."""
-    block_d, arch = 1 << (q.shape[2] - 1).bit_length(), "fp32"
-    if q.is_cuda and q.dtype != torch.float32:
-        nvidia = {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(q.device)[0], "sm_80")
-        arch = "gfx942" if torch.version.hip else nvidia
-    tiles = _TILES[arch, max(64, block_d) if q.is_cuda else 64]
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    shared = {"HEAD_DIM": q.shape[2], "BLOCK_D": block_d} | ({"matrix_instr_nonkdim": 16} if torch.version.hip else {})
-    return [dict(zip(names, tile, strict=True)) | shared for tile in tiles]
-
-
 def _with_rows(*tensors: Tensor) -> list[Tensor]:
     """The tensors, copied where a row is not contiguous."""
     return [x if x[:1].is_contiguous() else x.contiguous() for x in tensors]
@@ -312,7 +272,7 @@ def _attention_fwd(
     if not q.numel():
         return out, lse
     sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // k.shape[1])
-    options, _, _ = _tile_options(q)
+    options, _, _ = plan.tile_options(q)
     with torch.cuda.device_of(q):
         tiles = plan.cached(plan.query_tiles, cu_seqlens, prefix, total_tokens, options["BLOCK_M"])
         _attention_fwd_kernel[(tiles.shape[0] * num_heads,)](q, k, v, out, lse, tiles, scale, *sizes, **options)
@@ -330,7 +290,7 @@ def _attention_bwd(
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // num_kv_heads)
-    _, options, key_options = _tile_options(q)
+    _, options, key_options = plan.tile_options(q)
     block = key_options["BLOCK_N"]
     split_tiles = min(plan.SPLIT_TILES, (total_tokens if max_seqlen is None else max_seqlen) // block + 1)
     num_slots = 2 * total_tokens // _PIECE * split_tiles if total_tokens > _PIECE else 0
@@ -399,16 +359,16 @@ def packed_attention(
     not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or leave the tensor and a
     prefix that is no segment, has one itself or stands elsewhere; TypeError for wrong dtypes.
     """
-    plan.check_tensors(q, k, v)
+    check_tensors(q, k, v)
     check_index("cu_seqlens", cu_seqlens, q.device)
     if prefix is not None:
         check_index("prefix", prefix, q.device, cu_seqlens.shape[0] - 1)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
     if backend == "torch" or not by_triton(q):
-        return plan.torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
+        return torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
     if q.is_cpu and not torch.compiler.is_compiling():
-        plan.segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)
+        segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)
     if q.shape[2] not in HEAD_DIMS:
         raise ValueError(f"q has head_dim {q.shape[2]}; wanted one of {HEAD_DIMS}, or backend='torch'")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
