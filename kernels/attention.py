@@ -32,11 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flashgrpo.kernels import attention_tiles as plan
+from flashgrpo.kernels.attention_flash import check_flash, flash_backward, flash_forward
 from flashgrpo.kernels.attention_torch import check_tensors, segments_on_host, torch_attention
 from flashgrpo.kernels.common import backward_once, by_triton, check_index
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "torch", "flash_attn")
 _LOG2_E = tl.constexpr(math.log2(math.e))
 # The queries of a prompt's keys are cut into pieces of this many, if the prompt has at most SPLIT_TILES tiles of keys.
 _PIECE = 16_384
@@ -264,13 +265,17 @@ def _with_rows(*tensors: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
 def _attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float
-) -> tuple[Tensor, Tensor]:  # out as q; lse [num_heads, total_tokens] fp32
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
+    flash: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out as q; lse [num_heads, total_tokens] fp32, of base 2 but for `flash`, which means flash-attn."""
     q, k, v = _with_rows(q, k, v)
     total_tokens, num_heads, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
     if not q.numel():
         return out, lse
+    if flash:
+        return flash_forward(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
     sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // k.shape[1])
     options, _, _ = plan.tile_options(q)
     with torch.cuda.device_of(q):
@@ -282,13 +287,15 @@ def _attention_fwd(
 @torch.library.custom_op("flashgrpo::packed_attention_backward", mutates_args=())
 def _attention_bwd(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
+    cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float, flash: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)
     (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
+    if flash:
+        return flash_backward(d_out, q, k, v, out, lse, cu_seqlens, prefix, max_seqlen, scale)
     sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // num_kv_heads)
     _, options, key_options = plan.tile_options(q)
     block = key_options["BLOCK_N"]
@@ -321,15 +328,15 @@ def _(d_out, q, k, v, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, prefix, ctx.max_seqlen, ctx.scale = inputs
+    q, k, v, cu_seqlens, prefix, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, prefix)
 
 
 @backward_once
 def _backward(ctx, d_out, _):
     q, k, v, out, lse, cu_seqlens, prefix = ctx.saved_tensors
-    gradients = _attention_bwd(d_out, q, k, v, out, lse, cu_seqlens, prefix, ctx.max_seqlen, ctx.scale)
-    return *gradients, None, None, None, None
+    gradients = _attention_bwd(d_out, q, k, v, out, lse, cu_seqlens, prefix, *ctx.options)
+    return *gradients, *(None,) * 5
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_save)
@@ -353,11 +360,13 @@ def packed_attention(
     head h // (num_heads // num_kv_heads). Rows from cu_seqlens[-1] on belong to no segment: their output and gradients
     are 0, whatever they hold. `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64; under "torch" a
-    prefix may stand anywhere. Tensors whose rows are not contiguous are copied.
+    prefix may stand anywhere; "flash_attn" is described in attention_flash.py. Tensors whose rows are not contiguous
+    are copied.
 
-    Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim or scale that the kernels do
-    not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or leave the tensor and a
-    prefix that is no segment, has one itself or stands elsewhere; TypeError for wrong dtypes.
+    Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim, scale or, by flash-attn,
+    dtype that the kernels do not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or
+    leave the tensor and a prefix that is no segment, has one itself or stands elsewhere; TypeError for wrong dtypes;
+    ImportError where flash-attn is not installed.
     """
     check_tensors(q, k, v)
     check_index("cu_seqlens", cu_seqlens, q.device)
@@ -365,14 +374,17 @@ def packed_attention(
         check_index("prefix", prefix, q.device, cu_seqlens.shape[0] - 1)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
-    if backend == "torch" or not by_triton(q):
+    if backend == "torch" or (backend == "triton" and not by_triton(q)):
         return torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
     if q.is_cpu and not torch.compiler.is_compiling():
         segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)
-    if q.shape[2] not in HEAD_DIMS:
+    if backend == "flash_attn":
+        check_flash(q)
+    elif q.shape[2] not in HEAD_DIMS:
         raise ValueError(f"q has head_dim {q.shape[2]}; wanted one of {HEAD_DIMS}, or backend='torch'")
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"q is {q.dtype}; wanted bfloat16, float16 or float32, or backend='torch'")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale is {scale}; wanted a finite number above 0, or backend='torch'")
-    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, q.shape[2] ** -0.5 if scale is None else scale)[0]
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, scale, backend == "flash_attn")[0]

@@ -48,7 +48,7 @@ def tile_options(q: Tensor) -> list[dict[str, Any]]:
     return [dict(zip(names, tile, strict=True)) | shared for tile in tiles]
 
 
-class _Segments(NamedTuple):
+class Segments(NamedTuple):
     """Offsets on the device; the last segment is made of the rows in none. [num_segments + 1] each."""
 
     start: Tensor
@@ -57,7 +57,7 @@ class _Segments(NamedTuple):
     is_last: Tensor
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> "_Segments":
+    def of(cls, cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> "Segments":
         bounds = F.pad(cu_seqlens.long().clamp(0, total_tokens), (0, 1), value=total_tokens)
         start, stop = bounds[:-1], bounds[1:]
         parent = torch.full_like(start, -1)
@@ -65,6 +65,13 @@ class _Segments(NamedTuple):
             parent[:-1] = prefix.clamp(-1, prefix.shape[0] - 1)
         index = torch.arange(start.shape[0], device=start.device)
         return cls(start, stop, parent, index == start.shape[0] - 1)
+
+    def query_stop(self) -> Tensor:
+        """End of the queries that see a segment's keys: they begin in it. [num_segments + 1], of the last its start."""
+        index = torch.arange(self.start.shape[0], device=self.start.device)
+        family = torch.where(self.parent < 0, index, self.parent)  # rises, as completions follow their prompt
+        behind = torch.searchsorted(family, index, right=True).clamp(max=index.shape[0] - 1)
+        return torch.where(self.parent < 0, self.start[behind], self.stop)
 
     def tiles(self, block: int, total_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Segment, first row and end of each tile of `block` rows; an unused one begins at its end or behind."""
@@ -84,7 +91,7 @@ def _table(work: Tensor, *columns: Tensor) -> Tensor:  # [num_tiles, 5] int32
 
 def query_tiles(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, block: int) -> Tensor:
     """Columns: first query, end of its segment, start of its segment (-1: none), start and end of the prefix."""
-    segments = _Segments.of(cu_seqlens, prefix, total_tokens)
+    segments = Segments.of(cu_seqlens, prefix, total_tokens)
     segment, first, stop = segments.tiles(block, total_tokens)
     parent = segments.parent[segment]
     prefix_start, prefix_stop = (torch.where(parent < 0, 0, x[parent]) for x in (segments.start, segments.stop))
@@ -101,13 +108,9 @@ def key_tiles(
     The second table has a row a slot: first key, end of its segment, first slot, number of pieces; used for a tile's
     first slot.
     """
-    segments = _Segments.of(cu_seqlens, prefix, total_tokens)
-    index = torch.arange(segments.start.shape[0], device=cu_seqlens.device)
-    family = torch.where(segments.parent < 0, index, segments.parent)  # rises, as completions follow their prompt
-    behind = torch.searchsorted(family, index, right=True).clamp(max=index.shape[0] - 1)
-    query_stop = torch.where(segments.parent < 0, segments.start[behind], segments.stop)  # of the last: its start
+    segments = Segments.of(cu_seqlens, prefix, total_tokens)
     segment, first, stop = segments.tiles(block, total_tokens)
-    end = query_stop[segment]
+    end = segments.query_stop()[segment]
     pieces = (end - first + piece - 1) // piece
     is_split = (pieces > 1) & (segments.stop - segments.start <= SPLIT_TILES * block)[segment]
     is_split &= torch.where(is_split, pieces, 0).cumsum(0) <= num_slots  # all of them, for a right max_seqlen
@@ -132,7 +135,7 @@ def key_tiles(
 _tables: OrderedDict[tuple, tuple[list[StorageWeakRef], Any]] = OrderedDict()
 
 
-def cached(build: Callable, cu_seqlens: Tensor, prefix: Tensor | None, *arguments: int) -> Any:
+def cached(build: Callable, cu_seqlens: Tensor, prefix: Tensor | None, *arguments: int | None) -> Any:
     """build(cu_seqlens, prefix, *arguments), kept for the layers of a batch as long as the tensors do not change.
 
     A weak reference to a storage keeps its address from being given to another one.

@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton import knobs
 
 from flashgrpo.kernels import attention, attention_tiles
 from flashgrpo.kernels.attention import HEAD_DIMS, packed_attention
@@ -236,6 +238,16 @@ def test_tensors_without_contiguous_rows_are_copied(device):
     across = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in qkv]
     for x, y in zip(run(across, d_out, *SMALL), expected, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.skipif(knobs.runtime.interpret or not find_spec("flash_attn"), reason="needs flash-attn and a GPU")
+def test_flash_attn_equals_the_kernels(device):
+    lengths, prefix = FAMILIES
+    qkv, d_out = make_qkv(sum(lengths) + 3, device, num_heads=4, num_kv_heads=2, dtype=torch.bfloat16)
+    flash, ours = (run(qkv, d_out, lengths, prefix, backend=name) for name in ("flash_attn", "triton"))
+    for x, y in zip(flash, ours, strict=True):
+        torch.testing.assert_close(x, y, rtol=0.02, atol=0.02 * y.abs().max().item())
+        assert not x[sum(lengths) :].any()
 
 
 def test_one_compiled_graph_serves_every_pack(device):
