@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export GOMP_SPINCOUNT ?= 50000# grpo/cli.py has the reason
 
-.PHONY: setup demo test gpu-test mutations lint format bench-cpu bench-demo readme clean
+.PHONY: setup demo test soak gpu-test mutations lint format bench-cpu bench-demo readme clean
 
 setup: .venv/.done
 
@@ -29,10 +29,16 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 tests/kernels
 
+# The tests of random shapes at a thousand examples each; half an hour.
+soak: setup
+	EXAMPLES=1000 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -m hypothesis tests/kernels
+	EXAMPLES=1000 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 --timeout 0 -m hypothesis tests/kernels
+
 # Needs nothing but a GPU and a python3 with torch, triton and pytest.
 gpu-test:
+	@python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU")'
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
-	PYTHONPATH=.types python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib -q tests/kernels
+	PYTHONPATH=.types python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib -q --durations 10 tests/kernels
 
 # Faults planted in the kernels, each of which must fail a test; two minutes.
 mutations: setup

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
 from flashgrpo.grpo.run_folder import write_text
-from flashgrpo.kernels import attention, attention_tiles, logprob, loss_triton
+from flashgrpo.kernels import attention, attention_tiles, logprob, loss_triton, row_loss
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
 TARGETS = {f"sm_{x}": GPUTarget("cuda", x, 32) for x in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -43,15 +43,17 @@ _LOAD = re.compile(r"\b(LDG|LDGSTS|UTMALDG)\.|\b(global|buffer)_load_")
 _WIDE = re.compile(r"\bLDG\w*\..*\.128|\bUTMALDG|(global|buffer)_load_dwordx4")
 _SPILL, _END = re.compile(r"\b(LDL|STL|scratch_load|scratch_store)"), re.compile(r"\bEXIT\b|s_endpgm")
 _POINTERS = {
-    torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits",
+    torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits x",
     torch.int32: "tiles_ptr offsets",
-    torch.int64: "targets sequence_ids",
+    torch.int64: "targets sequence_ids sources",
+    torch.int8: "live",
     torch.float32: "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks log_totals loss "
-    "d_logprobs d_entropies rewards old ref behavior partials denominators metrics",
+    "d_logprobs d_entropies rewards old ref behavior partials denominators metrics token_advantages token_lengths "
+    "factors",
 }
 _COUNTS = (
-    "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size "
-    "vocab row_stride d_row_stride n num_sequences num_blocks first_row first_block"
+    "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n "
+    "num_sequences num_blocks first_row num_rows width"
 )
 ARGUMENTS: dict[str, Any] = {name: MockTensor(dtype) for dtype, names in _POINTERS.items() for name in names.split()}
 ARGUMENTS |= dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
@@ -91,10 +93,15 @@ def launches(target: str) -> Iterator[Launch]:
             yield Launch(kernel, target, dim, options | dict(zip(names, tile, strict=True)))
         options |= zip(names[1:], tiles[2][1:], strict=True)
         yield Launch(attention._attention_bwd_sum_kernel, target, dim, options)
-    row = {"BLOCK": logprob._BLOCK, "num_warps": logprob._NUM_WARPS}
-    yield Launch(logprob._logprob_fwd_kernel, target, None, row | {"SLICE": logprob._SLICE})
+    row = {"BLOCK": logprob.BLOCK, "num_warps": logprob.NUM_WARPS}
+    yield Launch(logprob._logprob_fwd_kernel, target, None, row | {"SLICE": logprob.SLICE})
     yield Launch(logprob._logprob_bwd_kernel, target, None, row)
-    row = {"BLOCK": loss_triton.BLOCK, "GROUP_BLOCK": loss_triton._GROUP_BLOCK}
+    block = {"BLOCK": row_loss.BLOCK, "num_warps": row_loss.NUM_WARPS, "SLICE": logprob.SLICE}
+    yield Launch(row_loss._row_loss_kernel, target, None, block)
+    yield Launch(row_loss._move_rows_kernel, target, None, row)
+    yield Launch(row_loss._scale_kernel, target, None, row)
+    row = {"BLOCK": loss_triton.BLOCK, "GROUP_BLOCK": loss_triton.GROUP_BLOCK}
+    yield Launch(row_loss._advantage_kernel, target, None, row)
     yield Launch(loss_triton._grpo_loss_kernel, target, None, row)
     yield Launch(loss_triton._sum_blocks_kernel, target, None, {"ROWS": loss_triton._ROWS})
 
@@ -155,7 +162,7 @@ def predict(launch: Launch, row: dict[str, Any], warps: int) -> dict[str, Any]:
     scores, stats, logits = HEADS * TOKENS * (TOKENS + 1) // 2, 4 * HEADS * TOKENS, 2 * ROWS * VOCAB
     queries, keys = 2 * TOKENS * HEADS * dim, 2 * TOKENS * KV_HEADS * dim
     product = 2 * dim * options.get("BLOCK_M", 0) * options.get("BLOCK_N", 0) / FLOPS
-    block = 2 * logprob._BLOCK / BANDWIDTH
+    block = 2 * options.get("BLOCK", 0) / BANDWIDTH
     # Bytes; FLOPs; seconds of a pass through all processors' hot loops at the limit; loads that wait for another.
     size, flops, ideal, chain = {
         "_attention_fwd_kernel": (2 * queries + 2 * keys + stats, 4 * dim * scores, 2 * product, 0),
@@ -164,8 +171,12 @@ def predict(launch: Launch, row: dict[str, Any], warps: int) -> dict[str, Any]:
         "_attention_bwd_sum_kernel": (0, 0, 0.0, 0),  # for prompts above `attention._PIECE`
         "_logprob_fwd_kernel": (logits + 24 * ROWS, 0, block, 0),
         "_logprob_bwd_kernel": (2 * logits + 28 * ROWS, 0, 2 * block, 0),
+        "_row_loss_kernel": (2 * logits + 40 * ROWS, 0, 2 * block, 0),  # a pass reads and, from L2, writes
+        "_move_rows_kernel": (0, 0, 0.0, 0),
+        "_scale_kernel": (0, 0, 0.0, 0),
+        "_advantage_kernel": (16 * LOSS_TOKENS, 0, 0.0, 2 * (COMPLETIONS - 1).bit_length() + 4),
         "_grpo_loss_kernel": (28 * LOSS_TOKENS, 0, 0.0, 2 * (COMPLETIONS - 1).bit_length() + 8),
-        "_sum_blocks_kernel": (8 * len(loss_triton._SUMS) * LOSS_TOKENS // loss_triton.BLOCK, 0, 0.0, 2),
+        "_sum_blocks_kernel": (8 * loss_triton.NUM_SUMS * LOSS_TOKENS // loss_triton.BLOCK, 0, 0.0, 2),
     }[row["kernel"]]
     of_registers = 65_536 // (-(-row["registers"] // 8) * 256 * warps)
     programs = min(of_registers, 233_472 // (row["shared_bytes"] + 1024), 64 // warps)

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from flashgrpo.kernels.common import backward_once, by_triton
-from flashgrpo.kernels.logprob import gather_logprobs
+from flashgrpo.kernels.logprob import check_logits, gather_logprobs
 from flashgrpo.kernels.loss_config import LossArguments, LossConfig, check_arguments
 from flashgrpo.kernels.loss_torch import Stats, group_advantages, prepare_inputs, token_losses, token_stats, total_loss
 from flashgrpo.kernels.loss_triton import (
+    ENTROPY_COEF,
     LossBuffers,
     empty_sums,
     kernel_arguments,
@@ -38,6 +39,7 @@ from flashgrpo.kernels.loss_triton import (
     launch_sums,
     named_metrics,
 )
+from flashgrpo.kernels.row_loss import logits_loss, scale_rows
 
 __all__ = ["LossConfig", "group_advantages", "grpo_loss", "logits_grpo_loss", "merge_stats", "pack_padded"]
 
@@ -61,7 +63,12 @@ def grpo_loss(
 
     Advantages come from `rewards` (then `sequence_ids` says whose completion is whose, by default in order) or as they
     are. A completion whose advantage is NaN takes no part in anything. Without `old_logprobs` the step is exactly
-    on-policy: every ratio is 1, with the ratio's gradient. `denominator` is a number, or a 0-d tensor on the device.
+    on-policy: every ratio is 1, with the ratio's gradient.
+
+    `denominator` is what the sum is divided by: of the whole optimizer update, over its micro-batches and ranks, the
+    number of completions for `sequence_mean`, of their tokens for `token_mean`, and completions times the longest
+    length allowed for `constant`. It is a number, or a 0-d tensor on the device, which torch.compile does not compile
+    again for.
 
     Metrics are fp32 scalars on the device, means over the tokens that count: num_tokens, ratio_mean, ratio_max,
     clip_low_fraction, clip_high_fraction, live_fraction (gradient not 0), kl with a reference, and
@@ -101,17 +108,30 @@ def logits_grpo_loss(
 ) -> tuple[Tensor, Stats]:
     """`grpo_loss` of the log-probs of `targets` under softmax(logits / temperature), with the entropy bonus.
 
-    Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs and entropies. The
-    gradient is written over logits that are another operation's result, which autograd then refuses to use again;
-    logits that are a leaf, or a view of one, keep their values. Raises what `grpo_loss` and `gather_logprobs` raise.
+    Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs and entropies. Logits
+    that are another operation's result hold their gradient afterwards (at sequence level, in fp16 and on a CPU after
+    the backward pass), and autograd refuses to use them again; a leaf, or a view of one, keeps its values. Read them
+    before. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
-    spare = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
-    logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not spare)
+    check_logits(logits, targets, temperature)
     arguments = check_arguments(
-        logprobs, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
-        old_logprobs, ref_logprobs, behavior_logprobs,
+        logits.new_empty(targets.shape), target_cu_seqlens, config, denominator, targets, rewards, sequence_ids,
+        advantages, old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
-    return _loss(logprobs, entropies, arguments)
+    spare = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
+    # A sequence-level ratio needs all log-probs before any gradient, and fp16 would flush a gradient over a denominator
+    # to 0 before it is scaled up.
+    if not by_triton(logits) or config.ratio_level == "sequence" or logits.dtype == torch.float16:
+        logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not spare)
+        return _loss(logprobs, entropies, arguments)
+    if logits.stride(1) != 1:
+        logits, spare = logits.contiguous(), torch.compiler.is_compiling()
+    spare |= logits.stride(0) < logits.shape[1]
+    needed = torch.is_grad_enabled() and logits.requires_grad
+    loss, metrics, logprobs, entropies = _LogitsLoss.apply(
+        logits, needed, not spare, *kernel_arguments(arguments), temperature
+    )
+    return loss, named_metrics(metrics, entropies, arguments) | {"logprobs": logprobs, "entropies": entropies}
 
 
 def pack_padded(
@@ -174,14 +194,18 @@ def _triton_loss(
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics, gradients by log-prob and by entropy), the gradients before the denominator."""
-    buffers = LossBuffers.empty(logprobs, entropies is not None)
+    buffers = LossBuffers.empty(logprobs, numbers[ENTROPY_COEF] != 0)
     launch_loss(logprobs.contiguous(), entropies, tensors, numbers, buffers)
-    return *launch_sums(buffers, denominator, numbers), buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
+    return (
+        *launch_sums(buffers.partials, denominator, numbers),
+        buffers.d_logprobs,
+        _or_nothing(buffers.d_entropies, logprobs),
+    )
 
 
 @_triton_loss.register_fake
 def _(logprobs, entropies, tensors, denominator, numbers):
-    buffers = LossBuffers.empty(logprobs, entropies is not None)
+    buffers = LossBuffers.empty(logprobs, numbers[ENTROPY_COEF] != 0)
     return *empty_sums(logprobs), buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
 
 
@@ -190,9 +214,9 @@ def _or_nothing(d_entropies: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _keep_gradients(ctx, inputs, output):
-    logprobs, entropies, _, denominator, numbers = inputs
+    logprobs, _, _, denominator, numbers = inputs
     ctx.save_for_backward(*output[2:], denominator)
-    ctx.dtype, ctx.has_entropies, ctx.number = logprobs.dtype, entropies is not None, numbers[-1]
+    ctx.dtype, ctx.number, ctx.has_bonus = logprobs.dtype, numbers[-1], numbers[ENTROPY_COEF] != 0
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -201,10 +225,35 @@ def _keep_gradients(ctx, inputs, output):
 def _scale_gradients(ctx, *grad_outputs):
     d_logprobs, d_entropies, denominator = ctx.saved_tensors
     scale = grad_outputs[0] / (ctx.number if denominator is None else denominator)
-    return (d_logprobs * scale).to(ctx.dtype), d_entropies * scale if ctx.has_entropies else None, None, None, None
+    return (d_logprobs * scale).to(ctx.dtype), d_entropies * scale if ctx.has_bonus else None, None, None, None
 
 
 _triton_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """The gradient is made in the forward pass, in place of the logits if `in_place`."""
+
+    @staticmethod
+    def forward(ctx, logits, needed, in_place, tensors, denominator, numbers, temperature):
+        d_logits = None
+        if needed:
+            d_logits = logits if in_place else logits.new_empty(logits.shape)
+        outputs = logits_loss(logits, d_logits, tensors, denominator, numbers, temperature)
+        ctx.save_for_backward(d_logits)
+        ctx.in_place = in_place
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @backward_once
+    def backward(ctx, *grad_outputs):
+        (d_logits,) = ctx.saved_tensors
+        if ctx.in_place:  # and so for the last time: autograd refuses what has changed
+            scale_rows(d_logits, grad_outputs[0])
+        else:
+            d_logits = d_logits * grad_outputs[0]
+        return d_logits, *[None] * 6
 
 
 class _GRPOLoss(torch.autograd.Function):

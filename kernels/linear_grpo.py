@@ -10,15 +10,16 @@ For n rows, hidden size H and vocabulary V, chunk by chunk:
 `linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H FLOPs against 8 n V H
 for what recomputes them. A sequence-level ratio needs all log-probs before any gradient, so it costs 8 n V H. Beyond
 its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and one chunk of logits, which the kernels turn into their
-gradient in place, or two where live rows are picked out (in torch three chunks, in fp32). Gradients pass through the
-logits' dtype before the denominator: in fp16 an advantage times a ratio above 65,504 overflows.
+gradient in place (in torch three chunks, in fp32). Gradients pass through the logits' dtype before the denominator: in
+fp16 an advantage times a ratio above 65,504 overflows.
 
 Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row: with r rows a chunk
 that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at 6,144. So on CUDA r is 6,144 rows of
 16-bit or 3,072 of fp32 logits, which also is what 5% of full fp32 logits hold for 64k targets; on a CPU it is as many
 as have their fp32 logits in 2 MiB of cache, and at least 256.
 
-Both functions make log-probs in `sweep`, so with equal chunks they agree bit for bit, and autocast changes neither.
+Both functions make log-probs by the same GEMM and `logprob.row_logprob`, so with equal chunks they agree bit for bit,
+and autocast changes neither.
 Not done here: vocabulary-parallel heads, a bias, logit soft-capping. Sources: Wijmans et al., Cut Your Losses, arXiv
 2411.09009; Hsu et al., Liger Kernel, arXiv 2410.10989.
 """
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton, check_index, check_temperature
-from flashgrpo.kernels.linear_sweep import Gradients, Head, recompute, sweep
+from flashgrpo.kernels.linear_sweep import Gradients, Head, recompute, sweep, sweep_loss
 from flashgrpo.kernels.loss_config import LossConfig, check_arguments
 from flashgrpo.kernels.loss_torch import Stats, TokenLoss, prepare_inputs, token_losses, token_stats, total_loss
 from flashgrpo.kernels.loss_triton import (
@@ -41,6 +42,7 @@ from flashgrpo.kernels.loss_triton import (
     launch_sums,
     named_metrics,
 )
+from flashgrpo.kernels.row_loss import RowLoss
 
 _CPU_CACHE = 2 << 20  # bytes
 _MIN_CPU_CHUNK = 256
@@ -66,10 +68,7 @@ def linear_logprobs(
     chunk and another logits_dtype; TypeError for wrong dtypes.
     """
     head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
-    targets = targets.contiguous()
-    if by_triton(hidden):
-        return _linear_logprobs_op(hidden, lm_head_weight, targets, *head)
-    return _LinearLogprobs.apply(hidden, lm_head_weight, targets, head)
+    return _linear_logprobs_op(hidden, lm_head_weight, targets.contiguous(), *head)
 
 
 def linear_grpo_loss(
@@ -96,7 +95,8 @@ def linear_grpo_loss(
     The gradients are made only for those of hidden and lm_head_weight that require them, and wait for the backward
     pass, which multiplies them by the upstream scalar over the denominator and cannot be differentiated again. Rows
     whose gradient is exactly 0 leave the gradient GEMMs where fewer than 90% of a chunk are live (`compact=None`),
-    always (True) or never (False). On CUDA, where counting them waits for the device, None means never.
+    always (True) or never (False). To count them the host waits for the device once a chunk; under torch.compile None
+    means never.
 
     Loss, metrics and arguments are those of `logits_grpo_loss`, the rest as in `linear_logprobs`; raises what they
     raise.
@@ -109,6 +109,8 @@ def linear_grpo_loss(
         old_logprobs, ref_logprobs, behavior_logprobs,
     )  # fmt: skip
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, lm_head_weight)]
+    if compact is None and torch.compiler.is_compiling():
+        compact = False
     if not by_triton(hidden):
         inputs = prepare_inputs(like, arguments)
         return _LinearGRPOLoss.apply(hidden, lm_head_weight, targets, head, inputs, compact, needed)
@@ -147,27 +149,6 @@ def _make_head(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; wanted 1 or above")
     return Head(temperature, chunk_tokens, logits_dtype)
-
-
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, head):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.head = head
-        ctx.set_materialize_grads(False)
-        return sweep(hidden, weight, targets, head)
-
-    @staticmethod
-    @backward_once
-    def backward(ctx, *grad_outputs):
-        d_logprobs, d_entropies = grad_outputs
-        hidden, weight, targets = ctx.saved_tensors
-        if d_logprobs is None:
-            d_logprobs = hidden.new_zeros(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-        gradients = Gradients.zeros(hidden, weight, *ctx.needs_input_grad[:2])
-        recompute(gradients, hidden, weight, targets, ctx.head, d_logprobs, d_entropies, None)
-        d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
-        return gradients.d_hidden, d_weight, None, None
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
@@ -228,7 +209,8 @@ def _linear_logprobs_bwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gradients = Gradients.zeros(hidden, weight, *needed)
     head = Head(temperature, chunk_tokens, logits_dtype)
-    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, None)
+    compact = False if hidden.is_cuda else None  # to count live rows would wait for the device
+    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact)
     d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
     return _or_nothing(gradients.d_hidden, hidden), _or_nothing(d_weight, hidden)
 
@@ -276,26 +258,20 @@ def _linear_grpo_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics, logprobs, entropies, d_hidden, d_weight), the gradients before the denominator."""
     head, gradients = Head(temperature, chunk_tokens, logits_dtype), Gradients.zeros(hidden, weight, *needed)
-    (targets, *_), n = tensors, hidden.shape[0]
+    targets = tensors[0]
     assert targets is not None
-    by_chunk = gradients.needed and not at_sequence_level
-    has_bonus = numbers[ENTROPY_COEF] != 0
-    buffers = LossBuffers.empty(_per_target(hidden, targets), has_bonus, chunk_tokens if by_chunk else None)
-
-    def upstream(chunk: slice | Tensor, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor | None]:
-        assert isinstance(chunk, slice)
-        launch_loss(logprobs, entropies, tensors, numbers, buffers, chunk if by_chunk else None)
-        return buffers.d_logprobs[chunk], None if buffers.d_entropies is None else buffers.d_entropies[chunk]
-
-    if by_chunk:
-        logprobs, entropies = sweep(hidden, weight, targets, head, gradients, upstream, compact=compact)
-    else:
+    if at_sequence_level:
         logprobs, entropies = sweep(hidden, weight, targets, head)
-        d_logprobs, d_entropies = upstream(slice(0, n), logprobs, entropies)
+        loss = LossBuffers.empty(logprobs, numbers[ENTROPY_COEF] != 0)
+        launch_loss(logprobs, entropies, tensors, numbers, loss)
         if gradients.needed:
-            recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact)
+            recompute(gradients, hidden, weight, targets, head, loss.d_logprobs, loss.d_entropies, compact)
+    else:
+        loss = RowLoss(_per_target(hidden, targets), tensors, numbers, temperature)
+        sweep_loss(loss, gradients, hidden, weight, head, compact)
+        logprobs, entropies = loss.logprobs, loss.entropies
     d_hidden, d_weight = (_or_nothing(x, hidden) for x in (gradients.d_hidden, gradients.d_weight))
-    return *launch_sums(buffers, denominator, numbers), logprobs, entropies, d_hidden, d_weight
+    return *launch_sums(loss.partials, denominator, numbers), logprobs, entropies, d_hidden, d_weight
 
 
 @_linear_grpo_op.register_fake

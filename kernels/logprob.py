@@ -27,11 +27,11 @@ from torch import Tensor
 from flashgrpo.kernels.common import backward_once, by_triton, check_index, check_temperature, launch
 from flashgrpo.kernels.logprob_torch import GatherLogprobs
 
-_BLOCK = 8192  # logits a program has in registers at a time
-_SLICE = 8  # of them a thread has in a row: 16 bytes of bf16
-_NUM_WARPS = 16
+BLOCK = 8192  # logits a program has in registers at a time
+SLICE = 8  # of them a thread has in a row: 16 bytes of bf16
+NUM_WARPS = 16
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_LN_2 = tl.constexpr(math.log(2))
+LN_2 = tl.constexpr(math.log(2))
 # Times a probability that has underflowed to 0 this is 0, where -inf would give NaN.
 _NEVER = tl.constexpr(-1e30)
 
@@ -53,7 +53,7 @@ def _accumulate(x, scale, peak, total, moment, SLICE: tl.constexpr):
 
 
 @triton.jit
-def _row_softmax(row, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
+def row_softmax(row, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
     """(largest logit, log2 of the sum of 2^z, mean of z) of the row at pointer `row`, with z as in `_accumulate`."""
     columns = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK // SLICE], float("-inf"), tl.float32)
@@ -74,6 +74,30 @@ def _row_softmax(row, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
     return highest, tl.log2(row_total), tl.sum(fade * (moment + total * rise), 0) / row_total
 
 
+@triton.jit
+def row_logprob(row, target, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
+    """(log-prob of the target, entropy, peak, log total) of the row at pointer `row`; zeros for an ignored target."""
+    logprob, entropy, peak, log_total = 0.0, 0.0, 0.0, 0.0
+    if target != -100:
+        peak, log_total, mean = row_softmax(row, vocab, scale, BLOCK, SLICE)
+        entropy = (log_total - mean) * LN_2
+        in_range = (target >= 0) & (target < vocab)
+        chosen = tl.load(row + target, mask=in_range, other=float("nan")).to(tl.float32)
+        logprob = ((chosen - peak) * scale - log_total) * LN_2
+    return logprob, entropy, peak, log_total
+
+
+@triton.jit
+def row_gradient(x, columns, target, vocab, peak, log_total, entropy, to_target, d_entropy, scale):
+    """d_logits of logits x at `columns`, by the gradients by log-prob and by entropy (None: 0)."""
+    log_p = (x - peak) * scale - log_total
+    to_target = tl.where((target >= 0) & (target < vocab) | (to_target == 0), to_target, float("nan"))
+    slope = to_target
+    if d_entropy is not None:
+        slope += d_entropy * (tl.maximum(log_p, _NEVER) * LN_2 + entropy)
+    return (tl.where(columns == target, to_target, 0.0) - tl.exp2(log_p) * slope) * (scale / _LOG2_E)
+
+
 # vocab is specialised: accesses under `columns < vocab` are 16 bytes wide only if 8 is known to divide it.
 @triton.jit
 def _logprob_fwd_kernel(
@@ -81,15 +105,9 @@ def _logprob_fwd_kernel(
     BLOCK: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + n)
-    logprob, entropy, peak, log_total = 0.0, 0.0, 0.0, 0.0
-    if target != -100:
-        row = logits + n * row_stride
-        peak, log_total, mean = _row_softmax(row, vocab, scale, BLOCK, SLICE)
-        entropy = (log_total - mean) * _LN_2
-        in_range = (target >= 0) & (target < vocab)
-        chosen = tl.load(row + target, mask=in_range, other=float("nan")).to(tl.float32)
-        logprob = ((chosen - peak) * scale - log_total) * _LN_2
+    logprob, entropy, peak, log_total = row_logprob(
+        logits + n * row_stride, tl.load(targets + n), vocab, scale, BLOCK, SLICE
+    )
     tl.store(logprobs + n, logprob)
     tl.store(entropies + n, entropy)
     tl.store(peaks + n, peak)
@@ -110,17 +128,17 @@ def _logprob_bwd_kernel(
         tl.store(d_logits, tl.zeros([BLOCK], tl.float32), mask=columns < vocab)
     else:
         x = tl.load(logits + n * row_stride + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-        log_p = (x - tl.load(peaks + n)) * scale - tl.load(log_totals + n)
-        p = tl.exp2(log_p)
         to_target = 0.0
         if d_logprobs is not None:
             to_target = tl.load(d_logprobs + n)
-        to_target = tl.where((target >= 0) & (target < vocab) | (to_target == 0), to_target, float("nan"))
-        slope = to_target
+        d_entropy = None
         if d_entropies is not None:
-            slope += tl.load(d_entropies + n) * (tl.maximum(log_p, _NEVER) * _LN_2 + tl.load(entropies + n))
-        gradient = tl.where(columns == target, to_target, 0.0) - p * slope
-        tl.store(d_logits, gradient * (scale / _LOG2_E), mask=columns < vocab)
+            d_entropy = tl.load(d_entropies + n)
+        gradient = row_gradient(
+            x, columns, target, vocab, tl.load(peaks + n), tl.load(log_totals + n), tl.load(entropies + n), to_target,
+            d_entropy, scale,
+        )  # fmt: skip
+        tl.store(d_logits, gradient, mask=columns < vocab)
 
 
 def gather_logprobs(
@@ -139,18 +157,23 @@ def gather_logprobs(
     Raises ValueError for shapes that do not fit together and a temperature that is not above 0; TypeError for wrong
     dtypes.
     """
-    if logits.dim() != 2 or not logits.shape[1]:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; wanted [n, vocab]")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits is {logits.dtype}; wanted a floating dtype")
-    check_index("targets", targets, logits.device, logits.shape[0])
-    check_temperature(temperature)
+    check_logits(logits, targets, temperature)
     if by_triton(logits):
         if logits.stride(1) != 1:
             logits, inplace_backward = logits.contiguous(), False
         inplace_backward &= logits.stride(0) >= logits.shape[1]  # rows that share memory have no place for gradients
         return _logprob_fwd(logits, targets.contiguous(), temperature, inplace_backward)[:2]
     return GatherLogprobs.apply(logits, targets, temperature, inplace_backward)
+
+
+def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
+    """Raises as `gather_logprobs` says."""
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; wanted [n, vocab]")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits is {logits.dtype}; wanted a floating dtype")
+    check_index("targets", targets, logits.device, logits.shape[0])
+    check_temperature(temperature)
 
 
 class TritonRows(NamedTuple):
@@ -168,12 +191,9 @@ class TritonRows(NamedTuple):
         rows = cls(logits, *(logits.new_empty(n, dtype=torch.float32) for _ in range(4)))
         launch(
             _logprob_fwd_kernel, (n,), logits, targets, *rows[1:], vocab, logits.stride(0),
-            math.log2(math.e) / temperature, BLOCK=_BLOCK, SLICE=_SLICE, num_warps=_NUM_WARPS,
+            math.log2(math.e) / temperature, BLOCK=BLOCK, SLICE=SLICE, num_warps=NUM_WARPS,
         )  # fmt: skip
         return rows
-
-    def select(self, rows: Tensor) -> "TritonRows":
-        return TritonRows(*(x.index_select(0, rows) for x in self))
 
     def gradients(
         self,
@@ -187,9 +207,9 @@ class TritonRows(NamedTuple):
         d_logits = self.logits if d_logits is None else d_logits
         upstream = (None if x is None else x.contiguous() for x in (d_logprobs, d_entropies))
         launch(
-            _logprob_bwd_kernel, (n, -(-vocab // _BLOCK)), self.logits, d_logits, targets, *self[2:], *upstream,
+            _logprob_bwd_kernel, (n, -(-vocab // BLOCK)), self.logits, d_logits, targets, *self[2:], *upstream,
             vocab, self.logits.stride(0), d_logits.stride(0), math.log2(math.e) / temperature,
-            BLOCK=_BLOCK, num_warps=_NUM_WARPS,
+            BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
         return d_logits
 

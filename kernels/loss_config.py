@@ -142,11 +142,17 @@ def check_arguments(
     elif not 0 < denominator < math.inf:
         raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
     _check_offsets(target_cu_seqlens, like)
-    _check_rewards(rewards, sequence_ids, advantages, target_cu_seqlens.shape[0] - 1)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "behavior_logprobs": behavior_logprobs}
-    for name, x in per_token.items():
-        if x is not None and x.shape != like.shape:
+    for name, x in {**per_token, "advantages": advantages, "rewards": rewards, "denominator": denominator}.items():
+        if not isinstance(x, Tensor):
+            continue
+        if x.device != like.device:
+            raise ValueError(f"{name} is on {x.device}; wanted {like.device}")
+        if name not in ("rewards", "denominator") and not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}; wanted a floating dtype")
+        if name in per_token and x.shape != like.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {tuple(like.shape)}, one entry a target")
+    _check_rewards(rewards, sequence_ids, advantages, target_cu_seqlens.shape[0] - 1)
     detached = (None if x is None else x.detach() for x in (advantages, old_logprobs, ref_logprobs, behavior_logprobs))
     rewards = None if rewards is None else rewards.detach().to(accumulation_dtype(rewards.dtype))
     return LossArguments(config, target_cu_seqlens, denominator, targets, rewards, sequence_ids, *detached)
@@ -180,6 +186,9 @@ def _check_rewards(
             raise ValueError(f"rewards has shape {tuple(rewards.shape)}; wanted [num_groups, group_size]")
         if sequence_ids is not None:
             check_index("sequence_ids", sequence_ids, rewards.device, num_completions)
+            on_host = sequence_ids.is_cpu and not torch.compiler.is_compiling()
+            if on_host and (beyond := [i for i in sequence_ids.tolist() if not 0 <= i < rewards.numel()]):
+                raise ValueError(f"sequence_ids has {beyond}; wanted entries of {rewards.numel()} rewards, from 0")
         elif rewards.numel() != num_completions:
             raise ValueError(
                 f"rewards has shape {tuple(rewards.shape)} for {num_completions} completions; wanted one reward a "

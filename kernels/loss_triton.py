@@ -21,14 +21,17 @@ from flashgrpo.kernels.loss_config import LossArguments
 from flashgrpo.kernels.loss_torch import ADVANTAGE_EPS, Stats
 
 BLOCK = 512  # tokens of a program
-_GROUP_BLOCK = 128  # rewards of a group read at once
+GROUP_BLOCK = 128  # rewards of a group read at once
 _ROWS = 2048  # blocks summed at once
-ENTROPY_COEF = 5  # where `kernel_arguments` puts it among the numbers
-# What a program sums up for its block, in this order; those that end in _max are largest values.
+# Where `kernel_arguments` puts them among the numbers: those of a token begin, the entropy bonus.
+TOKEN_NUMBERS, ENTROPY_COEF = 3, 7
+# What a program sums up for its block, in this order; maxima are largest values.
 _SUMS = (
     "loss", "num_tokens", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "live_fraction", "kl",
     "behavior_mismatch_mean", "behavior_mismatch_max", "entropy",
 )  # fmt: skip
+NUM_SUMS = len(_SUMS)
+_RATIO_MAX, _MISMATCH_MAX = (tl.constexpr(_SUMS.index(name)) for name in ("ratio_max", "behavior_mismatch_max"))
 
 
 @triton.jit
@@ -113,34 +116,18 @@ def _policy(ratio, log_ratio, logprob, advantage, weighted, clip_low, clip_high,
     return loss, slope
 
 
-@triton.jit(do_not_specialize=["n", "num_sequences", "group_size", "num_blocks", "first_row", "first_block"])
-def _grpo_loss_kernel(
-    logprobs, entropies, targets, offsets, rewards, sequence_ids, advantages, old, ref, behavior,
-    d_logprobs, d_entropies, partials, n, first_row, first_block, num_sequences, group_size, num_blocks, eps,
-    clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap, behavior_floor,
-    kl_estimator, cispo, at_sequence_level, over_tokens, by_deviation, has_cap, mask_behavior,
+@triton.jit
+def completions_of(
+    rows, start, stop, log_ratio, log_weight, logprobs, targets, offsets, rewards, sequence_ids, advantages, old,
+    behavior, num_sequences, group_size, eps, by_deviation, at_sequence_level,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    start = first_row + block * BLOCK
-    rows = start + tl.arange(0, BLOCK)
-    inside = rows < n
-    logprob = tl.load(logprobs + rows, mask=inside, other=0.0).to(tl.float32)
-    old_logprob = logprob
-    if old is not None:
-        old_logprob = tl.load(old + rows, mask=inside, other=0.0).to(tl.float32)
-    log_ratio = tl.where(logprob != logprob, logprob, 0.0)
-    if old is not None:
-        log_ratio = logprob - old_logprob
-    mismatch = tl.zeros([BLOCK], tl.float32)
-    if behavior is not None:
-        mismatch = old_logprob - tl.load(behavior + rows, mask=inside, other=0.0).to(tl.float32)
-    log_weight = mismatch
-
-    # Completion by completion: its advantage, its tokens that count, and at sequence level its means.
+    """Of each of the `rows` from start to stop, by its completion: the advantage (NaN: does not count), the number of
+    tokens that count, and log-ratio and log behavior weight, at sequence level their means.
+    """
     advantage = tl.full([BLOCK], float("nan"), tl.float32)
     length = tl.full([BLOCK], 1.0, tl.float32)
-    last = _sequence_of(offsets, num_sequences, tl.minimum(start + BLOCK, n) - 1)
+    last = _sequence_of(offsets, num_sequences, stop - 1)
     for sequence in range(_sequence_of(offsets, num_sequences, start), last + 1):
         begin, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
         mine = (rows >= begin) & (rows < end)
@@ -175,13 +162,38 @@ def _grpo_loss_kernel(
         if at_sequence_level != 0:
             log_ratio = tl.where(mine, total / count, log_ratio)
             log_weight = tl.where(mine, total_mismatch / count, log_weight)
-
-    counted = inside & (advantage == advantage)
     if targets is not None:
-        counted = counted & (tl.load(targets + rows, mask=inside, other=-100) != -100)
+        ignored = tl.load(targets + rows, mask=rows < stop, other=-100) == -100
+        advantage = tl.where(ignored, float("nan"), advantage)
+    return tl.where(rows < stop, advantage, float("nan")), length, log_ratio, log_weight
+
+
+@triton.jit
+def log_ratio_and_mismatch(rows, inside, logprob, old, behavior):
+    """Of tokens: new - old log-probs, and old - behavior ones; 0 without them, but NaN where the log-prob is."""
+    old_logprob = logprob
+    log_ratio = tl.where(logprob != logprob, logprob, 0.0)
+    if old is not None:
+        old_logprob = tl.load(old + rows, mask=inside, other=0.0).to(tl.float32)
+        log_ratio = logprob - old_logprob
+    mismatch = tl.zeros_like(logprob)
+    if behavior is not None:
+        mismatch = old_logprob - tl.load(behavior + rows, mask=inside, other=0.0).to(tl.float32)
+    return log_ratio, mismatch
+
+
+@triton.jit
+def loss_of_tokens(
+    rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, ref, sums, num_blocks,
+    clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap, behavior_floor,
+    kl_estimator, cispo, over_tokens, has_cap, mask_behavior,
+):  # fmt: skip
+    """The gradients of the loss by log-prob and by entropy; the block's sums go to `sums`."""
+    counted = advantage == advantage
     advantage = tl.where(counted, advantage, 0.0)
     weight = tl.where(counted, tl.where(over_tokens != 0, 1.0, 1.0 / length), 0.0)
     logprob = tl.where(counted, logprob, 0.0)
+    entropy = tl.where(counted, entropy, 0.0)
     log_ratio = tl.where(counted, log_ratio, 0.0)
     mismatch = tl.abs(tl.where(counted, mismatch, 0.0))
 
@@ -191,44 +203,68 @@ def _grpo_loss_kernel(
     weighted = tl.where(has_cap != 0, advantage * cut, advantage)
     ratio = tl.exp(_at_most(log_ratio, 20.0))
     loss, slope = _policy(ratio, log_ratio, logprob, advantage, weighted, clip_low, clip_high, clip_max, cispo)
-    kl = tl.zeros([BLOCK], tl.float32)
+    kl = tl.zeros_like(logprob)
     if ref is not None:
         reference = tl.load(ref + rows, mask=counted, other=0.0).to(tl.float32)
         kl, d_kl = _kl_and_gradient(reference - logprob, kl_estimator)
         loss += tl.where(kl_coef != 0, kl_coef * kl, 0.0)
         slope += tl.where(kl_coef != 0, kl_coef * d_kl, 0.0)
-    loss, slope = weight * loss, weight * slope
-    live = slope != 0
-    entropy = tl.zeros([BLOCK], tl.float32)
-    if entropies is not None:
-        entropy = tl.where(counted, tl.load(entropies + rows, mask=counted, other=0.0), 0.0)
-        bonus = -entropy_coef * weight
-        loss += bonus * entropy
-        live = live | (bonus != 0)
-        if d_entropies is not None:
-            tl.store(d_entropies + rows, bonus, mask=inside)
-    tl.store(d_logprobs + rows, slope, mask=inside)
+    bonus = -entropy_coef * weight
+    loss, slope = weight * loss + bonus * entropy, weight * slope
+    live = (slope != 0) | (bonus != 0)
 
     # In the order of _SUMS.
-    sums = partials + first_block + block
     tl.store(sums, tl.sum(loss, 0))
     tl.store(sums + num_blocks, tl.sum(counted.to(tl.float32), 0))
     tl.store(sums + 2 * num_blocks, tl.sum(tl.where(counted, ratio, 0.0), 0))
-    tl.store(sums + 3 * num_blocks, _largest(tl.where(counted, ratio, 0.0)))
+    tl.store(sums + _RATIO_MAX * num_blocks, _largest(tl.where(counted, ratio, 0.0)))
     tl.store(sums + 4 * num_blocks, tl.sum(((ratio < 1 - clip_low) & (advantage < 0)).to(tl.float32), 0))
     tl.store(sums + 5 * num_blocks, tl.sum(((ratio > 1 + clip_high) & (advantage > 0)).to(tl.float32), 0))
     tl.store(sums + 6 * num_blocks, tl.sum(live.to(tl.float32), 0))
     tl.store(sums + 7 * num_blocks, tl.sum(tl.where(counted, kl, 0.0), 0))
     tl.store(sums + 8 * num_blocks, tl.sum(mismatch, 0))
-    tl.store(sums + 9 * num_blocks, _largest(mismatch))
+    tl.store(sums + _MISMATCH_MAX * num_blocks, _largest(mismatch))
     tl.store(sums + 10 * num_blocks, tl.sum(entropy, 0))
+    return slope, bonus
+
+
+@triton.jit(do_not_specialize=["n", "num_sequences", "group_size", "num_blocks"])
+def _grpo_loss_kernel(
+    logprobs, entropies, targets, offsets, rewards, sequence_ids, advantages, old, ref, behavior,
+    d_logprobs, d_entropies, partials, n, num_sequences, group_size, num_blocks,
+    eps, by_deviation, at_sequence_level, clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap,
+    behavior_floor, kl_estimator, cispo, over_tokens, has_cap, mask_behavior,
+    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    start = block * BLOCK
+    rows = start + tl.arange(0, BLOCK)
+    inside = rows < n
+    logprob = tl.load(logprobs + rows, mask=inside, other=0.0).to(tl.float32)
+    entropy = tl.zeros([BLOCK], tl.float32)
+    if entropies is not None:
+        entropy = tl.load(entropies + rows, mask=inside, other=0.0)
+    log_ratio, mismatch = log_ratio_and_mismatch(rows, inside, logprob, old, behavior)
+    advantage, length, log_ratio, log_weight = completions_of(
+        rows, start, tl.minimum(start + BLOCK, n), log_ratio, mismatch, logprobs, targets, offsets, rewards,
+        sequence_ids, advantages, old, behavior, num_sequences, group_size, eps, by_deviation, at_sequence_level,
+        BLOCK, GROUP_BLOCK,
+    )  # fmt: skip
+    slope, bonus = loss_of_tokens(
+        rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, ref, partials + block, num_blocks,
+        clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap, behavior_floor,
+        kl_estimator, cispo, over_tokens, has_cap, mask_behavior,
+    )  # fmt: skip
+    tl.store(d_logprobs + rows, slope, mask=inside)
+    if d_entropies is not None:
+        tl.store(d_entropies + rows, bonus, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _sum_blocks_kernel(partials, denominators, loss, metrics, num_blocks, denominator, ROWS: tl.constexpr):
     """One program a metric: the sum of its blocks in order, or their largest value."""
     metric = tl.program_id(0)
-    is_max = (metric == 3) | (metric == 9)
+    is_max = (metric == _RATIO_MAX) | (metric == _MISMATCH_MAX)
     lanes = tl.arange(0, ROWS)
     total, tokens = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for start in range(0, num_blocks, ROWS):
@@ -247,24 +283,17 @@ def _sum_blocks_kernel(partials, denominators, loss, metrics, num_blocks, denomi
 
 
 class LossBuffers(NamedTuple):
-    """What the kernels write; blocks of tokens may come in any number of calls."""
+    """What the loss kernel writes."""
 
     d_logprobs: Tensor  # [num_targets] fp32, before the denominator
     d_entropies: Tensor | None  # [num_targets] fp32, with an entropy bonus
-    partials: Tensor  # [len(_SUMS), num_blocks] fp32
+    partials: Tensor  # [NUM_SUMS, num_blocks] fp32
 
     @classmethod
-    def empty(cls, logprobs: Tensor, with_entropies: bool, chunk: int | None = None) -> "LossBuffers":
-        """`chunk` is the number of tokens of each call but the last; None: there is one call."""
+    def empty(cls, logprobs: Tensor, with_entropies: bool) -> "LossBuffers":
         d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
-        calls, rest = divmod(logprobs.shape[0], chunk or max(logprobs.shape[0], 1))
-        num_blocks = calls * num_blocks_of(chunk or logprobs.shape[0]) + num_blocks_of(rest)
         d_entropies = torch.empty_like(d_logprobs) if with_entropies else None
-        return cls(d_logprobs, d_entropies, d_logprobs.new_empty(len(_SUMS), num_blocks))
-
-
-def num_blocks_of(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK)
+        return cls(d_logprobs, d_entropies, d_logprobs.new_empty(NUM_SUMS, -(-logprobs.shape[0] // BLOCK)))
 
 
 def kernel_arguments(arguments: LossArguments) -> tuple[list[Tensor | None], Tensor | None, list[float]]:
@@ -276,11 +305,11 @@ def kernel_arguments(arguments: LossArguments) -> tuple[list[Tensor | None], Ten
     )  # fmt: skip
     contiguous = [None if x is None else x.contiguous() for x in tensors]
     numbers = [
-        ADVANTAGE_EPS, config.clip_low, config.clip_high, _or_infinite(config.clip_max), config.kl_coef,
-        config.entropy_coef, _or_infinite(config.behavior_cap), config.behavior_floor,
-        {"k1": 1, "k2": 2, "k3": 3}[config.kl_estimator], config.objective == "cispo",
-        config.ratio_level == "sequence", config.aggregate != "sequence_mean", config.advantage_scale == "std",
-        config.behavior_cap is not None, config.behavior_mode == "mask",
+        ADVANTAGE_EPS, config.advantage_scale == "std", config.ratio_level == "sequence",
+        config.clip_low, config.clip_high, _or_infinite(config.clip_max), config.kl_coef, config.entropy_coef,
+        _or_infinite(config.behavior_cap), config.behavior_floor, {"k1": 1, "k2": 2, "k3": 3}[config.kl_estimator],
+        config.objective == "cispo", config.aggregate != "sequence_mean", config.behavior_cap is not None,
+        config.behavior_mode == "mask",
         1.0 if isinstance(denominator, Tensor) else denominator,
     ]  # fmt: skip
     return contiguous, denominator if isinstance(denominator, Tensor) else None, [float(number) for number in numbers]
@@ -292,34 +321,34 @@ def launch_loss(
     tensors: Sequence[Tensor | None],  # those of `kernel_arguments`
     numbers: Sequence[float],
     buffers: LossBuffers,
-    chunk: slice | None = None,  # all are of `LossBuffers.empty`'s size, but the last; None: all tokens
 ) -> None:
-    """Loss, and its gradient by the log-prob, of a run of tokens."""
-    start, stop, _ = (chunk or slice(None)).indices(logprobs.shape[0])
-    first_block = start // (chunk.stop - chunk.start) * num_blocks_of(chunk.stop - chunk.start) if chunk else 0
-    rewards, offsets = tensors[2], tensors[1]
-    assert offsets is not None
+    """Loss, and its gradient by the log-prob."""
     launch(
-        _grpo_loss_kernel, (num_blocks_of(stop - start),), logprobs, entropies, *tensors, *buffers,
-        stop, start, first_block, offsets.shape[0] - 1, 1 if rewards is None else rewards.shape[1],
-        buffers.partials.shape[1], *numbers[:-1], BLOCK=BLOCK, GROUP_BLOCK=_GROUP_BLOCK,
+        _grpo_loss_kernel, buffers.partials.shape[1:], logprobs, entropies, *tensors, *buffers, logprobs.shape[0],
+        *completion_counts(tensors), buffers.partials.shape[1], *numbers[:-1], BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
     )  # fmt: skip
 
 
+def completion_counts(tensors: Sequence[Tensor | None]) -> tuple[int, int]:
+    """Completions, and rewards of a group, by the tensors of `kernel_arguments`."""
+    offsets, rewards = tensors[1:3]
+    assert offsets is not None
+    return offsets.shape[0] - 1, 1 if rewards is None else rewards.shape[1]
+
+
 def empty_sums(like: Tensor) -> tuple[Tensor, Tensor]:
-    return like.new_empty((), dtype=torch.float32), like.new_empty(len(_SUMS), dtype=torch.float32)
+    return like.new_empty((), dtype=torch.float32), like.new_empty(NUM_SUMS, dtype=torch.float32)
 
 
 def launch_sums(
-    buffers: LossBuffers,
+    partials: Tensor,  # [NUM_SUMS, num_blocks]
     denominator: Tensor | None,
     numbers: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # 0-d, [len(_SUMS)]
+) -> tuple[Tensor, Tensor]:  # 0-d, [NUM_SUMS]
     """The loss, and the metrics of all tokens."""
-    partials = buffers.partials
     loss, metrics = empty_sums(partials)
     launch(
-        _sum_blocks_kernel, (len(_SUMS),), partials, denominator, loss, metrics, partials.shape[1], numbers[-1],
+        _sum_blocks_kernel, (NUM_SUMS,), partials, denominator, loss, metrics, partials.shape[1], numbers[-1],
         ROWS=_ROWS,
     )  # fmt: skip
     return loss, metrics

@@ -53,11 +53,11 @@ class PackedWeights:
 
     def __enter__(self) -> None:
         for parameter, copy in self.copies:
-            parameter.packed = copy
+            parameter.packed = copy  # pyright: ignore[reportAttributeAccessIssue]
 
     def __exit__(self, *_: object) -> None:
         for parameter, _copy in self.copies:
-            del parameter.packed
+            del parameter.packed  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def weight_gradient(

@@ -28,10 +28,10 @@ FAULTS = {
     ("logprob", "logprob"): [
         ("tail counts as 0", '+ columns < vocab, other=float("-inf")', "+ columns < vocab, other=0.0", "every_voc"),
         ("running maximum starts at 0", '[BLOCK // SLICE], float("-inf")', "[BLOCK // SLICE], 0.0", "extreme_rows"),
-        ("entropy of the wrong sign", "(log_total - mean) * _LN_2", "(mean - log_total) * _LN_2", "every_dtype"),
-        ("entropy's gradient of the wrong sign", "slope += tl.load(d_ent", "slope -= tl.load(d_ent", "every_dtype"),
-        ("1/temperature left out of d_logits", "gradient * (scale / _LOG2_E)", "gradient", "temperatures"),
-        ("d_logits is 0", "d_logits, gradient *", "d_logits, 0 * gradient *", "every_dtype"),
+        ("entropy of the wrong sign", "(log_total - mean) * LN_2", "(mean - log_total) * LN_2", "every_dtype"),
+        ("entropy's gradient of the wrong sign", "slope += d_entropy", "slope -= d_entropy", "every_dtype"),
+        ("1/temperature left out of d_logits", "slope) * (scale / _LOG2_E)", "slope)", "temperatures"),
+        ("d_logits is 0", "d_logits, gradient,", "d_logits, 0 * gradient,", "every_dtype"),
         ("ignored target's row counted", "if target != -100", "if target != -101", "every_vocabulary"),
         ("logits overwritten unasked", "logits if ctx.inplace_backward", "logits if True", "temperatures"),
     ],
@@ -42,13 +42,18 @@ FAULTS = {
         ("k3's slope without d", "-(k3 + d)", "-k3", "small_differences"),
         ("population deviation", "tl.maximum(count - 1.0, 1.0)", "tl.maximum(count, 1.0)", "groups and missing"),
         ("NaN rewards counted", "_is_finite(x), 1.0", "start + lanes < group_size, 1.0", "groups and missing"),
-        ("NaN advantages counted", "inside & (advantage == advantage)", "inside", "own_advantages"),
+        ("NaN advantages counted", "counted = advantage == advantage", "counted = length == length", "own_advantages"),
         ("sequence mean over ignored targets", "(valid.to(", "((tokens < end).to(", "ignored_targets"),
         ("sequence mean without its division", "1.0, 1.0 / length", "1.0, 1.0", "own_advantages"),
-        ("ignored targets counted", "inside, other=-100) != -100", "inside, other=-100) != -101", "ignored"),
+        ("ignored targets counted", "other=-100) == -100", "other=-100) == -101", "ignored"),
         ("entropy bonus of the wrong sign", "bonus = -entropy", "bonus = entropy", "ignored_targets"),
         ("completion found a token late", "(offsets + middle) <= row", "(offsets + middle) < row", "own_advantages"),
         ("1/denominator left out of the loss", "result / denominator", "result", "own_advantages"),
+    ],
+    ("row_loss", "grpo_loss"): [
+        ("1/denominator left out of d_logits", "d_logprob / denominator", "d_logprob", "rows_are_as_accurate"),
+        ("upstream gradient left out", "mask=inside) * factor", "mask=inside)", "rows_are_as_accurate"),
+        ("first live row moved to all", "behind.clamp", "(0 * behind).clamp", "live_rows"),
     ],
     ("attention", "attention"): [
         ("running maximum starts at 0", '(BLOCK_M,), float("-inf")', "(BLOCK_M,), 0.0", "far_below"),
@@ -70,8 +75,10 @@ FAULTS = {
     ("linear_sweep", "linear_grpo"): [
         ("d_weight of the last chunk alone", "d_weight.dtype))", "d_weight.dtype), beta=0)", "low_precision and None"),
         ("d_weight summed in bf16", "accumulation_dtype(weight.dtype))", "weight.dtype)", "low_precision and None"),
-        ("compacted rows of another chunk", "live + start, rows", "live, rows", "compaction and True"),
-        ("rows of the entropy bonus alone left out", "| (d_entropies != 0)", "", "compaction and True"),
+        ("compacted rows of another chunk", "start + move_live", "move_live", "compaction and True"),
+    ],
+    ("row_loss", "linear_grpo"): [
+        ("rows of the entropy bonus alone left out", " | (d_entropy != 0)", "", "compaction and True"),
     ],
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from flashgrpo.kernels import attention
 from flashgrpo.kernels.logprob import TritonRows
 from flashgrpo.kernels.loss_config import LossConfig, check_arguments
 from flashgrpo.kernels.loss_triton import LossBuffers, kernel_arguments, launch_loss, launch_sums
+from flashgrpo.kernels.row_loss import RowLoss, move_live_rows, scale_rows
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 RECORDED = json.loads(RESULTS.read_text())
@@ -35,6 +36,7 @@ WORST = [
     ("_attention_bwd_dkv_kernel", 256),
     ("_logprob_fwd_kernel", None),
     ("_logprob_bwd_kernel", None),
+    ("_row_loss_kernel", None),
     ("_grpo_loss_kernel", None),
 ]
 
@@ -86,6 +88,8 @@ def test_row_kernels_load_16_bytes_at_a_time():
         forward, backward = (ROWS[f"_logprob_{name}_kernel", target, None] for name in ("fwd", "bwd"))
         assert forward["global_loads"] == forward["global_loads_16_byte"] > 0
         assert backward["global_loads_16_byte"] == forward["global_loads_16_byte"]
+        fused = ROWS["_row_loss_kernel", target, None]
+        assert fused["global_loads"] == fused["global_loads_16_byte"] == forward["global_loads"]
 
 
 def test_predictions_are_marked_and_stand_for_every_kernel_once():
@@ -149,6 +153,10 @@ def products(kernel):
         ("_logprob_fwd_kernel", "ctaid.x", "row_stride"),
         ("_logprob_bwd_kernel", "ctaid.x", "row_stride"),
         ("_logprob_bwd_kernel", "ctaid.x", "d_row_stride"),
+        ("_row_loss_kernel", "ctaid.x", "row_stride"),
+        ("_row_loss_kernel", "ctaid.x", "d_row_stride"),
+        ("_move_rows_kernel", "ctaid.x", "row_stride"),
+        ("_scale_kernel", "ctaid.x", "row_stride"),
         *((kernel, "load", f"{name}_stride") for kernel in MATMULS for name in "qkv"),
         *((kernel, "load", "num_heads") for kernel in MATMULS),
         *((kernel, "ctaid.x", "total_tokens") for kernel in MATMULS),
@@ -204,7 +212,13 @@ def test_sizes_do_not_recompile(compiled_keys):
         tensors, denominator, numbers = kernel_arguments(arguments)
         buffers = LossBuffers.empty(values, False)
         launch_loss(values, None, tensors, numbers, buffers)
-        launch_sums(buffers, denominator, numbers)
+        launch_sums(buffers.partials, denominator, numbers)
+        targets = torch.zeros(n, dtype=torch.int64)
+        arguments = arguments._replace(targets=targets)
+        logits = torch.zeros(n, vocab, dtype=torch.bfloat16)
+        RowLoss(values, kernel_arguments(arguments)[0], numbers, rng.random()).take(logits, logits, 0, 1.0)
+        move_live_rows(logits, (torch.arange(n) % 2).to(torch.int8), n // 2)
+        scale_rows(logits, values[0])
 
         total = rng.choice([rng.randint(1, 700), 16 * rng.randint(1, 40)])
         kv_heads, ratio = rng.choice([1, 2, 8]), rng.choice([1, 4, 16])
@@ -214,6 +228,7 @@ def test_sizes_do_not_recompile(compiled_keys):
         out, _ = attention._attention_fwd(q, kv, kv, cu_seqlens, None, None, rng.choice([1.0, 0.125]))
         out.sum().backward()
     # A vocabulary, and with it the rows' stride, of 1, a multiple of 16, and any other.
-    expected = {kernel: 3 if "logprob" in kernel else 1 for kernel in defined_kernels()}
+    expected = {kernel: 3 if re.search("logprob|row", kernel) else 1 for kernel in defined_kernels()}
+    expected["_scale_kernel"] = 3
     del expected["_attention_bwd_sum_kernel"]  # below `attention._PIECE` tokens
     assert {kernel: len(keys) for kernel, keys in compiled_keys.items()} == expected

@@ -1,6 +1,7 @@
 """Where kernels run: on a GPU if there is one, in Triton's interpreter under TRITON_INTERPRET=1, else as torch twins.
 
-Files named test_*_triton.py test the kernels, against the twins in float64; the others test the twins.
+Files named test_*_triton.py test the kernels, against the twins in float64, and test_device_only.py what only a GPU can
+show; the others test the twins.
 """
 
 import pytest
@@ -15,6 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 def pytest_ignore_collect(collection_path):
     if collection_path.suffix != ".py" or collection_path.name == "conftest.py":
         return None
+    if collection_path.name == "test_device_only.py":
+        return True if DEVICE != "cuda" else None
     tests_kernels = collection_path.name.endswith("_triton.py")
     return True if tests_kernels != (INTERPRETED or DEVICE == "cuda") else None
 

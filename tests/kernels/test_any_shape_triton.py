@@ -1,15 +1,18 @@
-"""Shapes that nobody thought of. Left out where hypothesis is not installed."""
+"""Shapes that nobody thought of, EXAMPLES a test. Left out where hypothesis is not installed."""
+
+import os
 
 import pytest
 import torch
 
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss
 from flashgrpo.kernels.logprob import gather_logprobs
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
-few = hypothesis.settings(max_examples=15, deadline=None)
+few = hypothesis.settings(max_examples=int(os.environ.get("EXAMPLES", 15)), deadline=None)
 SEEDS = st.integers(0, 10**6)
 
 
@@ -51,6 +54,26 @@ def test_loss(spans, preset, seed, device):
         )[0]  # fmt: skip
 
     both(loss, torch.randn(n, 9, device=device))
+
+
+@few
+@hypothesis.given(
+    n=st.integers(0, 30), vocab=st.integers(1, 300), hidden_size=st.integers(1, 70), chunk=st.integers(7, 40),
+    preset=st.sampled_from(LossConfig.presets()), seed=SEEDS,
+)  # fmt: skip
+def test_linear_loss(n, vocab, hidden_size, chunk, preset, seed, device):
+    torch.manual_seed(seed)
+    targets, advantages = torch.randint(0, vocab, (n,), device=device), torch.randn(2, device=device)
+    offsets, old = torch.tensor([0, n // 3, n], device=device), -2 + torch.randn(n, device=device)
+
+    def loss(hidden, weight):
+        return linear_grpo_loss(
+            hidden, weight, targets, offsets, LossConfig.preset(preset, kl_coef=0.1), denominator=float(n + 1),
+            advantages=advantages, old_logprobs=old, ref_logprobs=old + 0.3, chunk_tokens=chunk,
+        )[0]  # fmt: skip
+
+    weight = torch.randn(vocab, hidden_size, device=device) / hidden_size**0.5
+    both(loss, torch.randn(n, hidden_size, device=device), weight)
 
 
 @few

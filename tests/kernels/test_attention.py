@@ -1,3 +1,4 @@
+import os
 from itertools import accumulate
 
 import pytest
@@ -64,7 +65,7 @@ def layouts(draw) -> tuple[list[int], list[int]]:
 
 
 @given(layout=layouts(), spare=st.integers(0, 2), num_kv_heads=st.sampled_from([1, 2, 4]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=int(os.environ.get("EXAMPLES", 30)), deadline=None)
 def test_every_layout_equals_the_definition(layout, spare, num_kv_heads):
     lengths, prefix = layout
     qkv = make_qkv(sum(lengths) + spare, num_kv_heads=num_kv_heads)

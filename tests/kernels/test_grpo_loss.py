@@ -455,6 +455,17 @@ LP, CU, A = torch.zeros(3), torch.tensor([0, 1, 3]), torch.zeros(2)
         (LossConfig(), {"advantages": A, "target_cu_seqlens": torch.tensor([1, 1, 3])}, "goes from 1 to 3"),
         (LossConfig(), {"advantages": A, "target_cu_seqlens": torch.tensor([0, 5, 3])}, "rise from 0"),
         (LossConfig(), {"advantages": A, "logprobs": torch.zeros(3, 1)}, "logprobs has shape"),
+        (
+            LossConfig(),
+            {"rewards": A[None], "sequence_ids": torch.tensor([-1, 2])},
+            r"-1, 2\]; wanted entries of 2",
+        ),
+        (LossConfig(), {"advantages": A.to("meta")}, "advantages is on meta; wanted cpu"),
+        (LossConfig(), {"rewards": A[None].to("meta")}, "rewards is on meta; wanted cpu"),
+        (LossConfig(), {"advantages": A, "old_logprobs": LP.to("meta")}, "old_logprobs is on meta; wanted cpu"),
+        (LossConfig(), {"advantages": A, "ref_logprobs": LP.to("meta")}, "ref_logprobs is on meta; wanted cpu"),
+        (LossConfig(), {"advantages": A, "behavior_logprobs": LP.to("meta")}, "behavior_logprobs is on meta"),
+        (LossConfig(), {"advantages": A, "denominator": torch.ones((), device="meta")}, "denominator is on meta"),
     ],
 )
 def test_bad_arguments_are_named(config, options, message):
@@ -469,6 +480,10 @@ def test_bad_arguments_are_named(config, options, message):
         ({"logprobs": LP.long()}, "logprobs is torch.int64"),
         ({"target_cu_seqlens": CU.float()}, "target_cu_seqlens is torch.float32"),
         ({"advantages": None, "rewards": A[None], "sequence_ids": A}, "sequence_ids is torch.float32"),
+        ({"advantages": A.long()}, "advantages is torch.int64; wanted a floating dtype"),
+        ({"old_logprobs": LP.int()}, "old_logprobs is torch.int32"),
+        ({"ref_logprobs": LP.long()}, "ref_logprobs is torch.int64"),
+        ({"behavior_logprobs": LP.bool()}, "behavior_logprobs is torch.bool"),
     ],
 )
 def test_wrong_dtypes_are_named(options, message):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from flashgrpo.kernels import loss_triton
 from flashgrpo.kernels.grpo_loss import LossConfig, grpo_loss, logits_grpo_loss
+from flashgrpo.kernels.logprob import gather_logprobs
+from flashgrpo.kernels.row_loss import move_live_rows
 
 # Of completions: empty ones first, last and between, one beyond a block, and two that start at a block's last token.
 SPANS = [0, 700, 1, 0, 0, 322, 512, 30, 0]
@@ -190,33 +191,6 @@ def test_small_differences_from_the_reference_keep_their_digits(device):
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-6, atol=0)
 
 
-def test_blocks_in_several_calls_equal_one(device):
-    """The LM head's loss makes the gradients chunk by chunk."""
-    config = LossConfig.preset("grpo")
-    logprobs, offsets, _, tensors = make_case(device)
-    arguments = loss_triton.LossArguments(
-        config,
-        offsets,
-        37.0,
-        None,
-        tensors["rewards"],
-        tensors["sequence_ids"],
-        None,
-        tensors["old_logprobs"],
-        tensors["ref_logprobs"],
-        None,
-    )
-    inputs, _, numbers = loss_triton.kernel_arguments(arguments)
-    results = []
-    for step in (512, 1024, 4096):
-        buffers = loss_triton.LossBuffers.empty(logprobs, False)
-        for start in range(0, len(logprobs), step):
-            loss_triton.launch_loss(logprobs, None, inputs, numbers, buffers, slice(start, start + step))
-        results.append((buffers.d_logprobs, *loss_triton.launch_sums(buffers, None, numbers)))
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
-
-
 def test_graph_captured_whole_and_double_backward_refused(device):
     config = LossConfig.preset("dapo", kl_coef=0.1)
     logprobs, offsets, _, tensors = make_case(device)
@@ -246,3 +220,57 @@ def test_a_leaf_keeps_its_values_when_compiled(device):
     kept = leaf.detach().clone()
     compiled(leaf, 3.0).backward()
     assert torch.equal(leaf.detach(), kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "cispo"])
+def test_rows_are_as_accurate_as_torch(preset, dtype, device, poisoned, as_accurate):
+    """The row kernel against log_softmax in fp32 and the loss of log-probs; fp16 takes the kernels apart."""
+    config = LossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.01)
+    _, offsets, targets, tensors = make_case(device, [0, 20, 1, 9], ignored=True)
+    targets = torch.where(targets == -100, -100, targets * 37)
+    wide = torch.randn(len(targets), 1600, device=device).to(dtype)
+    exact_logprobs = gather_logprobs(wide.double()[:, 3:1503], targets, temperature=0.9)[0].float()
+    for name, noise in (("old", 0.2), ("ref", 0.5), ("behavior", 0.2)):
+        tensors[f"{name}_logprobs"] = exact_logprobs + noise * torch.randn_like(exact_logprobs)
+
+    def gradient(logits, towards):
+        leaf = logits.to(towards, copy=True).requires_grad_()
+        exact = {key: x.double() if x.is_floating_point() and towards == torch.float64 else x for key, x in given}
+        loss, stats = logits_grpo_loss(
+            (leaf * 1)[:, 3:1503], targets, offsets, config, denominator=64.0, temperature=0.9, **exact
+        )
+        (2 * loss).backward()
+        return loss.detach(), leaf.grad, stats
+
+    given = tensors.items()
+    ours = gradient(wide, dtype)
+    exact = gradient(wide.double(), torch.float64)
+    torchs = exact[1].float().to(dtype)  # as good as one rounding
+    as_accurate(ours[1], torchs, exact[1], "d_logits")
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-4, atol=1e-5)
+    for name, value in exact[2].items():
+        torch.testing.assert_close(ours[2][name].double(), value.double(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_gradient_in_place_of_its_logits_is_used_once(device):
+    logits = torch.randn(3, 9, device=device, requires_grad=True)
+    result = logits * 1
+    offsets, targets = torch.tensor([0, 3], device=device), torch.tensor([1, 2, 0], device=device)
+    loss, _ = logits_grpo_loss(
+        result, targets, offsets, LossConfig(), denominator=1, advantages=torch.ones(1, device=device)
+    )
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+def test_live_rows_move_to_the_front(share, device):
+    live = (torch.rand(50, device=device) < share).to(torch.int8)
+    x = torch.randn(50, 70, device=device)[:, :65]
+    wanted = x.clone()
+    num_live = int(live.sum())
+    sources = move_live_rows(x, live, num_live)
+    assert sorted(sources.tolist()) == live.nonzero().flatten().tolist()
+    assert torch.equal(x[:num_live], wanted[sources])
