@@ -31,7 +31,7 @@ from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
 from flashgrpo.grpo.run_folder import write_text
-from flashgrpo.kernels import attention, logprob, loss_triton, row_loss
+from flashgrpo.kernels import attention, attention_tiles, logprob, loss_triton, row_loss
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
 TARGETS = {f"sm_{x}": GPUTarget("cuda", x, 32) for x in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -52,8 +52,8 @@ _POINTERS = {
     "factors",
 }
 _COUNTS = (
-    "total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n num_sequences num_blocks first_row "
-    "num_rows num_rewards width"
+    "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n "
+    "num_sequences num_blocks first_row num_rows num_rewards width"
 )
 ARGUMENTS: dict[str, Any] = {name: MockTensor(dtype) for dtype, names in _POINTERS.items() for name in names.split()}
 ARGUMENTS |= dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
@@ -88,7 +88,7 @@ def launches(target: str) -> Iterator[Launch]:
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     for dim in (64, 128, 256):
         options = {"HEAD_DIM": dim, "BLOCK_D": dim} | ({"matrix_instr_nonkdim": 16} if target == "gfx942" else {})
-        tiles = attention._TILES[target, dim]
+        tiles = attention_tiles.TILES[target, dim]
         for kernel, tile in zip(kernels, tiles, strict=True):
             yield Launch(kernel, target, dim, options | dict(zip(names, tile, strict=True)))
         options |= zip(names[1:], tiles[2][1:], strict=True)

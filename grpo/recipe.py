@@ -38,8 +38,8 @@ class ModelSection:
     """Hugging Face folder: config.json, safetensors, tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; bfloat16 keeps fp32 master weights. auto: bfloat16 on CUDA, float32 on a CPU."""
-    attention_backend: Literal["triton", "torch"] = "triton"
-    """Implementation of the packed attention."""
+    attention_backend: Literal["triton", "torch", "flash_attn"] = "triton"
+    """Implementation of the packed attention; flash_attn needs CUDA, bfloat16 and the extra `flash`."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes instead of keeping: nothing, all but matrix products, or whole blocks."""
     compile: _Bool = False

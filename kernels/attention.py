@@ -25,40 +25,22 @@ FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen, arXiv 2402.05099,
 
 # pyright: reportGeneralTypeIssues=false
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashgrpo.kernels import attention_torch as plan
+from flashgrpo.kernels import attention_tiles as plan
+from flashgrpo.kernels.attention_flash import check_flash, flash_backward, flash_forward
+from flashgrpo.kernels.attention_torch import check_tensors, segments_on_host, torch_attention
 from flashgrpo.kernels.common import backward_once, by_triton, check_index
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "torch", "flash_attn")
 _LOG2_E = tl.constexpr(math.log2(math.e))
 # The queries of a prompt's keys are cut into pieces of this many, if the prompt has at most SPLIT_TILES tiles of keys.
 _PIECE = 16_384
-# By architecture and head_dim rounded up: queries and keys in a tile, warps and stages of the forward pass, of d_q, and
-# of d_k with d_v. A CPU takes the first row.
-_TILES = {
-    ("fp32", 64): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    ("fp32", 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
-    ("fp32", 256): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    ("sm_80", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
-    ("sm_80", 128): ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
-    ("sm_80", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
-    ("sm_90", 64): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
-    ("sm_90", 128): ((128, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 2)),
-    ("sm_90", 256): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
-    ("sm_100", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-    ("sm_100", 128): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
-    ("sm_100", 256): ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
-    ("gfx942", 64): ((128, 64, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1)),
-    ("gfx942", 128): ((128, 64, 4, 1), (128, 32, 4, 1), (32, 128, 4, 1)),
-    ("gfx942", 256): ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
-}
 
 
 @triton.jit
@@ -87,14 +69,25 @@ def _load_tile(tiles_ptr, index):
 
 
 @triton.jit
-def _key_blocks(
-    start, stop, own_start, prefix_start, prefix_stop,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM: tl.constexpr):
+    """A program's tile of queries, their head, where they lie in q and in out, and their kv head in a row of k or v.
+
+    The programs of a tile's heads are neighbours, here and below.
+    """
+    head = tl.program_id(0) % num_heads
+    tile = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
+    start = tile[0].to(tl.int64)
+    out_offset = (start * num_heads + head) * HEAD_DIM
+    return tile, head, start * q_stride + head * HEAD_DIM, out_offset, head // group_size * HEAD_DIM
+
+
+@triton.jit
+def _key_blocks(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
     """How many blocks of keys queries see in their prefix and in their segment, and where both begin.
 
     Whole blocks, or, MASKED, what is left: the prefix's tail and the diagonal. own_start = -1: rows that see none.
     """
+    start, stop, own_start, prefix_start, prefix_stop = tile
     shared = (prefix_stop - prefix_start) // BLOCK_N
     shared_key = prefix_start
     own = (start - own_start) // BLOCK_N
@@ -109,34 +102,30 @@ def _key_blocks(
 
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, scale, total_tokens, num_heads, group_size,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr,
+    scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The programs of a tile's heads are neighbours, here and below."""
-    head = tl.program_id(0) % num_heads
-    start, stop, own_start, prefix_start, prefix_stop = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
+    tile, head, q_offset, out_offset, kv_offset = _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM)
+    start, stop, own_start, _, prefix_stop = tile
     if start >= stop:
         return
     rows = start + tl.arange(0, BLOCK_M)
-    q_offset = (start.to(tl.int64) * num_heads + head) * HEAD_DIM
-    q_stride, stride = num_heads * HEAD_DIM, num_heads // group_size * HEAD_DIM
-    k_ptr += head // group_size * HEAD_DIM
-    v_ptr += head // group_size * HEAD_DIM
+    out_stride = num_heads * HEAD_DIM
+    k_ptr += kv_offset
+    v_ptr += kv_offset
     q = _load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     log2_scale = scale * _LOG2_E
     for MASKED in tl.static_range(2):
-        shared, own, shared_key, own_key = _key_blocks(
-            start, stop, own_start, prefix_start, prefix_stop, BLOCK_M, BLOCK_N, MASKED
-        )
+        shared, own, shared_key, own_key = _key_blocks(tile, BLOCK_M, BLOCK_N, MASKED)
         for i in range(shared + own):
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key
-            offset = key.to(tl.int64) * stride
-            k = _load_rows(k_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            k = _load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if MASKED:
                 visible = key + tl.arange(0, BLOCK_N)[None, :] <= tl.where(in_prefix, prefix_stop - 1, rows)[:, None]
@@ -147,10 +136,10 @@ def _attention_fwd_kernel(
             rescale = tl.exp2(row_max * log2_scale - base)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             row_max = new_max
-            v = _load_rows(v_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            v = _load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     row_sum = tl.where(own_start < 0, 1.0, row_sum)  # of rows in no segment acc is 0
-    _store_rows(out_ptr + q_offset, acc / row_sum[:, None], q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
+    _store_rows(out_ptr + out_offset, acc / row_sum[:, None], out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
     lse = row_max * log2_scale + tl.log2(row_sum)
     tl.store(lse_ptr + head.to(tl.int64) * total_tokens + rows, lse, mask=rows < stop)
 
@@ -158,21 +147,20 @@ def _attention_fwd_kernel(
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
-    scale, total_tokens, num_heads, group_size,
+    scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes delta = rowsum(out * d_out) too, which the other kernel needs."""
-    head = tl.program_id(0) % num_heads
-    start, stop, own_start, prefix_start, prefix_stop = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
+    tile, head, q_offset, out_offset, kv_offset = _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM)
+    start, stop, _, _, prefix_stop = tile
     if start >= stop:
         return
     rows = start + tl.arange(0, BLOCK_M)
-    q_offset = (start.to(tl.int64) * num_heads + head) * HEAD_DIM
-    q_stride, stride = num_heads * HEAD_DIM, num_heads // group_size * HEAD_DIM
-    k_ptr += head // group_size * HEAD_DIM
-    v_ptr += head // group_size * HEAD_DIM
-    d_out = _load_rows(d_out_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    out = _load_rows(out_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    out_stride = num_heads * HEAD_DIM
+    k_ptr += kv_offset
+    v_ptr += kv_offset
+    d_out = _load_rows(d_out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    out = _load_rows(out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta_ptr + head.to(tl.int64) * total_tokens + rows, delta, mask=rows < stop)
     lse = tl.load(lse_ptr + head.to(tl.int64) * total_tokens + rows, mask=rows < stop, other=float("inf"))
@@ -180,16 +168,13 @@ def _attention_bwd_dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     log2_scale = scale * _LOG2_E
     for MASKED in tl.static_range(2):
-        shared, own, shared_key, own_key = _key_blocks(
-            start, stop, own_start, prefix_start, prefix_stop, BLOCK_M, BLOCK_N, MASKED
-        )
+        shared, own, shared_key, own_key = _key_blocks(tile, BLOCK_M, BLOCK_N, MASKED)
         for i in range(shared + own):
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key
-            offset = key.to(tl.int64) * stride
-            k = _load_rows(k_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-            v = _load_rows(v_ptr + offset, stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            k = _load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            v = _load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             p = tl.exp2(scores * log2_scale - lse[:, None])
             if MASKED:
@@ -198,13 +183,13 @@ def _attention_bwd_dq_kernel(
             dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    _store_rows(dq_ptr + q_offset, dq * scale, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
+    _store_rows(dq_ptr + out_offset, dq * scale, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_pieces_ptr, dv_pieces_ptr, tiles_ptr,
-    scale, total_tokens, num_heads, group_size,
+    scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One flat loop over the kv head's query heads and blocks of queries; lse = inf past the end makes p = 0 there."""
@@ -213,35 +198,40 @@ def _attention_bwd_dkv_kernel(
     start, stop, query_start, query_stop, slot = _load_tile(tiles_ptr, tl.program_id(0) // num_kv_heads)
     if start >= stop:
         return
-    offset = (start.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
-    q_stride, stride = num_heads * HEAD_DIM, num_kv_heads * HEAD_DIM
-    k = _load_rows(k_ptr + offset, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = _load_rows(v_ptr + offset, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    k_ptr += start.to(tl.int64) * k_stride + kv_head * HEAD_DIM
+    v_ptr += start.to(tl.int64) * v_stride + kv_head * HEAD_DIM
+    k = _load_rows(k_ptr, k_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = _load_rows(v_ptr, v_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     log2_scale = scale * _LOG2_E
     columns, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     num_blocks = tl.cdiv(query_stop - query_start, BLOCK_M)
-    for i in range(num_blocks * group_size):
-        head = kv_head * group_size + i // num_blocks
-        query = query_start + i % num_blocks * BLOCK_M
-        q_offset = (query.to(tl.int64) * num_heads + head) * HEAD_DIM
+    head, query = kv_head * group_size, query_start
+    for _ in range(num_blocks * group_size):
         left = query_stop - query
+        q_offset = query.to(tl.int64) * q_stride + head * HEAD_DIM
         q = _load_rows(q_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        out_offset = (query.to(tl.int64) * num_heads + head) * HEAD_DIM
+        d_out = _load_rows(d_out_ptr + out_offset, num_heads * HEAD_DIM, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         row = head.to(tl.int64) * total_tokens + query
         lse = tl.load(lse_ptr + row + columns, mask=columns < left, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
         p = tl.exp2(scores * log2_scale - lse[None, :])
         if query < start + BLOCK_N:  # the diagonal
             p = tl.where(columns[None, :] >= (keys - (query - start))[:, None], p, 0.0)
-        d_out = _load_rows(d_out_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + row + columns, mask=columns < left, other=0.0)
         dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
         ds = p * (dp - delta[None, :])
+        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        query += BLOCK_M
+        head = tl.where(query < query_stop, head, head + 1)
+        query = tl.where(query < query_stop, query, query_start)
     dk *= scale
     if slot < 0:
+        offset = (start.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
+        stride = num_kv_heads * HEAD_DIM
         _store_rows(dk_ptr + offset, dk, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
         _store_rows(dv_ptr + offset, dv, stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
     else:
@@ -268,29 +258,26 @@ def _attention_bwd_sum_kernel(
     _store_rows(out_ptr, total, num_kv_heads * HEAD_DIM, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
-def _tile_options(q: Tensor) -> list[dict[str, Any]]:
-    """What each of the three kernels is compiled with, for q's device, dtype and head_dim."""
-    block_d, arch = 1 << (q.shape[2] - 1).bit_length(), "fp32"
-    if q.is_cuda and q.dtype != torch.float32:
-        nvidia = {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(q.device)[0], "sm_80")
-        arch = "gfx942" if torch.version.hip else nvidia
-    tiles = _TILES[arch, max(64, block_d) if q.is_cuda else 64]
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    shared = {"HEAD_DIM": q.shape[2], "BLOCK_D": block_d} | ({"matrix_instr_nonkdim": 16} if torch.version.hip else {})
-    return [dict(zip(names, tile, strict=True)) | shared for tile in tiles]
+def _with_rows(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied where a row is not contiguous."""
+    return [x if x[:1].is_contiguous() else x.contiguous() for x in tensors]
 
 
 @torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
 def _attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float
-) -> tuple[Tensor, Tensor]:  # out as q; lse [num_heads, total_tokens] fp32
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
+    flash: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out as q; lse [num_heads, total_tokens] fp32, of base 2 but for `flash`, which means flash-attn."""
+    q, k, v = _with_rows(q, k, v)
     total_tokens, num_heads, _ = q.shape
-    out, lse = torch.empty_like(q), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
+    out, lse = q.new_empty(q.shape), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
     if not q.numel():
         return out, lse
-    sizes = (total_tokens, num_heads, num_heads // k.shape[1])
-    options, _, _ = _tile_options(q)
+    if flash:
+        return flash_forward(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
+    sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // k.shape[1])
+    options, _, _ = plan.tile_options(q)
     with torch.cuda.device_of(q):
         tiles = plan.cached(plan.query_tiles, cu_seqlens, prefix, total_tokens, options["BLOCK_M"])
         _attention_fwd_kernel[(tiles.shape[0] * num_heads,)](q, k, v, out, lse, tiles, scale, *sizes, **options)
@@ -300,15 +287,17 @@ def _attention_fwd(
 @torch.library.custom_op("flashgrpo::packed_attention_backward", mutates_args=())
 def _attention_bwd(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
+    cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float, flash: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    d_out, q, k, v = d_out.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)
     (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
-    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    sizes = (total_tokens, num_heads, num_heads // num_kv_heads)
-    _, options, key_options = _tile_options(q)
+    if flash:
+        return flash_backward(d_out, q, k, v, out, lse, cu_seqlens, prefix, max_seqlen, scale)
+    sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // num_kv_heads)
+    _, options, key_options = plan.tile_options(q)
     block = key_options["BLOCK_N"]
     split_tiles = min(plan.SPLIT_TILES, (total_tokens if max_seqlen is None else max_seqlen) // block + 1)
     num_slots = 2 * total_tokens // _PIECE * split_tiles if total_tokens > _PIECE else 0
@@ -339,15 +328,15 @@ def _(d_out, q, k, v, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, prefix, ctx.max_seqlen, ctx.scale = inputs
+    q, k, v, cu_seqlens, prefix, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, prefix)
 
 
 @backward_once
 def _backward(ctx, d_out, _):
     q, k, v, out, lse, cu_seqlens, prefix = ctx.saved_tensors
-    gradients = _attention_bwd(d_out, q, k, v, out, lse, cu_seqlens, prefix, ctx.max_seqlen, ctx.scale)
-    return *gradients, None, None, None, None
+    gradients = _attention_bwd(d_out, q, k, v, out, lse, cu_seqlens, prefix, *ctx.options)
+    return *gradients, *(None,) * 5
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_save)
@@ -371,26 +360,31 @@ def packed_attention(
     head h // (num_heads // num_kv_heads). Rows from cu_seqlens[-1] on belong to no segment: their output and gradients
     are 0, whatever they hold. `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64; under "torch" a
-    prefix may stand anywhere. Tensors that are not contiguous are copied.
+    prefix may stand anywhere; "flash_attn" is described in attention_flash.py. Tensors whose rows are not contiguous
+    are copied.
 
-    Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim or scale that the kernels do
-    not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or leave the tensor and a
-    prefix that is no segment, has one itself or stands elsewhere; TypeError for wrong dtypes.
+    Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim, scale or, by flash-attn,
+    dtype that the kernels do not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or
+    leave the tensor and a prefix that is no segment, has one itself or stands elsewhere; TypeError for wrong dtypes;
+    ImportError where flash-attn is not installed.
     """
-    plan.check_tensors(q, k, v)
+    check_tensors(q, k, v)
     check_index("cu_seqlens", cu_seqlens, q.device)
     if prefix is not None:
         check_index("prefix", prefix, q.device, cu_seqlens.shape[0] - 1)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
-    if backend == "torch" or not by_triton(q):
-        return plan.torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
+    if backend == "torch" or (backend == "triton" and not by_triton(q)):
+        return torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
     if q.is_cpu and not torch.compiler.is_compiling():
-        plan.segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)
-    if q.shape[2] not in HEAD_DIMS:
+        segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)
+    if backend == "flash_attn":
+        check_flash(q)
+    elif q.shape[2] not in HEAD_DIMS:
         raise ValueError(f"q has head_dim {q.shape[2]}; wanted one of {HEAD_DIMS}, or backend='torch'")
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"q is {q.dtype}; wanted bfloat16, float16 or float32, or backend='torch'")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale is {scale}; wanted a finite number above 0, or backend='torch'")
-    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, q.shape[2] ** -0.5 if scale is None else scale)[0]
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, scale, backend == "flash_attn")[0]

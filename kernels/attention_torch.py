@@ -1,28 +1,20 @@
-"""What torch does for attention.py: its twin, and the tables of tiles that its kernels walk.
+"""The torch twin of attention.py, and checks of its arguments.
 
 The twin takes any floating dtype up to float64 and any head_dim on any device. It pads segments of similar length into
 batches and calls scaled_dot_product_attention once a batch, so it also copies a prompt's keys and values for each of
-its completions. It waits for the offsets to reach the host; the tables are made without that, in sizes that follow
-from shapes.
+its completions. It waits for the offsets to reach the host.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 # The calls of one more batch take about as long as this many scores, so less padding than that is free.
 _FREE_PADDING = 16_384
 _MAX_PADDING_SHARE = 0.2
-# With more tiles of keys a prompt has enough programs, however many completions it has.
-SPLIT_TILES = 16
-_CACHED_TABLES = 12
 
 
 @dataclass(frozen=True)
@@ -163,106 +155,3 @@ def _gather_heads(
     rows: Tensor,  # [batch, length]
 ) -> Tensor:  # [batch, heads, length, head_dim]
     return x.flatten(1).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
-
-
-class _Segments(NamedTuple):
-    """Offsets on the device; the last segment is made of the rows in none. [num_segments + 1] each."""
-
-    start: Tensor
-    stop: Tensor
-    parent: Tensor  # -1 where there is none
-    is_last: Tensor
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> "_Segments":
-        bounds = F.pad(cu_seqlens.long().clamp(0, total_tokens), (0, 1), value=total_tokens)
-        start, stop = bounds[:-1], bounds[1:]
-        parent = torch.full_like(start, -1)
-        if prefix is not None:
-            parent[:-1] = prefix.clamp(-1, prefix.shape[0] - 1)
-        index = torch.arange(start.shape[0], device=start.device)
-        return cls(start, stop, parent, index == start.shape[0] - 1)
-
-    def tiles(self, block: int, total_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Segment, first row and end of each tile of `block` rows; an unused one begins at its end or behind."""
-        counts = (self.stop - self.start + block - 1) // block
-        ends = counts.cumsum(0)
-        tile = torch.arange(total_tokens // block + counts.shape[0], device=ends.device)
-        segment = torch.searchsorted(ends, tile, right=True).clamp(max=counts.shape[0] - 1)
-        first = self.start[segment] + (tile - (ends - counts)[segment]) * block
-        return segment, first, self.stop[segment]
-
-
-def _table(work: Tensor, *columns: Tensor) -> Tensor:  # [num_tiles, 5] int32
-    """A row a tile, the longest work first."""
-    order = work.sort(descending=True, stable=True).indices
-    return torch.stack(columns, 1)[order].int()
-
-
-def query_tiles(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, block: int) -> Tensor:
-    """Columns: first query, end of its segment, start of its segment (-1: none), start and end of the prefix."""
-    segments = _Segments.of(cu_seqlens, prefix, total_tokens)
-    segment, first, stop = segments.tiles(block, total_tokens)
-    parent = segments.parent[segment]
-    prefix_start, prefix_stop = (torch.where(parent < 0, 0, x[parent]) for x in (segments.start, segments.stop))
-    start = torch.where(segments.is_last, -1, segments.start)[segment]
-    work = torch.where((first < stop) & (start >= 0), prefix_stop - prefix_start + first - start + block, 0)
-    return _table(work, first, stop, start, prefix_start, prefix_stop)
-
-
-def key_tiles(
-    cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, block: int, piece: int, num_slots: int
-) -> tuple[Tensor, Tensor]:
-    """Columns: first key, end of its segment, first and end of the queries, slot of a piece (-1: the only one).
-
-    The second table has a row a slot: first key, end of its segment, first slot, number of pieces; used for a tile's
-    first slot.
-    """
-    segments = _Segments.of(cu_seqlens, prefix, total_tokens)
-    index = torch.arange(segments.start.shape[0], device=cu_seqlens.device)
-    family = torch.where(segments.parent < 0, index, segments.parent)  # rises, as completions follow their prompt
-    behind = torch.searchsorted(family, index, right=True).clamp(max=index.shape[0] - 1)
-    query_stop = torch.where(segments.parent < 0, segments.start[behind], segments.stop)  # of the last: its start
-    segment, first, stop = segments.tiles(block, total_tokens)
-    end = query_stop[segment]
-    pieces = (end - first + piece - 1) // piece
-    is_split = (pieces > 1) & (segments.stop - segments.start <= SPLIT_TILES * block)[segment]
-    is_split &= torch.where(is_split, pieces, 0).cumsum(0) <= num_slots  # all of them, for a right max_seqlen
-    slots = torch.where(is_split, pieces, 0)
-    used = torch.where(first < stop, slots.clamp(min=1), 0)
-    last_entry, last_slot = used.cumsum(0), slots.cumsum(0)
-    entry = torch.arange(first.shape[0] + num_slots, device=cu_seqlens.device)
-    tile = torch.searchsorted(last_entry, entry, right=True).clamp(max=first.shape[0] - 1)
-    place = entry - (last_entry - used)[tile]
-    first_slot = last_slot - slots
-    begin = first[tile] + place * piece
-    end = torch.where(is_split[tile], torch.minimum(begin + piece, end[tile]), end[tile])
-    slot = torch.where(is_split[tile], first_slot[tile] + place, -1)
-    tile_stop = torch.where(place < used[tile], stop[tile], 0)
-    entries = _table(torch.where(tile_stop > 0, end - begin, 0), first[tile], tile_stop, begin, end, slot)
-    slot = torch.arange(num_slots, device=cu_seqlens.device)
-    tile = torch.searchsorted(last_slot, slot, right=True).clamp(max=first.shape[0] - 1)
-    tile_stop = torch.where(is_split[tile] & (slot == first_slot[tile]), stop[tile], 0)
-    return entries, torch.stack((first[tile], tile_stop, slot, pieces[tile], slot), 1).int()
-
-
-_tables: OrderedDict[tuple, tuple[list[StorageWeakRef], Any]] = OrderedDict()
-
-
-def cached(build: Callable, cu_seqlens: Tensor, prefix: Tensor | None, *arguments: int) -> Any:
-    """build(cu_seqlens, prefix, *arguments), kept for the layers of a batch as long as the tensors do not change.
-
-    A weak reference to a storage keeps its address from being given to another one.
-    """
-    tensors = [cu_seqlens] if prefix is None else [cu_seqlens, prefix]
-    if any(x.is_inference() for x in tensors) or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return build(cu_seqlens, prefix, *arguments)
-    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if cu_seqlens.is_cuda else 0
-    storages = [StorageWeakRef(x.untyped_storage()) for x in tensors]
-    layouts = [(x.storage_offset(), x.stride(), x.shape, x.dtype, x._version) for x in tensors]
-    key = (build, stream, arguments, *(storage.cdata for storage in storages), *layouts)
-    if key not in _tables:
-        _tables[key] = storages, build(cu_seqlens, prefix, *arguments)
-        if len(_tables) > _CACHED_TABLES:
-            _tables.popitem(last=False)
-    return _tables[key][1]

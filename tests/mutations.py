@@ -66,7 +66,7 @@ FAULTS = {
         ("d_q without its mask", "p = tl.where(visible, p, 0.0)", "p = p", "every_head_dim"),
         ("d_k without scale", "dk *= scale", "dk *= 1.0", "every_head_dim"),
         ("d_v is 0", "(dv_ptr + offset, dv,", "(dv_ptr + offset, 0 * dv,", "every_head_dim"),
-        ("d_k of another head's queries", "kv_head * group_size + i", "kv_head + i", "every_ratio and 4-2"),
+        ("d_k of another head's queries", "kv_head * group_size, query", "kv_head, query", "every_ratio and 4-2"),
         ("last piece of a family left out", "range(num_pieces)", "range(num_pieces - 1)", "split_families and 70"),
         ("NaN in rows of no segment", "tl.where(own_start < 0, 1.0, row_sum)", "row_sum", "next_to_nothing"),
     ],

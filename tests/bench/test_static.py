@@ -157,6 +157,7 @@ def products(kernel):
         ("_row_loss_kernel", "ctaid.x", "d_row_stride"),
         ("_move_rows_kernel", "ctaid.x", "row_stride"),
         ("_scale_kernel", "ctaid.x", "row_stride"),
+        *((kernel, "load", f"{name}_stride") for kernel in MATMULS for name in "qkv"),
         *((kernel, "load", "num_heads") for kernel in MATMULS),
         *((kernel, "ctaid.x", "total_tokens") for kernel in MATMULS),
         ("_attention_bwd_sum_kernel", "load", "num_kv_heads"),
