@@ -336,7 +336,8 @@ def completion_counts(tensors: Sequence[Tensor | None]) -> tuple[int, int, int]:
     """Completions, rewards, and rewards of a group, by the tensors of `kernel_arguments`."""
     offsets, rewards = tensors[1:3]
     assert offsets is not None
-    return offsets.shape[0] - 1, *((0, 1) if rewards is None else (rewards.numel(), rewards.shape[1]))
+    num_rewards, group_size = (0, 1) if rewards is None else (rewards.numel(), rewards.shape[1])
+    return offsets.shape[0] - 1, num_rewards, group_size
 
 
 def empty_sums(like: Tensor) -> tuple[Tensor, Tensor]:
