@@ -69,8 +69,7 @@ def _row_loss_kernel(
     )  # fmt: skip
     d_logprob, d_entropy = tl.sum(slope, 0), tl.sum(bonus, 0)
     is_live = (d_logprob != 0) | (d_entropy != 0)
-    if live is not None:
-        tl.store(live + token, is_live.to(tl.int8))
+    tl.store(live + token, is_live.to(tl.int8))
     if d_logits is not None:
         if denominators is not None:
             denominator = tl.load(denominators).to(tl.float32)
@@ -173,15 +172,9 @@ def move_live_rows(
         behind = kept.sum() + (~kept).cumsum(0) - 1  # where `sources` has the row for a dead one
         sources = torch.where(kept, place, sources[behind.clamp(0, num_live - 1)])
         launch(
-            _move_rows_kernel,
-            (num_live,),
-            x,
-            sources,
-            x.shape[1],
-            x.stride(0),
-            BLOCK=logprob.BLOCK,
-            num_warps=logprob.NUM_WARPS,
-        )
+            _move_rows_kernel, (num_live,), x, sources, x.shape[1], x.stride(0),
+            BLOCK=logprob.BLOCK, num_warps=logprob.NUM_WARPS,
+        )  # fmt: skip
     return sources
 
 
