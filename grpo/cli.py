@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _report(error: Exception) -> int:
     from flashgrpo.grpo.data import DataError
     from flashgrpo.grpo.packing import PackingError
+    from flashgrpo.grpo.progress import console
     from flashgrpo.grpo.recipe import RecipeError
     from flashgrpo.grpo.rewards import RewardError, RewardFailure
     from flashgrpo.grpo.run_folder import RunError, RunInputError
@@ -64,7 +65,8 @@ def _report(error: Exception) -> int:
     early = RecipeError, DataError, CheckpointError, RewardError, RunInputError
     if not isinstance(error, (*early, PackingError, RunError, RewardFailure, OSError)):
         raise error
-    print("flashgrpo:", " ".join(str(error).split()), file=sys.stderr)  # a library's error may have many lines
+    line = " ".join(str(error).split())  # a library's error may have many
+    console.print(f"flashgrpo: {line}", markup=False, highlight=False, soft_wrap=True)
     return 2 if isinstance(error, early) else 1
 
 
@@ -120,8 +122,10 @@ def _run_recipe(options: argparse.Namespace, overrides: list[str]) -> None:
     commands: dict[str, Any] = {"train": (Recipe, train), "sft": (SftRecipe, sft)}
     kind, run = commands[options.command]
     recipe = load_recipe(kind, options.recipe, overrides)
-    print(f"model: {run(recipe, resume=options.resume)}")
-    _print_report(recipe.run.output)
+    model = run(recipe, resume=options.resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model: {model}")
+        _print_report(recipe.run.output)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -5,6 +5,7 @@ The score is accuracy alone: a partial credit counts as wrong, and the format is
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,21 +48,39 @@ class Evaluation:
 
 
 def evaluate(
-    prompts: list[Prompt], policy: Policy, generator: Generator, pool: RewardPool, recipe: Recipe, step: int = 0
+    prompts: Mapping[int, Prompt],
+    policy: Policy,
+    generator: Generator,
+    pool: RewardPool,
+    recipe: Recipe,
+    step: int = 0,
 ) -> Evaluation:
-    """Sample recipe.eval.samples completions a prompt and score them with the accuracy reward."""
+    """Sample recipe.eval.samples completions a prompt, seeded by its number, and score them with the accuracy reward."""
     requests = [
         Request(i, prompt.token_ids, sample_seeds(recipe.run.seed, _EVAL_STREAM + step, i, recipe.eval.samples))
-        for i, prompt in enumerate(prompts)
+        for i, prompt in prompts.items()
     ]
     sampling = Sampling(recipe.rollout.max_new_tokens, recipe.eval.temperature, recipe.eval.top_p)
     groups = sorted(generator.generate(requests, sampling), key=lambda group: group[0].group)
-    scored = [completion_group(prompt, group, policy) for prompt, group in zip(prompts, groups, strict=True)]
+    scored = [completion_group(prompts[group[0].group], group, policy) for group in groups]
+    shape = len(groups), recipe.eval.samples
     return Evaluation(
-        correct=is_correct(pool.score(scored, "accuracy")),
+        correct=is_correct(pool.score(scored, "accuracy")).reshape(shape),
         answers=[[extract_answer(text, group.prompt) for text in group.completions] for group in scored],
-        lengths=np.array([[len(r.completion_ids) for r in group] for group in groups]),
-        truncated=np.array([[r.finish_reason == "length" for r in group] for group in groups]),
+        lengths=np.array([[len(r.completion_ids) for r in group] for group in groups]).reshape(shape),
+        truncated=np.array([[r.finish_reason == "length" for r in group] for group in groups], dtype=bool).reshape(
+            shape
+        ),
+    )
+
+
+def merge(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of different problems as one."""
+    return Evaluation(
+        correct=np.concatenate([part.correct for part in parts]),
+        answers=[row for part in parts for row in part.answers],
+        lengths=np.concatenate([part.lengths for part in parts]),
+        truncated=np.concatenate([part.truncated for part in parts]),
     )
 
 
@@ -76,7 +95,7 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
     if not held_out:
         raise DataError("data.held_out = 0 leaves no problem to evaluate on; set it, or point data.path to a test set")
     _require_answer(held_out[0])
-    prompts = render_prompts(held_out[: recipe.eval.problems], policy, recipe.data)
+    prompts = dict(enumerate(render_prompts(held_out[: recipe.eval.problems], policy, recipe.data)))
     generator = NativeGenerator(policy.model, policy.stop_token_ids)
     with open_reward_pool(recipe, held_out[0]) as pool:
         return evaluate(prompts, policy, generator, pool, recipe).scores()

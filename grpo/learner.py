@@ -1,43 +1,32 @@
-"""Weights under training: AdamW on fp32 masters, clipping, and no update from a gradient that is not finite."""
+"""Weights under training: AdamW on fp32 shards, clipping, and no update from a gradient that is not finite."""
 
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from flashgrpo.grpo.recipe import OptimizerSection
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss
 from flashgrpo.model.batch import PackedBatch, gather_predictors
-from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
 from flashgrpo.model.decoder import Decoder
 
 Stats = dict[str, Tensor]
 
 
 class Learner:
-    """A model and its optimizer. An update sums the gradients of its micro-batches in fp32, then takes one AdamW step.
-
-    A model in fp32 is its own master. A model in a lower precision gets fp32 masters: each micro-batch's gradients are
-    added to theirs and freed, and the new weights are rounded back into the model.
+    """A sharded model and its optimizer. An update sums the gradients of its micro-batches, over all ranks, in fp32;
+    then it takes one AdamW step on the fp32 shards.
     """
 
     def __init__(self, model: Decoder, config: OptimizerSection, total_steps: int):
         self.model, self.config, self.total_steps = model, config, total_steps
-        self.device = model.lm_head_weight.device
-        self.params = dict(model.named_parameters())
-        self.masters = {
-            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for name, p in self.params.items()
-        }
-        for name, p in self.params.items():
-            if p is not self.masters[name]:
-                p.register_post_accumulate_grad_hook(lambda p, master=self.masters[name]: _move_grad(p, master))
-        matrices = [p for p in self.masters.values() if p.dim() >= 2]
-        vectors = [p for p in self.masters.values() if p.dim() < 2]
+        self.params = dict(model.named_parameters())  # the shards: outside of passes a module's own may be gathered
+        matrices = [p for p in self.params.values() if p.dim() >= 2]
+        vectors = [p for p in self.params.values() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.lr,
@@ -45,8 +34,8 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        zero = torch.zeros((), device=self.device)
-        for p in self.masters.values():
+        zero = torch.zeros((), device=matrices[0].device)
+        for p in self.params.values():
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": zero.clone(), **moments}
         self.skipped = zero.clone()  # updates in a row, up to now
@@ -64,21 +53,21 @@ class Learner:
     ) -> tuple[list[Stats], Tensor]:
         """One optimizer step on the summed losses of `batches`; returns their stats and the gradient norm (0-d).
 
-        Nothing waits for the device. Where the norm is not finite the weights and moments stay as they are.
+        Every rank must have equally many batches: ranks meet in each of their layers. Nothing waits for the device. Where the norm is not finite the weights and moments stay as they are.
         """
         collected = []
         for batch in batches:
             loss, stats = loss_of(batch)
             loss.backward()
             collected.append({"loss": loss.detach(), **stats})
-        for p in self.masters.values():
+        for p in self.params.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.grad_clip, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip, foreach=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         found_inf = (~torch.isfinite(norm)).float()
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by the fused kernel, as GradScaler does
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._round_masters()
         self.skipped.add_(1).mul_(found_inf)
         self.most_skipped = torch.maximum(self.most_skipped, self.skipped)
         self.total_skipped = self.total_skipped + found_inf
@@ -92,30 +81,13 @@ class Learner:
         return taken
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the optimizer by name, for saving, and for loading in place."""
+        """Every tensor of the model and the optimizer by name, for saving, and for loading in place."""
         tensors = {
             f"optimizer.{name}.{key}": value
-            for name, p in self.masters.items()
+            for name, p in self.params.items()
             for key, value in self.optimizer.state[p].items()
         }
-        return tensors | {"skipped": self.skipped}
-
-    def save_masters(self, folder: Path, tokenizer_files_from: Path) -> None:
-        """Write the fp32 weights as a Hugging Face folder."""
-        save_checkpoint(self.model, folder, tokenizer_files_from=tokenizer_files_from, weights=self.masters)
-
-    @torch.no_grad()
-    def load_masters(self, folder: Path) -> None:
-        """Take over the fp32 weights of a folder that `save_masters` wrote."""
-        for name, p in load_checkpoint(folder, dtype=torch.float32, device=self.device).named_parameters():
-            self.masters[name].copy_(p)
-        self._round_masters()
-
-    @torch.no_grad()
-    def _round_masters(self) -> None:
-        for name, p in self.params.items():
-            if p is not self.masters[name]:
-                p.copy_(self.masters[name])
+        return {**self.params, **tensors, "skipped": self.skipped}
 
 
 def packed_loss(model: Decoder, batch: PackedBatch, config: LossConfig, **options: Any) -> tuple[Tensor, Stats]:
@@ -141,12 +113,3 @@ def _schedule(config: OptimizerSection, step: int, total_steps: int) -> float:
         return 1.0
     progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
     return config.lr_end_share + (1 - config.lr_end_share) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def _move_grad(p: Tensor, master: Tensor) -> None:
-    assert p.grad is not None
-    if master.grad is None:
-        master.grad = p.grad.float()
-    else:
-        master.grad += p.grad
-    p.grad = None

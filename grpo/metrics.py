@@ -1,17 +1,19 @@
 """The numbers of a step. Names are those of metrics.jsonl and TensorBoard; lengths and counts are in tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flashgrpo.grpo.balance import PackPlan
 from flashgrpo.grpo.learner import Learner, Stats
 from flashgrpo.grpo.packing import is_dead
 from flashgrpo.grpo.progress import Clock, peak_memory_mb
 from flashgrpo.grpo.reward_pool import RewardTable
 from flashgrpo.grpo.rollout import Rollout
+from flashgrpo.grpo.world import World
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, merge_stats
 
 _NAMES = {
@@ -38,17 +40,21 @@ class StepData:
     discarded: int = 0  # groups of equal rewards that dynamic sampling threw away
 
 
-def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learner) -> dict[str, float]:
-    """Loss, ratios, KL, entropy, gradient norm over the step's updates; waits for the device, once.
+def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learner, world: World) -> dict[str, float]:
+    """Loss, ratios, KL, entropy, gradient norm over the step's updates and all ranks; waits for the device, once.
 
     Means are over the tokens that were trained on, which those of dead groups are not; `loss` and `grad_norm` are means
     over updates.
     """
-    losses = [sum((s["loss"] for s in update), torch.zeros_like(norms[0])) for update in stats]
-    tensors = {"loss": torch.stack(losses).mean(), "grad_norm": torch.stack(norms).mean(), **learner.take_skipped()}
+    loss = sum((s["loss"] for update in stats for s in update), torch.zeros_like(norms[0])) / len(norms)
+    tensors = {"loss": loss, "grad_norm": torch.stack(norms).mean(), **learner.take_skipped()}
     scalars = [{k: v for k, v in s.items() if k in _NAMES or k == "num_tokens"} for update in stats for s in update]
+    own = {"loss": loss, **(merge_stats(scalars) if scalars else {})}  # empty on all ranks, or on none
+    gathered = world.gather_tensor(torch.stack([value.float() for value in own.values()]))
+    ranks = [dict(zip(own, row, strict=True)) for row in gathered]
+    tensors["loss"] = gathered[:, 0].sum()
     if scalars:
-        merged = merge_stats(scalars)
+        merged = merge_stats([{k: v for k, v in rank.items() if k != "loss"} for rank in ranks])
         tensors |= {name: merged[key] for key, name in _NAMES.items() if key in merged}
     values = torch.stack([value.float() for value in tensors.values()]).tolist()
     return dict(zip(tensors, values, strict=True))
@@ -79,15 +85,27 @@ def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
     }
 
 
-def speed_metrics(data: StepData, clock: Clock, trained_tokens: int, device: torch.device) -> dict[str, float]:
-    """Seconds by phase, sampled tokens a second of the whole step, trained tokens a second of the training phase."""
+def speed_metrics(data: StepData, clock: Clock, plans: Sequence[PackPlan], world: World) -> dict[str, float]:
+    """Seconds by phase, and rates: sampled tokens a second of the whole step, trained tokens a second of the training
+    phase, and its model FLOPs a second and rank, which count attention exactly and recomputation not at all.
+
+    `idle` is the share of the step that the ranks, on average, wait for the slowest: measured for the rollout, for the
+    training phase by the FLOPs of each rank's micro-batches, in which ranks move in lockstep.
+    """
     sampled = sum(len(rollout.completion_ids) for group in data.rollouts for rollout in group)
+    trained = sum(group.num_tokens for plan in plans for rank in plan.packs for pack in rank for group in pack)
+    flops = 3 * sum(float(plan.costs.sum()) for plan in plans)
+    lockstep = 3 * world.size * sum(float(plan.costs.max(axis=0).sum()) for plan in plans)
     seconds = {f"time/{phase}_s": clock.seconds[phase] for phase in PHASES}
+    train_s = max(clock.seconds["train"], 1e-9)
     return seconds | {
         "time/step_s": clock.total_s,
         "tokens_per_s": sampled / clock.total_s,
-        "tokens_per_s/trained": trained_tokens / max(clock.seconds["train"], 1e-9),
-        "memory/peak_mb": peak_memory_mb(device),
+        "tokens_per_s/gpu": sampled / clock.total_s / world.size,
+        "tokens_per_s/trained": trained / train_s,
+        "tflops": flops / train_s / world.size / 1e12,
+        "idle": (clock.idle_s + train_s * (1 - flops / max(lockstep, 1.0))) / clock.total_s,
+        "memory/peak_mb": peak_memory_mb(world.device),
     }
 
 

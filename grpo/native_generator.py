@@ -8,7 +8,7 @@ groups. It runs without CUDA graphs and pages: it is the default where vLLM is n
 vLLM is tested against.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling, splitmix64
 from flashgrpo.kernels.attention import packed_attention
-from flashgrpo.model.decoder import Decoder
+from flashgrpo.model.decoder import Decoder, huggingface_views
 from flashgrpo.model.linear import PackedWeights, product
 
 _CACHE_STEP = 64
@@ -32,6 +32,19 @@ class NativeGenerator:
         self.model = model
         self.stop_token_ids = stop_token_ids
         self.weight_version = 0
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device, version: int) -> None:
+        """Copy every weight, given under its Hugging Face name, into a model of the generator's own."""
+        self.model.to_empty(device=device)
+        weights = huggingface_views({n: p.detach() for n, p in self.model.named_parameters()}, self.model.config)
+        for name, tensor in tensors:
+            weights[name].copy_(tensor)
+        self.weight_version = version
+
+    def free_weights(self) -> None:
+        """Give the memory of the weights back until the next `load_weights`."""
+        self.model.to("meta")
+        self.weight_version = -1
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Yield each request's rollouts, in the order of its seeds, as soon as the last of them is done."""

@@ -96,7 +96,7 @@ def build_batch(groups: list[Group]) -> PackedBatch:
         target_cu_seqlens=_offsets([len(c.token_ids) for c in completions]),
         sequence_ids=torch.tensor([c.sequence_id for c in completions], dtype=torch.int64),
         completions_per_prompt=torch.tensor([len(group.completions) for group in groups], dtype=torch.int64),
-        behavior_logprobs=torch.from_numpy(np.concatenate(behavior).astype(np.float32)) if behavior else None,
+        behavior_logprobs=_float32(behavior) if len(behavior) == len(completions) else None,  # an empty pack has them
     )
 
 
@@ -182,6 +182,10 @@ def _input_length(completion: Completion) -> int:
 
 def _offsets(lengths: list[int]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def _float32(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32)) if parts else torch.zeros(0)
 
 
 def _int64(parts: list[np.ndarray]) -> torch.Tensor:

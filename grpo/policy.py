@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flashgrpo.grpo.data import DataError, Problem, render_prompt
 from flashgrpo.grpo.recipe import DataSection, ModelSection
-from flashgrpo.model.checkpoint import CheckpointError, load_checkpoint
+from flashgrpo.model.checkpoint import CheckpointError, empty_decoder, load_checkpoint, load_weights, read_config
 from flashgrpo.model.decoder import Decoder
+from flashgrpo.model.sharding import shard
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,37 @@ class Policy:
         return text
 
 
-def open_policy(section: ModelSection, device: torch.device) -> Policy:
-    """Load the model at section.path for training or sampling. Raises CheckpointError."""
-    model = load_checkpoint(section.path, dtype=resolve_dtype(section.dtype, device), device=device)
+def open_policy(section: ModelSection, device: torch.device, model: Decoder | None = None) -> Policy:
+    """The model at section.path, loaded for sampling unless it is given, and its tokenizer. Raises CheckpointError."""
+    if model is None:
+        model = load_checkpoint(section.path, dtype=resolve_dtype(section.dtype, device), device=device)
+        model.attention_backend = section.attention_backend
+    tokenizer = open_tokenizer(section.path)
+    return Policy(Path(section.path), model, tokenizer, stop_token_ids(section.path, tokenizer))
+
+
+def open_sharded_model(
+    section: ModelSection,
+    device: torch.device,
+    mesh: DeviceMesh,
+    *,
+    stored: torch.dtype = torch.float32,
+    reshard_after_forward: bool = True,
+    read_weights: bool = True,
+) -> Decoder:
+    """The model at section.path, sharded over `mesh`: it computes in section.dtype and keeps its shards in `stored`.
+    No rank ever holds more than its shard and the rows being read. Raises CheckpointError.
+    """
+    model = empty_decoder(read_config(section.path), stored)
     model.activation_checkpointing = section.activation_checkpointing
     model.attention_backend = section.attention_backend
     if section.compile:
         model.compile_blocks()
-    tokenizer = open_tokenizer(section.path)
-    return Policy(Path(section.path), model, tokenizer, stop_token_ids(section.path, tokenizer))
+    shard(model, mesh, resolve_dtype(section.dtype, device), reshard_after_forward)
+    model.to_empty(device=device)
+    if read_weights:
+        load_weights(model, section.path)
+    return model
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a person sees while a run works: progress bar, phase clock, and a Ctrl-C that never tears an update apart."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +24,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.idle_s = 0.0  # that the ranks, on average, waited for the slowest
         self.start = time.perf_counter()
 
     @contextmanager
@@ -59,34 +62,49 @@ class StepBar:
         """A step is done."""
         self.progress.update(self.task, completed=step, values=values)
         is_shown = step == 1 or step * _LINES // self.total > (step - 1) * _LINES // self.total
-        if is_shown and not console.is_terminal:
+        if is_shown and not (console.is_terminal or console.quiet):
             print(f"{self.title} {step}: {values}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back until the block has ended; a second one ends the process at once, with nothing saved."""
-    received = False
+class Interrupts:
+    """Ctrl-C while a run works: held back, but for blocks that are `allowed` to be torn apart.
 
-    def hold(signum, frame) -> None:
-        nonlocal received
-        if received:  # an exception here would save what is half updated
+    A second one ends the process at once, with nothing saved.
+    """
+
+    def __init__(self) -> None:
+        self.received = self._raises = False
+        self._before: Any = signal.SIG_DFL
+
+    def __enter__(self) -> "Interrupts":
+        with contextlib.suppress(ValueError):  # not the main thread: signals never arrive here
+            self._before = signal.signal(signal.SIGINT, self._hold)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, self._before)
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Within the block, and for one that came before it, Ctrl-C raises KeyboardInterrupt."""
+        self._raises = True
+        try:
+            if self.received:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._raises = False
+
+    def _hold(self, signum, frame) -> None:
+        if self.received:  # an exception here would save what is half updated
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        received = True
-        os.write(2, b"\nCtrl-C: finishing this update, then a checkpoint; again to stop at once\n")
-
-    try:
-        before = signal.signal(signal.SIGINT, hold)
-    except ValueError:  # not the main thread: signals never arrive here
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if received:
-        raise KeyboardInterrupt
+        self.received = True
+        if self._raises:
+            raise KeyboardInterrupt
+        if not console.quiet:
+            os.write(2, b"\nCtrl-C: finishing this update, then a checkpoint; again to stop at once\n")
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -101,7 +101,7 @@ class RewardPool:
         for name in self.functions:
             _check_signature(name, arguments)
         self._steps_without_number = dict.fromkeys(self.functions, 0)
-        self._failures: dict[str, str] = {}  # by function, why the first missing score of the step is missing
+        self.failures: dict[str, str] = {}  # by function, why the first missing score of the step is missing
         self._pending: list[tuple[int, dict[str, Future[_Result]]]] = []  # group size, and futures by function
         self._workers = [_Worker(self.functions, timeout_s, arguments) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -139,7 +139,7 @@ class RewardPool:
         for name in self.functions:
             scores[name], failure = _gather(name, sizes, [futures[name] for _, futures in pending])
             if failure:
-                self._failures.setdefault(name, failure)
+                self.failures.setdefault(name, failure)
         weighted = [weight * scores[name] for name, weight in zip(self.functions, self.weights, strict=True) if weight]
         return RewardTable(scores, np.sum(weighted, axis=0))
 
@@ -148,7 +148,7 @@ class RewardPool:
 
         Raises RewardFailure in the third step in a row in which a function gave no number at all.
         """
-        failures, self._failures = self._failures, {}
+        failures, self.failures = self.failures, {}
         for name, scores in table.scores.items():
             _warn(name, scores, failures.get(name))
             is_blank = scores.size > 0 and bool(np.isnan(scores).all())

@@ -1,33 +1,28 @@
 """A run's folder: recipe.toml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/step_N/. Whole or not at all.
 
-A checkpoint is written beside its place and renamed. `checkpoints/step_N/model` is a Hugging Face folder with the fp32
-weights; `state` has the optimizer and the reference (torch DCP), `state.json` the step and the data position. After a
-resume the logs are cut back to the checkpoint, so that every step stands once.
+A checkpoint is written beside its place and renamed. `checkpoints/step_N/state` has the fp32 weights, the optimizer and
+the reference, each rank's shards written by itself and read by any number of ranks (torch DCP); `state.json` the step
+and the data position; `model` is a Hugging Face folder in the compute type. After a resume the logs are cut back to
+the checkpoint, so that every step stands once. Of several ranks the first one writes all but the shards.
 """
 
 import contextlib
 import json
 import math
-import random
 import shutil
 import tomllib
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from flashgrpo.grpo.progress import console
+from flashgrpo.grpo.world import World
 from flashgrpo.model.files import whole_folder, write_text
-
-# DCP without a process group is meant
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class RunError(RuntimeError):
@@ -44,16 +39,20 @@ class RunFolder:
     Nothing is written before `start`, so that a faulty recipe leaves nothing behind.
     """
 
-    def __init__(self, output: str | Path, recipe_toml: str, resume: bool):
-        self.path, self._recipe_toml = Path(output), recipe_toml
+    def __init__(self, output: str | Path, recipe_toml: str, resume: bool, world: World):
+        self.path, self._recipe_toml, self._world = Path(output), recipe_toml, world
+        self.checkpoint, self.state, self._changes = world.on_main(lambda: self._open(resume))
+        self._stack = contextlib.ExitStack()
+
+    def _open(self, resume: bool) -> tuple[Path | None, dict[str, Any], list[str]]:
         if self.path.exists() and not self.path.is_dir():
             raise RunInputError(f"{self.path} is a file; run.output wants a folder")
         if not resume and self.path.exists() and any(self.path.iterdir()):
             raise RunInputError(f"{self.path} exists: continue it with --resume, or choose another run.output")
-        self.checkpoint = newest_checkpoint(self.path)
-        self.state = _read_state(self.checkpoint) if self.checkpoint else {}
-        self._changes = _changed_keys(self.path / "recipe.toml", recipe_toml) if self.checkpoint else []
-        self._stack = contextlib.ExitStack()
+        checkpoint = newest_checkpoint(self.path)
+        if checkpoint is None:
+            return None, {}, []
+        return checkpoint, _read_state(checkpoint), _changed_keys(self.path / "recipe.toml", self._recipe_toml)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -63,6 +62,9 @@ class RunFolder:
 
     def start(self) -> None:
         """Write recipe.toml, say what changed in it, cut the logs back to the checkpoint and open them."""
+        self._world.on_main(self._start)
+
+    def _start(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob("checkpoints/.*.partial"):
             shutil.rmtree(leftover)
@@ -78,6 +80,8 @@ class RunFolder:
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append a row; NaN and infinity are written as null."""
+        if not self._world.is_main:
+            return
         finite = {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}
         _append(self.path / "metrics.jsonl", [{"step": step} | finite])
         for key, value in finite.items():
@@ -85,14 +89,20 @@ class RunFolder:
 
     def take_row(self, step: int) -> dict[str, Any]:
         """Remove the last row, where it is that of `step`, and return its values, for logging it again with more."""
-        *before, last = [{}, *read_rows(self.path / "metrics.jsonl")]
-        if last.pop("step", None) != step:
-            return {}
-        _write_rows(self.path / "metrics.jsonl", before[1:])
-        return last
+
+        def take() -> dict[str, Any]:
+            *before, last = [{}, *read_rows(self.path / "metrics.jsonl")]
+            if last.pop("step", None) != step:
+                return {}
+            _write_rows(self.path / "metrics.jsonl", before[1:])
+            return last
+
+        return self._world.on_main(take)
 
     def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
         """Append sampled completions."""
+        if not self._world.is_main:
+            return
         _append(self.path / "samples.jsonl", ({"step": step} | sample for sample in samples))
 
     def save(self, step: int, write_model, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
@@ -101,12 +111,14 @@ class RunFolder:
         On any failure the unfinished folder is removed, the last good checkpoint stays, and RunError is raised.
         """
         final = self.path / "checkpoints" / f"step_{step}"
+        on_main = self._world.on_main
         try:
-            with whole_folder(final) as partial:
-                write_model(partial / "model")
-                if tensors:
-                    state_dict_saver.save(tensors, checkpoint_id=partial / "state", no_dist=True)
-                write_text(partial / "state.json", json.dumps({"step": step, **state, "rng": _rng_state()}))
+            with contextlib.ExitStack() as stack:
+                partial = on_main(lambda: stack.enter_context(whole_folder(final)))
+                dcp.save(tensors, checkpoint_id=partial / "state")
+                self._world.everywhere(lambda: write_model(partial / "model"))
+                on_main(lambda: write_text(partial / "state.json", json.dumps({"step": step, **state})))
+                on_main(stack.close)
         except (OSError, RuntimeError, CheckpointException) as error:
             kept = newest_checkpoint(self.path)
             raise RunError(
@@ -114,18 +126,16 @@ class RunFolder:
                 + (f"{kept.name} is kept: free some space and continue with --resume" if kept else "none was kept")
             ) from error
         self.checkpoint, self.state = final, {"step": step, **state}
-        for old in _checkpoints(self.path)[:-keep]:
-            shutil.rmtree(old)
+        on_main(lambda: [shutil.rmtree(old) for old in _checkpoints(self.path)[:-keep]])
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Fill `tensors` in place from the open checkpoint, and set every random generator as it was."""
+        """Fill `tensors` in place from the open checkpoint, on any number of ranks."""
         try:
-            state_dict_loader.load(tensors, checkpoint_id=f"{self.checkpoint}/state", no_dist=True)
-            _set_rng_state(self.state["rng"])
+            dcp.load(tensors, checkpoint_id=f"{self.checkpoint}/state")
         except (OSError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
             raise RunInputError(
-                f"{self.checkpoint}: broken checkpoint, or one of another recipe ({error}); remove it to continue from "
-                "the one before"
+                f"{self.checkpoint}: broken checkpoint, or one of another model or recipe ({error}); remove it to "
+                "continue from the one before"
             ) from error
 
 
@@ -181,23 +191,3 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _rng_state() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    _, keys, *position = np.random.get_state()  # noqa: NPY002  # the global generator is what a library may draw from
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [np.asarray(keys).tolist(), *position],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()],
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(("MT19937", np.array(state["numpy"][0], dtype=np.uint32), *state["numpy"][1:]))  # noqa: NPY002
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])

@@ -1,7 +1,7 @@
 """What every kind of run shares: opening it, the loop over its steps, checkpoints, Ctrl-C, the final model."""
 
 import abc
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from flashgrpo.grpo.learner import Learner
-from flashgrpo.grpo.policy import open_policy, resolve_device
-from flashgrpo.grpo.progress import StepBar, console, deferred_interrupt, step_bar
+from flashgrpo.grpo.policy import open_policy, open_sharded_model, resolve_dtype
+from flashgrpo.grpo.progress import StepBar, console, step_bar
 from flashgrpo.grpo.recipe import Recipe, SftRecipe
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder
+from flashgrpo.grpo.world import World
 from flashgrpo.model.checkpoint import save_checkpoint
 
 _MOST_SKIPPED = 3
@@ -30,10 +31,18 @@ class RunLoop(abc.ABC):
 
     title: str
 
-    def __init__(self, recipe: Recipe | SftRecipe, folder: RunFolder):
-        self.folder, self.settings = folder, recipe.train
-        self.device = resolve_device(recipe.run.device)
-        self.policy = open_policy(recipe.model, self.device)
+    def __init__(self, recipe: Recipe | SftRecipe, folder: RunFolder, world: World):
+        self.folder, self.world, self.settings = folder, world, recipe.train
+        self.device = world.device
+        model = open_sharded_model(
+            recipe.model,
+            world.device,
+            world.mesh,
+            reshard_after_forward=recipe.train.reshard_after_forward,
+            read_weights=folder.checkpoint is None,
+        )
+        self.policy = open_policy(recipe.model, world.device, model)
+        self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
         self.step = folder.state.get("step", 0)
 
     @abc.abstractmethod
@@ -56,7 +65,6 @@ class RunLoop(abc.ABC):
         self.total_steps = total_steps
         self.learner = Learner(self.policy.model, self.settings, total_steps)
         if self.folder.checkpoint:
-            self.learner.load_masters(self.folder.checkpoint / "model")
             self.folder.restore(self.learner.state_tensors() | self.extra_tensors())
 
     def run(self) -> Path:
@@ -65,22 +73,24 @@ class RunLoop(abc.ABC):
         Ctrl-C and a reward that fails leave a checkpoint of the last whole step.
         """
         self.folder.start()
-        try:
-            self.begin()
-            with step_bar(self.title, self.step, self.total_steps) as bar:
-                for step in range(self.step + 1, self.total_steps + 1):
-                    metrics, text = self.run_step(step, bar)
-                    bar.advance(step, text)
-                    self._raise_alarms(metrics)
-                    every = self.settings.checkpoint_every
-                    if (every and step % every == 0) or step == self.total_steps:
-                        self.save()
-        except (KeyboardInterrupt, RewardFailure):
-            self.save()
-            console.print(f"[yellow]stopped after step {self.step}; continue with --resume[/yellow]")
-            raise
+        with self.world.interrupts:
+            try:
+                self.begin()
+                with step_bar(self.title, self.step, self.total_steps) as bar:
+                    for step in range(self.step + 1, self.total_steps + 1):
+                        self.world.together(lambda: None)  # where Ctrl-C came during an update or a checkpoint
+                        metrics, text = self.run_step(step, bar)
+                        bar.advance(step, text)
+                        self._raise_alarms(metrics)
+                        every = self.settings.checkpoint_every
+                        if (every and step % every == 0) or step == self.total_steps:
+                            self.save()
+            except (KeyboardInterrupt, RewardFailure):
+                self.save()
+                console.print(f"[yellow]stopped after step {self.step}; continue with --resume[/yellow]")
+                raise
         final = self.folder.path / "model"
-        save_checkpoint(self.policy.model, final, tokenizer_files_from=self.policy.path)
+        self.world.everywhere(lambda: self._write_model(final))
         return final
 
     def save(self) -> None:
@@ -88,9 +98,12 @@ class RunLoop(abc.ABC):
         if self.step == self.folder.state.get("step", 0):
             return
         tensors = self.learner.state_tensors() | self.extra_tensors()
-        write_model = partial(self.learner.save_masters, tokenizer_files_from=self.policy.path)
-        with deferred_interrupt():
-            self.folder.save(self.step, write_model, tensors, self.extra_state(), self.settings.keep_checkpoints)
+        keep = self.settings.keep_checkpoints
+        self.folder.save(self.step, self._write_model, tensors, self.extra_state(), keep)
+
+    def _write_model(self, folder: Path) -> None:
+        source = self.policy.path
+        save_checkpoint(self.policy.model, folder, tokenizer_files_from=source, dtype=self.compute_dtype)
 
     def _raise_alarms(self, metrics: dict[str, float]) -> None:
         if metrics["update/skipped"]:

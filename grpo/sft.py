@@ -6,38 +6,46 @@ the completion's tokens, the prompt's tokens are not trained on, and there is no
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flashgrpo.grpo.balance import plan_packs
 from flashgrpo.grpo.data import DataError, load_problems, render_prompt
 from flashgrpo.grpo.learner import Stats, packed_loss
-from flashgrpo.grpo.packing import Completion, Group, pack_groups
+from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import Policy
-from flashgrpo.grpo.progress import Clock, StepBar, deferred_interrupt, peak_memory_mb
+from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
 from flashgrpo.grpo.recipe import DataSection, SftDataSection, SftRecipe, SourceSection, recipe_to_toml
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop, epoch_order
+from flashgrpo.grpo.world import World, open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.batch import PackedBatch
+from flashgrpo.model.flops import ModelFlops
 
 _CROSS_ENTROPY = LossConfig.preset("bnpo")
 
 
 def sft(recipe: SftRecipe, resume: bool = False) -> Path:
     """Run an SFT recipe, or continue it; returns the folder of the final model. Errors as `train`."""
-    with RunFolder(recipe.run.output, recipe_to_toml(recipe), resume) as folder:
-        return SftTrainer(recipe, folder).run()
+    with (
+        open_world(recipe) as world,
+        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume, world) as folder,
+    ):
+        return SftTrainer(recipe, folder, world).run()
 
 
 class SftTrainer(RunLoop):
     title = "sft"
 
-    def __init__(self, recipe: SftRecipe, folder: RunFolder):
-        super().__init__(recipe, folder)
+    def __init__(self, recipe: SftRecipe, folder: RunFolder, world: World):
+        super().__init__(recipe, folder, world)
         self.recipe = recipe
+        self.flops = ModelFlops.of(self.policy.model.config)
         self.examples = load_examples(recipe.data, self.policy, recipe.train.token_budget)
         self.steps_per_epoch = -(-len(self.examples) // recipe.train.batch_size)
         self.open_learner(recipe.train.epochs * self.steps_per_epoch)
@@ -49,20 +57,21 @@ class SftTrainer(RunLoop):
         size = self.recipe.train.batch_size
         order = epoch_order(self.recipe.run.seed, epoch, len(self.examples))
         groups = [self.examples[i] for i in order[place * size : (place + 1) * size]]
-        batches = [batch.to(self.device) for batch in pack_groups(groups, self.recipe.train.token_budget)]
-        num_targets = sum(batch.num_targets for batch in batches)
-        with deferred_interrupt():
-            lr = self.learner.set_lr(step)
-            stats, norm = self.learner.update(batches, functools.partial(self._loss, denominator=float(num_targets)))
-            self.step = step
-            loss = -torch.stack([s["logprobs"].sum() for s in stats]).sum() / num_targets
-            taken = self.learner.take_skipped()
-            values = torch.stack([loss.float(), norm.float(), *taken.values()]).tolist()
-            metrics = dict(zip(["loss", "grad_norm", *taken], values, strict=True))
-            rate = sum(batch.total_tokens for batch in batches) / clock.total_s
-            metrics |= {"lr": lr, "epoch": step / self.steps_per_epoch, "tokens_per_s/trained": rate}
-            metrics["memory/peak_mb"] = peak_memory_mb(self.device)
-            self.folder.log(step, metrics)
+        plan = plan_packs(groups, self.recipe.train.token_budget, self.world.size, self.flops)
+        batches = [build_batch(pack).to(self.device) for pack in plan.packs[self.world.rank]]
+        num_targets = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+        lr = self.learner.set_lr(step)
+        stats, norm = self.learner.update(batches, functools.partial(self._loss, denominator=float(num_targets)))
+        self.step = step
+        own = -torch.stack([s["logprobs"].sum() for s in stats]).sum() / num_targets
+        taken = self.learner.take_skipped()
+        loss = self.world.gather_tensor(own.float()).sum()
+        values = torch.stack([loss, norm.float(), *taken.values()]).tolist()
+        metrics = dict(zip(["loss", "grad_norm", *taken], values, strict=True))
+        rate = sum(group.num_tokens for group in groups) / clock.total_s
+        metrics |= {"lr": lr, "epoch": step / self.steps_per_epoch, "tokens_per_s/trained": rate}
+        metrics["memory/peak_mb"] = peak_memory_mb(self.device)
+        self.folder.log(step, metrics)
         return metrics, f"loss {metrics['loss']:.4f}, {rate:,.0f} tokens/s"
 
     def _loss(self, batch: PackedBatch, denominator: float) -> tuple[Tensor, Stats]:
@@ -101,3 +110,9 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
         completion = Completion(np.array(completion_ids, dtype=np.int64), sequence_id=number - 1)
         examples.append(Group(prompt_ids, [completion]))
     return examples
+
+
+if __name__ == "__main__":
+    from flashgrpo.grpo.cli import main
+
+    sys.exit(main(["sft", *sys.argv[1:]]))

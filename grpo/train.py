@@ -1,37 +1,44 @@
-"""GRPO: sample groups, reward them, pack what has a gradient, update, once a step; `flashgrpo train RECIPE`.
+"""GRPO: sample groups, reward them, pack what has a gradient, update, once a step; `flashgrpo train RECIPE`, or on
+many GPUs `torchrun --nproc_per_node 8 -m flashgrpo.grpo.train RECIPE`.
 
 The methods of `Trainer` stand in the order of a step. It waits for the device once a step, in `device_metrics`, besides
 what the generator does.
 """
 
 import dataclasses
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flashgrpo.grpo.balance import PackPlan, plan_packs
 from flashgrpo.grpo.data import Problem, load_problems
-from flashgrpo.grpo.evaluate import completion_group, evaluate, open_reward_pool
+from flashgrpo.grpo.evaluate import completion_group, evaluate, merge, open_reward_pool
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
 from flashgrpo.grpo.native_generator import NativeGenerator
-from flashgrpo.grpo.packing import Completion, Group, is_dead, live_groups, loss_denominator, pack_groups
-from flashgrpo.grpo.policy import Prompt, open_policy, render_prompts
-from flashgrpo.grpo.progress import Clock, StepBar, console, deferred_interrupt
+from flashgrpo.grpo.packing import Completion, Group, build_batch, is_dead, live_groups, loss_denominator
+from flashgrpo.grpo.policy import Prompt, open_sharded_model, render_prompts
+from flashgrpo.grpo.progress import Clock, StepBar, console
 from flashgrpo.grpo.recipe import Recipe, RecipeError, recipe_to_toml
 from flashgrpo.grpo.reward_pool import RewardPool, RewardTable
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop, epoch_order
+from flashgrpo.grpo.world import World, open_world
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
-from flashgrpo.model.checkpoint import read_config
+from flashgrpo.model.checkpoint import empty_decoder, read_config
 from flashgrpo.model.decoder import Decoder
+from flashgrpo.model.flops import ModelFlops
+from flashgrpo.model.sharding import free_gathered, full_tensors
 
 _LOGGED_GROUPS = 2
 
@@ -40,9 +47,19 @@ _LOGGED_GROUPS = 2
 class Update:
     """One mini-batch: an optimizer update."""
 
-    batches: list[PackedBatch]
+    plan: PackPlan
+    batches: list[PackedBatch]  # this rank's
     rewards: Tensor  # [num_groups, group_size] fp32
     denominator: float
+
+
+class _Share(NamedTuple):
+    """What one rank sampled."""
+
+    groups: list[list[Rollout]]
+    table: RewardTable
+    failures: dict[str, str]
+    seconds: float
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -51,11 +68,14 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises RecipeError, DataError, RewardError, CheckpointError and RunInputError before the first step, RunError and
     RewardFailure later. Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
-    with RunFolder(recipe.run.output, recipe_to_toml(recipe), resume) as folder:
+    with (
+        open_world(recipe) as world,
+        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume, world) as folder,
+    ):
         read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
         with open_reward_pool(recipe, problems[0]) as pool:
-            return Trainer(recipe, folder, pool, problems, held_out).run()
+            return Trainer(recipe, folder, world, pool, problems, held_out).run()
 
 
 class Trainer(RunLoop):
@@ -64,21 +84,32 @@ class Trainer(RunLoop):
     title = "train"
 
     def __init__(
-        self, recipe: Recipe, folder: RunFolder, pool: RewardPool, problems: list[Problem], held_out: list[Problem]
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        world: World,
+        pool: RewardPool,
+        problems: list[Problem],
+        held_out: list[Problem],
     ):
-        super().__init__(recipe, folder)
+        super().__init__(recipe, folder, world)
         self.recipe, self.pool = recipe, pool
         self.position = folder.state.get("position", 0)
         render = partial(render_prompts, policy=self.policy, data=recipe.data)
         self.prompts, self.held_out = render(problems), render(held_out[: recipe.eval.problems])
         _check_token_budget(recipe, max(len(prompt.token_ids) for prompt in self.prompts))
-        self.generator = NativeGenerator(self.policy.model, self.policy.stop_token_ids)
-        self.generator.weight_version = self.step
+        config = self.policy.model.config
+        self.flops = ModelFlops.of(config)
+        self.generator = NativeGenerator(empty_decoder(config, self.compute_dtype), self.policy.stop_token_ids)
+        self.generator.model.attention_backend = recipe.model.attention_backend
+        self.generator.free_weights()
         rollout = recipe.rollout
         self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
         self.reference = None
         if recipe.loss.kl_coef:
-            self.reference = open_policy(recipe.model, self.device).model.requires_grad_(False)
+            stored = self.compute_dtype
+            self.reference = open_sharded_model(recipe.model, world.device, world.mesh, stored=stored)
+            self.reference.requires_grad_(False)
         self.open_learner(recipe.train.steps)
 
     def begin(self) -> None:
@@ -96,27 +127,25 @@ class Trainer(RunLoop):
         clock = Clock()
         bar.phase("generate")
         data = self._rollout(step, clock)
+        self.generator.free_weights()
         with clock("pack"):
             updates = self._plan_updates(data)
         metrics: dict[str, float] = {}
         try:
-            with deferred_interrupt():
-                bar.phase("train")
-                metrics["lr"] = self.learner.set_lr(step)
-                metrics |= self._learn(updates, clock)
-                self.step, self.position = step, data.position
-                self.generator.weight_version = step
-                self._refresh_reference()
-                trained = self.recipe.train.epochs * sum(b.total_tokens for update in updates for b in update.batches)
-                metrics |= rollout_metrics(data, self.recipe.loss) | speed_metrics(data, clock, trained, self.device)
+            bar.phase("train")
+            metrics["lr"] = self.learner.set_lr(step)
+            metrics |= self._learn(updates, clock)
+            self.step, self.position = step, data.position
+            self._refresh_reference()
+            plans = [update.plan for update in updates] * self.recipe.train.epochs
+            metrics |= rollout_metrics(data, self.recipe.loss) | speed_metrics(data, clock, plans, self.world)
             if self._evaluates_at(step):
                 bar.phase("evaluate")
                 metrics |= self._evaluate(step)
         finally:
             if self.step == step:
-                with deferred_interrupt():
-                    self.folder.log_samples(step, self._samples(data))
-                    self.folder.log(step, metrics)
+                self.folder.log_samples(step, self._samples(data))
+                self.folder.log(step, metrics)
         alarm = self.recipe.train.mismatch_alarm
         if metrics.get("mismatch/mean", 0.0) > alarm:
             off = f"{metrics['mismatch/mean']:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
@@ -146,22 +175,42 @@ class Trainer(RunLoop):
     def _sample_groups(
         self, step: int, position: int, num_groups: int, clock: Clock
     ) -> tuple[list[list[Rollout]], RewardTable]:
-        """Generate for the next prompts; each group's rewards are computed while others still generate."""
-        prompts = [self._prompt_at(position + i) for i in range(num_groups)]
+        """Generate for the next prompts, each rank for its share; a group's rewards are computed while others still
+        generate. Every rank gets all of them: a token takes 12 bytes.
+        """
+        self._load_generator(clock)
         seed, size = self.recipe.run.seed, self.recipe.rollout.group_size
+        prompts = {i: self._prompt_at(position + i) for i in range(self.world.rank, num_groups, self.world.size)}
         requests = [
-            Request(i, prompt.token_ids, sample_seeds(seed, step, position + i, size))
-            for i, prompt in enumerate(prompts)
+            Request(i, prompt.token_ids, sample_seeds(seed, step, position + i, size)) for i, prompt in prompts.items()
         ]
-        finished = []
-        with clock("generate"):
-            for group in self.generator.generate(requests, self.sampling):
-                finished.append(group)
-                self.pool.submit(completion_group(prompts[group[0].group], group, self.policy))
-        with clock("reward"):
-            table = self.pool.collect()
+
+        def sample() -> _Share:
+            finished = []
+            start = time.perf_counter()
+            with clock("generate"):
+                for group in self.generator.generate(requests, self.sampling):
+                    finished.append(group)
+                    self.pool.submit(completion_group(prompts[group[0].group], group, self.policy))
+            with clock("reward"):
+                table = self.pool.collect()
+            return _Share(finished, table, self.pool.failures, time.perf_counter() - start)
+
+        shares = self.world.together(sample)
+        seconds = [share.seconds for share in shares]
+        clock.idle_s += max(seconds) - sum(seconds) / len(seconds)
+        self.pool.failures = {name: why for share in shares[::-1] for name, why in share.failures.items()}
+        finished = [group for share in shares for group in share.groups]
+        table = _concatenate([share.table for share in shares if share.groups])
         order = np.argsort([group[0].group for group in finished])
         return [finished[i] for i in order], _rows(table, order)
+
+    def _load_generator(self, clock: Clock) -> None:
+        """Bring the generator's weights up to date."""
+        if self.generator.weight_version != self.step:
+            with clock("sync"):
+                tensors = full_tensors(self.learner.params, self.policy.model.config, self.compute_dtype)
+                self.generator.load_weights(tensors, self.device, self.step)
 
     def _plan_updates(self, data: StepData) -> list[Update]:
         """Split the groups into mini-batches; pack those with a gradient."""
@@ -175,9 +224,11 @@ class Trainer(RunLoop):
                 for i, rollouts in enumerate(data.rollouts[first : first + size])
             ]
             denominator = loss_denominator(groups, rewards, recipe.loss, recipe.rollout.max_new_tokens)
-            batches = pack_groups(live_groups(groups, rewards, recipe.loss), recipe.train.token_budget)
+            live = live_groups(groups, rewards, recipe.loss)
+            plan = plan_packs(live, recipe.train.token_budget, self.world.size, self.flops)
+            batches = [build_batch(pack).to(self.device) for pack in plan.packs[self.world.rank]]
             on_device = torch.from_numpy(rewards).to(self.device, torch.float32)
-            updates.append(Update([batch.to(self.device) for batch in batches], on_device, denominator))
+            updates.append(Update(plan, batches, on_device, denominator))
         return updates
 
     def _learn(self, updates: list[Update], clock: Clock) -> dict[str, float]:
@@ -195,7 +246,7 @@ class Trainer(RunLoop):
                         updates[0] = dataclasses.replace(update, batches=scored)
                     collected.append([{k: v for k, v in s.items() if v.dim() == 0} for s in stats])
                     norms.append(norm)
-            return device_metrics(collected, norms, self.learner)
+            return device_metrics(collected, norms, self.learner, self.world)
 
     def _score(self, update: Update, on_policy: bool) -> Update:
         """Add old and reference log-probs. Old ones are left out where the weights have not moved since the rollout."""
@@ -204,6 +255,8 @@ class Trainer(RunLoop):
             old = None if on_policy else self._logprobs(self.policy.model, batch)
             ref = self._logprobs(self.reference, batch) if self.reference else None
             batches.append(dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref))
+        for model in filter(None, (self.policy.model, self.reference)):
+            free_gathered(model)
         return dataclasses.replace(update, batches=batches)
 
     @torch.no_grad()
@@ -228,8 +281,13 @@ class Trainer(RunLoop):
         return bool(every) and (step % every == 0 or step == self.recipe.train.steps)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        result = evaluate(self.held_out, self.policy, self.generator, self.pool, self.recipe, step)
-        return {f"eval/{name}": float(value) for name, value in result.scores().items()}
+        self._load_generator(Clock())
+        own = range(self.world.rank, len(self.held_out), self.world.size)
+        prompts = {i: self.held_out[i] for i in own}
+        parts = self.world.together(
+            lambda: evaluate(prompts, self.policy, self.generator, self.pool, self.recipe, step)
+        )
+        return {f"eval/{name}": float(value) for name, value in merge(parts).scores().items()}
 
     def _samples(self, data: StepData) -> Iterator[dict[str, Any]]:
         """The first groups of the step, every completion with its rewards."""
@@ -245,16 +303,18 @@ class Trainer(RunLoop):
         epoch, place = divmod(position, len(self.prompts))
         return self.prompts[epoch_order(self.recipe.run.seed, epoch, len(self.prompts))[place]]
 
+    @torch.no_grad()
     def _refresh_reference(self) -> None:
         every = self.recipe.train.ref_refresh_every
         if self.reference and every and self.step % every == 0:
-            self.reference.load_state_dict(self.policy.model.state_dict())
+            for name, shard in self.reference.named_parameters():
+                shard.copy_(self.learner.params[name])
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The reference, where it is not simply the model that the run began with."""
         if self.reference is None or not self.recipe.train.ref_refresh_every:
             return {}
-        return {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
+        return {f"reference.{name}": shard for name, shard in self.reference.named_parameters()}
 
     def extra_state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -290,3 +350,9 @@ def _concatenate(tables: list[RewardTable]) -> RewardTable:
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
+
+
+if __name__ == "__main__":
+    from flashgrpo.grpo.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -45,9 +45,14 @@ class PackedBatch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The batch with every tensor on `device`; copies from pinned memory do not block."""
+        """The batch with every tensor on `device`; to CUDA from pinned memory, so that nothing waits for the copies."""
+        pinned = torch.device(device).type == "cuda"
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
+        moved = {
+            name: (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+            for name, tensor in tensors.items()
+            if isinstance(tensor, Tensor)
+        }
         return replace(self, **moved)
 
 

@@ -8,19 +8,22 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from flashgrpo.model.config import CheckpointError, ModelConfig
-from flashgrpo.model.decoder import Decoder, huggingface_views
+from flashgrpo.model.decoder import Decoder, huggingface_rows, huggingface_views
 from flashgrpo.model.files import recover, whole_folder
+from flashgrpo.model.sharding import full_tensors, local_rows
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,8 +45,8 @@ def init_decoder(
     Equal seeds give equal weights on every device.
     """
     generator = torch.Generator().manual_seed(seed)
-    decoder = _empty_decoder(config).to(dtype).to_empty(device=device)
-    for name, weight in _weights(decoder).items():
+    decoder = empty_decoder(config, dtype).to_empty(device=device)
+    for name, weight in huggingface_views({n: p.detach() for n, p in decoder.named_parameters()}, config).items():
         if weight.dim() == 2:
             weight.copy_(torch.empty(weight.shape).normal_(0.0, config.initializer_range, generator=generator))
         else:
@@ -73,30 +76,45 @@ def load_checkpoint(
     tensor, for a folder or file that is missing or broken, a tensor that is missing, unexpected or of the wrong shape,
     and a model that is not supported (`ModelConfig.from_dict`).
     """
+    decoder = empty_decoder(read_config(path), dtype or _stored_dtype(Path(path))).to_empty(device=device)
+    load_weights(decoder, path)
+    return decoder
+
+
+@torch.no_grad()
+def load_weights(decoder: Decoder, path: str | os.PathLike) -> None:
+    """Fill a decoder, sharded or not, from folder `path`; a rank reads no more than its own rows. Errors as
+    `load_checkpoint`.
+    """
     folder = Path(path)
-    decoder = _empty_decoder(read_config(folder))
-    missing = _weights(decoder)
+    missing = {
+        part: (parameter, rows)
+        for name, parameter in decoder.named_parameters()
+        for part, rows in huggingface_rows(name, len(parameter), decoder.config).items()
+    }
     unexpected: list[str] = []
     tied_head = None
-    for number, (name, tensor) in enumerate(_stored_tensors(folder)):
-        if number == 0:
-            missing = _weights(decoder.to(dtype or tensor.dtype).to_empty(device=device))
+    for name, stored in _stored_tensors(folder):
         if name in missing:
-            weight = missing.pop(name)
-            if tensor.shape != weight.shape:
-                raise CheckpointError(f"{folder}: {name} has shape {[*tensor.shape]}; {CONFIG} wants {[*weight.shape]}")
-            weight.copy_(tensor)
+            parameter, rows = missing.pop(name)
+            wanted = [rows.stop - rows.start, *parameter.shape[1:]]
+            if stored.get_shape() != wanted:
+                raise CheckpointError(f"{folder}: {name} has shape {stored.get_shape()}; {CONFIG} wants {wanted}")
+            local, first = local_rows(parameter)
+            start, stop = max(rows.start, first), min(rows.stop, first + len(local))
+            if start < stop:
+                local[start - first : stop - first].copy_(stored[start - rows.start : stop - rows.start])
         elif name == "lm_head.weight" and decoder.lm_head is None:
-            tied_head = tensor
+            local, first = local_rows(decoder.lm_head_weight)
+            tied_head = stored[first : first + len(local)] if len(local) else local
         elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that older checkpoints carry
             unexpected.append(name)
     _check_names(folder, list(missing), unexpected)
-    if tied_head is not None and not torch.equal(tied_head.to(decoder.lm_head_weight), decoder.lm_head_weight):
+    if tied_head is not None and not torch.equal(tied_head.to(local := local_rows(decoder.lm_head_weight)[0]), local):
         raise CheckpointError(
             f"{folder}: {CONFIG} ties lm_head.weight to model.embed_tokens.weight, but they differ in the file; "
             "set tie_word_embeddings to false"
         )
-    return decoder
 
 
 def save_checkpoint(
@@ -104,43 +122,37 @@ def save_checkpoint(
     path: str | os.PathLike,
     *,
     tokenizer_files_from: str | os.PathLike | None = None,
-    weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes folder `path`: config.json with every key of the original, the weights in `dtype` (None: as they are), and
-    the tokenizer and generation_config.json of the folder `tokenizer_files_from`. `weights` take the place of the
-    decoder's own, as an optimizer's fp32 masters do.
+    the tokenizer and generation_config.json of the folder `tokenizer_files_from`.
 
+    Of a sharded decoder, every rank must call this; the first one writes, holding one file's tensors at a time.
     A folder that was there stays whole until the new one is (`whole_folder`). Raises OSError when the disk fails or is
-    full, with the old folder untouched.
+    full, with the old folder untouched; on the other ranks nothing is raised.
     """
-    folder = Path(path)
-    tokenizer_files: list[Path] = []
-    if tokenizer_files_from is not None:
-        source = Path(tokenizer_files_from)
-        tokenizer_files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()]
-        if not tokenizer_files:
-            raise CheckpointError(f"{source}: holds no tokenizer files")
-        tokenizer_files += source.glob(GENERATION_CONFIG)
-    with whole_folder(folder) as partial:
-        weights = huggingface_views(
-            {k: v.detach() for k, v in (weights or decoder.state_dict()).items()}, decoder.config
-        )
-        stored = dtype or next(iter(weights.values())).dtype
-        _write_json(partial / CONFIG, decoder.config.to_dict(str(stored).removeprefix("torch.")))
-        _write_weights(partial, weights, dtype, max_shard_bytes)
-        for file in tokenizer_files:
-            shutil.copyfile(file, partial / file.name)
+    parameters, config = dict(decoder.named_parameters()), decoder.config
+    stored = dtype or next(iter(parameters.values())).dtype
+    tensors = full_tensors(parameters, config, dtype)
+    try:
+        if not isinstance(decoder, FSDPModule) or dist.get_rank() == 0:
+            with whole_folder(Path(path)) as partial:
+                _write_json(partial / CONFIG, config.to_dict(str(stored).removeprefix("torch.")))
+                if tokenizer_files_from is not None:
+                    _copy_tokenizer_files(Path(tokenizer_files_from), partial)
+                shapes = {n: torch.empty(p.shape, dtype=stored, device="meta") for n, p in parameters.items()}
+                sizes = {n: torch.empty_like(view) for n, view in huggingface_views(shapes, config).items()}
+                _write_weights(partial, tensors, sizes, max_shard_bytes)
+    finally:
+        for _ in tensors:  # every rank gathers to the end
+            pass
 
 
-def _empty_decoder(config: ModelConfig) -> Decoder:
+def empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
+    """A decoder on the meta device, for `to_empty`: it takes no memory."""
     with torch.device("meta"):
-        return Decoder(config)
-
-
-def _weights(decoder: Decoder) -> dict[str, Tensor]:
-    return huggingface_views({name: p.detach() for name, p in decoder.named_parameters()}, decoder.config)
+        return Decoder(config).to(dtype)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -157,8 +169,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint, one at a time; with an index, those it lists, from the shards it names."""
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Every tensor of the checkpoint as a slice that reads no more than the rows it is asked for; with an index, those
+    it lists, from the shards it names. A file is mapped anew for each, so that what was read does not stay in memory.
+    """
     shards: dict[str, list[str]] = {}  # no names: all that the file holds
     if (folder / WEIGHTS).is_file():
         shards[WEIGHTS] = []
@@ -174,13 +188,22 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard}: no such file, though {INDEX} names it")
         try:
-            with safe_open(folder / shard, framework="pt") as stored:
-                for name in names or stored.keys():
-                    yield name, stored.get_tensor(name)
+            if not names:
+                with safe_open(folder / shard, framework="pt") as stored:
+                    names = [*stored.keys()]
+            for name in names:
+                with safe_open(folder / shard, framework="pt") as stored:
+                    yield name, stored.get_slice(name)
         except SafetensorError as error:
             raise CheckpointError(f"{folder / shard}: broken or incomplete: {error}") from None
         except OSError as error:
             raise CheckpointError(f"{folder / shard}: cannot be read: {error}") from None
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    for _, stored in _stored_tensors(folder):
+        return stored[:0].dtype
+    raise CheckpointError(f"{folder}: holds no tensors")
 
 
 def _check_names(folder: Path, missing: list[str], unexpected: list[str]) -> None:
@@ -195,14 +218,28 @@ def _check_names(folder: Path, missing: list[str], unexpected: list[str]) -> Non
         )
 
 
-def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int) -> None:
-    """Shards hold at most `max_shard_bytes`, or one tensor; only one shard at a time is held in `dtype`."""
-    sizes = {name: torch.empty_like(weight, dtype=dtype, device="meta") for name, weight in weights.items()}
+def _copy_tokenizer_files(source: Path, target: Path) -> None:
+    files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()]
+    if not files:
+        raise CheckpointError(f"{source}: holds no tokenizer files")
+    for file in (*files, *source.glob(GENERATION_CONFIG)):
+        shutil.copyfile(file, target / file.name)
+
+
+def _write_weights(
+    folder: Path, tensors: Iterator[tuple[str, Tensor]], sizes: dict[str, Tensor], max_shard_bytes: int
+) -> None:
+    """Files hold at most `max_shard_bytes`, or one tensor; each is written once its last tensor has come."""
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
-    for file, names in split.filename_to_tensors.items():
-        tensors = {name: weights[name].to("cpu", dtype).contiguous() for name in names}
+    file_of = {name: file for file, names in split.filename_to_tensors.items() for name in names}
+    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in split.filename_to_tensors}
+    for name, tensor in tensors:
+        file = file_of[name]
+        waiting[file][name] = tensor.to("cpu").contiguous()
+        if len(waiting[file]) < len(split.filename_to_tensors[file]):
+            continue
         try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / file}: {error}") from None
     if split.is_sharded:

@@ -7,6 +7,7 @@ gate and up. `huggingface_views` has them apart, under the names that checkpoint
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
@@ -61,7 +62,8 @@ class Decoder(nn.Module):
         ids, positions = batch.input_ids, batch.position_ids
         if padding:
             ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
-        return self._run(ids, positions, attend)[:total_tokens]
+        hidden = self._run(ids, positions, attend)
+        return hidden[:total_tokens].clone() if padding else hidden  # FSDP wants no view
 
     def padded_tokens(self, num_tokens: int) -> int:
         """`num_tokens`, or a little more on a CPU: `model.linear` has the reason."""
@@ -96,25 +98,33 @@ class Decoder(nn.Module):
             block.compile(backend=backend, dynamic=True)
 
 
+def huggingface_rows(name: str, num_rows: int, config: ModelConfig) -> dict[str, slice]:
+    """The rows of a decoder's parameter under the names that Hugging Face checkpoints use: one, or those of a joint."""
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    parts = {
+        ".qkv_proj.": {".q_proj.": q_size, ".k_proj.": kv_size, ".v_proj.": kv_size},
+        ".gate_up_proj.": {".gate_proj.": config.intermediate_size, ".up_proj.": config.intermediate_size},
+    }
+    joint = next((joint for joint in parts if joint in name), None)
+    if joint is None:
+        return {name: slice(0, num_rows)}
+    stops = itertools.accumulate(parts[joint].values())
+    return {
+        name.replace(joint, part): slice(stop - size, stop)
+        for (part, size), stop in zip(parts[joint].items(), stops, strict=True)
+    }
+
+
 def huggingface_views(
     tensors: Mapping[str, Tensor],  # a decoder's parameters, or what has their names and shapes
     config: ModelConfig,
 ) -> dict[str, Tensor]:
     """Views of `tensors` under the names that Hugging Face checkpoints use, in their order."""
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    parts = {
-        "qkv_proj": {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
-        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+    return {
+        part: tensor[rows]
+        for name, tensor in tensors.items()
+        for part, rows in huggingface_rows(name, len(tensor), config).items()
     }
-    views = {}
-    for name, tensor in tensors.items():
-        joint = next((joint for joint in parts if f".{joint}." in name), None)
-        if joint is None:
-            views[name] = tensor
-            continue
-        for part, rows in zip(parts[joint], tensor.split([*parts[joint].values()]), strict=True):
-            views[name.replace(joint, part)] = rows
-    return views
 
 
 class Trunk(nn.Module):

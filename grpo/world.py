@@ -1,0 +1,159 @@
+"""The ranks of a run: torchrun's processes, or a world of one; and what they must do together.
+
+All of them hold the same recipe, read the same data and, from the gathered rollouts on, compute the same plans. What
+can fail or be interrupted on one of them alone goes through `together` or `on_main`, so that it ends on all of them.
+"""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from flashgrpo.grpo.policy import resolve_device
+from flashgrpo.grpo.progress import Interrupts, console
+from flashgrpo.grpo.recipe import Recipe, RecipeError, SftRecipe, recipe_to_toml
+from flashgrpo.grpo.rewards import RewardFailure
+
+_FAILED = "rank 0 failed"
+_WAIT_FOR_MAIN = datetime.timedelta(seconds=5)  # most errors are found by all ranks at the same time
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's view of all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh  # (shard,) or (replicate, shard)
+    interrupts: Interrupts = field(default_factory=Interrupts)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Every rank's result of its own `work`. Ctrl-C, or a reward that fails, on one of them is raised on all."""
+
+        def interruptible() -> T:
+            with self.interrupts.allowed():
+                return work()
+
+        return self.everywhere(interruptible, (KeyboardInterrupt, RewardFailure))
+
+    def everywhere(self, work: Callable[[], T], errors: tuple[type[BaseException], ...] = (Exception,)) -> list[T]:
+        """Every rank's result of `work`; where one of them raises one of `errors`, all do."""
+        outcome: tuple[Any, BaseException | None]
+        try:
+            outcome = work(), None
+        except errors as error:
+            outcome = None, error
+        outcomes = self.gather(outcome)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """The first rank's result of `work`, which the others do not do; its error is raised on all."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [work(), None]
+            except Exception as error:  # it is raised below
+                outcome = [None, error]
+        if self.size > 1:
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Every rank's `values` on the device, stacked: [size, *values.shape]. Does not wait for the device."""
+        rows = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(rows, values)
+        return torch.stack(rows)
+
+
+@contextmanager
+def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
+    """The ranks that torchrun started, or a world of one, each with its device.
+
+    Raises RecipeError where the ranks' recipes differ, or train.shard_ranks does not divide their number. An error
+    that all ranks raise is shown by the first alone; that of a single one, with the rank's name.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    console.quiet = rank > 0
+    store = next(dist.rendezvous("env://"))[0] if size > 1 else dist.HashStore()
+    try:
+        device = resolve_device(recipe.run.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=recipe.run.collective_timeout_s),
+        )
+        world = World(rank, size, device, _mesh(device, size, recipe.train.shard_ranks))
+        _compare_recipes(world, recipe)
+        yield world
+    except Exception as error:
+        if rank == 0:
+            store.set(_FAILED, str(error))
+        elif not _is_set(store, _FAILED):
+            console.quiet = False
+            console.print(f"flashgrpo: rank {rank} of {size} on {socket.gethostname()}:", style="red", highlight=False)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _mesh(device: torch.device, size: int, shard_ranks: int) -> DeviceMesh:
+    shard_ranks = shard_ranks or size
+    if size % shard_ranks:
+        raise RecipeError(
+            f"train.shard_ranks = {shard_ranks} does not divide the {size} ranks; use one that does, or 0 for all"
+        )
+    if shard_ranks == size:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (size // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
+
+
+def _compare_recipes(world: World, recipe: Recipe | SftRecipe) -> None:
+    texts = world.gather(recipe_to_toml(recipe))
+    for rank, text in enumerate(texts):
+        differing = [pair for pair in zip(texts[0].splitlines(), text.splitlines(), strict=False) if len({*pair}) > 1]
+        if text != texts[0]:
+            found, wanted = differing[0] if differing else ("more keys", "fewer")
+            raise RecipeError(
+                f"the ranks have different recipes: {found} on rank 0, {wanted} on rank {rank}; start all with the same"
+            )
+
+
+def _is_set(store: dist.Store, key: str) -> bool:
+    try:
+        store.wait([key], _WAIT_FOR_MAIN)
+    except dist.DistStoreError:
+        return False
+    return True
