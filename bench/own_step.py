@@ -31,6 +31,7 @@ from flashgrpo.grpo.recipe import ModelSection, Recipe, TrainSection, build_reci
 from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.train import Trainer
+from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.batch import PackedBatch
 
@@ -55,11 +56,12 @@ def time_steps(options: argparse.Namespace) -> dict:
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
         seconds = []
         with (
+            open_world(recipe) as world,
             open_reward_pool(recipe, problems[0]) as pool,
-            RunFolder(recipe.run.output, recipe_to_toml(recipe), resume=False) as run,
+            RunFolder(recipe.run.output, recipe_to_toml(recipe), resume=False, world=world) as run,
             step_bar("step", 0, options.steps) as bar,
         ):
-            trainer = Trainer(recipe, run, pool, problems, held_out)
+            trainer = Trainer(recipe, run, world, pool, problems, held_out)
             trainer.generator.stop_token_ids = []
             run.start()
             for step in range(1, options.steps + 1):

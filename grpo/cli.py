@@ -9,8 +9,9 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 _RECIPE_COMMANDS = ("train", "sft")  # what a command needs is imported by it: --help must not wait for torch
 
@@ -51,6 +52,25 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # the one place that turns the package's own errors into a line and an exit code
         return _report(error)
     return 0
+
+
+def run_and_exit(*arguments: str) -> NoReturn:
+    """`main`, then the end of the process without Python's finalization.
+
+    A thread of gloo's that still holds a finished collective's tensor would abort it there (pytorch#190489), and threads
+    of gloo's outlive their process group where FSDP2 has used it.
+    """
+    code = 1
+    try:
+        code = main([*arguments, *sys.argv[1:]])
+    except SystemExit as ended:  # argparse's
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _report(error: Exception) -> int:
@@ -157,4 +177,4 @@ def _print_report(run_folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

@@ -55,7 +55,7 @@ def evaluate(
     recipe: Recipe,
     step: int = 0,
 ) -> Evaluation:
-    """Sample recipe.eval.samples completions a prompt, seeded by its number, and score them with the accuracy reward."""
+    """Sample recipe.eval.samples completions a prompt, seeded by its number, and score them by accuracy."""
     requests = [
         Request(i, prompt.token_ids, sample_seeds(recipe.run.seed, _EVAL_STREAM + step, i, recipe.eval.samples))
         for i, prompt in prompts.items()

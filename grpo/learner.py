@@ -53,7 +53,8 @@ class Learner:
     ) -> tuple[list[Stats], Tensor]:
         """One optimizer step on the summed losses of `batches`; returns their stats and the gradient norm (0-d).
 
-        Every rank must have equally many batches: ranks meet in each of their layers. Nothing waits for the device. Where the norm is not finite the weights and moments stay as they are.
+        Every rank must have equally many batches: ranks meet in each of their layers. Nothing waits for the device.
+        Where the norm is not finite the weights and moments stay as they are.
         """
         collected = []
         for batch in batches:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -115,7 +115,7 @@ class RunFolder:
         try:
             with contextlib.ExitStack() as stack:
                 partial = on_main(lambda: stack.enter_context(whole_folder(final)))
-                dcp.save(tensors, checkpoint_id=partial / "state")
+                state_dict_saver.save(tensors, checkpoint_id=partial / "state")
                 self._world.everywhere(lambda: write_model(partial / "model"))
                 on_main(lambda: write_text(partial / "state.json", json.dumps({"step": step, **state})))
                 on_main(stack.close)
@@ -131,7 +131,7 @@ class RunFolder:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place from the open checkpoint, on any number of ranks."""
         try:
-            dcp.load(tensors, checkpoint_id=f"{self.checkpoint}/state")
+            state_dict_loader.load(tensors, checkpoint_id=f"{self.checkpoint}/state")
         except (OSError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
             raise RunInputError(
                 f"{self.checkpoint}: broken checkpoint, or one of another model or recipe ({error}); remove it to "

@@ -6,7 +6,6 @@ the completion's tokens, the prompt's tokens are not trained on, and there is no
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +112,6 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
 
 
 if __name__ == "__main__":
-    from flashgrpo.grpo.cli import main
+    from flashgrpo.grpo.cli import run_and_exit
 
-    sys.exit(main(["sft", *sys.argv[1:]]))
+    run_and_exit("sft")

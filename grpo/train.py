@@ -6,7 +6,6 @@ what the generator does.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -353,6 +352,6 @@ def _number(value: float) -> float | None:
 
 
 if __name__ == "__main__":
-    from flashgrpo.grpo.cli import main
+    from flashgrpo.grpo.cli import run_and_exit
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run_and_exit("train")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from flashgrpo.grpo.policy import resolve_device
 from flashgrpo.grpo.progress import Interrupts, console
@@ -60,12 +61,12 @@ class World:
 
     def everywhere(self, work: Callable[[], T], errors: tuple[type[BaseException], ...] = (Exception,)) -> list[T]:
         """Every rank's result of `work`; where one of them raises one of `errors`, all do."""
-        outcome: tuple[Any, BaseException | None]
+        outcome: tuple[T | None, BaseException | None]
         try:
             outcome = work(), None
         except errors as error:
             outcome = None, error
-        outcomes = self.gather(outcome)
+        outcomes: list[tuple[Any, BaseException | None]] = [*self.gather(outcome)]
         for _, error in outcomes:
             if error is not None:
                 raise error
@@ -101,7 +102,7 @@ def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     console.quiet = rank > 0
-    store = next(dist.rendezvous("env://"))[0] if size > 1 else dist.HashStore()
+    store = next(rendezvous("env://"))[0] if size > 1 else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     try:
         device = resolve_device(recipe.run.device)
         if device.type == "cuda":
@@ -151,7 +152,7 @@ def _compare_recipes(world: World, recipe: Recipe | SftRecipe) -> None:
             )
 
 
-def _is_set(store: dist.Store, key: str) -> bool:
+def _is_set(store, key: str) -> bool:
     try:
         store.wait([key], _WAIT_FOR_MAIN)
     except dist.DistStoreError:

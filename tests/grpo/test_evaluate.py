@@ -104,7 +104,7 @@ def test_partial_credit_and_missing_scores_count_as_wrong(policy, prompts):
     """And rows stay with their problems, in whatever order groups are finished."""
     texts = [["<answer>1</answer>"] * 2, ["a\n2", "3"], ["4", "<think>5"]]
     pool = TablePool([[1.0, 1.0], [0.99, np.nan], [np.nan, 1.0]])
-    result = evaluate(prompts, policy, TableGenerator(texts, policy.tokenizer), pool, eval_recipe())
+    result = evaluate(dict(enumerate(prompts)), policy, TableGenerator(texts, policy.tokenizer), pool, eval_recipe())
     assert result.correct.tolist() == [[True, True], [False, False], [False, True]]
     assert result.answers == [["1", "1"], ["2", "3"], ["4", None]]
     assert result.lengths[2].tolist() == [1, 8]
@@ -115,7 +115,7 @@ def test_answers_are_extracted_as_the_accuracy_reward_does(policy):
     problems = [Problem("1+1=<think>", {"answer": "2", "number": 0})]
     prompts = render_prompts(problems, policy, DataSection(path="unused", template="none"))
     generator = TableGenerator([["so it is 2", "</think>2"]], policy.tokenizer)
-    result = evaluate(prompts, policy, generator, TablePool([[0.0, 1.0]]), eval_recipe())
+    result = evaluate(dict(enumerate(prompts)), policy, generator, TablePool([[0.0, 1.0]]), eval_recipe())
     assert result.answers == [[None, "2"]]
     assert result.scores()["cons@k"] == 1.0
 
@@ -125,7 +125,9 @@ def test_an_evaluation_depends_on_weights_seed_and_step_alone(policy, prompts):
 
     def answers(seed: int, step: int) -> list:
         pool = TablePool([[0.0, 0.0]] * 3)
-        return evaluate(prompts, policy, generator, pool, eval_recipe(seed, temperature=1.0), step).answers
+        return evaluate(
+            dict(enumerate(prompts)), policy, generator, pool, eval_recipe(seed, temperature=1.0), step
+        ).answers
 
     generator = NativeGenerator(policy.model, policy.stop_token_ids)
     first = answers(seed=1, step=5)

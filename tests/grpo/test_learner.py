@@ -13,9 +13,9 @@ from flashgrpo.model.checkpoint import load_checkpoint
 
 @pytest.fixture
 def make_learner(model_path):
-    def make(dtype: torch.dtype = torch.float32, total_steps: int = 10, **config) -> Learner:
+    def make(total_steps: int = 10, **config) -> Learner:
         config = {"lr": 1e-2, "grad_clip": 1e9, **config}
-        return Learner(load_checkpoint(model_path, dtype=dtype), OptimizerSection(**config), total_steps)
+        return Learner(load_checkpoint(model_path), OptimizerSection(**config), total_steps)
 
     return make
 
@@ -36,7 +36,7 @@ def random_gradients(learner: Learner, seed: int) -> dict[str, Tensor]:
 
 
 def snapshot(learner: Learner) -> dict[str, Tensor]:
-    tensors = {**learner.params, **learner.state_tensors(), **{f"master {k}": v for k, v in learner.masters.items()}}
+    tensors = learner.state_tensors()
     del tensors["skipped"]  # the counter, which is to change
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
@@ -75,10 +75,9 @@ def test_weight_decay_spares_norms_and_biases(make_learner):
         torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_without_batches_decays_the_moments(make_learner, dtype):
+def test_an_update_without_batches_decays_the_moments(make_learner):
     """All groups dead: the step counts, and momentum moves the weights."""
-    learner = make_learner(dtype, betas=(0.75, 0.5))
+    learner = make_learner(betas=(0.75, 0.5))
     learner.update([1.0], linear_loss(learner, random_gradients(learner, 0)))
     before = snapshot(learner)
     stats, norm = learner.update([], linear_loss(learner, {}))
@@ -88,39 +87,12 @@ def test_an_update_without_batches_decays_the_moments(make_learner, dtype):
         torch.testing.assert_close(after[f"optimizer.{name}.exp_avg"], before[f"optimizer.{name}.exp_avg"] * 0.75)
         torch.testing.assert_close(after[f"optimizer.{name}.exp_avg_sq"], before[f"optimizer.{name}.exp_avg_sq"] * 0.5)
         assert after[f"optimizer.{name}.step"] == 2
-        assert not torch.equal(learner.masters[name], before[f"master {name}"])
+        assert not torch.equal(learner.params[name], before[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_small_gradients_do_not_vanish(make_learner, dtype):
-    """In bfloat16 1 + 1/512 is 1: gradients summed there would end as the first micro-batch's alone."""
-    learner = make_learner(dtype)
-    name = "model.layers.0.mlp.gate_up_proj.weight"
-    ones = torch.ones_like(learner.masters[name])
-    _, norm = learner.update([1.0] + [1 / 512] * 256, linear_loss(learner, {name: ones}))
-    assert norm.item() == pytest.approx(1.5 * math.sqrt(ones.numel()), rel=1e-5)
-    assert all(p.grad is None for p in (*learner.params.values(), *learner.masters.values()))
-
-
-def test_small_updates_add_up_in_fp32_masters(make_learner):
-    """A hundred updates, each too small to be seen in bfloat16, move the bfloat16 weights."""
-    learner = make_learner(torch.bfloat16, lr=1e-5)
-    name = "model.norm.weight"  # ones: the next bfloat16 below is 1 - 2^-8
-    gradient = {name: torch.ones_like(learner.masters[name])}
-    learner.update([1.0], linear_loss(learner, gradient))
-    assert torch.equal(learner.params[name], torch.ones_like(learner.params[name]))
-    learner.set_lr(1)
-    for _ in range(300):
-        learner.update([1.0], linear_loss(learner, gradient))
-    torch.testing.assert_close(learner.masters[name], torch.full_like(learner.masters[name], 1 - 301e-5))
-    assert learner.params[name].dtype == torch.bfloat16
-    assert (learner.params[name] == 1 - 2**-8).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(make_learner, dtype, value):
-    learner = make_learner(dtype, weight_decay=0.1, grad_clip=1.0)
+def test_a_gradient_that_is_not_finite_changes_nothing(make_learner, value):
+    learner = make_learner(weight_decay=0.1, grad_clip=1.0)
     learner.update([1.0], linear_loss(learner, random_gradients(learner, 1)))
     before = snapshot(learner)
     poisoned = random_gradients(learner, 2)
@@ -130,7 +102,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(make_learner, dtype, valu
     assert_same(snapshot(learner), before)
 
     learner.update([1.0], linear_loss(learner, random_gradients(learner, 3)))
-    spared = make_learner(dtype, weight_decay=0.1, grad_clip=1.0)
+    spared = make_learner(weight_decay=0.1, grad_clip=1.0)
     for seed in (1, 3):
         spared.update([1.0], linear_loss(spared, random_gradients(spared, seed)))
     assert_same(snapshot(learner), snapshot(spared))
@@ -192,13 +164,3 @@ def test_schedule(make_learner, config, expected):
     rates = [learner.set_lr(step) for step in range(1, 6)]
     assert rates == pytest.approx([2.0 * share for share in expected], abs=1e-12)
     assert {group["lr"] for group in learner.optimizer.param_groups} == {rates[-1]}
-
-
-def test_masters_survive_a_save_in_full_precision(make_learner, model_path, tmp_path):
-    learner = make_learner(torch.bfloat16)
-    learner.update([1.0], linear_loss(learner, random_gradients(learner, 0)))
-    learner.save_masters(tmp_path / "model", tokenizer_files_from=model_path)
-    restored = make_learner(torch.bfloat16)
-    restored.load_masters(tmp_path / "model")
-    assert_same(restored.masters, learner.masters)
-    assert_same(restored.params, learner.params)

@@ -11,6 +11,7 @@ from flashgrpo.grpo.metrics import StepData, device_metrics, rollout_metrics
 from flashgrpo.grpo.recipe import OptimizerSection
 from flashgrpo.grpo.reward_pool import RewardTable
 from flashgrpo.grpo.rollout import Rollout
+from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import load_checkpoint
 
@@ -46,11 +47,12 @@ def test_a_step_without_any_reward_has_metrics_too():
     assert (metrics["reward/group_std"], metrics["groups/dead"]) == (0.0, 1.0)
 
 
-def test_metrics_of_a_step_do_not_copy_what_is_kept_per_token(model_path):
+def test_metrics_of_a_step_do_not_copy_what_is_kept_per_token(model_path, recipe):
     """At 8,192 completions of 32k tokens their concatenation would be gigabytes."""
     learner = Learner(load_checkpoint(model_path), OptimizerSection(), 1)
     per_token = {name: torch.empty(1).expand(10**13) for name in ("logprobs", "entropies")}
     scalars = {"loss": 1.0, "num_tokens": 3.0, "entropy": 0.5, "ratio_max": 2.0}
     stats = {name: torch.tensor(value) for name, value in scalars.items()} | per_token
-    metrics = device_metrics([[stats, stats]], [torch.tensor(4.0)], learner)
+    with open_world(recipe) as world:
+        metrics = device_metrics([[stats, stats]], [torch.tensor(4.0)], learner, world)
     assert (metrics["loss"], metrics["grad_norm"], metrics["entropy"], metrics["ratio/max"]) == (2.0, 4.0, 0.5, 2.0)

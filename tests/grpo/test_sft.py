@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flashgrpo.grpo.balance import plan_packs
 from flashgrpo.grpo.data import DataError
-from flashgrpo.grpo.packing import pack_groups
+from flashgrpo.grpo.packing import build_batch
 from flashgrpo.grpo.policy import open_policy
 from flashgrpo.grpo.recipe import ModelSection, SftDataSection, SftRecipe, build_recipe
 from flashgrpo.grpo.run_folder import RunError, RunFolder, read_rows
 from flashgrpo.grpo.sft import SftTrainer, load_examples, sft
+from flashgrpo.grpo.world import open_world
 from flashgrpo.model.decoder import huggingface_views
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}" + "!" * (a + b)} for a in range(4) for b in range(4)]
@@ -67,9 +69,10 @@ def reference_model(model_path: Path):
 @pytest.mark.parametrize("token_budget", [32, 4096], ids=["many micro-batches", "one"])
 def test_loss_and_gradients_are_those_of_cross_entropy(recipe, model_path, token_budget):
     """Completion tokens alone are trained on, the end-of-sequence token among them; packing changes nothing."""
-    with RunFolder(recipe.run.output, "", resume=False) as folder:
-        trainer = SftTrainer(recipe, folder)
-        batches = pack_groups(trainer.examples, token_budget)
+    with open_world(recipe) as world, RunFolder(recipe.run.output, "", resume=False, world=world) as folder:
+        trainer = SftTrainer(recipe, folder, world)
+        (packs,) = plan_packs(trainer.examples, token_budget, 1, trainer.flops).packs
+        batches = [build_batch(pack) for pack in packs]
         assert (len(batches) == 1) == (token_budget == 4096)
         num_targets = sum(batch.num_targets for batch in batches)
         nll = 0.0
@@ -77,11 +80,11 @@ def test_loss_and_gradients_are_those_of_cross_entropy(recipe, model_path, token
             loss, stats = trainer._loss(batch, denominator=float(num_targets))
             loss.backward()
             nll -= stats["logprobs"].sum().item() / num_targets
+        grads = {name: p.grad.full_tensor() for name, p in trainer.learner.params.items()}
+        grads = huggingface_views(grads, trainer.policy.model.config)
     model, expected = reference_model(model_path)
     assert nll == pytest.approx(expected, rel=1e-5)
     wanted = dict(model.named_parameters())
-    grads = {name: p.grad for name, p in trainer.policy.model.named_parameters() if p.grad is not None}
-    grads = huggingface_views(grads, trainer.policy.model.config)
     assert grads.keys() == wanted.keys()
     for name, grad in grads.items():
         expected_grad = wanted[name].grad
@@ -112,13 +115,12 @@ def test_every_example_is_seen_once_an_epoch(recipe, monkeypatch):
     """The last batch of an epoch may be short; the order is new in each."""
     recipe = changed(recipe, "train", batch_size=6, epochs=2)
     seen: list[list[int]] = []
-    original = pack_groups
 
-    def spy(groups, token_budget):
+    def spy(groups, *options):
         seen.append([group.completions[0].sequence_id for group in groups])
-        return original(groups, token_budget)
+        return plan_packs(groups, *options)
 
-    monkeypatch.setattr("flashgrpo.grpo.sft.pack_groups", spy)
+    monkeypatch.setattr("flashgrpo.grpo.sft.plan_packs", spy)
     sft(recipe)
     assert [len(batch) for batch in seen] == [6, 6, 4] * 2
     first, second = seen[0] + seen[1] + seen[2], seen[3] + seen[4] + seen[5]

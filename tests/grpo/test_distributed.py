@@ -1,0 +1,201 @@
+"""One update is the same on any number of ranks, micro-batches and copies of the model, to the last bits of fp32."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashgrpo.grpo.learner import Learner, packed_loss
+from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.grpo.policy import open_sharded_model
+from flashgrpo.grpo.recipe import Recipe
+from flashgrpo.grpo.world import open_world
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
+from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.sharding import full_tensors
+
+pytestmark = pytest.mark.xdist_group("ranks")
+GROUP_SIZE, DENOMINATOR = 8, 250.0
+Layout = list[list[list[Group]]]  # [rank][micro_batch]
+
+
+class Update(NamedTuple):
+    gradients: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+    norm: float
+
+
+def updates(recipe: Recipe, layouts: list[Layout], rewards: np.ndarray) -> list[Update]:
+    """One update of the model at recipe.model.path for each layout."""
+    torch.set_num_threads(1)
+    with open_world(recipe) as world:
+        return [_update(recipe, world, layout[world.rank], rewards) for layout in layouts]
+
+
+def _update(recipe: Recipe, world, packs: list[list[Group]], rewards: np.ndarray) -> Update:
+    reshard = recipe.train.reshard_after_forward
+    model = open_sharded_model(recipe.model, world.device, world.mesh, reshard_after_forward=reshard)
+    learner = Learner(model, recipe.train, 1)
+    gradients = {}
+
+    def record(*_) -> None:
+        own = {name: p.grad for name, p in learner.params.items()}
+        gradients.update({name: g.clone().numpy() for name, g in full_tensors(own, model.config)})
+
+    def loss_of(batch):
+        return packed_loss(
+            model,
+            batch,
+            recipe.loss,
+            denominator=DENOMINATOR,
+            rewards=torch.from_numpy(rewards).float(),
+            sequence_ids=batch.sequence_ids,
+        )
+
+    learner.optimizer.register_step_pre_hook(record)
+    _, norm = learner.update([build_batch(pack) for pack in packs], loss_of)
+    weights = {name: w.clone().numpy() for name, w in full_tensors(learner.params, model.config)}
+    return Update(gradients, weights, norm.item())
+
+
+def random_groups(rng: np.random.Generator, num_groups: int) -> list[Group]:
+    return [
+        Group(
+            rng.integers(2, 90, rng.integers(1, 9)).tolist(),
+            [Completion(rng.integers(2, 90, rng.integers(1, 12)), i * GROUP_SIZE + j) for j in range(GROUP_SIZE)],
+        )
+        for i in range(num_groups)
+    ]
+
+
+def dealt_out(groups: list[Group], size: int, num_micro_batches: int, shared_prefix: bool = True) -> Layout:
+    """Every group is split over all ranks and micro-batches."""
+    places = [(number % size, number // size % num_micro_batches) for number in range(GROUP_SIZE)]
+    layout = laid_out(groups, [places] * len(groups), size, num_micro_batches)
+    if shared_prefix:
+        return layout
+    return [[[Group(g.prompt_ids, [c]) for g in pack for c in g.completions] for pack in rank] for rank in layout]
+
+
+def laid_out(groups: list[Group], places: list[list[tuple[int, int]]], size: int, num_micro_batches: int) -> Layout:
+    """Completion j of group i in places[i][j], a rank and a micro-batch."""
+    layout: Layout = [[[] for _ in range(num_micro_batches)] for _ in range(size)]
+    for group, own in zip(groups, places, strict=True):
+        for rank, micro_batch in sorted(set(own)):
+            part = [c for c, place in zip(group.completions, own, strict=True) if place == (rank, micro_batch)]
+            layout[rank][micro_batch].append(Group(group.prompt_ids, part))
+    return layout
+
+
+def assert_equal(found: Update, wanted: Update, bound: float = 1e-6) -> None:
+    """Relative difference of each tensor by its norm, gradients and weights."""
+    for ours, theirs in zip(found[:2], wanted[:2], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            off = np.linalg.norm(ours[name] - tensor) / np.linalg.norm(tensor)
+            assert off <= bound, f"{name}: {off:.2e}"
+    assert found.norm == pytest.approx(wanted.norm, rel=bound)
+
+
+@pytest.fixture
+def update_recipe(recipe):
+    train = dataclasses.replace(recipe.train, grad_clip=1e9)
+    return dataclasses.replace(recipe, loss=LossConfig.preset("dapo", entropy_coef=0.01), train=train)
+
+
+@pytest.fixture
+def untied_path(model_path, tmp_path) -> Path:
+    raw = {**read_config(model_path).raw, "tie_word_embeddings": False}
+    save_checkpoint(
+        init_decoder(ModelConfig.from_dict(raw), seed=1), tmp_path / "untied", tokenizer_files_from=model_path
+    )
+    return tmp_path / "untied"
+
+
+GROUPS, REWARDS = random_groups(np.random.default_rng(0), 6), np.random.default_rng(1).standard_normal((6, GROUP_SIZE))
+
+
+@pytest.fixture(params=["tied", "untied"])
+def wanted(request, update_recipe, untied_path):
+    """(recipe, the update on one rank in one micro-batch)."""
+    recipe = update_recipe
+    if request.param == "untied":
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=str(untied_path)))
+    ((update,),) = ranks.run(updates, 1, recipe, [[[GROUPS]]], REWARDS)
+    return recipe, update
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_update_is_the_same_on_any_layout(wanted, size):
+    recipe, expected = wanted
+    layouts = [dealt_out(GROUPS, size, n, shared) for n in (1, 5) for shared in (True, False)]
+    found = ranks.run(updates, size, recipe, layouts, REWARDS)
+    for rank in found:
+        for update in rank:
+            assert_equal(update, expected)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("train", {"shard_ranks": 2}),
+        ("train", {"reshard_after_forward": False}),
+        ("model", {"activation_checkpointing": "full"}),
+        ("model", {"activation_checkpointing": "selective"}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+def test_copies_and_memory_savings_change_nothing(wanted, section, values):
+    recipe, expected = wanted
+    recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
+    for rank in ranks.run(updates, 4, recipe, [dealt_out(GROUPS, 4, 2)], REWARDS):
+        assert_equal(rank[0], expected)
+
+
+@pytest.mark.parametrize("shard_ranks", [0, 2])
+def test_the_same_layout_gives_equal_bits(update_recipe, shard_ranks):
+    recipe = dataclasses.replace(update_recipe, train=dataclasses.replace(update_recipe.train, shard_ranks=shard_ranks))
+    layout = dealt_out(GROUPS, 4, 3)
+    first, again = (ranks.run(updates, 4, recipe, [layout], REWARDS) for _ in range(2))
+    for (one,), (other,) in zip(first, [*again[1:], again[0]], strict=True):  # and on every rank
+        assert all(np.array_equal(one.gradients[name], other.gradients[name]) for name in one.gradients)
+        assert all(np.array_equal(one.weights[name], other.weights[name]) for name in one.weights)
+        assert one.norm == other.norm
+
+
+def test_ranks_without_work_take_part(wanted):
+    """Empty micro-batches, on all ranks but one and at the end of the last."""
+    recipe, expected = wanted
+    layout: Layout = [[[], []], [GROUPS, []]]
+    for rank in ranks.run(updates, 2, recipe, [layout], REWARDS):
+        assert_equal(rank[0], expected)
+
+
+@st.composite
+def random_layouts(draw):
+    size, num_micro_batches = draw(st.sampled_from([2, 4])), draw(st.integers(1, 4))
+    num_groups = draw(st.integers(1, 5))
+    groups = random_groups(np.random.default_rng(draw(st.integers(0, 2**32))), num_groups)
+    place = st.tuples(st.integers(0, size - 1), st.integers(0, num_micro_batches - 1))
+    places = draw(
+        st.lists(st.lists(place, min_size=GROUP_SIZE, max_size=GROUP_SIZE), min_size=num_groups, max_size=num_groups)
+    )
+    return groups, laid_out(groups, places, size, num_micro_batches)
+
+
+@settings(max_examples=int(os.environ.get("EXAMPLES", "50")) // 10, deadline=None)
+@given(drawn=random_layouts(), seed=st.integers(0, 100))
+def test_any_rollouts_on_any_layout(update_recipe, drawn, seed):
+    groups, layout = drawn
+    rewards = np.random.default_rng(seed).standard_normal((len(groups), GROUP_SIZE))
+    ((expected,),) = ranks.run(updates, 1, update_recipe, [[[groups]]], rewards)
+    for rank in ranks.run(updates, len(layout), update_recipe, [layout], rewards):
+        assert_equal(rank[0], expected)
