@@ -8,7 +8,6 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 
@@ -59,8 +58,10 @@ def plan_packs(groups: list[Group], token_budget: int, num_ranks: int, flops: Mo
     plans, repeats = [fewest], sum(map(_cost, fewest)) / max(_cost(rests), 1)
     num_packs = -(-len(fewest) // num_ranks) * num_ranks
     while num_ranks > 1 and len(plans) == 1:
-        tried = (fill(num_packs, slack * repeats) for slack in _SLACKS)
-        plans += takewhile(lambda packs: packs is not None, tried)
+        for slack in _SLACKS:
+            if (packs := fill(num_packs, slack * repeats)) is None:
+                break
+            plans.append(packs)
         num_packs += num_ranks
     packs = min(plans, key=lambda plan: sum(sorted(map(_cost, plan), reverse=True)[::num_ranks]))
     packs = sorted(packs, key=_cost, reverse=True) + [[]] * (-len(packs) % num_ranks)

@@ -107,7 +107,7 @@ def build_batch(groups: list[Group]) -> PackedBatch:
 
 
 def check_group(group: Group, token_budget: float = math.inf) -> None:
-    """Raises PackingError for an empty prompt or completion, and where they do not fit the budget one by one."""
+    """Raises PackingError for an empty prompt or completion, and where the two alone are over the budget."""
     lengths = [len(c.token_ids) for c in group.completions]
     if not len(group.prompt_ids):
         raise PackingError("found an empty prompt: its completions have no token to be predicted from")

@@ -77,7 +77,13 @@ def _ids_of(group: Group) -> list[int]:
 @pytest.mark.parametrize("flops", [QWEN_7B, QWEN_0_5B], ids=["7B", "0.5B"])
 @pytest.mark.parametrize(
     ("group_size", "median", "prompt_length", "token_budget"),
-    [(8, 2000, 500, 32768), (16, 2000, 500, 65536), (16, 4000, 150, 16540), (16, 1000, 4000, 65536)],
+    [
+        (8, 2000, 500, 32768),
+        (16, 2000, 500, 65536),
+        (16, 4000, 150, 16540),
+        (16, 1000, 4000, 65536),
+        (16, 1000, 500, 16884),
+    ],
 )
 def test_slowest_ranks_cost_little_more_than_the_mean(group_size, median, prompt_length, token_budget, flops, seed):
     groups = long_tailed(seed, group_size, median, prompt_length)
@@ -87,6 +93,13 @@ def test_slowest_ranks_cost_little_more_than_the_mean(group_size, median, prompt
     assert plan.idle_share == pytest.approx(1 - plan.costs.mean(0).sum() / lockstep)
     # nor is balance bought with repeated prompts: the work of whole groups, spread evenly, is the ideal
     assert lockstep <= 1.08 * sum(forward_flops(build_batch([g]), flops) for g in groups) / 8
+
+
+def test_one_rank_runs_no_more_micro_batches_than_best_fit():
+    few = [group(1, 4, 5, 5), group(3, 3, first_id=3), group(1, 2, first_id=4)]  # filled one after the other: 3 packs
+    assert plan_packs(few, 10, 1, TOY).costs.shape == (1, len(best_fit(few, 10))) == (1, 2)
+    many = long_tailed(seed=0)
+    assert plan_packs(many, 32768, 1, QWEN_7B).costs.size < len(best_fit(many, 32768))
 
 
 def test_8192_rollouts_are_planned_in_100_ms():
