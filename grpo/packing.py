@@ -3,6 +3,8 @@
 Everything here is host work on numpy arrays; `PackedBatch` (model/batch.py) has the layout.
 """
 
+import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,23 +41,27 @@ class Group:
 
 
 def pack_groups(groups: list[Group], token_budget: int) -> list[PackedBatch]:
-    """Pack groups into micro-batches of at most `token_budget` tokens, best-fit decreasing; order is deterministic.
+    """The micro-batches of one process; see `best_fit`."""
+    return [build_batch(members) for members in best_fit(groups, token_budget)]
 
-    A group that is too large is split, its prompt repeated in each part. Raises PackingError for an empty prompt or
-    completion, and where a prompt and one completion alone are over the budget.
+
+def best_fit(groups: list[Group], token_budget: int) -> list[list[Group]]:
+    """Groups into packs of at most `token_budget` tokens, best-fit decreasing; order is deterministic.
+
+    A group that is too large is split, its prompt repeated in each part. Raises PackingError where a prompt and one
+    completion alone are over the budget.
     """
-    bins: list[list[Group]] = []
-    room: list[int] = []
+    packs: list[list[Group]] = []
+    rooms: list[tuple[int, int]] = []  # tokens that are free, and the pack's index; ascending
     pieces = [piece for group in groups if group.completions for piece in _split(group, token_budget)]
-    for piece in sorted(pieces, key=lambda piece: -piece.num_tokens):
-        fitting = [i for i, free in enumerate(room) if free >= piece.num_tokens]
-        best = min(fitting, key=room.__getitem__, default=len(bins))
-        if best == len(bins):
-            bins.append([])
-            room.append(token_budget)
-        bins[best].append(piece)
-        room[best] -= piece.num_tokens
-    return [build_batch(members) for members in bins]
+    for size, piece in sorted(((p.num_tokens, p) for p in pieces), key=lambda sized: -sized[0]):
+        best = bisect_left(rooms, (size, 0))
+        room, pack = rooms.pop(best) if best < len(rooms) else (token_budget, len(packs))
+        if pack == len(packs):
+            packs.append([])
+        packs[pack].append(piece)
+        insort(rooms, (room - size, pack))
+    return packs
 
 
 def build_batch(groups: list[Group]) -> PackedBatch:
@@ -66,7 +72,7 @@ def build_batch(groups: list[Group]) -> PackedBatch:
     prefix: list[int] = []
     start = 0
     for group in groups:
-        _refuse_empty(group)
+        check_group(group)
         num_prompt = len(group.prompt_ids)
         segments += [np.asarray(group.prompt_ids), *(c.token_ids[:-1] for c in group.completions)]
         prefix += [-1, *[len(prefix)] * len(group.completions)]
@@ -98,6 +104,23 @@ def build_batch(groups: list[Group]) -> PackedBatch:
         completions_per_prompt=torch.tensor([len(group.completions) for group in groups], dtype=torch.int64),
         behavior_logprobs=_float32(behavior) if len(behavior) == len(completions) else None,  # an empty pack has them
     )
+
+
+def check_group(group: Group, token_budget: float = math.inf) -> None:
+    """Raises PackingError for an empty prompt or completion, and where the two alone are over the budget."""
+    lengths = [len(c.token_ids) for c in group.completions]
+    if not len(group.prompt_ids):
+        raise PackingError("found an empty prompt: its completions have no token to be predicted from")
+    if not lengths:
+        raise PackingError("found a prompt without completions: it has nothing to train on; leave the group out")
+    if not min(lengths):
+        raise PackingError("found a completion without tokens; leave it out of the group")
+    longest = max(lengths) - 1
+    if len(group.prompt_ids) + longest > token_budget:
+        raise PackingError(
+            f"a prompt of {len(group.prompt_ids)} tokens with a completion of {longest} does not fit "
+            f"token_budget = {token_budget}; raise train.token_budget to {len(group.prompt_ids) + longest} or more"
+        )
 
 
 def live_groups(
@@ -147,15 +170,10 @@ def loss_denominator(
 
 
 def _split(group: Group, token_budget: int) -> list[Group]:
+    check_group(group, token_budget)
     if group.num_tokens <= token_budget:
         return [group]
     room = token_budget - len(group.prompt_ids)
-    longest = max(_input_length(c) for c in group.completions)
-    if longest > room:
-        raise PackingError(
-            f"a prompt of {len(group.prompt_ids)} tokens with a completion of {longest} does not fit "
-            f"token_budget = {token_budget}; raise train.token_budget to {len(group.prompt_ids) + longest} or more"
-        )
     parts: list[list[Completion]] = [[]]
     used = 0
     for completion in group.completions:
@@ -165,15 +183,6 @@ def _split(group: Group, token_budget: int) -> list[Group]:
         parts[-1].append(completion)
         used += _input_length(completion)
     return [Group(group.prompt_ids, part) for part in parts]
-
-
-def _refuse_empty(group: Group) -> None:
-    if not len(group.prompt_ids):
-        raise PackingError("found an empty prompt: its completions have no token to be predicted from")
-    if not group.completions:
-        raise PackingError("found a prompt without completions: it has nothing to train on; leave the group out")
-    if any(not len(c.token_ids) for c in group.completions):
-        raise PackingError("found a completion without tokens; leave it out of the group")
 
 
 def _input_length(completion: Completion) -> int:

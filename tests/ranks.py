@@ -46,23 +46,23 @@ def start(function, size: int, *arguments, environment: dict[str, str] | None = 
 
 
 def finish(started, timeout_s: float) -> list[Outcome]:
-    """Waits for every rank; the others of one that died get the time limit's rest, then they are killed."""
+    """Waits for every rank to end; those that do not within the time limit are killed."""
     deadline = time.monotonic() + timeout_s
     outcomes = []
-    for process, receiver in started:
-        result, error = None, None
-        if wait([receiver], max(deadline - time.monotonic(), 0)):
-            try:
-                result, error = receiver.recv()
-            except EOFError:
-                error = "died"
-        else:
-            error = f"gave no result within {timeout_s} s"
-        process.join(max(deadline - time.monotonic(), 1))
-        if process.is_alive():
+    try:
+        for process, receiver in started:
+            result, error = None, f"gave no result within {timeout_s} s"
+            if wait([receiver], max(deadline - time.monotonic(), 0)):
+                try:
+                    result, error = receiver.recv()
+                except EOFError:
+                    error = "died"
+            process.join(max(deadline - time.monotonic(), 1))
+            outcomes.append(Outcome(result, error, process.exitcode or 0))
+    finally:
+        for process, _ in started:
             process.kill()
             process.join()
-        outcomes.append(Outcome(result, error, process.exitcode or 0))
     return outcomes
 
 
