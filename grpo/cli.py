@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run_and_exit(*arguments: str) -> NoReturn:
     """`main`, then the end of the process without Python's finalization.
 
-    A thread of gloo's that still holds a finished collective's tensor would abort it there (pytorch#190489), and threads
-    of gloo's outlive their process group where FSDP2 has used it.
+    A thread of gloo's that still holds a finished collective's tensor would abort it there (pytorch#190489), and its
+    threads outlive their process group where FSDP2 has used it.
     """
     code = 1
     try:

@@ -21,16 +21,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.world import World
+from flashgrpo.grpo.world import RunError, RunInputError, World
 from flashgrpo.model.files import whole_folder, write_text
-
-
-class RunError(RuntimeError):
-    """A run that cannot start, continue or be saved; the message says what to do."""
-
-
-class RunInputError(RunError):
-    """Found before the first step: an output that is taken, a folder that is no run, a broken checkpoint."""
 
 
 class RunFolder:

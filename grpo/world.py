@@ -4,9 +4,13 @@ All of them hold the same recipe, read the same data and, from the gathered roll
 can fail or be interrupted on one of them alone goes through `together` or `on_main`, so that it ends on all of them.
 """
 
+import contextlib
 import datetime
+import logging
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +27,17 @@ from flashgrpo.grpo.recipe import Recipe, RecipeError, SftRecipe, recipe_to_toml
 from flashgrpo.grpo.rewards import RewardFailure
 
 _FAILED = "rank 0 failed"
-_WAIT_FOR_MAIN = datetime.timedelta(seconds=5)  # most errors are found by all ranks at the same time
+_GRACE_S = 5.0  # for rank 0 to find the same error, and for torchrun to end the ranks beside one that died
 
 T = TypeVar("T")
+
+
+class RunError(RuntimeError):
+    """A run that cannot start, continue or be saved; the message says what to do."""
+
+
+class RunInputError(RunError):
+    """Found before the first step: an output that is taken, a folder that is no run, a broken checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -102,32 +114,75 @@ def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     console.quiet = rank > 0
+    logging.getLogger("flashgrpo").setLevel(logging.ERROR if rank else logging.NOTSET)
+    limit_s = recipe.run.collective_timeout_s
     store = next(rendezvous("env://"))[0] if size > 1 else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     try:
         device = resolve_device(recipe.run.device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=recipe.run.collective_timeout_s),
-        )
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        limit = datetime.timedelta(seconds=limit_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         world = World(rank, size, device, _mesh(device, size, recipe.train.shard_ranks))
         _compare_recipes(world, recipe)
-        yield world
+        with _watched(rank, size):
+            yield world
     except Exception as error:
+        is_lost = "gloo" in str(error) or isinstance(error, dist.DistError)
+        if is_lost:
+            time.sleep(2 * _GRACE_S)  # where a rank has died, `_watched` ends this one, and knows which it was
         if rank == 0:
             store.set(_FAILED, str(error))
-        elif not _is_set(store, _FAILED):
+        elif is_lost or not _is_set(store, _FAILED):
             console.quiet = False
             console.print(f"flashgrpo: rank {rank} of {size} on {socket.gethostname()}:", style="red", highlight=False)
+        if is_lost:
+            raise RunError(
+                f"a rank let the others wait for longer than run.collective_timeout_s = {limit_s:g}; raise it, or look "
+                f"at what the rank was doing, and continue with --resume: {error}"
+            ) from error
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _watched(rank: int, size: int) -> Iterator[None]:
+    """Ends this process soon after any rank has died, wherever it runs, also while it waits in NCCL.
+
+    A thread waits for a message that the next rank sends when all is done. Where the connection breaks instead, the
+    news goes round the ring.
+    """
+    if size == 1:
+        yield
+        return
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1000))
+    watched, watcher = (rank + 1) % size, (rank - 1) % size
+
+    def wait() -> None:
+        dead = torch.empty((), dtype=torch.int64)
+        try:
+            dist.recv(dead, src=watched, group=group)
+        except RuntimeError:
+            dead.fill_(watched)
+        if dead < 0:
+            return
+        if dead != watcher:
+            with contextlib.suppress(RuntimeError):
+                dist.send(dead, dst=watcher, group=group)
+        time.sleep(_GRACE_S)
+        if dead == watched:
+            os.write(2, f"flashgrpo: rank {watched} of {size} has died; continue with --resume\n".encode())
+        os._exit(1)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    yield
+    dist.send(torch.tensor(-1), dst=watcher, group=group)
+    thread.join()
 
 
 def _mesh(device: torch.device, size: int, shard_ranks: int) -> DeviceMesh:
@@ -154,7 +209,9 @@ def _compare_recipes(world: World, recipe: Recipe | SftRecipe) -> None:
 
 def _is_set(store, key: str) -> bool:
     try:
-        store.wait([key], _WAIT_FOR_MAIN)
+        store.wait([key], datetime.timedelta(seconds=_GRACE_S))
     except dist.DistStoreError:
         return False
+    except dist.DistNetworkError:  # rank 0 held the store, and has ended
+        return True
     return True

@@ -1,0 +1,177 @@
+"""A run on several ranks goes on from its newest whole checkpoint, whatever killed it, on any number of ranks."""
+
+import dataclasses
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+
+from flashgrpo.grpo import run_folder
+from flashgrpo.grpo import train as train_module
+from flashgrpo.grpo.progress import Clock
+from flashgrpo.grpo.recipe import Recipe
+from flashgrpo.grpo.reward_pool import RewardTable
+from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.train import Trainer
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.model import checkpoint, files
+from flashgrpo.model.sharding import full_tensors
+
+pytestmark = pytest.mark.xdist_group("ranks")
+TIMING = ("time/", "tokens_per_s", "tflops", "idle", "memory/")
+
+
+def changed(recipe: Recipe, section: str, **values) -> Recipe:
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
+
+
+def train(recipe: Recipe, resume: bool = False) -> None:
+    train_module.train(recipe, resume)
+
+
+def record(recipe: Recipe, file: Path) -> None:
+    """Train, and keep every group by its place among the run's prompts."""
+    recorded = {}
+
+    class Recording(Trainer):
+        def _sample_groups(self, step, position, num_groups, clock):
+            groups, table = super()._sample_groups(step, position, num_groups, clock)
+            recorded.update({position + i: (group, table.rewards[i]) for i, group in enumerate(groups)})
+            return groups, table
+
+    train_module.Trainer = Recording
+    train_module.train(recipe)
+    file.write_bytes(pickle.dumps(recorded))
+
+
+def replay(recipe: Recipe, file: Path, resume: bool) -> tuple[dict[int, dict[str, np.ndarray]], list[int]]:
+    """Train on recorded rollouts: the weights after every step, and the places of the prompts that were taken."""
+    recorded = pickle.loads(file.read_bytes())
+    weights, places = {}, []
+
+    class Replaying(Trainer):
+        def _sample_groups(self, step: int, position: int, num_groups: int, clock: Clock):
+            own = range(position, position + num_groups)
+            places.extend(own)
+            rewards = np.stack([recorded[i][1] for i in own])
+            return [recorded[i][0] for i in own], RewardTable({"recorded": rewards}, rewards)
+
+        def run_step(self, step, bar):
+            metrics = super().run_step(step, bar)
+            tensors = full_tensors(self.learner.params, self.policy.model.config)
+            weights[step] = {name: tensor.clone().numpy() for name, tensor in tensors}
+            return metrics
+
+    train_module.Trainer = Replaying
+    train_module.train(recipe, resume)
+    return weights, places
+
+
+@pytest.fixture
+def recorded(recipe, tmp_path) -> tuple[Recipe, Path]:
+    """A recipe of ten steps with reference, mini-batches and evaluations, and its rollouts on one rank."""
+    recipe = dataclasses.replace(recipe, loss=LossConfig.preset("grpo", entropy_coef=0.01))
+    recipe = changed(
+        recipe, "train", steps=10, checkpoint_every=5, mini_batches=2, ref_refresh_every=3, token_budget=64
+    )
+    ranks.run(record, 1, changed(recipe, "run", output=str(tmp_path / "recorded")), tmp_path / "rollouts")
+    return recipe, tmp_path / "rollouts"
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 4), (4, 1)])
+def test_a_run_goes_on_with_any_number_of_ranks(recorded, before, after, tmp_path):
+    recipe, file = recorded
+    whole, stopped = (changed(recipe, "run", output=str(tmp_path / name)) for name in ("whole", "stopped"))
+    wanted, _ = ranks.run(replay, before, whole, file, False)[0]
+    _, first = ranks.run(replay, before, changed(stopped, "train", steps=5), file, False)[0]
+    found, second = ranks.run(replay, after, stopped, file, True)[0]
+    assert first + second == list(range(10 * recipe.rollout.prompts_per_step))
+    assert sorted(found) == [6, 7, 8, 9, 10]
+    for step, tensors in found.items():
+        for name, tensor in tensors.items():
+            off = np.linalg.norm(tensor - wanted[step][name]) / np.linalg.norm(wanted[step][name])
+            assert off <= (0 if before == after else 1e-6), f"step {step}, {name}: {off:.1e}"
+
+
+def die(*_: object) -> None:
+    os._exit(1)
+
+
+CRASHES = {  # the function in place of which a rank dies
+    "before the shards": (run_folder.state_dict_saver, "save"),
+    "in the model": (checkpoint, "save_file"),
+    "before the state": (run_folder, "write_text"),
+    "before the sync": (files, "_sync"),
+    "after the rename": (run_folder, "_checkpoints"),
+}
+
+
+def crash(recipe: Recipe, point: str, ranks_that_die: list[int]) -> None:
+    """Train until the save of step 3 comes to `point`."""
+    module, name = CRASHES[point]
+
+    class Crashing(Trainer):
+        def save(self):
+            if self.step == 3 and int(os.environ["RANK"]) in ranks_that_die:
+                setattr(module, name, die)
+            super().save()
+
+    train_module.Trainer = Crashing
+    train_module.train(recipe)
+
+
+@pytest.fixture
+def crash_recipe(recipe, tmp_path) -> Recipe:
+    return changed(changed(recipe, "train", checkpoint_every=1), "run", output=str(tmp_path / "crashed"))
+
+
+@pytest.fixture
+def whole_run(crash_recipe, tmp_path) -> Path:
+    ranks.run(train, 2, changed(crash_recipe, "run", output=str(tmp_path / "whole")))
+    return tmp_path / "whole"
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    rows, again = (
+        [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in read_rows(folder / "metrics.jsonl")]
+        for folder in (found, wanted)
+    )
+    assert rows == again
+    model = "model/model.safetensors"
+    assert (found / model).read_bytes() == (wanted / model).read_bytes()
+
+
+@pytest.mark.parametrize("point", CRASHES)
+def test_a_crash_while_saving_leaves_a_whole_checkpoint(crash_recipe, whole_run, point, tmp_path):
+    dying = [1] if point == "before the shards" else [0]
+    outcomes = ranks.run(crash, 2, crash_recipe, point, dying, check=False)
+    assert [outcome.exit_code for outcome in outcomes] != [0, 0]
+    newest = newest_checkpoint(crash_recipe.run.output)
+    assert newest is not None
+    assert newest.name == ("step_3" if point == "after the rename" else "step_2")
+    ranks.run(train, 2, crash_recipe, True)
+    assert_same_run(tmp_path / "crashed", whole_run)
+
+
+def test_a_killed_run_resumes(crash_recipe, tmp_path):
+    """SIGKILL of all ranks at a random moment, several times over: the run ends as if it had never been killed."""
+    recipe = changed(crash_recipe, "train", steps=12)
+    ranks.run(train, 2, changed(recipe, "run", output=str(tmp_path / "whole")))
+    rng = np.random.default_rng(time.time_ns())
+    for _ in range(int(os.environ.get("KILLS", "3"))):
+        started = ranks.start(train, 2, recipe, True)
+        before = len(read_rows(tmp_path / "crashed/metrics.jsonl"))
+        deadline = time.monotonic() + 60
+        while len(read_rows(tmp_path / "crashed/metrics.jsonl")) <= before < 10 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        for process, _ in started:
+            process.kill()
+        assert [outcome.exit_code for outcome in ranks.finish(started, 10)] == [-signal.SIGKILL] * 2
+    ranks.run(train, 2, recipe, True)
+    assert_same_run(tmp_path / "crashed", tmp_path / "whole")

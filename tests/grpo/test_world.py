@@ -1,0 +1,195 @@
+"""What goes wrong on one rank ends all of them, soon, with one clear error; Ctrl-C stops them at the same step."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import tomli_w
+
+from flashgrpo.grpo import train as train_module
+from flashgrpo.grpo.cli import main
+from flashgrpo.grpo.data import DataError
+from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.train import Trainer
+from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
+from flashgrpo.model.config import ModelConfig
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Exit code and error output of `flashgrpo train`; {rank} in an argument is the rank's number."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = main(["train", *(argument.format(rank=os.environ["RANK"]) for argument in arguments)])
+    return code, errors.getvalue()
+
+
+@pytest.fixture
+def recipe_file(recipe_values, custom_rewards, tmp_path) -> str:
+    file = tmp_path / "recipe.toml"
+    file.write_text(tomli_w.dumps(recipe_values))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--train.shard_ranks=3", "train.shard_ranks = 3 does not divide the 2 ranks; use one that does, or 0 for all"),
+        ("--train.token_budget=10", "longest prompt and completion together, 4 + 8 - 1 tokens; raise it to 11 or more"),
+        ("--train.lr=0.{rank}1", "the ranks have different recipes: lr = 0.01 on rank 0, lr = 0.11 on rank 1"),
+        ("--model.path=nowhere", "nowhere: no such folder"),
+    ],
+)
+def test_a_fault_before_the_first_step_is_one_line_of_rank_0(recipe_file, override, message):
+    (code, errors), other = ranks.run(command, 2, recipe_file, override)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert message in errors
+    assert other == (2, "")
+
+
+def test_a_checkpoint_of_another_model_is_refused(recipe_file, recipe_values, tmp_path):
+    ranks.run(command, 2, recipe_file, "--train.steps=2")
+    path = Path(shutil.copytree(recipe_values["model"]["path"], tmp_path / "model"))
+    stored = tmp_path / "run/recipe.toml"
+    stored.write_text(stored.read_text().replace(recipe_values["model"]["path"], str(path)))
+    raw = {**read_config(path).raw, "intermediate_size": 48}
+    save_checkpoint(init_decoder(ModelConfig.from_dict(raw), seed=0), path, tokenizer_files_from=path)
+    (code, errors), other = ranks.run(command, 2, recipe_file, f"--model.path={path}", "--resume")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "step_2: broken checkpoint, or one of another model or recipe" in errors
+    assert other == (2, "")
+
+
+def data_missing_on_rank_1(*arguments: str) -> tuple[int, str]:
+    original = train_module.load_problems
+
+    def load(*options):
+        if os.environ["RANK"] == "1":
+            raise DataError("sums.jsonl: no such file or folder")
+        return original(*options)
+
+    train_module.load_problems = load
+    return command(*arguments)
+
+
+def test_a_fault_of_one_rank_is_told_with_its_name(recipe_file):
+    first, second = ranks.run(data_missing_on_rank_1, 2, recipe_file, check=False)
+    code, errors = second.result
+    assert (first.exit_code, code) == (1, 2)
+    assert "flashgrpo: rank 1 of 2 on " in errors
+    assert "sums.jsonl: no such file or folder" in errors
+
+
+def stuck(kind: str, recipe_file: str, *options: str) -> tuple[int, str]:
+    """In step 2 rank 1 dies, or is slow, while rank 0 is in a collective or busy on its own."""
+
+    class Stuck(Trainer):
+        def _rollout(self, step, clock):
+            if step == 2 and os.environ["RANK"] == "1":
+                if kind == "slow":
+                    time.sleep(60)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if step == 2 and kind == "busy":
+                time.sleep(60)
+            return super()._rollout(step, clock)
+
+    train_module.Trainer = Stuck
+    os.dup2(os.open(f"{recipe_file}.{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    return command(recipe_file, *options)
+
+
+@pytest.mark.parametrize("kind", ["collective", "busy"])
+def test_a_rank_that_dies_ends_the_others(recipe_file, kind):
+    start = time.monotonic()
+    first, second = ranks.run(stuck, 2, kind, recipe_file, check=False, timeout_s=50)
+    assert time.monotonic() - start < 30
+    assert (first.exit_code, second.exit_code) == (1, -signal.SIGKILL)
+    assert "flashgrpo: rank 1 of 2 has died; continue with --resume" in Path(f"{recipe_file}.0").read_text()
+
+
+def test_a_rank_that_is_waited_for_too_long_ends_the_run(recipe_file):
+    options = recipe_file, "--run.collective_timeout_s=2"
+    first, _ = ranks.run(stuck, 2, "slow", *options, check=False, timeout_s=50)
+    code, errors = first.result
+    assert code == 1
+    assert "flashgrpo: a rank let the others wait for longer than run.collective_timeout_s = 2; raise it" in errors
+
+
+def interrupted(recipe_file: str) -> tuple[int, str, int]:
+    """Ctrl-C reaches rank 1 alone."""
+
+    class Interrupted(Trainer):
+        def run_step(self, step, bar):
+            if step == 3 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().run_step(step, bar)
+
+    train_module.Trainer = Interrupted
+    return command(recipe_file, "--train.steps=1000")
+
+
+def test_ctrl_c_on_one_rank_stops_all_at_the_same_step(recipe_file, tmp_path):
+    (code, errors), (other, _) = ranks.run(interrupted, 2, recipe_file)
+    assert (code, other) == (130, 130)
+    assert "stopped after step 2; continue with --resume" in errors
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert newest.name == "step_2"
+
+
+DRIVER = """
+import os, signal
+from flashgrpo.grpo import cli, train
+
+class Dying(train.Trainer):
+    def run_step(self, step, bar):
+        if step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run_step(step, bar)
+
+train.Trainer = Dying
+cli.run_and_exit("train")
+"""
+
+
+def torchrun(custom_rewards: Path, *arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(custom_rewards), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_torchrun_restarts_a_run_from_its_checkpoint(recipe_file, custom_rewards, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    process = torchrun(custom_rewards, "--max-restarts", "1", str(tmp_path / "driver.py"), recipe_file, "--resume")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Signal 9 (SIGKILL)" in errors or "exitcode: -9" in errors
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+def test_torchrun_hands_ctrl_c_to_all_ranks(recipe_file, custom_rewards, tmp_path):
+    process = torchrun(custom_rewards, "-m", "flashgrpo.grpo.train", recipe_file, "--train.steps=100000")
+    deadline = time.monotonic() + 60
+    while len(read_rows(tmp_path / "run/metrics.jsonl")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "continue with --resume" in errors
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    state = json.loads((newest / "state.json").read_text())
+    assert state["step"] == read_rows(tmp_path / "run/metrics.jsonl")[-1]["step"] >= 3
