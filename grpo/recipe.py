@@ -143,6 +143,10 @@ class OptimizerSection:
     """AdamW's."""
     grad_clip: _PositiveFloat = 1.0
     """Largest gradient norm."""
+    shard_ranks: _Count = 0
+    """Ranks that hold one copy of the model together, as those of a node; 0: all. Copies are kept equal (HSDP)."""
+    reshard_after_forward: _Bool = True
+    """Free a block's gathered weights after the forward pass and gather them again for the backward."""
     token_budget: _Positive = 16_384
     """Most tokens of one micro-batch."""
     checkpoint_every: _Count = 50
