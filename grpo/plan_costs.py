@@ -2,7 +2,7 @@
 
 Memory is counted from what the code keeps: FSDP2's shards and gathered weights, what the decoder saves for its backward
 pass, the loss's chunk of logits and fp32 gradient of the head, the sampler's copy of the weights and its KV cache. It
-is counted at the four moments that can be the worst, since no two parts peak together by law:
+is counted at the four moments that can be the worst, with the shards of gradients from the micro-batch before:
 
     loss       a full micro-batch is saved; the head's gradient exists twice in fp32, or once beside a chunk of logits
     backward   the same, with the last block recomputed where it is checkpointed, and in its MLP's backward pass
@@ -238,7 +238,7 @@ class Costs:
         memory_rate = self.machine.memory_rate * MEMORY_SHARE
         passes = (train.mini_batches - 1) / train.mini_batches + (self.recipe.loss.kl_coef > 0)
         score = passes * max(self.work(1, 1, 1), train.mini_batches * self.micro_batches * self.collective_s(moved))
-        again = self.recipe.model.activation_checkpointing == "full"  # attention's backward pass has 7 products, not 4
+        again = self.recipe.model.activation_checkpointing == "full"  # attention: 2 products, backward 7
         compute = self.work(3 + again, 4.5 + again, 3 + (self.recipe.loss.ratio_level == "sequence"))
         gathers = 2 if train.reshard_after_forward else 1
         exchange = gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total) + self.all_reduce_s()
