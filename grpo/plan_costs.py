@@ -2,13 +2,13 @@
 
 Memory is counted from what the code keeps: FSDP2's shards and gathered weights, what the decoder saves for its backward
 pass, the loss's chunk of logits and fp32 gradient of the head, the sampler's copy of the weights and its KV cache. It
-is counted at the four moments that can be the worst, with the shards of gradients from the micro-batch before:
+is counted at the three moments that can be the worst, with the shards of gradients from the micro-batch before:
 
     loss       a full micro-batch is saved; the head's gradient exists twice in fp32, or once beside a chunk of logits
     backward   the same, with the last block recomputed where it is checkpointed, and in its MLP's backward pass
-    reduce     nothing is saved any more; embedding and head are reduced in fp32
     rollout    no gradients; a copy of all weights, the KV cache, the sampled rows' logits
 
+When embedding and head are reduced, at the end, nothing is saved any more: that is always less than the loss held.
 Times are a roofline: the larger of computing at a share of the machine's rate and of moving the bytes. The shares below
 are assumptions until a GPU has measured them. Not counted: rewards, checkpoints, evaluation, dropped groups.
 """
@@ -28,7 +28,7 @@ FP32_SHARE = 1 / 15  # fp32 FLOP/s of bf16's: 67 of 989 TFLOP/s on an H100
 MEMORY_SHARE = 0.8  # of memory bandwidth in decoding: assumed
 LINK_SHARE = 0.7  # of link bandwidth in collectives: assumed
 IMBALANCE = 1.08  # slowest rank's work over the mean: what packing promises
-DECODE_OPERATORS = 33  # of the native generator, a layer and decoding step
+DECODE_OPERATORS = 33  # of the native generator, a layer and step: counted
 OPERATOR_S = 6e-6  # host time of an eager operator, which CUDA graphs would save: assumed
 FRAGMENTATION = 0.05  # of memory: assumed
 
@@ -147,7 +147,7 @@ class Costs:
         all_blocks, head = size * blocks * self.size.block, self.size.head
         trained = {**state, "gradients (fp32 shard)": 4 * shard}
         chunk = min(rows, default_chunk_tokens(config.vocab_size, size, not self.machine.is_cpu))
-        logits = chunk * config.vocab_size * size * (2 if self.machine.is_cpu else 1)
+        logits = chunk * config.vocab_size * size * (3 if self.machine.is_cpu else 1)
         d_head = max(4 * head + logits, 8 * head + (size * head if size < 4 else 0))
         rollout_rows, room = self.rollout_peak()
         unsharded, reduced = "gathered weights", "gradients before reduction"
@@ -166,7 +166,6 @@ class Costs:
                 "activations": saved + token_budget * (block.recomputed + block.working),
                 **reserve,
             },
-            "reduce": {**trained, unsharded: gathered, reduced: (size + 4) * self.size.root, **reserve},
             "rollout": {
                 **state,
                 "sampler's weights": size * self.size.total,

@@ -1,4 +1,4 @@
-"""The plan is what runs do: saved activations to the byte, the peak memory of real CPU runs within 15%."""
+"""The plan is what runs do: saved activations to the byte, the peak memory of real CPU updates within 10%."""
 
 import dataclasses
 import gc
@@ -171,13 +171,13 @@ print(batch.total_tokens, memory("VmHWM") - before)
 DEEP = SHAPE | {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10} | {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64
 }  # fmt: skip
-WIDE_HEAD = DEEP | {"model_type": "qwen2", "vocab_size": 40_000, "num_hidden_layers": 3, "tie_word_embeddings": False}
+WIDE_HEAD = DEEP | {"model_type": "qwen2", "vocab_size": 100_000, "num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize(
     ("shape", "checkpointing", "num_groups"),
-    [(DEEP, "none", 6), (DEEP, "full", 8), (DEEP, "selective", 4), (WIDE_HEAD, "none", 4)],
-    ids=["saved activations", "recomputed activations", "some of both", "vocabulary"],
+    [(DEEP, "none", 4), (DEEP, "full", 6), (WIDE_HEAD, "none", 1)],
+    ids=["saved activations", "recomputed activations", "vocabulary"],
 )
 def test_the_peak_memory_of_a_run(shape, checkpointing, num_groups):
     pack = 64, 65, 4, num_groups
@@ -193,7 +193,7 @@ def test_the_peak_memory_of_a_run(shape, checkpointing, num_groups):
     recipe = make_recipe(model={"activation_checkpointing": checkpointing}, rollout=rollout)
     run = Costs(recipe, ModelConfig.from_dict(shape), CPU, 1, Lengths(pack[0], pack[1], pack[1]))
     moments = {name: sum(parts.values()) for name, parts in run.memory(num_tokens).items() if name != "rollout"}
-    assert max(moments.values()) == pytest.approx(measured, rel=0.15), moments
+    assert max(moments.values()) == pytest.approx(measured, rel=0.1), moments
 
 
 @pytest.mark.parametrize("mean", [1, 512, 1024, 4000, 4096])
@@ -326,12 +326,12 @@ def test_the_command(tmp_path, capsys):
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["lengths"] == {"prompt": 256, "response": 256, "longest": 1024}
-    assert set(found["memory"]) == {"loss", "backward", "reduce", "rollout"}
+    assert set(found["memory"]) == {"loss", "backward", "rollout"}
     assert main([*command, "--memory", "20"]) == 2
     assert "20.0 GB are there" in capsys.readouterr().err
 
 
-def test_the_command_reads_no_weights_and_starts_without_the_large_libraries():
+def test_the_command_starts_without_the_large_libraries():
     program = (
         "import sys, flashgrpo.grpo.plan\nassert not {'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     )
