@@ -9,6 +9,10 @@ import re
 import sys
 from pathlib import Path
 
+from flashgrpo.grpo.plan import plan
+from flashgrpo.grpo.plan_costs import MACHINES, Lengths
+from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +51,50 @@ def cpu_parts_table() -> list[str]:
     ]
 
 
-TABLES = {"demo": demo_table, "cpu_step": cpu_step_table, "cpu_parts": cpu_parts_table}
+PLANNED_KEYS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "tie_word_embeddings",
+)  # fmt: skip
+PLANNED_MODELS = {
+    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
+    "Qwen2.5-7B": (3584, 18_944, 28, 28, 4, 152_064, False),
+    "Qwen2.5-32B": (5120, 27_648, 64, 40, 8, 152_064, False),
+}
+PLANNED_RUN = {
+    "model": {"path": "", "activation_checkpointing": "full"},
+    "data": {"path": ""},
+    "run": {"output": ""},
+    "rollout": {"prompts_per_step": 128, "group_size": 16, "max_new_tokens": 8192},
+    "loss": {"preset": "dapo"},
+    "train": {"token_budget": 32_768, "mini_batches": 4},
+}
+
+
+def plan_table() -> list[str]:
+    """A prediction: `grpo.plan` on H200s, completions a quarter of the limit on average."""
+    recipe, lengths = build_recipe(Recipe, PLANNED_RUN), Lengths(256, 2048, 8192)
+    rows = [
+        "| | GPUs | peak GB each | largest token budget | seconds: generate, score, train, sync | tokens/s/GPU | MFU |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, sizes in PLANNED_MODELS.items():
+        shape = dict(zip(PLANNED_KEYS, sizes, strict=True))
+        for num_gpus in (8, 64):
+            try:
+                config = ModelConfig.from_dict({"model_type": "qwen2", **shape})
+                found = plan(recipe, config, MACHINES["h200"], num_gpus, lengths)
+            except RecipeError as error:
+                rows.append(f"| {name} | {num_gpus} | does not fit: {str(error).split(', ')[0]} | | | | |")
+                continue
+            seconds = ", ".join(f"{s:.1f}" for s in found.seconds.values())
+            rows.append(
+                f"| {name} | {num_gpus} | {max(found.totals.values()) / 1e9:.0f} | {found.largest_token_budget:,} "
+                f"| {seconds} | {found.tokens_per_s_per_gpu:,.0f} | {found.mfu:.0%} |"
+            )
+    return rows
+
+
+TABLES = {"demo": demo_table, "cpu_step": cpu_step_table, "cpu_parts": cpu_parts_table, "plan": plan_table}
 
 
 def render(readme: str) -> str:

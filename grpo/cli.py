@@ -4,6 +4,7 @@ Exit codes: 2 for what is wrong before the first step, 1 for a later failure, 13
 """
 
 import argparse
+import dataclasses
 import difflib
 import json
 import math
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.command not in (*_RECIPE_COMMANDS, "eval"):
+    if overrides and options.command not in (*_RECIPE_COMMANDS, "eval", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     flags = [f"--{name}" for name, value in vars(options).items() if value in (None, False)]  # those not given
     for override in overrides:
@@ -109,6 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     count = _number(int, "1 or more", lambda n: n >= 1)
     temperature = _number(float, "a number, 0 or more", lambda t: 0 <= t < math.inf)
     share = _number(float, "a number above 0, at most 1", lambda p: 0 < p <= 1)
+    command = commands.add_parser("plan", help="memory and time of a recipe on GPUs; needs none", allow_abbrev=False)
+    command.add_argument("recipe", help="a training recipe; its keys can be overridden, as --train.token_budget=65536")
+    positive = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
+    command.add_argument("--gpus", type=count, default=1, help="in all (default 1)")
+    command.add_argument("--gpu", default="h200", help="a100, h100, h200 or b200 (default h200), 8 a node")
+    command.add_argument("--memory", type=positive, help="GB of each; default: the GPU's")
+    command.add_argument("--prompt-tokens", type=positive, help="mean; default 256")
+    command.add_argument("--response-tokens", type=positive, help="mean; default a quarter of rollout.max_new_tokens")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=_plan)
     command = commands.add_parser("sample", help="complete one prompt")
     command.add_argument("model", help="Hugging Face folder")
     command.add_argument("prompt")
@@ -157,6 +168,20 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         print(json.dumps(scores))
     else:
         print("\n".join(f"{name:<12}  {value:.6g}" for name, value in scores.items()))
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.plan import plan_recipe, print_plan
+    from flashgrpo.grpo.recipe import Recipe, load_recipe
+
+    recipe = load_recipe(Recipe, options.recipe, overrides)
+    found = plan_recipe(
+        recipe, options.gpus, options.gpu, options.memory, options.prompt_tokens, options.response_tokens
+    )
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found)))
+    else:
+        print_plan(found)
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:

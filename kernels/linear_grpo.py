@@ -120,6 +120,11 @@ def linear_grpo_loss(
     return loss, named_metrics(metrics, entropies, arguments) | {"logprobs": logprobs, "entropies": entropies}
 
 
+def default_chunk_tokens(vocab_size: int, itemsize: int, on_cuda: bool) -> int:
+    """Rows whose logits, of `itemsize` bytes each, exist at once."""
+    return _CUDA_CHUNK_BYTES // itemsize if on_cuda else max(_MIN_CPU_CHUNK, _CPU_CACHE // (4 * vocab_size))
+
+
 def _make_head(
     hidden: Tensor,  # [n, hidden_size]
     weight: Tensor,  # [vocab, hidden_size]
@@ -144,8 +149,7 @@ def _make_head(
     if logits_dtype not in allowed:
         raise ValueError(f"logits_dtype is {logits_dtype}; wanted one of {', '.join(map(str, allowed))}")
     if chunk_tokens is None:
-        on_cpu = max(_MIN_CPU_CHUNK, _CPU_CACHE // (4 * weight.shape[0]))
-        chunk_tokens = _CUDA_CHUNK_BYTES // logits_dtype.itemsize if hidden.is_cuda else on_cpu
+        chunk_tokens = default_chunk_tokens(weight.shape[0], logits_dtype.itemsize, hidden.is_cuda)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; wanted 1 or above")
     return Head(temperature, chunk_tokens, logits_dtype)

@@ -46,7 +46,7 @@ def test_help_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "sft", "eval", "sample", "report"):
+    for command in ("train", "sft", "eval", "plan", "sample", "report"):
         assert f"\n    {command} " in done.stdout
 
 

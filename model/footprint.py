@@ -1,0 +1,62 @@
+"""How much memory the decoder's weights and saved activations take, counted from its code."""
+
+from dataclasses import dataclass
+
+from flashgrpo.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of weights."""
+
+    block: int
+    head: int  # the LM head's; the embedding's are as many
+    root: int  # beside the blocks: embedding, head if it is not tied, final norm
+    total: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "ModelSize":
+        """The counts of a model's shape."""
+        q, kv, hidden = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.hidden_size
+        matrices = hidden * (2 * q + 2 * kv + 3 * config.intermediate_size)
+        biases = config.qkv_bias * (q + 2 * kv) + config.output_bias * hidden
+        block = matrices + biases + 2 * hidden + 2 * config.qk_norm * config.head_dim
+        head = config.vocab_size * hidden
+        root = head * (1 if config.tie_embeddings else 2) + hidden
+        return cls(block, head, root, config.num_layers * block + root)
+
+
+@dataclass(frozen=True)
+class BlockActivations:
+    """Bytes a token of one decoder block."""
+
+    kept: float  # from its forward to its backward pass
+    recomputed: float  # in its backward pass, beside what is kept
+    working: float  # at most, in its backward pass: in the MLP
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, checkpointing: str, itemsize: int, cpu_group: tuple[float, float, int] | None = None
+    ) -> "BlockActivations":
+        """What model/decoder.py saves for tensors of `itemsize` bytes.
+
+        `cpu_group` is for a CPU, whose attention copies a prompt's keys for each completion: tokens of the prompt and
+        of a completion in the pack, and completions a prompt, all of equal length.
+        """
+        q, kv, mlp = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.intermediate_size
+        hidden = itemsize * config.hidden_size
+        products = itemsize * (q + 2 * kv + 2 * mlp)  # to q, k, v, and to gate and up
+        attended = itemsize * q + 4 * config.num_heads  # with lse
+        if cpu_group is None:  # q and k after RoPE, and v, which else is part of the product
+            inputs = itemsize * (q + kv + (0 if config.qk_norm else kv))
+        else:  # copies with their indices, a mask of floats, and the output in order
+            prompt, own, size = cpu_group
+            keys = (prompt + size * (prompt + own)) / (prompt + size * own)
+            mask = size * own * (prompt + own) / (prompt + size * own)
+            inputs = itemsize * (q + 2 * keys * kv + mask + q) + 8 * (1 + keys + 1)
+        normed = 4 * (config.num_heads + config.num_kv_heads) + itemsize * (q + 2 * kv) if config.qk_norm else 0
+        everything = 4 * hidden + 2 * 4 + normed + inputs + attended + itemsize * 2 * mlp
+        kept = {"none": everything, "selective": 3 * hidden + products + attended, "full": hidden}[checkpointing]
+        reused = attended + itemsize * 2 * mlp + (itemsize * (q + 2 * kv) if config.qk_norm else 0)
+        recomputed = {"none": 0, "selective": everything - hidden - reused, "full": everything - hidden}[checkpointing]
+        return cls(kept, recomputed, itemsize * 5 * mlp + 2 * hidden)
