@@ -6,11 +6,13 @@ can fail or be interrupted on one of them alone goes through `together` or `on_m
 
 import contextlib
 import datetime
+import hashlib
 import logging
 import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,8 +118,10 @@ def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
     console.quiet = rank > 0
     logging.getLogger("flashgrpo").setLevel(logging.ERROR if rank else logging.NOTSET)
     limit_s = recipe.run.collective_timeout_s
-    store = next(rendezvous("env://"))[0] if size > 1 else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     try:
+        if size > 1:
+            store = _own_store(next(rendezvous("env://"))[0], rank, size)
         device = resolve_device(recipe.run.device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -147,6 +151,25 @@ def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _own_store(store: Any, rank: int, size: int) -> Any:
+    """A part of torchrun's store for these processes alone. It outlives a restart, and the addresses that the ranks of
+    before have left in it would be taken for those of now: so rank 0 keeps a roster until all on it have confirmed it.
+    """
+    own, confirmed = uuid.uuid4().hex, ""
+    store.set(f"member {rank}", own)
+    while True:
+        if rank == 0:
+            store.set("roster", b" ".join(store.get(f"member {member}") for member in range(size)))
+        roster = store.get("roster").decode()
+        if own in roster and roster != confirmed:
+            store.add(roster, 1)
+            confirmed = roster
+        if confirmed == roster and store.add(roster, 0) == size:
+            prefix = hashlib.sha256(roster.encode()).hexdigest()
+            return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
+        time.sleep(0.05)
 
 
 @contextmanager
