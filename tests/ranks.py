@@ -7,6 +7,7 @@ torchrun's environment, so that `open_world` in it joins the ranks. A rank may d
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import time
@@ -38,7 +39,7 @@ def start(function, size: int, *arguments, environment: dict[str, str] | None = 
         variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
         variables = {k: str(v) for k, v in variables.items()} | {"MASTER_PORT": str(port)} | (environment or {})
         where = function.__code__.co_filename, function.__name__
-        process = _CONTEXT.Process(target=_rank, args=(where, arguments, variables, sys.path, sender))
+        process = _CONTEXT.Process(target=_rank, args=(where, pickle.dumps(arguments), variables, sys.path, sender))
         process.start()
         sender.close()
         started.append((process, receiver))
@@ -54,7 +55,7 @@ def finish(started, timeout_s: float) -> list[Outcome]:
             result, error = None, f"gave no result within {timeout_s} s"
             if wait([receiver], max(deadline - time.monotonic(), 0)):
                 try:
-                    result, error = receiver.recv()
+                    result, error = pickle.loads(receiver.recv_bytes())  # tensors by value
                 except EOFError:
                     error = "died"
             process.join(max(deadline - time.monotonic(), 1))
@@ -76,7 +77,7 @@ def run(function, size: int, *arguments, check: bool = True, timeout_s: float = 
     return [outcome.result for outcome in outcomes]
 
 
-def _rank(where: tuple[str, str], arguments, variables: dict[str, str], path: list[str], sender) -> None:
+def _rank(where: tuple[str, str], arguments: bytes, variables: dict[str, str], path: list[str], sender) -> None:
     os.environ.update(variables)
     sys.path[:] = path
     try:
@@ -87,8 +88,8 @@ def _rank(where: tuple[str, str], arguments, variables: dict[str, str], path: li
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        result = getattr(module, name)(*arguments)
+        result = getattr(module, name)(*pickle.loads(arguments))
     except BaseException:
-        sender.send((None, traceback.format_exc()))
+        sender.send_bytes(pickle.dumps((None, traceback.format_exc())))
         raise
-    sender.send((result, None))
+    sender.send_bytes(pickle.dumps((result, None)))
