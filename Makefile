@@ -26,12 +26,13 @@ demo: setup
 
 # The second run sends the kernels' tests through Triton's interpreter.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 tests/kernels
 
-# The tests of random shapes at a thousand examples each; half an hour.
+# The tests of random shapes and layouts at a thousand examples each, and twenty kills of a run; an hour.
 soak: setup
 	EXAMPLES=1000 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -m hypothesis tests/kernels
+	EXAMPLES=1000 KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -k "any_layout or killed" tests/grpo
 	EXAMPLES=1000 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 --timeout 0 -m hypothesis tests/kernels
 
 # Needs nothing but a GPU and a python3 with torch, triton and pytest.

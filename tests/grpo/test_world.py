@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -193,3 +194,40 @@ def test_torchrun_hands_ctrl_c_to_all_ranks(recipe_file, custom_rewards, tmp_pat
     assert newest is not None
     state = json.loads((newest / "state.json").read_text())
     assert state["step"] == read_rows(tmp_path / "run/metrics.jsonl")[-1]["step"] >= 3
+
+
+STUBS = {  # Slurm on one node
+    "scontrol": "echo 127.0.0.1",
+    "srun": 'exec "$@"',
+}
+
+
+def test_the_slurm_script_trains(recipe_file, custom_rewards, tmp_path):
+    for name, line in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {
+        "MASTER_PORT": port,
+        "SLURM_JOB_NODELIST": "node",
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_ID": "7",
+    }
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = os.environ | job | {"PYTHONPATH": str(custom_rewards), "OMP_NUM_THREADS": "1", "PATH": path}
+    script = Path(__file__).parents[2] / "recipes/slurm.sh"
+    run = subprocess.run(
+        ["bash", str(script), recipe_file, "--train.shard_ranks=1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]

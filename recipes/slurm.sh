@@ -1,0 +1,22 @@
+#!/bin/bash
+# sbatch recipes/slurm.sh RECIPE [--section.key=value ...], from the checkout, on a file system that all nodes share.
+# One torchrun a node; they meet on the first one. A rank that dies restarts all of them from the newest checkpoint.
+#SBATCH --job-name=flashgrpo
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+source .venv/bin/activate
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun torchrun \
+    --nnodes "$SLURM_NNODES" \
+    --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" \
+    --rdzv_backend c10d \
+    --rdzv_endpoint "$first_node:${MASTER_PORT:-29500}" \
+    --rdzv_id "$SLURM_JOB_ID" \
+    --max-restarts 3 \
+    -m flashgrpo.grpo.train "$@" --resume
