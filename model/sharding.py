@@ -35,11 +35,12 @@ def shard(decoder: Decoder, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_
 
 
 def free_gathered(decoder: Decoder) -> None:
-    """Drop the root's gathered weights after forward passes that no backward pass follows: the next ones are stale
-    once the shards have changed.
+    """Drop gathered weights after forward passes that no backward pass follows: they would be stale once the shards
+    have changed.
     """
-    if isinstance(decoder, FSDPModule):
-        decoder.reshard()
+    for module in decoder.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:

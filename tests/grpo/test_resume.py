@@ -49,8 +49,12 @@ def record(recipe: Recipe, file: Path) -> None:
     file.write_bytes(pickle.dumps(recorded))
 
 
-def replay(recipe: Recipe, file: Path, resume: bool) -> tuple[dict[int, dict[str, np.ndarray]], list[int]]:
-    """Train on recorded rollouts: the weights after every step, and the places of the prompts that were taken."""
+def replay(
+    recipe: Recipe, file: Path, resume: bool, num_dead: int = 0
+) -> tuple[dict[int, dict[str, np.ndarray]], list[int]]:
+    """Train on recorded rollouts, the first `num_dead` groups of a step with equal rewards: the weights after every
+    step, and the places of the prompts that were taken.
+    """
     recorded = pickle.loads(file.read_bytes())
     weights, places = {}, []
 
@@ -59,6 +63,7 @@ def replay(recipe: Recipe, file: Path, resume: bool) -> tuple[dict[int, dict[str
             own = range(position, position + num_groups)
             places.extend(own)
             rewards = np.stack([recorded[i][1] for i in own])
+            rewards[:num_dead] = 1.0
             return [recorded[i][0] for i in own], RewardTable({"recorded": rewards}, rewards)
 
         def run_step(self, step, bar):
@@ -96,6 +101,16 @@ def test_a_run_goes_on_with_any_number_of_ranks(recorded, before, after, tmp_pat
         for name, tensor in tensors.items():
             off = np.linalg.norm(tensor - wanted[step][name]) / np.linalg.norm(wanted[step][name])
             assert off <= (0 if before == after else 1e-6), f"step {step}, {name}: {off:.1e}"
+
+
+def test_weights_gathered_for_scoring_are_not_used_after_an_update(recorded, tmp_path):
+    """The second mini-batch is scored, then the first one, all dead, changes the weights without a backward pass."""
+    recipe, file = recorded
+    recipe = changed(dataclasses.replace(recipe, loss=LossConfig.preset("dapo")), "train", steps=3)
+    kept = changed(changed(recipe, "train", reshard_after_forward=False), "run", output=str(tmp_path / "kept"))
+    (wanted, _), (found, _) = (ranks.run(replay, 2, each, file, False, 2)[0] for each in (recipe, kept))
+    assert all(np.array_equal(found[3][name], wanted[3][name]) for name in wanted[3])
+    assert any(not np.array_equal(wanted[2][name], wanted[3][name]) for name in wanted[3])
 
 
 def die(*_: object) -> None:
