@@ -40,11 +40,6 @@ class Group:
         return len(self.prompt_ids) + sum(_input_length(c) for c in self.completions)
 
 
-def pack_groups(groups: list[Group], token_budget: int) -> list[PackedBatch]:
-    """The micro-batches of one process; see `best_fit`."""
-    return [build_batch(members) for members in best_fit(groups, token_budget)]
-
-
 def best_fit(groups: list[Group], token_budget: int) -> list[list[Group]]:
     """Groups into packs of at most `token_budget` tokens, best-fit decreasing; order is deterministic.
 

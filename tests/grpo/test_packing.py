@@ -10,11 +10,11 @@ from flashgrpo.grpo.packing import (
     Completion,
     Group,
     PackingError,
+    best_fit,
     build_batch,
     is_dead,
     live_groups,
     loss_denominator,
-    pack_groups,
 )
 from flashgrpo.kernels.grpo_loss import LossConfig
 
@@ -29,6 +29,10 @@ def group(prompt_length: int, *completion_lengths: int, first_id: int = 0, base:
         completions.append(Completion(ids, first_id + i, behavior_logprobs=-ids.astype(np.float32)))
         start += length
     return Group(list(range(base, base + prompt_length)), completions)
+
+
+def pack_groups(groups: list[Group], token_budget: int):
+    return [build_batch(pack) for pack in best_fit(groups, token_budget)]
 
 
 def test_layout_of_the_documented_example():
