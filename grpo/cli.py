@@ -24,7 +24,7 @@ _SPIN_COUNT = "50000"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit code."""
+    """Run a command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     if arguments[:1] == ["--version"]:
@@ -55,15 +55,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run_and_exit(*arguments: str) -> NoReturn:
-    """`main`, then the end of the process without Python's finalization.
+def console() -> NoReturn:
+    """Entry point of the console script."""
+    end_process_after(main)
+
+
+def end_process_after(run: Callable[[], int | None]) -> NoReturn:
+    """Exits with what `run` returns, without Python's finalization.
 
     A thread of gloo's that still holds a finished collective's tensor would abort it there (pytorch#190489), and its
     threads outlive their process group where FSDP2 has used it.
     """
     code = 1
     try:
-        code = main([*arguments, *sys.argv[1:]])
+        code = run() or 0
     except SystemExit as ended:  # argparse's
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
@@ -202,4 +207,4 @@ def _print_report(run_folder: str) -> None:
 
 
 if __name__ == "__main__":
-    run_and_exit()
+    console()

@@ -10,13 +10,13 @@ import argparse
 import json
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
+from flashgrpo.grpo.cli import end_process_after
 from flashgrpo.grpo.data import Problem, load_problems, render_text
 from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
@@ -142,4 +142,4 @@ def worked_answer(expression: str, careful: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process_after(main)

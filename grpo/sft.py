@@ -6,6 +6,7 @@ the completion's tokens, the prompt's tokens are not trained on, and there is no
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,6 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
 
 
 if __name__ == "__main__":
-    from flashgrpo.grpo.cli import run_and_exit
+    from flashgrpo.grpo.cli import end_process_after, main
 
-    run_and_exit("sft")
+    end_process_after(lambda: main(["sft", *sys.argv[1:]]))

@@ -6,6 +6,7 @@ what the generator does.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -352,6 +353,6 @@ def _number(value: float) -> float | None:
 
 
 if __name__ == "__main__":
-    from flashgrpo.grpo.cli import run_and_exit
+    from flashgrpo.grpo.cli import end_process_after, main
 
-    run_and_exit("train")
+    end_process_after(lambda: main(["train", *sys.argv[1:]]))

@@ -148,7 +148,7 @@ def test_ctrl_c_on_one_rank_stops_all_at_the_same_step(recipe_file, tmp_path):
 
 
 DRIVER = """
-import os, signal
+import os, signal, sys
 from flashgrpo.grpo import cli, train
 
 class Dying(train.Trainer):
@@ -158,7 +158,7 @@ class Dying(train.Trainer):
         return super().run_step(step, bar)
 
 train.Trainer = Dying
-cli.run_and_exit("train")
+cli.end_process_after(lambda: cli.main(["train", *sys.argv[1:]]))
 """
 
 
