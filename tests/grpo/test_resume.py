@@ -103,6 +103,22 @@ def test_a_run_goes_on_with_any_number_of_ranks(recorded, before, after, tmp_pat
             assert off <= (0 if before == after else 1e-6), f"step {step}, {name}: {off:.1e}"
 
 
+def test_samples_and_scores_do_not_depend_on_the_number_of_ranks(recipe, tmp_path):
+    """Three prompts and five problems: the ranks' shares differ, and one of four has no prompt at all."""
+    recipe = changed(changed(recipe, "rollout", prompts_per_step=3), "eval", every=1, samples=2, problems=5)
+    recipe = changed(recipe, "train", steps=2, lr=1e-5)
+    folders = [tmp_path / f"on_{size}" for size in (1, 2, 4)]
+    for size, folder in zip((1, 2, 4), folders, strict=True):
+        ranks.run(train, size, changed(recipe, "run", output=str(folder)))
+    samples, *others = (read_rows(folder / "samples.jsonl") for folder in folders)
+    assert others == [samples, samples]
+    scores, *others = (
+        [{key: row[key] for key in row if key.startswith(("eval", "reward"))} for row in read_rows(f / "metrics.jsonl")]
+        for f in folders
+    )
+    assert others == [scores, scores]
+
+
 def test_weights_gathered_for_scoring_are_not_used_after_an_update(recorded, tmp_path):
     """The second mini-batch is scored, then the first one, all dead, changes the weights without a backward pass."""
     recipe, file = recorded

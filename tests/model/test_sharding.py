@@ -84,12 +84,23 @@ def test_compiled_or_not_gradients_are_those_of_the_whole_decoder(folder, batch,
 
 
 def test_bfloat16_gradients_add_up_in_fp32(folder, batch):
-    """In bfloat16 a gradient stops growing once it is 256 times what is added."""
+    """Over three ranks and 200 passes: in bfloat16 three times a number is another, and 257 is not there at all."""
     (once,) = ranks.run(sharded_gradients, 1, folder, batch, torch.bfloat16, None, 1)
-    (often,) = ranks.run(sharded_gradients, 1, folder, batch, torch.bfloat16, None, 600)
+    often, *_ = ranks.run(sharded_gradients, 3, folder, batch, torch.bfloat16, None, 200)
     for name, gradient in once.items():
         assert gradient.dtype == torch.float32
         assert (often[name] - 600 * gradient).norm() <= 1e-5 * 600 * gradient.norm(), name
+
+
+def hidden_states(folder: Path, batch: PackedBatch) -> torch.Tensor:
+    return open_sharded(folder, torch.bfloat16)(batch).detach()
+
+
+def test_bfloat16_hidden_states_are_those_of_a_bfloat16_decoder(folder, batch):
+    """Bit for bit: cosines and sines stay in fp32."""
+    wanted = load_checkpoint(folder, dtype=torch.bfloat16)(batch)
+    for hidden in ranks.run(hidden_states, 2, folder, batch):
+        assert torch.equal(hidden, wanted)
 
 
 def loading_peak(folder: Path) -> int:
