@@ -116,12 +116,15 @@ def _refusal(run: Costs, memory: dict[str, Parts], needed: int) -> str:
 
     budget = _largest_budget(run)
     doubled = [run.num_gpus << i for i in range(1, 13)]
+    prompts, updates = run.recipe.rollout.prompts_per_step, run.recipe.train.mini_batches
+    halved = [prompts >> i for i in range(1, prompts.bit_length()) if not prompts % (updates << i)]
     changes = {  # each kind from the smallest change
         "--train.token_budget": [(budget, changed("train", token_budget=budget))] if budget >= needed else [],
         "--model.activation_checkpointing": [
             (kind, changed("model", activation_checkpointing=kind)) for kind in ("selective", "full")
         ],
         "--train.shard_ranks": [(0, changed("train", shard_ranks=0))],
+        "--rollout.prompts_per_step": [(n, changed("rollout", prompts_per_step=n)) for n in halved],
         "--gpus": [(n, dataclasses.replace(run, num_gpus=n)) for n in doubled],
     }
     enough = [
@@ -129,12 +132,16 @@ def _refusal(run: Costs, memory: dict[str, Parts], needed: int) -> str:
         for name, tried in changes.items()
     ]
     alone = " or ".join(filter(None, enough))
-    together = "several changes are needed: train.token_budget, model.activation_checkpointing=full, more GPUs, fewer "
+    together = "several changes are needed: " + (
+        "lower rollout.prompts_per_step, rollout.group_size or rollout.max_new_tokens, or more GPUs"
+        if moment == "rollout"
+        else "model.activation_checkpointing=full, a lower train.token_budget or more GPUs"
+    )
     sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in largest)
     return (
         f"{sum(parts.values()) / 1e9:,.1f} GB a GPU are needed ({moment}), {run.machine.memory / 1e9:,.1f} GB are "
         f"there, on {run.num_gpus} GPUs; the largest are {sizes}; "
-        + (f"{alone} would be enough" if alone else f"{together}rollout.prompts_per_step")
+        + (f"{alone} would be enough" if alone else together)
     )
 
 

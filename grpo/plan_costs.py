@@ -14,6 +14,7 @@ are assumptions until a GPU has measured them. Not counted: rewards, checkpoints
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 from flashgrpo.grpo.recipe import Recipe, RecipeError
@@ -53,6 +54,16 @@ MACHINES = {  # NVIDIA's data sheets of the SXM modules; a 400 Gbit/s adapter a 
     "h200": Machine(989e12, 141e9, 4.8e12, 450e9, 50e9),
     "b200": Machine(2250e12, 180e9, 7.7e12, 900e9, 50e9),
 }
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU as `torch.cuda.get_device_name` calls it, "NVIDIA H100 80GB HBM3"; None: not known.
+
+    PCIe cards and slower modules of the same chips have other rates.
+    """
+    words = re.split(r"[ -]", device_name.lower())
+    slower = {"pcie", "nvl", "mig"} & set(words)
+    return None if slower else next((m.flops for name, m in MACHINES.items() if name in words), None)
 
 
 @dataclass(frozen=True)
@@ -168,7 +179,7 @@ class Costs:
             },
             "rollout": {
                 **state,
-                "sampler's weights": size * self.size.total,
+                "sampler's weights": size * self.size.total * (2 if self.machine.is_cpu else 1),  # oneDNN's copy
                 "KV cache": self.kv_bytes * (rollout_rows * room + self.groups_a_rank * self.lengths.prompt),
                 "sampled logits": rollout_rows * self.sampled_bytes,
                 **reserve,
