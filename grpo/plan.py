@@ -3,6 +3,7 @@
 Reads the recipe and the model's config.json, nothing else; `plan_costs` has what is counted and what is assumed.
 """
 
+import bisect
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.grpo import plan_costs as assumed
-from flashgrpo.grpo.plan_costs import MACHINES, RESERVE, Costs, Lengths, Machine, Parts
+from flashgrpo.grpo.plan_costs import MACHINES, Costs, Lengths, Machine, Parts
 from flashgrpo.grpo.recipe import Recipe, RecipeError
 from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.config import ModelConfig
@@ -98,11 +99,7 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
 
 def _largest_budget(run: Costs) -> int:
     """Most tokens of a micro-batch that fit, 0 for none."""
-    low, high = 0, 1 << 40
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if run.fits(middle) else (low, middle - 1)
-    return low
+    return bisect.bisect_left(range(1, 1 << 40), True, key=lambda tokens: not run.fits(tokens))
 
 
 def _refusal(run: Costs, memory: dict[str, Parts], needed: int) -> str:
@@ -152,8 +149,7 @@ def print_plan(found: Plan) -> None:
     table.add_column("")
     for moment in found.memory:
         table.add_column(moment, justify="right")
-    names = dict.fromkeys(name for parts in found.memory.values() for name in parts)
-    for name in [*(name for name in names if name != RESERVE), RESERVE]:
+    for name in dict.fromkeys(name for parts in found.memory.values() for name in parts):
         sizes = [parts.get(name) for parts in found.memory.values()]
         table.add_row(name, *("" if size is None else f"{size / 1e9:,.2f}" for size in sizes))
     table.add_section()
@@ -172,5 +168,6 @@ def print_plan(found: Plan) -> None:
         f"[dim]A prediction. Assumed: prompts of {lengths.prompt:,.0f} tokens; completions of {lengths.response:,.0f} "
         f"on average, the share longer than t being (1 - t/{lengths.longest})^{lengths.tail:.3g}; no group without "
         f"gradient; products at {assumed.MATMUL_SHARE:.0%} of peak, attention at {assumed.ATTENTION_SHARE:.0%}, memory "
-        f"at {assumed.MEMORY_SHARE:.0%}, links at {assumed.LINK_SHARE:.0%}; decoding without CUDA graphs.[/dim]"
+        f"at {assumed.MEMORY_SHARE:.0%}, links at {assumed.LINK_SHARE:.0%}; decoding without CUDA graphs. "
+        "Not counted: rewards, evaluation, checkpoints.[/dim]"
     )

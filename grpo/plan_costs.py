@@ -97,7 +97,6 @@ class Lengths:
 
 
 Parts = dict[str, float]  # bytes by name
-RESERVE = "reserve"
 
 
 @dataclass(frozen=True)
@@ -142,15 +141,17 @@ class Costs:
     def memory(self, token_budget: int) -> dict[str, Parts]:
         """The parts of a GPU's memory at each moment of the docstring above, with micro-batches of `token_budget`."""
         size, config, shard = self.itemsize, self.config, self.size.total / self.shard_ranks
-        state = {"parameters (fp32 shard)": 4 * shard, "optimizer (2 fp32 shards)": 8 * shard}
+        state = {
+            "reserve": self.machine.reserve + FRAGMENTATION * self.machine.memory * (not self.machine.is_cpu),
+            "parameters (fp32 shard)": 4 * shard,
+            "optimizer (2 fp32 shards)": 8 * shard,
+        }
         if self.recipe.loss.kl_coef:
             state["reference (shard)"] = size * shard
-        reserve = {RESERVE: self.machine.reserve + FRAGMENTATION * self.machine.memory * (not self.machine.is_cpu)}
         group_size, blocks = self.recipe.rollout.group_size, config.num_layers
         tokens, _, targets = self.lengths.group(group_size)
         rows = token_budget * targets / tokens
-        own = self.lengths.response - 1
-        cpu_group = (self.lengths.prompt, own, group_size) if self.machine.is_cpu else None
+        cpu_group = (self.lengths.prompt, self.lengths.response - 1, group_size) if self.machine.is_cpu else None
         block = BlockActivations.of(config, self.recipe.model.activation_checkpointing, size, cpu_group)
         outside = 2 * size * config.hidden_size + 8 * config.head_dim  # final norm's input and output, cos and sin
         saved = token_budget * (blocks * block.kept + outside)
@@ -168,21 +169,18 @@ class Costs:
                 unsharded: gathered + (0 if resharded else all_blocks),
                 "activations": saved + 2 * size * rows * config.hidden_size,
                 "logits and head gradient": d_head,
-                **reserve,
             },
             "backward": {
                 **trained,
                 unsharded: gathered + (size * min(2, blocks) * self.size.block if resharded else all_blocks),
                 reduced: size * head + (size + 4) * self.size.block,
                 "activations": saved + token_budget * (block.recomputed + block.working),
-                **reserve,
             },
             "rollout": {
                 **state,
                 "sampler's weights": size * self.size.total * (2 if self.machine.is_cpu else 1),  # oneDNN's copy
                 "KV cache": self.kv_bytes * (rollout_rows * room + self.groups_a_rank * self.lengths.prompt),
                 "sampled logits": rollout_rows * self.sampled_bytes,
-                **reserve,
             },
         }
 
