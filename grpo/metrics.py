@@ -10,6 +10,7 @@ from torch import Tensor
 from flashgrpo.grpo.balance import PackPlan
 from flashgrpo.grpo.learner import Learner, Stats
 from flashgrpo.grpo.packing import is_dead
+from flashgrpo.grpo.plan_costs import peak_flops
 from flashgrpo.grpo.progress import Clock, peak_memory_mb
 from flashgrpo.grpo.reward_pool import RewardTable
 from flashgrpo.grpo.rollout import Rollout
@@ -87,7 +88,8 @@ def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
 
 def speed_metrics(data: StepData, clock: Clock, plans: Sequence[PackPlan], world: World) -> dict[str, float]:
     """Seconds by phase, and rates: sampled tokens a second of the whole step, trained tokens a second of the training
-    phase, and its model FLOPs a second and rank, which count attention exactly and recomputation not at all.
+    phase, and its model FLOPs a second and rank, which count attention exactly and recomputation not at all; `mfu` is
+    their share of the GPU's dense bf16 peak, where that is known.
 
     `idle` is the share of the step that the ranks, on average, wait for the slowest: measured for the rollout, for the
     training phase by the FLOPs of each rank's micro-batches, in which ranks move in lockstep.
@@ -98,15 +100,21 @@ def speed_metrics(data: StepData, clock: Clock, plans: Sequence[PackPlan], world
     lockstep = 3 * world.size * sum(float(plan.costs.max(axis=0).sum()) for plan in plans)
     seconds = {f"time/{phase}_s": clock.seconds[phase] for phase in PHASES}
     train_s = max(clock.seconds["train"], 1e-9)
-    return seconds | {
-        "time/step_s": clock.total_s,
-        "tokens_per_s": sampled / clock.total_s,
-        "tokens_per_s/gpu": sampled / clock.total_s / world.size,
-        "tokens_per_s/trained": trained / train_s,
-        "tflops": flops / train_s / world.size / 1e12,
-        "idle": (clock.idle_s + train_s * (1 - flops / max(lockstep, 1.0))) / clock.total_s,
-        "memory/peak_mb": peak_memory_mb(world.device),
-    }
+    rate = flops / train_s / world.size
+    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    return (
+        seconds
+        | ({"mfu": rate / peak} if peak else {})
+        | {
+            "time/step_s": clock.total_s,
+            "tokens_per_s": sampled / clock.total_s,
+            "tokens_per_s/gpu": sampled / clock.total_s / world.size,
+            "tokens_per_s/trained": trained / train_s,
+            "tflops": rate / 1e12,
+            "idle": (clock.idle_s + train_s * (1 - flops / max(lockstep, 1.0))) / clock.total_s,
+            "memory/peak_mb": peak_memory_mb(world.device),
+        }
+    )
 
 
 def one_line(metrics: dict[str, float]) -> str:

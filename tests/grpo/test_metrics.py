@@ -1,19 +1,24 @@
 """What a person reads off a run is what was computed, and costs no more memory than a few numbers."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from flashgrpo.grpo.balance import PackPlan, plan_packs
 from flashgrpo.grpo.learner import Learner
-from flashgrpo.grpo.metrics import StepData, device_metrics, rollout_metrics
+from flashgrpo.grpo.metrics import StepData, device_metrics, rollout_metrics, speed_metrics
+from flashgrpo.grpo.packing import Completion, Group
+from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.recipe import OptimizerSection
 from flashgrpo.grpo.reward_pool import RewardTable
 from flashgrpo.grpo.rollout import Rollout
 from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import load_checkpoint
+from flashgrpo.model.flops import ModelFlops
 
 NAN = float("nan")
 
@@ -56,3 +61,29 @@ def test_metrics_of_a_step_do_not_copy_what_is_kept_per_token(model_path, recipe
     with open_world(recipe) as world:
         metrics = device_metrics([[stats, stats]], [torch.tensor(4.0)], learner, world)
     assert (metrics["loss"], metrics["grad_norm"], metrics["entropy"], metrics["ratio/max"]) == (2.0, 4.0, 0.5, 2.0)
+
+
+def test_speed_counts_what_the_loss_multiplies(recipe, monkeypatch):
+    """Attention by its pairs, three passes' FLOPs, the wait for the slowest; and their share of a GPU's peak."""
+    flops = ModelFlops(per_token=100.0, per_pair=10.0, per_target=1000.0)
+    groups = [Group([1, 2], [Completion(np.array([3, 4, 5]), 0)]), Group([1], [Completion(np.array([3]), 1)])]
+    plan = PackPlan([[[groups[0]]], [[groups[1]]]], np.array([[4 * 100 + 10 * 10 + 3000], [100 + 10 + 1000.0]]))
+    assert (plan_packs(groups, 8, 2, flops).costs == plan.costs).all()
+    clock = Clock()
+    clock.seconds["train"] = 2.0
+    clock.start -= 10.0
+    with open_world(recipe) as world:
+        world = dataclasses.replace(world, size=2)
+        metrics = speed_metrics(step_data([[0.0, 1.0]]), clock, [plan], world)
+        assert "mfu" not in metrics  # no peak of a CPU is known
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+        monkeypatch.setattr("flashgrpo.grpo.metrics.peak_memory_mb", lambda device: 0.0)
+        on_gpu = speed_metrics(
+            step_data([[0.0, 1.0]]), clock, [plan], dataclasses.replace(world, device=torch.device("cuda"))
+        )
+    rate = 3 * (3500 + 1110) / 2.0 / 2
+    assert metrics["tflops"] == pytest.approx(rate / 1e12)
+    assert on_gpu["mfu"] == pytest.approx(rate / 989e12)
+    assert metrics["tokens_per_s/trained"] == pytest.approx(5 / 2.0)
+    assert metrics["tokens_per_s/gpu"] == pytest.approx(metrics["tokens_per_s"] / 2)
+    assert metrics["idle"] == pytest.approx(2.0 * (1 - (3500 + 1110) / 7000) / 10, rel=1e-2)
