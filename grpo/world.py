@@ -129,10 +129,9 @@ def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = datetime.timedelta(seconds=limit_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        world = World(rank, size, device, _mesh(device, size, recipe.train.shard_ranks))
-        _compare_recipes(world, recipe)
         with _watched(rank, size):
-            yield world
+            _compare_recipes(recipe, size)
+            yield World(rank, size, device, _mesh(device, size, recipe.train.shard_ranks or size, limit))
     except Exception as error:
         is_lost = "gloo" in str(error) or isinstance(error, dist.DistError)
         if is_lost:
@@ -208,19 +207,22 @@ def _watched(rank: int, size: int) -> Iterator[None]:
     thread.join()
 
 
-def _mesh(device: torch.device, size: int, shard_ranks: int) -> DeviceMesh:
-    shard_ranks = shard_ranks or size
+def _mesh(device: torch.device, size: int, shard_ranks: int, limit: datetime.timedelta) -> DeviceMesh:
     if size % shard_ranks:
         raise RecipeError(
             f"train.shard_ranks = {shard_ranks} does not divide the {size} ranks; use one that does, or 0 for all"
         )
     if shard_ranks == size:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (size // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
+    ranks = torch.arange(size).view(-1, shard_ranks)
+    groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=limit)[0] for rows in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
-def _compare_recipes(world: World, recipe: Recipe | SftRecipe) -> None:
-    texts = world.gather(recipe_to_toml(recipe))
+def _compare_recipes(recipe: Recipe | SftRecipe, size: int) -> None:
+    """Before anything else that the ranks do together: what it is depends on the recipe."""
+    texts: list[Any] = [""] * size
+    dist.all_gather_object(texts, recipe_to_toml(recipe))
     for rank, text in enumerate(texts):
         differing = [pair for pair in zip(texts[0].splitlines(), text.splitlines(), strict=False) if len({*pair}) > 1]
         if text != texts[0]:

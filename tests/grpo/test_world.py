@@ -117,9 +117,11 @@ def test_a_rank_that_dies_ends_the_others(recipe_file, kind):
     assert "flashgrpo: rank 1 of 2 has died; continue with --resume" in Path(f"{recipe_file}.0").read_text()
 
 
-def test_a_rank_that_is_waited_for_too_long_ends_the_run(recipe_file):
-    options = recipe_file, "--run.collective_timeout_s=2"
-    first, _ = ranks.run(stuck, 2, "slow", *options, check=False, timeout_s=50)
+@pytest.mark.parametrize("shard_ranks", [0, 2])
+def test_a_rank_that_is_waited_for_too_long_ends_the_run(recipe_file, shard_ranks):
+    """Also where only those wait that hold a copy of the weights together."""
+    options = recipe_file, "--run.collective_timeout_s=2", f"--train.shard_ranks={shard_ranks}"
+    first, *_ = ranks.run(stuck, 4, "slow", *options, check=False, timeout_s=50)
     code, errors = first.result
     assert code == 1
     assert "flashgrpo: a rank let the others wait for longer than run.collective_timeout_s = 2; raise it" in errors
