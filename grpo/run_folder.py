@@ -72,24 +72,27 @@ class RunFolder:
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append a row; NaN and infinity are written as null."""
+        if self._world.is_main:
+            _append(self.path / "metrics.jsonl", [self._row(step, metrics)])
+
+    def has_logged(self, step: int, name: str) -> bool:
+        """Whether the last row is that of `step` and has `name`."""
+        last = self._world.on_main(lambda: [{}, *read_rows(self.path / "metrics.jsonl")][-1])
+        return last.get("step") == step and name in last
+
+    def log_more(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Add to the last row, where it is that of `step`, or append one."""
         if not self._world.is_main:
             return
+        rows = read_rows(self.path / "metrics.jsonl")
+        before = rows.pop() if rows and rows[-1]["step"] == step else {}
+        _write_rows(self.path / "metrics.jsonl", [*rows, before | self._row(step, metrics)])
+
+    def _row(self, step: int, metrics: Mapping[str, float | None]) -> dict[str, Any]:
         finite = {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}
-        _append(self.path / "metrics.jsonl", [{"step": step} | finite])
         for key, value in finite.items():
             self._tensorboard.add_scalar(key, math.nan if value is None else value, step)
-
-    def take_row(self, step: int) -> dict[str, Any]:
-        """Remove the last row, where it is that of `step`, and return its values, for logging it again with more."""
-
-        def take() -> dict[str, Any]:
-            *before, last = [{}, *read_rows(self.path / "metrics.jsonl")]
-            if last.pop("step", None) != step:
-                return {}
-            _write_rows(self.path / "metrics.jsonl", before[1:])
-            return last
-
-        return self._world.on_main(take)
+        return {"step": step} | finite
 
     def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
         """Append sampled completions."""

@@ -114,13 +114,8 @@ class Trainer(RunLoop):
 
     def begin(self) -> None:
         """The evaluation before training, or one that a stop has cut short."""
-        if self._evaluates_at(self.step):
-            row = self.folder.take_row(self.step)
-            try:
-                row = row if "eval/pass@1" in row else row | self._evaluate(self.step)
-            finally:  # a second stop must not lose the row
-                if row:
-                    self.folder.log(self.step, row)
+        if self._evaluates_at(self.step) and not self.folder.has_logged(self.step, "eval/pass@1"):
+            self.folder.log_more(self.step, self._evaluate(self.step))
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
         """Rollout, rewards, packing, scoring, updates, metrics; Ctrl-C waits from the first update to the last."""

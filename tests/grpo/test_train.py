@@ -355,14 +355,17 @@ def test_ctrl_c_in_an_evaluation_is_made_up_for(recipe, tmp_path, monkeypatch):
 
     def interrupted(self, step):
         if step == 2:
+            seen.append(read_rows(self.folder.path / "metrics.jsonl")[-1]["step"])
             raise KeyboardInterrupt
         return original(self, step)
 
+    seen = []
     monkeypatch.setattr(Trainer, "_evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(recipe)
     with pytest.raises(KeyboardInterrupt):  # and in making up for it
         train(recipe, resume=True)
+    assert seen == [1, 2]  # a crash in the second evaluation would leave the row of step 2
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(tmp_path / "user_code"))
     train(recipe, resume=True)
