@@ -1,11 +1,12 @@
 """Weights under training: AdamW on fp32 shards, clipping, and no update from a gradient that is not finite."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from flashgrpo.grpo.recipe import OptimizerSection
@@ -49,7 +50,7 @@ class Learner:
         return lr
 
     def update(
-        self, batches: Iterable[PackedBatch], loss_of: Callable[[PackedBatch], tuple[Tensor, Stats]]
+        self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], tuple[Tensor, Stats]]
     ) -> tuple[list[Stats], Tensor]:
         """One optimizer step on the summed losses of `batches`; returns their stats and the gradient norm (0-d).
 
@@ -57,7 +58,9 @@ class Learner:
         Where the norm is not finite the weights and moments stay as they are.
         """
         collected = []
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
+            if isinstance(self.model, FSDPModule):  # with HSDP, copies of the model meet once an update
+                self.model.set_requires_all_reduce(number == len(batches))
             loss, stats = loss_of(batch)
             loss.backward()
             collected.append({"loss": loss.detach(), **stats})

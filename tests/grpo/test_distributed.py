@@ -167,9 +167,11 @@ def test_the_same_layout_gives_equal_bits(update_recipe, shard_ranks):
         assert one[2] == other[2]
 
 
-def test_ranks_without_work_take_part(wanted):
+@pytest.mark.parametrize("shard_ranks", [0, 1])
+def test_ranks_without_work_take_part(wanted, shard_ranks):
     """Empty micro-batches, on all ranks but one and at the end of the last."""
     recipe, expected = wanted
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, shard_ranks=shard_ranks))
     layout: Layout = [[[], []], [GROUPS, []]]
     for rank in ranks.run(updates, 2, recipe, [layout], REWARDS):
         assert_equal(rank[0], expected)
