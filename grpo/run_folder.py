@@ -55,6 +55,7 @@ class RunFolder:
     def start(self) -> None:
         """Write recipe.toml, say what changed in it, cut the logs back to the checkpoint and open them."""
         self._world.on_main(self._start)
+        self._world.everywhere(self._check_shared)
 
     def _start(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,13 @@ class RunFolder:
             _write_rows(self.path / name, rows)
         writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=last_step + 1)
         self._tensorboard = self._stack.enter_context(writer)
+
+    def _check_shared(self) -> None:
+        if not (self.path / "recipe.toml").exists():
+            raise RunInputError(
+                f"{self.path}, which rank 0 has begun to write, is not there on rank {self._world.rank}; "
+                "run.output wants a place on storage that all ranks share, by a path that is the same on all"
+            )
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append a row; NaN and infinity are written as null."""

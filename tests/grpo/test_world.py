@@ -48,12 +48,27 @@ def recipe_file(recipe_values, custom_rewards, tmp_path) -> str:
         ("--train.token_budget=10", "longest prompt and completion together, 4 + 8 - 1 tokens; raise it to 11 or more"),
         ("--train.lr=0.{rank}1", "the ranks have different recipes: lr = 0.01 on rank 0, lr = 0.11 on rank 1"),
         ("--model.path=nowhere", "nowhere: no such folder"),
+        ("--model.path=gloo", "gloo: no such folder"),
     ],
 )
 def test_a_fault_before_the_first_step_is_one_line_of_rank_0(recipe_file, override, message):
     (code, errors), other = ranks.run(command, 2, recipe_file, override)
     assert (code, errors.count("\n")) == (2, 1)
     assert message in errors
+    assert other == (2, "")
+
+
+def command_in_own_folder(*arguments: str) -> tuple[int, str]:
+    Path(os.environ["RANK"]).mkdir()
+    os.chdir(os.environ["RANK"])
+    return command(*arguments)
+
+
+def test_an_output_that_ranks_do_not_share_is_refused(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code, errors), other = ranks.run(command_in_own_folder, 2, recipe_file, "--run.output=run")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "run, which rank 0 has begun to write, is not there on rank 1" in errors
     assert other == (2, "")
 
 
