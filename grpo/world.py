@@ -121,7 +121,7 @@ def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
     store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     try:
         if size > 1:
-            store = _own_store(next(rendezvous("env://"))[0], rank, size)
+            store = _own_store(next(rendezvous("env://"))[0], rank, size, limit_s)
         device = resolve_device(recipe.run.device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -152,13 +152,15 @@ def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _own_store(store: Any, rank: int, size: int) -> Any:
+def _own_store(store: Any, rank: int, size: int, limit_s: float) -> Any:
     """A part of torchrun's store for these processes alone. It outlives a restart, and the addresses that the ranks of
     before have left in it would be taken for those of now: so rank 0 keeps a roster until all on it have confirmed it.
     """
     own, confirmed = uuid.uuid4().hex, ""
+    store.set_timeout(datetime.timedelta(seconds=limit_s))
     store.set(f"member {rank}", own)
-    while True:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
         if rank == 0:
             store.set("roster", b" ".join(store.get(f"member {member}") for member in range(size)))
         roster = store.get("roster").decode()
@@ -169,6 +171,7 @@ def _own_store(store: Any, rank: int, size: int) -> Any:
             prefix = hashlib.sha256(roster.encode()).hexdigest()
             return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
         time.sleep(0.05)
+    raise dist.DistStoreError(f"not all of the {size} ranks have started")
 
 
 @contextmanager

@@ -11,16 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
 import tomli_w
+import torch.distributed as dist
 
 from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.data import DataError
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.train import Trainer
+from flashgrpo.grpo.world import _own_store
 from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
 from flashgrpo.model.config import ModelConfig
 
@@ -140,6 +143,14 @@ def test_a_rank_that_is_waited_for_too_long_ends_the_run(recipe_file, shard_rank
     code, errors = first.result
     assert code == 1
     assert "flashgrpo: a rank let the others wait for longer than run.collective_timeout_s = 2; raise it" in errors
+
+
+def test_a_rank_that_never_starts_is_not_waited_for_without_end():
+    """It has failed after a restart: its name is on the roster of before, but will not confirm one."""
+    store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    store.set("member 1", "of before")
+    with pytest.raises(dist.DistStoreError, match="not all of the 2 ranks have started"):
+        _own_store(store, 0, 2, limit_s=0.2)
 
 
 def interrupted(recipe_file: str) -> tuple[int, str, int]:
