@@ -250,7 +250,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         inverse_rms = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (x * inverse_rms).mul_(weight)
+        return x * inverse_rms * weight  # under torch 2.11, mul_ would drop the gradient of compiled blocks
 
     @staticmethod
     @backward_once
