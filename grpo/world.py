@@ -218,7 +218,9 @@ def _mesh(device: torch.device, size: int, shard_ranks: int, limit: datetime.tim
     if shard_ranks == size:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     ranks = torch.arange(size).view(-1, shard_ranks)
-    groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=limit)[0] for rows in (ranks.T, ranks)]
+    groups: list[Any] = [
+        dist.new_subgroups_by_enumeration(rows.tolist(), timeout=limit)[0] for rows in (ranks.T, ranks)
+    ]
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
