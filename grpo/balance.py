@@ -35,11 +35,10 @@ class PackPlan:
 def plan_packs(groups: list[Group], token_budget: int, num_ranks: int, flops: ModelFlops) -> PackPlan:
     """Spread groups over ranks and micro-batches of at most `token_budget` tokens.
 
-    Groups are split where that fills packs or evens them out, at the price of a repeated prompt. The plan with the
-    least sum of slowest ranks is returned. Each micro-batch gathers the weights again, so it has as few of them as
-    were found, never more than best-fit decreasing on one rank, and more on several only where the budget leaves no
-    room to even out. Raises PackingError for an empty prompt or completion, and where a prompt and one completion
-    alone are over the budget.
+    Groups are split where that evens packs out, at the price of a repeated prompt. Of the plans with as few
+    micro-batches as were found, more only where the budget leaves no room to even out, and of best-fit decreasing,
+    which splits no group that fits, the one with the least sum of slowest ranks is returned. Raises PackingError for
+    an empty prompt or completion, and where a prompt and one completion alone are over the budget.
     """
     groups = [group for group in groups if group.completions]
     for group in groups:
@@ -49,21 +48,18 @@ def plan_packs(groups: list[Group], token_budget: int, num_ranks: int, flops: Mo
     def fill(num_packs: int, slack: float) -> list[list[_Piece]] | None:
         return _fill(rests, token_budget, num_ranks, num_packs, slack, flops.per_token)
 
-    fewest: list[list[_Piece]] = fill(sum(len(group.completions) for group in groups), math.inf) or []
-    if len(fewest) > -(-sum(rest.tokens for rest in rests) // (token_budget * num_ranks)) * num_ranks:
-        fitted: list[list[_Piece]] = [
-            [_Rest.of(piece, flops) for piece in pack] for pack in best_fit(groups, token_budget)
-        ]
-        fewest = min(fewest, fitted, key=len)
-    plans, repeats = [fewest], sum(map(_cost, fewest)) / max(_cost(rests), 1)
+    fitted: list[list[_Piece]] = [[_Rest.of(piece, flops) for piece in pack] for pack in best_fit(groups, token_budget)]
+    fewest = fill(sum(len(group.completions) for group in groups), math.inf) or []
+    fewest = min(fewest, fitted, key=len)
+    plans, repeats = [fewest, fitted], sum(map(_cost, fewest)) / max(_cost(rests), 1)
     num_packs = -(-len(fewest) // num_ranks) * num_ranks
-    while num_ranks > 1 and len(plans) == 1:
+    while num_ranks > 1 and len(plans) == 2:
         for slack in _SLACKS:
             if (packs := fill(num_packs, slack * repeats)) is None:
                 break
             plans.append(packs)
         num_packs += num_ranks
-    packs = min(plans, key=lambda plan: sum(sorted(map(_cost, plan), reverse=True)[::num_ranks]))
+    packs = min(plans, key=lambda plan: (sum(sorted(map(_cost, plan), reverse=True)[::num_ranks]), len(plan)))
     packs = sorted(packs, key=_cost, reverse=True) + [[]] * (-len(packs) % num_ranks)
     return PackPlan(
         [[[piece.group for piece in pack] for pack in packs[rank::num_ranks]] for rank in range(num_ranks)],

@@ -249,9 +249,9 @@ class Costs:
         again = self.recipe.model.activation_checkpointing == "full"  # attention: 2 products, backward 7
         compute = self.work(3 + again, 4.5 + again, 3 + (self.recipe.loss.ratio_level == "sequence"))
         gathers = 2 if train.reshard_after_forward else 1
-        exchange = gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total) + self.all_reduce_s()
+        exchange = self.micro_batches * (gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total))
         adamw = 28 * self.size.total / self.shard_ranks / memory_rate  # reads 4 and writes 3 fp32 numbers a weight
-        one_pass = max(compute, train.mini_batches * self.micro_batches * exchange) + train.mini_batches * adamw
+        one_pass = max(compute, train.mini_batches * (exchange + self.all_reduce_s())) + train.mini_batches * adamw
         sync = self.collective_s(moved) + moved / memory_rate
         return {"generate": self.generate_s(), "score": score, "train": train.epochs * one_pass, "sync": sync}
 

@@ -250,7 +250,10 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         inverse_rms = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
-        return x * inverse_rms * weight  # under torch 2.11, mul_ would drop the gradient of compiled blocks
+        normed = x * inverse_rms
+        if torch.compiler.is_compiling():  # where torch 2.11 would lose the gradient of a result written in place
+            return normed * weight
+        return normed.mul_(weight)
 
     @staticmethod
     @backward_once

@@ -24,6 +24,8 @@ def shard(decoder: Decoder, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_
     `reshard_after_forward` frees a block's gathered weights until its backward pass. A decoder on the meta device
     takes memory for its shards alone, in `to_empty`.
     """
+    if mesh.size() == 1 and {parameter.dtype for parameter in decoder.parameters()} == {dtype}:
+        return  # nothing to share and nothing to cast: FSDP would copy all weights and gradients several times a pass
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in decoder.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)

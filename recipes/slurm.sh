@@ -10,6 +10,7 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900 # seconds for a last checkpoint after Ctrl-C; torch before 2.13 gives 30
 source .venv/bin/activate
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun \

@@ -95,11 +95,14 @@ def test_slowest_ranks_cost_little_more_than_the_mean(group_size, median, prompt
     assert lockstep <= 1.08 * sum(forward_flops(build_batch([g]), flops) for g in groups) / 8
 
 
-def test_one_rank_runs_no_more_micro_batches_than_best_fit():
+def test_one_rank_runs_no_more_micro_batches_and_costs_no_more_than_best_fit():
     few = [group(1, 4, 5, 5), group(3, 3, first_id=3), group(1, 2, first_id=4)]  # filled one after the other: 3 packs
     assert plan_packs(few, 10, 1, TOY).costs.shape == (1, len(best_fit(few, 10))) == (1, 2)
-    many = long_tailed(seed=0)
-    assert plan_packs(many, 32768, 1, QWEN_7B).costs.size < len(best_fit(many, 32768))
+    alike = [group(256, *[64] * 8, first_id=8 * i) for i in range(8)]  # filled: 7 packs, the prompt in each of 6 twice
+    for groups, budget in ((alike, 1200), (long_tailed(seed=0), 32768)):
+        fitted, plan = best_fit(groups, budget), plan_packs(groups, budget, 1, QWEN_7B)
+        assert plan.costs.size <= len(fitted)
+        assert plan.costs.sum() <= sum(forward_flops(build_batch(pack), QWEN_7B) for pack in fitted)
 
 
 def test_8192_rollouts_are_planned_in_100_ms():
