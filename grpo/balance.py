@@ -26,11 +26,6 @@ class PackPlan:
     packs: list[list[list[Group]]]  # [num_ranks][num_micro_batches]
     costs: np.ndarray  # [num_ranks, num_micro_batches] fp64, forward FLOPs
 
-    @property
-    def idle_share(self) -> float:
-        """Share of the ranks' time that is spent waiting for the slowest rank of each micro-batch."""
-        return float(1 - self.costs.mean(0).sum() / self.costs.max(0).sum()) if self.costs.size else 0.0
-
 
 def plan_packs(groups: list[Group], token_budget: int, num_ranks: int, flops: ModelFlops) -> PackPlan:
     """Spread groups over ranks and micro-batches of at most `token_budget` tokens.

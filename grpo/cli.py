@@ -71,7 +71,7 @@ def end_process_after(run: Callable[[], int | None]) -> NoReturn:
         code = run() or 0
     except SystemExit as ended:  # argparse's
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
+    except BaseException:  # as Python would at the end of the process, which this is
         traceback.print_exc()
     finally:
         sys.stdout.flush()

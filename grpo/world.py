@@ -132,7 +132,7 @@ def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
         with _watched(rank, size):
             _compare_recipes(recipe, size)
             yield World(rank, size, device, _mesh(device, size, recipe.train.shard_ranks or size, limit))
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is raised again below, once it is known which ranks tell it
         is_lost = (type(error) is RuntimeError and "gloo" in str(error)) or isinstance(error, dist.DistError)
         if is_lost:
             time.sleep(2 * _GRACE_S)  # where a rank has died, `_watched` ends this one, and knows which it was
