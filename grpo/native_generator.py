@@ -8,7 +8,7 @@ groups. It runs without CUDA graphs and pages: it is the default where vLLM is n
 vLLM is tested against.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling, splitmix64
+from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.model.decoder import Decoder, huggingface_views
 from flashgrpo.model.linear import PackedWeights, product
@@ -28,23 +29,28 @@ _DRAWN_AHEAD = 64  # positions whose random numbers go to the device at once
 class NativeGenerator:
     """Samples from `model` as it stands when `generate` is called; `weight_version` is stamped on the rollouts."""
 
-    def __init__(self, model: Decoder, stop_token_ids: list[int]):
+    def __init__(self, model: Decoder, stop_token_ids: list[int], device: torch.device | None = None):
         self.model = model
         self.stop_token_ids = stop_token_ids
+        self.device = device or model.lm_head_weight.device
         self.weight_version = 0
 
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device, version: int) -> None:
-        """Copy every weight, given under its Hugging Face name, into a model of the generator's own."""
-        self.model.to_empty(device=device)
+    def load_weights(self, source: DecoderSource, version: int) -> None:
+        """Copy every weight into a model of the generator's own."""
+        self.model.to_empty(device=self.device)
         weights = huggingface_views({n: p.detach() for n, p in self.model.named_parameters()}, self.model.config)
-        for name, tensor in tensors:
-            weights[name].copy_(tensor)
+        for name, tensor in source:
+            if name in weights:  # a tied head is sent twice
+                weights[name].copy_(tensor)
         self.weight_version = version
 
     def free_weights(self) -> None:
         """Give the memory of the weights back until the next `load_weights`."""
         self.model.to("meta")
         self.weight_version = -1
+
+    def close(self) -> None:
+        """Nothing runs for it."""
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Yield each request's rollouts, in the order of its seeds, as soon as the last of them is done."""
@@ -60,7 +66,8 @@ class NativeGenerator:
 
     def _rollout(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, stopped: bool) -> Rollout:
         reason = "stop" if stopped else "length"
-        return Rollout(request.prompt_ids, tokens, logprobs, reason, request.group, self.weight_version)
+        versions = ((self.weight_version, len(tokens)),)
+        return Rollout(request.prompt_ids, tokens, logprobs, reason, request.group, versions)
 
 
 class _DecodingBatch:

@@ -107,8 +107,10 @@ class RewardsSection:
 
 @dataclass(frozen=True, config=_CHECKED)
 class RolloutSection:
-    generator: Literal["native"] = "native"
-    """What samples the completions."""
+    generator: Literal["native", "vllm", "vllm_server"] = "native"
+    """What samples the completions: the trainer itself, vLLM on the same devices, or `vllm serve` on others."""
+    overlap: _Bool = False
+    """With servers: sample a step's completions while the step before it trains, one step off-policy."""
     prompts_per_step: _Positive = 32
     """Prompts of one rollout; a step is one rollout and the updates made from it."""
     group_size: Annotated[int, Field(strict=True, ge=2)] = 16
@@ -125,6 +127,26 @@ class RolloutSection:
     """Dynamic sampling (DAPO): most extra rounds of prompts that replace groups of equal rewards."""
     mask_overlong: _Bool = False
     """Completions cut at max_new_tokens give no gradient."""
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class VllmSection:
+    servers: list[str] = dataclasses.field(default_factory=list)
+    """Addresses of servers that `flashgrpo serve` has started, as ["http://node2:8000"]."""
+    devices: list[str] = dataclasses.field(default_factory=list)
+    """Instead: start one server on each of these sets of GPUs, as ["4,5", "6,7"]; on a CPU ["cpu"]."""
+    memory_share: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.5
+    """Share of a GPU's memory for vLLM's weights and KV cache."""
+    kv_cache_gb: _NonNegative = 0.0
+    """KV cache of an engine in 10^9 bytes; 0: what memory_share leaves, on a CPU 1."""
+    max_model_len: _Count = 0
+    """Most tokens of a prompt and its completion; 0: data.max_prompt_tokens + rollout.max_new_tokens."""
+    enforce_eager: _Bool = False
+    """Run without CUDA graphs, as on a CPU."""
+    sync_timeout_s: _PositiveFloat = 300.0
+    """Longest wait for one step of a weight sync, and for a server's sign of life."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further engine arguments of vLLM's, as [vllm.options]."""
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -207,8 +229,13 @@ class Recipe:
     loss: LossConfig = dataclasses.field(default_factory=lambda: LossConfig.preset("grpo"))
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+    vllm: VllmSection = VllmSection()
 
     def __post_init__(self) -> None:
+        if self.rollout.overlap and self.rollout.generator != "vllm_server":
+            raise ValueError(f"rollout.overlap needs generator = vllm_server, found {self.rollout.generator}")
+        if self.rollout.generator == "vllm_server" and bool(self.vllm.servers) == bool(self.vllm.devices):
+            raise ValueError("rollout.generator = vllm_server wants either vllm.servers or vllm.devices")
         if self.rollout.prompts_per_step % self.train.mini_batches:
             raise ValueError(
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not a multiple of "

@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from flashgrpo.grpo.weight_sync import DecoderSource
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -41,13 +43,29 @@ class Rollout:
     behavior_logprobs: np.ndarray  # [num_tokens] fp32, of the distribution that was sampled from
     finish_reason: Literal["stop", "length"]
     group: int
-    weight_version: int
+    weight_versions: tuple[tuple[int, int], ...]  # (version, tokens sampled from it), in the order of the tokens
 
 
 class Generator(Protocol):
-    """Native or vLLM: yields each group as soon as its last completion is done, in any order."""
+    """Native or vLLM. `weight_version` is that of the weights it would sample from; -1: it holds none."""
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]: ...
+    weight_version: int
+
+    def load_weights(self, source: DecoderSource, version: int) -> None:
+        """Sample from these weights from now on; on several ranks, all call it."""
+        ...
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
+        """Yield each group as soon as its last completion is done, in any order."""
+        ...
+
+    def free_weights(self) -> None:
+        """Give the memory that training needs back until the next `load_weights`."""
+        ...
+
+    def close(self) -> None:
+        """End what runs for it."""
+        ...
 
 
 def sample_seeds(seed: int, step: int, prompt: int, num_samples: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from flashgrpo.grpo.progress import StepBar, console, step_bar
 from flashgrpo.grpo.recipe import Recipe, SftRecipe
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder
-from flashgrpo.grpo.world import World
+from flashgrpo.grpo.world import GeneratorFailure, World
 from flashgrpo.model.checkpoint import save_checkpoint
 
 _MOST_SKIPPED = 3
@@ -70,7 +70,7 @@ class RunLoop(abc.ABC):
     def run(self) -> Path:
         """Every step that is left, then the final model; returns its folder.
 
-        Ctrl-C and a reward that fails leave a checkpoint of the last whole step.
+        Ctrl-C and a reward or generator that fails leave a checkpoint of the last whole step.
         """
         self.folder.start()
         with self.world.interrupts:
@@ -85,7 +85,7 @@ class RunLoop(abc.ABC):
                         every = self.settings.checkpoint_every
                         if (every and step % every == 0) or step == self.total_steps:
                             self.save()
-            except (KeyboardInterrupt, RewardFailure):
+            except (KeyboardInterrupt, RewardFailure, GeneratorFailure):
                 self.save()
                 console.print(f"[yellow]stopped after step {self.step}; continue with --resume[/yellow]")
                 raise

@@ -7,12 +7,11 @@ what the generator does.
 
 import dataclasses
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +19,27 @@ from torch import Tensor
 
 from flashgrpo.grpo.balance import PackPlan, plan_packs
 from flashgrpo.grpo.data import Problem, load_problems
-from flashgrpo.grpo.evaluate import completion_group, evaluate, merge, open_reward_pool
+from flashgrpo.grpo.evaluate import open_reward_pool
+from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
-from flashgrpo.grpo.native_generator import NativeGenerator
-from flashgrpo.grpo.packing import Completion, Group, build_batch, is_dead, live_groups, loss_denominator
-from flashgrpo.grpo.policy import Prompt, open_sharded_model, render_prompts
+from flashgrpo.grpo.packing import Completion, Group, build_batch, live_groups, loss_denominator
+from flashgrpo.grpo.policy import open_sharded_model, render_prompts
 from flashgrpo.grpo.progress import Clock, StepBar, console
 from flashgrpo.grpo.recipe import Recipe, RecipeError, recipe_to_toml
-from flashgrpo.grpo.reward_pool import RewardPool, RewardTable
-from flashgrpo.grpo.rollout import Request, Rollout, Sampling, sample_seeds
+from flashgrpo.grpo.reward_pool import RewardPool
+from flashgrpo.grpo.rollout import Rollout
 from flashgrpo.grpo.run_folder import RunFolder
-from flashgrpo.grpo.run_loop import RunLoop, epoch_order
+from flashgrpo.grpo.run_loop import RunLoop
+from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import World, open_world
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
-from flashgrpo.model.checkpoint import empty_decoder, read_config
+from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.flops import ModelFlops
-from flashgrpo.model.sharding import free_gathered, full_tensors
+from flashgrpo.model.sharding import free_gathered
 
 _LOGGED_GROUPS = 2
 
@@ -51,15 +52,6 @@ class Update:
     batches: list[PackedBatch]  # this rank's
     rewards: Tensor  # [num_groups, group_size] fp32
     denominator: float
-
-
-class _Share(NamedTuple):
-    """What one rank sampled."""
-
-    groups: list[list[Rollout]]
-    table: RewardTable
-    failures: dict[str, str]
-    seconds: float
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -93,50 +85,57 @@ class Trainer(RunLoop):
         held_out: list[Problem],
     ):
         super().__init__(recipe, folder, world)
-        self.recipe, self.pool = recipe, pool
+        self.recipe = recipe
         self.position = folder.state.get("position", 0)
         render = partial(render_prompts, policy=self.policy, data=recipe.data)
-        self.prompts, self.held_out = render(problems), render(held_out[: recipe.eval.problems])
-        _check_token_budget(recipe, max(len(prompt.token_ids) for prompt in self.prompts))
+        prompts, tests = render(problems), render(held_out[: recipe.eval.problems])
+        longest_prompt = max(len(prompt.token_ids) for prompt in (*prompts, *tests))
+        _check_token_budget(recipe, longest_prompt)
         config = self.policy.model.config
         self.flops = ModelFlops.of(config)
-        self.generator = NativeGenerator(empty_decoder(config, self.compute_dtype), self.policy.stop_token_ids)
-        self.generator.model.attention_backend = recipe.model.attention_backend
-        self.generator.free_weights()
-        rollout = recipe.rollout
-        self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
         self.reference = None
         if recipe.loss.kl_coef:
             stored = self.compute_dtype
             self.reference = open_sharded_model(recipe.model, world.device, world.mesh, stored=stored)
             self.reference.requires_grad_(False)
         self.open_learner(recipe.train.steps)
+        generator = open_generator(recipe, self.policy, world, longest_prompt)
+        source = DecoderSource(self.learner.params, config, self.compute_dtype)
+        self.sampler = Sampler(recipe, world, self.policy, pool, generator, source, prompts, tests)
+
+    def run(self) -> Path:
+        """As every run; then the generator ends."""
+        try:
+            return super().run()
+        finally:
+            self.sampler.close()
 
     def begin(self) -> None:
         """The evaluation before training, or one that a stop has cut short."""
         if self._evaluates_at(self.step) and not self.folder.has_logged(self.step, "eval/pass@1"):
-            self.folder.log_more(self.step, self._evaluate(self.step))
+            self.folder.log_more(self.step, self.sampler.evaluate(self.step))
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
         """Rollout, rewards, packing, scoring, updates, metrics; Ctrl-C waits from the first update to the last."""
         clock = Clock()
         bar.phase("generate")
-        data = self._rollout(step, clock)
-        self.generator.free_weights()
+        data = self.sampler.rollout(step, self.position, clock)
+        self.sampler.generator.free_weights()
         with clock("pack"):
             updates = self._plan_updates(data)
         metrics: dict[str, float] = {}
         try:
             bar.phase("train")
             metrics["lr"] = self.learner.set_lr(step)
-            metrics |= self._learn(updates, clock)
+            metrics |= self._learn(updates, data, clock)
             self.step, self.position = step, data.position
             self._refresh_reference()
             plans = [update.plan for update in updates] * self.recipe.train.epochs
             metrics |= rollout_metrics(data, self.recipe.loss) | speed_metrics(data, clock, plans, self.world)
+            metrics |= self.sampler.sync_metrics
             if self._evaluates_at(step):
                 bar.phase("evaluate")
-                metrics |= self._evaluate(step)
+                metrics |= self.sampler.evaluate(step)
         finally:
             if self.step == step:
                 self.folder.log_samples(step, self._samples(data))
@@ -146,66 +145,6 @@ class Trainer(RunLoop):
             off = f"{metrics['mismatch/mean']:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
             console.print(f"[yellow]step {step}: the sampler's log-probs are {off}[/yellow]")
         return metrics, one_line(metrics)
-
-    def _rollout(self, step: int, clock: Clock) -> StepData:
-        """Sample and reward prompts_per_step groups; with refill_limit, replace those whose rewards are equal."""
-        config = self.recipe.rollout
-        groups: list[list[Rollout]] = []
-        tables: list[RewardTable] = []
-        position = self.position
-        for attempt in range(1 + config.refill_limit):
-            wanted = config.prompts_per_step - len(groups)
-            rollouts, table = self._sample_groups(step, position, wanted, clock)
-            position += wanted
-            is_last = attempt == config.refill_limit
-            keep = [i for i, row in enumerate(table.rewards) if is_last or not is_dead(row)]
-            groups += [rollouts[i] for i in keep]
-            tables.append(_rows(table, keep))
-            if len(groups) == config.prompts_per_step:
-                break
-        table = _concatenate(tables)
-        self.pool.check_step(table)
-        return StepData(groups, table, position, discarded=position - self.position - len(groups))
-
-    def _sample_groups(
-        self, step: int, position: int, num_groups: int, clock: Clock
-    ) -> tuple[list[list[Rollout]], RewardTable]:
-        """Generate for the next prompts, each rank for its share; a group's rewards are computed while others still
-        generate. Every rank gets all of them: a token takes 12 bytes.
-        """
-        self._load_generator(clock)
-        seed, size = self.recipe.run.seed, self.recipe.rollout.group_size
-        prompts = {i: self._prompt_at(position + i) for i in range(self.world.rank, num_groups, self.world.size)}
-        requests = [
-            Request(i, prompt.token_ids, sample_seeds(seed, step, position + i, size)) for i, prompt in prompts.items()
-        ]
-
-        def sample() -> _Share:
-            finished = []
-            start = time.perf_counter()
-            with clock("generate"):
-                for group in self.generator.generate(requests, self.sampling):
-                    finished.append(group)
-                    self.pool.submit(completion_group(prompts[group[0].group], group, self.policy))
-            with clock("reward"):
-                table = self.pool.collect()
-            return _Share(finished, table, self.pool.failures, time.perf_counter() - start)
-
-        shares = self.world.together(sample)
-        seconds = [share.seconds for share in shares]
-        clock.idle_s += max(seconds) - sum(seconds) / len(seconds)
-        self.pool.failures = {name: why for share in shares[::-1] for name, why in share.failures.items()}
-        finished = [group for share in shares for group in share.groups]
-        table = _concatenate([share.table for share in shares if share.groups])
-        order = np.argsort([group[0].group for group in finished])
-        return [finished[i] for i in order], _rows(table, order)
-
-    def _load_generator(self, clock: Clock) -> None:
-        """Bring the generator's weights up to date."""
-        if self.generator.weight_version != self.step:
-            with clock("sync"):
-                tensors = full_tensors(self.learner.params, self.policy.model.config, self.compute_dtype)
-                self.generator.load_weights(tensors, self.device, self.step)
 
     def _plan_updates(self, data: StepData) -> list[Update]:
         """Split the groups into mini-batches; pack those with a gradient."""
@@ -226,33 +165,62 @@ class Trainer(RunLoop):
             updates.append(Update(plan, batches, on_device, denominator))
         return updates
 
-    def _learn(self, updates: list[Update], clock: Clock) -> dict[str, float]:
-        """Score the packs where that is needed, then every update of the step, in order, `epochs` times."""
+    def _learn(self, updates: list[Update], data: StepData, clock: Clock) -> dict[str, float]:
+        """Score the packs where that is needed, then every update of the step, in order, `epochs` times.
+
+        Where completions are from older weights, and no behavior weight corrects for that, the old log-probs are the
+        sampler's own: each by the weights that its token was sampled from.
+        """
+        takes_behavior = data.is_stale and self.recipe.loss.behavior_cap is None
         with clock("score"):
-            updates = [self._score(update, on_policy=i == 0) for i, update in enumerate(updates)]
+            updates = [self._score(update, i == 0, takes_behavior) for i, update in enumerate(updates)]
+            probed = self._probe_mismatch(data.probe)
         collected, norms = [], []
         with clock("train"):
             for epoch in range(self.recipe.train.epochs):
                 for i, update in enumerate(updates):
                     stats, norm = self.learner.update(update.batches, partial(self._loss, update=update))
-                    if epoch == i == 0:  # made at the weights of the rollout: the old log-probs from now on
+                    if (
+                        epoch == i == 0 and not takes_behavior
+                    ):  # made at the weights of the rollout: the old log-probs from now on
                         pairs = zip(update.batches, stats, strict=True)
                         scored = [dataclasses.replace(batch, old_logprobs=s["logprobs"]) for batch, s in pairs]
                         updates[0] = dataclasses.replace(update, batches=scored)
                     collected.append([{k: v for k, v in s.items() if v.dim() == 0} for s in stats])
                     norms.append(norm)
-            return device_metrics(collected, norms, self.learner, self.world)
+            metrics = device_metrics(collected, norms, self.learner, self.world)
+        if takes_behavior:  # compared with themselves
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("mismatch/")}
+        return metrics | probed
 
-    def _score(self, update: Update, on_policy: bool) -> Update:
+    def _score(self, update: Update, on_policy: bool, takes_behavior: bool) -> Update:
         """Add old and reference log-probs. Old ones are left out where the weights have not moved since the rollout."""
         batches = []
         for batch in update.batches:
-            old = None if on_policy else self._logprobs(self.policy.model, batch)
+            if takes_behavior:
+                old = batch.behavior_logprobs
+            else:
+                old = None if on_policy else self._logprobs(self.policy.model, batch)
             ref = self._logprobs(self.reference, batch) if self.reference else None
             batches.append(dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref))
+        self._free_gathered()
+        return dataclasses.replace(update, batches=batches)
+
+    def _probe_mismatch(self, probe: list[list[Rollout]]) -> dict[str, float]:
+        """How far the sampler's log-probs are off the trainer's, both by the newest weights: in place of the step's own
+        numbers where its completions are from older ones. Waits for the device.
+        """
+        if not probe:
+            return {}
+        batch = build_batch([_trainable_group(group, i, False) for i, group in enumerate(probe)]).to(self.device)
+        assert batch.behavior_logprobs is not None
+        off = (self._logprobs(self.policy.model, batch) - batch.behavior_logprobs).abs()
+        self._free_gathered()
+        return {"mismatch/mean": float(off.mean()), "mismatch/max": float(off.max())}
+
+    def _free_gathered(self) -> None:
         for model in filter(None, (self.policy.model, self.reference)):
             free_gathered(model)
-        return dataclasses.replace(update, batches=batches)
 
     @torch.no_grad()
     def _logprobs(self, model: Decoder, batch: PackedBatch) -> Tensor:
@@ -275,15 +243,6 @@ class Trainer(RunLoop):
         every = self.recipe.eval.every
         return bool(every) and (step % every == 0 or step == self.recipe.train.steps)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        self._load_generator(Clock())
-        own = range(self.world.rank, len(self.held_out), self.world.size)
-        prompts = {i: self.held_out[i] for i in own}
-        parts = self.world.together(
-            lambda: evaluate(prompts, self.policy, self.generator, self.pool, self.recipe, step)
-        )
-        return {f"eval/{name}": float(value) for name, value in merge(parts).scores().items()}
-
     def _samples(self, data: StepData) -> Iterator[dict[str, Any]]:
         """The first groups of the step, every completion with its rewards."""
         for index, group in enumerate(data.rollouts[:_LOGGED_GROUPS]):
@@ -293,10 +252,6 @@ class Trainer(RunLoop):
                 completion = self.policy.decode(rollout.completion_ids)
                 reward = _number(data.table.rewards[index, sample])
                 yield {"prompt": prompt, "completion": completion, "reward": reward, "rewards": scores}
-
-    def _prompt_at(self, position: int) -> Prompt:
-        epoch, place = divmod(position, len(self.prompts))
-        return self.prompts[epoch_order(self.recipe.run.seed, epoch, len(self.prompts))[place]]
 
     @torch.no_grad()
     def _refresh_reference(self) -> None:
@@ -332,15 +287,6 @@ def _trainable_group(rollouts: list[Rollout], first_id: int, mask_overlong: bool
         if not (mask_overlong and rollout.finish_reason == "length")
     ]
     return Group(rollouts[0].prompt_ids, completions)
-
-
-def _rows(table: RewardTable, rows: Sequence[int] | np.ndarray) -> RewardTable:
-    return RewardTable({name: scores[rows] for name, scores in table.scores.items()}, table.rewards[rows])
-
-
-def _concatenate(tables: list[RewardTable]) -> RewardTable:
-    scores = {name: np.concatenate([table.scores[name] for table in tables]) for name in tables[0].scores}
-    return RewardTable(scores, np.concatenate([table.rewards for table in tables]))
 
 
 def _number(value: float) -> float | None:

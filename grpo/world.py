@@ -38,6 +38,10 @@ class RunError(RuntimeError):
     """A run that cannot start, continue or be saved; the message says what to do."""
 
 
+class GeneratorFailure(RunError):
+    """What samples the completions is gone, or has not taken the weights; the run ends after a checkpoint."""
+
+
 class RunInputError(RunError):
     """Found before the first step: an output that is taken, a folder that is no run, a broken checkpoint."""
 
@@ -65,13 +69,15 @@ class World:
         return values
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Every rank's result of its own `work`. Ctrl-C, or a reward that fails, on one of them is raised on all."""
+        """Every rank's result of its own `work`. Ctrl-C, or a reward or generator that fails, on one of them is raised
+        on all.
+        """
 
         def interruptible() -> T:
             with self.interrupts.allowed():
                 return work()
 
-        return self.everywhere(interruptible, (KeyboardInterrupt, RewardFailure))
+        return self.everywhere(interruptible, (KeyboardInterrupt, RewardFailure, GeneratorFailure))
 
     def everywhere(self, work: Callable[[], T], errors: tuple[type[BaseException], ...] = (Exception,)) -> list[T]:
         """Every rank's result of `work`; where one of them raises one of `errors`, all do."""

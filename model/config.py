@@ -80,7 +80,8 @@ class ModelConfig:
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
         """The config.json of this model with weights of `dtype` ("bfloat16"); every key of `raw` is kept."""
-        written = {"architectures": [ARCHITECTURES[self.family]], **self.raw, "dtype": dtype}
+        written = {**self.raw, "dtype": dtype}
+        written["architectures"] = written.get("architectures") or [ARCHITECTURES[self.family]]  # null in a new config
         if "torch_dtype" in written:  # the key's name before transformers 5
             written["torch_dtype"] = dtype
         return written

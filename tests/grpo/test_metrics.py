@@ -26,10 +26,10 @@ NAN = float("nan")
 def step_data(rewards: list[list[float]], **values) -> StepData:
     table = np.array(rewards)
     rollouts = [
-        [Rollout([1], np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.float32), "stop", i, 0) for _ in row]
+        [Rollout([1], np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.float32), "stop", i, ((1, 2),)) for _ in row]
         for i, row in enumerate(rewards)
     ]
-    return StepData(rollouts, RewardTable({"accuracy": table}, table), position=2, **values)
+    return StepData(rollouts, RewardTable({"accuracy": table}, table), position=2, version=1, **values)
 
 
 def test_advantages_are_those_that_the_loss_uses():

@@ -168,11 +168,11 @@ def peak_bytes(recipe: Recipe) -> tuple[int, dict[str, int]]:
         torch.randn(64, 64) @ torch.randn(64, 64)
         before = memory("VmRSS")
         trainer = Trainer(recipe, folder, world, pool, problems, held_out)
-        data, rollout = peak(lambda: trainer._rollout(1, Clock()))
-        trainer.generator.free_weights()
+        data, rollout = peak(lambda: trainer.sampler.rollout(1, 0, Clock()))
+        trainer.sampler.generator.free_weights()
         data.table.rewards[:] = np.arange(data.table.rewards.shape[1])  # every group has a gradient
         updates = trainer._plan_updates(data)
-        _, training = peak(lambda: trainer._learn(updates, Clock()))
+        _, training = peak(lambda: trainer._learn(updates, data, Clock()))
     return max(b.total_tokens for b in updates[0].batches), {"rollout": rollout, "training": training}
 
 

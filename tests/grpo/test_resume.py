@@ -17,13 +17,14 @@ from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import RewardTable
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model import checkpoint, files
 from flashgrpo.model.sharding import full_tensors
 
 pytestmark = pytest.mark.xdist_group("ranks")
-TIMING = ("time/", "tokens_per_s", "tflops", "idle", "memory/")
+TIMING = ("time/", "tokens_per_s", "tflops", "idle", "memory/", "sync/")
 
 
 def changed(recipe: Recipe, section: str, **values) -> Recipe:
@@ -38,13 +39,13 @@ def record(recipe: Recipe, file: Path) -> None:
     """Train, and keep every group by its place among the run's prompts."""
     recorded = {}
 
-    class Recording(Trainer):
+    class Recording(Sampler):
         def _sample_groups(self, step, position, num_groups, clock):
             groups, table = super()._sample_groups(step, position, num_groups, clock)
             recorded.update({position + i: (group, table.rewards[i]) for i, group in enumerate(groups)})
             return groups, table
 
-    train_module.Trainer = Recording
+    train_module.Sampler = Recording
     train_module.train(recipe)
     file.write_bytes(pickle.dumps(recorded))
 
@@ -58,7 +59,7 @@ def replay(
     recorded = pickle.loads(file.read_bytes())
     weights, places = {}, []
 
-    class Replaying(Trainer):
+    class Replaying(Sampler):
         def _sample_groups(self, step: int, position: int, num_groups: int, clock: Clock):
             own = range(position, position + num_groups)
             places.extend(own)
@@ -66,13 +67,14 @@ def replay(
             rewards[:num_dead] = 1.0
             return [recorded[i][0] for i in own], RewardTable({"recorded": rewards}, rewards)
 
+    class Watched(Trainer):
         def run_step(self, step, bar):
             metrics = super().run_step(step, bar)
             tensors = full_tensors(self.learner.params, self.policy.model.config)
             weights[step] = {name: tensor.clone().numpy() for name, tensor in tensors}
             return metrics
 
-    train_module.Trainer = Replaying
+    train_module.Sampler, train_module.Trainer = Replaying, Watched
     train_module.train(recipe, resume)
     return weights, places
 

@@ -23,12 +23,13 @@ from flashgrpo.grpo.progress import Interrupts
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, recipe_to_toml
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder, RunInputError, newest_checkpoint, read_rows
+from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import Trainer, train
 from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import CheckpointError
 
-TIMING = ("time/", "tokens_per_s", "tflops", "idle", "memory/")
+TIMING = ("time/", "tokens_per_s", "tflops", "idle", "memory/", "sync/")
 
 
 def changed(recipe: Recipe, section: str, **values) -> Recipe:
@@ -351,16 +352,16 @@ def test_ctrl_c_in_an_evaluation_is_made_up_for(recipe, tmp_path, monkeypatch):
     recipe = changed(changed(recipe, "eval", every=2, samples=2, problems=3), "train", checkpoint_every=0)
     whole = changed(recipe, "run", output=str(tmp_path / "whole"))
     train(whole)
-    original = Trainer._evaluate
+    original = Sampler.evaluate
 
     def interrupted(self, step):
         if step == 2:
-            seen.append(read_rows(self.folder.path / "metrics.jsonl")[-1]["step"])
+            seen.append(read_rows(Path(recipe.run.output) / "metrics.jsonl")[-1]["step"])
             raise KeyboardInterrupt
         return original(self, step)
 
     seen = []
-    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
+    monkeypatch.setattr(Sampler, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(recipe)
     with pytest.raises(KeyboardInterrupt):  # and in making up for it
@@ -386,14 +387,14 @@ def test_ctrl_c_in_a_checkpoint_waits_for_it(recipe, monkeypatch):
 
 
 def test_a_failing_reward_leaves_a_checkpoint(recipe, monkeypatch):
-    original = Trainer._rollout
+    original = Sampler.rollout
 
-    def failing(self, step, clock):
+    def failing(self, step, position, clock):
         if step == 2:
             raise RewardFailure("the judge is gone")
-        return original(self, step, clock)
+        return original(self, step, position, clock)
 
-    monkeypatch.setattr(Trainer, "_rollout", failing)
+    monkeypatch.setattr(Sampler, "rollout", failing)
     with pytest.raises(RewardFailure):
         train(changed(recipe, "train", checkpoint_every=0))
     newest = newest_checkpoint(recipe.run.output)

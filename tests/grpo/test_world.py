@@ -22,6 +22,7 @@ from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.data import DataError
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.grpo.world import _own_store
 from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
@@ -111,17 +112,17 @@ def test_a_fault_of_one_rank_is_told_with_its_name(recipe_file):
 def stuck(kind: str, recipe_file: str, *options: str) -> tuple[int, str]:
     """In step 2 rank 1 dies, or is slow, while rank 0 is in a collective or busy on its own."""
 
-    class Stuck(Trainer):
-        def _rollout(self, step, clock):
+    class Stuck(Sampler):
+        def rollout(self, step, position, clock):
             if step == 2 and os.environ["RANK"] == "1":
                 if kind == "slow":
                     time.sleep(60)
                 os.kill(os.getpid(), signal.SIGKILL)
             if step == 2 and kind == "busy":
                 time.sleep(60)
-            return super()._rollout(step, clock)
+            return super().rollout(step, position, clock)
 
-    train_module.Trainer = Stuck
+    train_module.Sampler = Stuck
     os.dup2(os.open(f"{recipe_file}.{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
     return command(recipe_file, *options)
 

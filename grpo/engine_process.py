@@ -1,0 +1,132 @@
+"""vLLM in a process of its own beside the trainer's: on a GPU a process cannot open its own CUDA IPC handles.
+
+`EngineProcess` has the methods of `vllm_engine.Engine`. Its process sees one GPU and nothing of torchrun's ranks, and
+ends with the trainer's.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from flashgrpo.grpo.rollout import Request, Rollout, Sampling
+from flashgrpo.grpo.vllm_options import EngineOptions
+from flashgrpo.grpo.world import GeneratorFailure
+
+_START_LIMIT_S = 1800.0
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class EngineError(GeneratorFailure):
+    """vLLM's process has ended, or did not answer in time."""
+
+
+class EngineProcess:
+    """An engine in a child process, on the GPU `device` (None: on the CPU); a call waits at most `timeout_s`."""
+
+    version = 0
+
+    def __init__(self, options: EngineOptions, stop_token_ids: list[int], device: int | None, timeout_s: float):
+        self.timeout_s = timeout_s
+        self._connection, theirs = multiprocessing.Pipe()
+        environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN and not k.startswith("TORCHELASTIC_")}
+        if device is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[device] if visible[0] else str(device)
+        command = (  # Ctrl-C is ignored before anything that takes time is imported
+            "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+            f"sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
+        )
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", command], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), env=environment
+            )
+        self._connection.send((options, stop_token_ids))
+        self._receive("starting", _START_LIMIT_S)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", init_info)
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._call("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", weight_version or str(self.version))
+
+    def weight_digests(self) -> dict[str, int]:
+        return self._call("weight_digests")
+
+    def sleep(self) -> None:
+        self._call("sleep")
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
+        """Groups as they finish. Where the caller stops early, the engine does so too."""
+        self._connection.send(("generate", (requests, sampling)))
+        missing = len(requests)
+        try:
+            while missing:
+                yield self._receive("generate", None)
+                missing -= 1
+        finally:
+            if missing and self._process.poll() is None:
+                self.close()  # it would go on to the end
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            self._connection.send((method, arguments))
+        except (BrokenPipeError, ConnectionResetError):
+            self._raise_dead(method)
+        return self._receive(method, self.timeout_s)
+
+    def _receive(self, method: str, timeout_s: float | None) -> Any:
+        try:
+            if not self._connection.poll(timeout_s):
+                raise EngineError(f"vLLM's process did not finish {method} within {timeout_s:g} s")
+            error, result = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._raise_dead(method)
+        if error is not None:
+            raise error
+        return result
+
+    def _raise_dead(self, method: str) -> None:
+        raise EngineError(f"vLLM's process ended during {method} with exit code {self._process.wait()}")
+
+
+def serve(file_descriptor: int) -> None:
+    """The process's life: answers calls until the other end of the pipe is closed."""
+    os.dup2(2, 1)  # what vLLM prints must not mix with the trainer's output
+    with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
+        engine: Any = None
+        while True:
+            message = connection.recv()
+            try:
+                if engine is None:
+                    from flashgrpo.grpo.vllm_engine import Engine
+
+                    engine = Engine(*message)
+                    connection.send((None, None))
+                    continue
+                method, arguments = message
+                result = getattr(engine, method)(*arguments)
+                if method != "generate":
+                    connection.send((None, result))
+                    continue
+                for group in result:
+                    connection.send((None, group))
+            except Exception as error:  # it is raised again in the trainer
+                connection.send((GeneratorFailure(f"{type(error).__name__}: {error}"), None))
+    os.kill(os.getpid(), signal.SIGKILL)

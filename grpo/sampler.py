@@ -1,0 +1,214 @@
+"""A step's completions and their rewards: each rank samples its share, and then all have all of them.
+
+With `rollout.overlap` the completions of the next step are sampled, and scored, by a thread of their own while the
+step before it trains: the weights are then one version older than those that are trained.
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from flashgrpo.grpo.evaluate import completion_group, evaluate, merge
+from flashgrpo.grpo.metrics import StepData
+from flashgrpo.grpo.packing import is_dead
+from flashgrpo.grpo.policy import Policy, Prompt
+from flashgrpo.grpo.progress import Clock
+from flashgrpo.grpo.recipe import Recipe
+from flashgrpo.grpo.reward_pool import RewardPool, RewardTable
+from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
+from flashgrpo.grpo.run_loop import epoch_order
+from flashgrpo.grpo.weight_sync import DecoderSource
+from flashgrpo.grpo.world import GeneratorFailure, World
+
+_PROBES, _PROBE_TOKENS = 4, 64
+
+
+class _Share(NamedTuple):
+    """What one rank sampled."""
+
+    groups: list[list[Rollout]]
+    table: RewardTable
+    failures: dict[str, str]
+    seconds: float
+
+
+@dataclass
+class _Ahead:
+    """This rank's groups of the next step, while and after they are sampled."""
+
+    thread: threading.Thread | None = None
+    groups: list[list[Rollout]] = field(default_factory=list)
+    error: Exception | None = None
+
+
+class Sampler:
+    """Rollouts of a run's prompts by a generator whose weights follow those of `source`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        policy: Policy,
+        pool: RewardPool,
+        generator: Generator,
+        source: DecoderSource,
+        prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt],
+    ):
+        self.recipe, self.world, self.policy, self.pool = recipe, world, policy, pool
+        self.generator, self.source, self.prompts, self.held_out = generator, source, prompts, held_out
+        rollout = recipe.rollout
+        self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        self.sync_metrics: dict[str, float] = {}
+        self._ahead: _Ahead | None = None
+
+    def rollout(self, step: int, position: int, clock: Clock) -> StepData:
+        """Sample and reward prompts_per_step groups from `position` on; with refill_limit, replace those whose rewards
+        are equal. With overlap, what was sampled ahead comes first, and then the next step's sampling starts.
+        """
+        config, start = self.recipe.rollout, position
+        self.sync_metrics = {}
+        groups: list[list[Rollout]] = []
+        tables: list[RewardTable] = []
+        for attempt in range(1 + config.refill_limit):
+            wanted = config.prompts_per_step - len(groups)
+            rollouts, table = self._sample_groups(step, position, wanted, clock)
+            position += wanted
+            is_last = attempt == config.refill_limit
+            keep = [i for i, row in enumerate(table.rewards) if is_last or not is_dead(row)]
+            groups += [rollouts[i] for i in keep]
+            tables.append(_rows(table, keep))
+            if len(groups) == config.prompts_per_step:
+                break
+        table = _concatenate(tables)
+        self.pool.check_step(table)
+        discarded = position - start - len(groups)
+        data = StepData(groups, table, position, step - 1, discarded)
+        self._check_staleness(data)
+        if config.overlap and step < self.recipe.train.steps:
+            self.load_generator(step - 1, clock)
+            if data.is_stale:
+                data.probe = self._probe(step)
+            self._start_ahead(step + 1, position)
+        return data
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Scores on the held-out prompts by the weights after `step`."""
+        self._join_ahead()
+        self.load_generator(step, Clock())
+        prompts = {i: self.held_out[i] for i in self._own(len(self.held_out))}
+        parts = self.world.together(
+            lambda: evaluate(prompts, self.policy, self.generator, self.pool, self.recipe, step)
+        )
+        return {f"eval/{name}": float(value) for name, value in merge(parts).scores().items()}
+
+    def load_generator(self, version: int, clock: Clock) -> None:
+        """Bring the generator's weights up to date."""
+        if self.generator.weight_version != version:
+            with clock("sync"):
+                start = time.perf_counter()
+                self.generator.load_weights(self.source, version)
+            rate = self.source.num_bytes / (time.perf_counter() - start)
+            self.sync_metrics = {"sync/gb_per_s": rate / 1e9}
+
+    def close(self) -> None:
+        """End the generator, and with it what is being sampled ahead."""
+        self.generator.close()
+
+    def _sample_groups(
+        self, step: int, position: int, num_groups: int, clock: Clock
+    ) -> tuple[list[list[Rollout]], RewardTable]:
+        """Generate for the next prompts, each rank for its share; a group's rewards are computed while others still
+        generate. Every rank gets all of them: a token takes 12 bytes.
+        """
+        if self._ahead is None:
+            self.load_generator(step - 1, clock)
+
+        def sample() -> _Share:
+            start = time.perf_counter()
+            with clock("generate"):
+                groups = self._generate(step, position, num_groups) if self._ahead is None else self._take_ahead()
+            with clock("reward"):
+                table = self.pool.collect()
+            return _Share(groups, table, self.pool.failures, time.perf_counter() - start)
+
+        shares = self.world.together(sample)
+        seconds = [share.seconds for share in shares]
+        clock.idle_s += max(seconds) - sum(seconds) / len(seconds)
+        self.pool.failures = {name: why for share in shares[::-1] for name, why in share.failures.items()}
+        finished = [group for share in shares for group in share.groups]
+        table = _concatenate([share.table for share in shares if share.groups])
+        order = np.argsort([group[0].group for group in finished])
+        return [finished[i] for i in order], _rows(table, order)
+
+    def _generate(self, step: int, position: int, num_groups: int) -> list[list[Rollout]]:
+        """This rank's groups; each goes to the rewards as soon as it is finished."""
+        seed, size = self.recipe.run.seed, self.recipe.rollout.group_size
+        prompts = {i: self._prompt_at(position + i) for i in self._own(num_groups)}
+        requests = [
+            Request(i, prompt.token_ids, sample_seeds(seed, step, position + i, size)) for i, prompt in prompts.items()
+        ]
+        finished = []
+        for group in self.generator.generate(requests, self.sampling):
+            finished.append(group)
+            self.pool.submit(completion_group(prompts[group[0].group], group, self.policy))
+        return finished
+
+    def _start_ahead(self, step: int, position: int) -> None:
+        ahead = self._ahead = _Ahead()
+
+        def work() -> None:
+            try:
+                ahead.groups = self._generate(step, position, self.recipe.rollout.prompts_per_step)
+            except Exception as error:  # it is raised where the groups are taken
+                ahead.error = error
+
+        ahead.thread = threading.Thread(target=work, name="sampling ahead", daemon=True)
+        ahead.thread.start()
+
+    def _take_ahead(self) -> list[list[Rollout]]:
+        ahead = self._join_ahead()
+        self._ahead = None
+        if ahead.error is not None:
+            raise ahead.error
+        return ahead.groups
+
+    def _join_ahead(self) -> "_Ahead":
+        if self._ahead and self._ahead.thread:
+            self._ahead.thread.join()
+        return self._ahead or _Ahead()
+
+    def _probe(self, step: int) -> list[list[Rollout]]:
+        """A few short completions by the weights that were just sent, the same on all ranks: what is trained in this
+        step is from older ones, and cannot show whether the sampler's log-probs are the trainer's.
+        """
+        own = range(_PROBES) if self.world.is_main else ()
+        requests = [Request(i, self._prompt_at(i).token_ids, sample_seeds(0, step, i, 1)) for i in own]
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, _PROBE_TOKENS))
+        return self.world.together(lambda: [*self.generator.generate(requests, sampling)])[0]
+
+    def _check_staleness(self, data: StepData) -> None:
+        oldest, allowed = data.oldest_version, data.version - int(self.recipe.rollout.overlap)
+        if oldest < allowed:
+            raise GeneratorFailure(f"completions come from weight version {oldest}, wanted {allowed} or newer")
+
+    def _prompt_at(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self.prompts))
+        return self.prompts[epoch_order(self.recipe.run.seed, epoch, len(self.prompts))[place]]
+
+    def _own(self, size: int) -> range:
+        return range(self.world.rank, size, self.world.size)
+
+
+def _rows(table: RewardTable, rows: Sequence[int] | np.ndarray) -> RewardTable:
+    return RewardTable({name: scores[rows] for name, scores in table.scores.items()}, table.rewards[rows])
+
+
+def _concatenate(tables: list[RewardTable]) -> RewardTable:
+    scores = {name: np.concatenate([table.scores[name] for table in tables]) for name in tables[0].scores}
+    return RewardTable(scores, np.concatenate([table.rewards for table in tables]))

@@ -1,0 +1,321 @@
+"""vLLM, which no other module imports: an engine in this process, and both ends of the weight transfer.
+
+vLLM has three transports in its native weight-transfer API: NCCL (a server on other GPUs), CUDA IPC (an engine on the
+same GPU) and, for CPUs, one of ours: files in shared memory, a bucket at a time. The receiving ends here add to vLLM's
+own that a tensor without a place is refused by its name, and that checksums of what came can be asked for. vLLM finds
+them by the entry point in pyproject.toml in each of its processes.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.sampling_params import RequestOutputKind
+
+from flashgrpo.grpo.rollout import Request, Rollout, Sampling
+from flashgrpo.grpo.vllm_options import IPC, NCCL, SHARED_MEMORY, EngineOptions, sampling_fields
+from flashgrpo.grpo.weight_sync import DecoderSource, check_shapes, digest
+from flashgrpo.model.config import ModelConfig
+
+_BUCKET_BYTES = 256 << 20
+
+
+class Engine:
+    """vLLM in this process, with weights that come from the trainer (`load_format` "dummy") or from its folder.
+
+    It is also the receiving side of a weight transfer: vLLM's `VLLMWeightSyncClient`. `version` names the weights that
+    are on their way.
+    """
+
+    def __init__(self, options: EngineOptions, stop_token_ids: list[int], load_format: str = "dummy"):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        register()
+        self.version, self.stop_token_ids, self.on_gpu = 0, stop_token_ids, options.on_gpu
+        set_num_threads = torch.set_num_threads
+        self.llm = LLM(
+            model=options.path,
+            distributed_executor_backend="uni",
+            load_format=load_format,
+            enable_sleep_mode=options.on_gpu,
+            disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend=IPC if options.on_gpu else SHARED_MEMORY),
+            **options.engine_arguments(),
+        )
+        self.llm.update_weight_version("0")
+        torch.set_num_threads = set_num_threads  # on a CPU vLLM puts one there that does nothing
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Open the receiving end."""
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Make room for new weights."""
+        if self.on_gpu:
+            self.llm.wake_up(["weights"])
+        self.llm.start_weight_update()
+
+    def update_weights(self, update_info: Any) -> None:
+        """Load a part of them."""
+        self.llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Sample from the new weights, with nothing of the old ones in the cache."""
+        self.llm.finish_weight_update(weight_version or str(self.version))
+        if self.on_gpu:
+            self.llm.wake_up(["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def weight_digests(self) -> dict[str, int]:
+        """Checksums of what the last update received, by name."""
+        (digests,) = self.llm.collective_rpc("weight_digests")
+        return digests
+
+    def sleep(self) -> None:
+        """On a GPU, give the memory of weights and cache back until the next update."""
+        if self.on_gpu:
+            self.llm.sleep(level=2)
+
+    def close(self) -> None:
+        """Nothing to end: it goes with the process."""
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
+        """Yield each request's rollouts as soon as the last of them is done; all requests go in at once."""
+        engine = self.llm.llm_engine
+        waiting = {str(number): request for number, request in enumerate(requests)}
+        try:
+            for number, request in waiting.items():
+                fields = sampling_fields(sampling, request, self.stop_token_ids)
+                params = SamplingParams(**fields, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
+                engine.add_request(number, {"prompt_token_ids": request.prompt_ids}, params)
+            while waiting:
+                for output in engine.step():
+                    if output.finished:
+                        samples: Any = output.outputs
+                        request = waiting.pop(output.request_id)
+                        yield [_rollout(request, sample) for sample in samples]
+        finally:
+            if waiting:
+                engine.abort_request([*waiting])
+
+
+def _rollout(request: Request, sample: Any) -> Rollout:
+    spans = [(int(span.version), span.end - span.start) for span in sample.weight_versions]
+    return Rollout(
+        request.prompt_ids,
+        np.asarray(sample.token_ids, dtype=np.int64),
+        np.asarray(sample.logprobs.logprobs, dtype=np.float32),
+        sample.finish_reason,
+        request.group,
+        tuple(spans),
+    )
+
+
+class Extension:
+    """Methods of vLLM's workers."""
+
+    weight_transfer_engine: Any
+    model_config: Any
+
+    def served_model(self) -> dict[str, Any]:
+        """What a trainer compares with its own before it begins."""
+        config = self.model_config
+        return {
+            "config": json.loads(config.hf_config.to_json_string(use_diff=False)),
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "max_model_len": config.max_model_len,
+            "logprobs_mode": config.logprobs_mode,
+        }
+
+    def weight_digests(self) -> dict[str, int]:
+        """Checksums of the tensors that this worker received in the last update; they are kept once."""
+        return self.weight_transfer_engine.take_digests()
+
+
+class _Checked:
+    """A receiving engine that checks and sums up what it gives the model to load."""
+
+    config: Any
+    model: Any
+    model_config: Any
+
+    digests: dict[str, int] | None = None  # recorded while it is there: in the first update of a connection
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        self.digests = {}
+        super().init_transfer_engine(init_info)  # type: ignore[misc]
+
+    def receive_weights(self, update_info: Any) -> None:
+        model, self.model = self.model, _Recorder(self.model, self.model_config.hf_config, self.digests)
+        try:
+            super().receive_weights(update_info)  # type: ignore[misc]
+        finally:
+            self.model = model
+
+    def take_digests(self) -> dict[str, int]:
+        digests, self.digests = self.digests, None
+        return digests or {}
+
+
+class _Recorder:
+    """Stands for the model while weights come in."""
+
+    def __init__(self, model: Any, hf_config: Any, digests: dict[str, int] | None):
+        self.model, self.config, self.digests = model, ModelConfig.from_dict(hf_config.to_dict()), digests
+
+    def load_weights(self, weights: Any) -> Any:
+        weights = list(weights)
+        check_shapes({name: tuple(tensor.shape) for name, tensor in weights}, self.config)
+        if self.digests is not None:
+            self.digests |= {name: digest(tensor) for name, tensor in weights}
+        return self.model.load_weights(weights)
+
+
+class NcclReceiver(_Checked, NCCLWeightTransferEngine):
+    """vLLM's, checked."""
+
+
+class IpcReceiver(_Checked, IPCWeightTransferEngine):
+    """vLLM's, checked."""
+
+
+@dataclass
+class FolderInfo(WeightTransferInitInfo):
+    """The folder in shared memory that the trainer writes to."""
+
+    folder: str
+
+
+@dataclass
+class BucketInfo(WeightTransferUpdateInfo):
+    """A safetensors file with some of the weights."""
+
+    file: str
+
+
+class _SharedMemory(WeightTransferEngine[FolderInfo, BucketInfo]):
+    """Loads buckets from shared memory."""
+
+    init_info_cls, update_info_cls = FolderInfo, BucketInfo
+
+    def init_transfer_engine(self, init_info: FolderInfo) -> None:
+        if not Path(init_info.folder).is_dir():
+            raise ValueError(f"{init_info.folder} is not there: on CPUs, sampler and trainer must share a machine")
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:  # vLLM's own waits for an accelerator
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: BucketInfo) -> None:
+        model: Any = self.model
+        model.load_weights([*load_file(update_info.file).items()])
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        pass
+
+
+class SharedMemoryReceiver(_Checked, _SharedMemory):
+    """Ours, checked."""
+
+
+@dataclass
+class SharedMemoryTrainerInfo(TrainerInitInfo):
+    """The sending end of a transfer through shared memory."""
+
+    backend: ClassVar[str] = SHARED_MEMORY
+
+
+class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
+    """Writes a bucket of weights to a file in memory and has it loaded, until all are; rank 0 sends."""
+
+    init_info_cls = SharedMemoryTrainerInfo
+    folder = ""  # of the rank that sends
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: SharedMemoryTrainerInfo, *, client: Any, source: Any = None
+    ) -> "SharedMemorySender":
+        sender = cls(client=client, source=source, is_sender=init_info.is_sender)
+        if sender.is_sender:
+            needed, memory = 2 * max(_BUCKET_BYTES, source.largest_bytes), Path("/dev/shm")
+            fits = memory.is_dir() and shutil.disk_usage(memory).free > needed  # a container's may be tiny
+            sender.folder = tempfile.mkdtemp(prefix="flashgrpo-", dir=memory if fits else None)
+            client.init_weight_transfer_engine(asdict(FolderInfo(sender.folder)))
+        return sender
+
+    def send_weights(self) -> None:
+        if self.is_sender:
+            self.client.start_weight_update()
+        bucket: dict[str, Tensor] = {}
+        for name, tensor in self.source or ():
+            if self.is_sender:
+                bucket[name] = tensor.detach().to("cpu", copy=True)
+                if sum(t.nbytes for t in bucket.values()) >= _BUCKET_BYTES:
+                    self._ship(bucket)
+        if self.is_sender:
+            self._ship(bucket)
+            self.client.finish_weight_update()
+
+    def _ship(self, bucket: dict[str, Tensor]) -> None:
+        file = Path(self.folder) / "bucket.safetensors"
+        save_file(bucket, file)
+        bucket.clear()
+        self.client.update_weights(asdict(BucketInfo(str(file))))
+        file.unlink()
+
+    def shutdown(self) -> None:
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_sender(backend: str, client: Any, source: DecoderSource, **where: Any) -> TrainerWeightTransferEngine:
+    """The trainer's end. `where`: `rank`, and for NCCL `master_address`, `master_port`, `world_size`."""
+    register()
+    if backend == SHARED_MEMORY:
+        info: TrainerInitInfo = SharedMemoryTrainerInfo(**where)
+    elif backend == IPC:  # a bucket holds the largest tensor; every rank has an engine of its own to send to
+        size = max(_BUCKET_BYTES, source.largest_bytes)
+        info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=size, **where)
+    else:
+        info = NCCLTrainerInitInfo(packed_buffer_size_bytes=_BUCKET_BYTES, **where)
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)  # type: ignore[arg-type]
+
+
+def register() -> None:
+    """Make the transports known to vLLM, in this process; twice is as good as once."""
+    ends: tuple[tuple[Any, str, type], ...] = (
+        (WeightTransferTrainerFactory, SHARED_MEMORY, SharedMemorySender),
+        (WeightTransferEngineFactory, SHARED_MEMORY, SharedMemoryReceiver),
+        (WeightTransferEngineFactory, NCCL, NcclReceiver),
+        (WeightTransferEngineFactory, IPC, IpcReceiver),
+    )
+    for factory, name, end in ends:
+        with contextlib.suppress(ValueError):  # it is
+            factory.register_engine(name, end)

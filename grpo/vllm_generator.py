@@ -1,0 +1,238 @@
+"""vLLM as the generator of a run: opening it, checking that it fits, and keeping its weights those of the run."""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flashgrpo.grpo.engine_process import EngineProcess
+from flashgrpo.grpo.policy import Policy, resolve_dtype
+from flashgrpo.grpo.progress import console
+from flashgrpo.grpo.recipe import Recipe, RecipeError
+from flashgrpo.grpo.rollout import Request, Rollout, Sampling
+from flashgrpo.grpo.vllm_launch import OwnServers
+from flashgrpo.grpo.vllm_options import IPC, NCCL, SHARED_MEMORY, EngineOptions, check_length, require_vllm
+from flashgrpo.grpo.vllm_server import ServerRefusal, VllmServers
+from flashgrpo.grpo.weight_sync import DecoderSource, SyncError, check_digests
+from flashgrpo.grpo.world import GeneratorFailure, RunInputError, World
+from flashgrpo.model.config import CheckpointError, ModelConfig
+
+_SAMPLE_TEXTS = "2 + 3 = 5.\n", "<think>Déjà vu — 数学</think>", "def f(x):\n\treturn x ** 2"
+
+
+class VllmGenerator:
+    """One engine a rank, or servers that all ranks share: then rank 0 sends the weights, and all gather them."""
+
+    def __init__(self, client: Any, backend: str, world: World, timeout_s: float, own: OwnServers | None = None):
+        self.client, self.backend, self.world, self.timeout_s, self.own = client, backend, world, timeout_s, own
+        self.is_shared = isinstance(client, VllmServers)
+        self.weight_version = -1
+        self._sender: Any = None
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
+        """Yield each request's rollouts as soon as the last of them is done; all requests go in at once."""
+        return self.client.generate(requests, sampling)
+
+    def load_weights(self, source: DecoderSource, version: int) -> None:
+        """Sample from the weights of `source` from now on. After the first time, both sides' checksums are compared.
+
+        Raises SyncError, on every rank; servers that do not take part within `timeout_s` are dropped while others are
+        left.
+        """
+        self.weight_version = -1
+        while not self._sent_to_all(source, version):
+            pass
+        self.weight_version = version
+
+    def free_weights(self) -> None:
+        """An engine on the trainer's own GPU sleeps; servers, and engines on a CPU, keep their weights."""
+        if self.backend == IPC:
+            self.client.sleep()
+            self.weight_version = -1
+
+    def close(self) -> None:
+        """End the engine, or the servers that this run has started."""
+        if self._sender is not None:
+            self._sender.shutdown()
+        self.client.close()
+        if self.own is not None:
+            self.own.close()
+
+    def _sent_to_all(self, source: DecoderSource, version: int) -> bool:
+        """One attempt, of all ranks; whether it must be made again, among those that are left of an NCCL group."""
+
+        def attempt() -> dict[str, str]:
+            try:
+                self._send(source, version)
+            except Exception as error:  # whatever it is, the other ranks gather to the end, and then raise it
+                raise self._explained(error, source, version) from error
+            finally:
+                source.drain()
+                source.digests = None
+            return self.client.lost if self.is_shared else {}
+
+        known = {*self.client.lost} if self.is_shared else set()
+        lost = {url: why for part in self.world.everywhere(attempt) for url, why in part.items()}
+        for url, why in lost.items():
+            self.client.drop(url, why)
+        if self.backend != NCCL or lost.keys() <= known:
+            return True
+        self._close_sender()
+        return False
+
+    def _send(self, source: DecoderSource, version: int) -> None:
+        self.client.version = version
+        is_first = self._sender is None
+        if is_first:
+            self._sender = self._open_sender(source)
+            source.digests = {}
+        with self._deadline():
+            self._sender.send_weights()
+        if is_first and self._is_sender:
+            received = self.client.weight_digests()
+            for sampler, digests in received.items() if self.is_shared else [("vLLM", received)]:
+                check_digests(source.digests or {}, digests, sampler)
+
+    @property
+    def _is_sender(self) -> bool:
+        return self.world.is_main or not self.is_shared
+
+    def _open_sender(self, source: DecoderSource) -> Any:
+        from flashgrpo.grpo.vllm_engine import open_sender
+
+        where: dict[str, Any] = {"rank": 0 if self._is_sender else self.world.rank}
+        if self.backend == NCCL:
+            address, port = _own_address(self.client.servers[0])
+            size = 1 + sum(self.client.world_sizes().values()) if self._is_sender else 0
+            where |= {"master_address": address, "master_port": port, "world_size": size}
+        return open_sender(self.backend, self.client, source, **where)
+
+    @contextlib.contextmanager
+    def _deadline(self) -> Iterator[None]:
+        """NCCL waits for ever: after the time limit its group is torn down, which ends the wait with an error."""
+        if self.backend != NCCL or not self._is_sender:
+            yield
+            return
+        timer = threading.Timer(self.timeout_s, self._close_sender)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _close_sender(self) -> None:
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.shutdown()
+
+    def _explained(self, error: Exception, source: DecoderSource, version: int) -> SyncError:
+        self._close_sender()
+        side = "the vLLM servers" if self.is_shared else "vLLM"
+        return SyncError(
+            f"version {version} of the weights did not reach {side}; the last tensor that the trainer gave is "
+            f"{source.last}: {error}"
+        )
+
+
+def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int) -> VllmGenerator:
+    """vLLM as recipe.rollout.generator wants it, checked. Raises RecipeError and RunInputError."""
+    require_vllm()
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # its threads are the trainer's, too
+    on_gpu = world.device.type == "cuda"
+    dtype = str(resolve_dtype(recipe.model.dtype, world.device)).removeprefix("torch.")
+    options = EngineOptions.of(recipe, dtype, on_gpu, longest_prompt)
+    timeout_s = recipe.vllm.sync_timeout_s
+    if recipe.rollout.generator == "vllm":
+        client = _open_engine(options, policy.stop_token_ids, world, timeout_s)
+        return VllmGenerator(client, IPC if on_gpu else SHARED_MEMORY, world, timeout_s)
+
+    own: OwnServers | None = None
+
+    def start() -> list[str]:
+        nonlocal own
+        if not recipe.vllm.devices:
+            return recipe.vllm.servers
+        output = Path(recipe.run.output)
+        own = OwnServers(options, recipe.vllm.devices, output.with_name(f"{output.name}_servers"))
+        return own.urls
+
+    urls = world.on_main(start)
+    client = VllmServers(urls, policy.stop_token_ids, timeout_s)
+    generator = VllmGenerator(client, NCCL if on_gpu else SHARED_MEMORY, world, timeout_s, own)
+    try:
+        world.everywhere(lambda: _check_servers(client, policy, recipe, options, longest_prompt))
+    except BaseException:
+        generator.close()
+        raise
+    return generator
+
+
+def _open_engine(options: EngineOptions, stop_token_ids: list[int], world: World, timeout_s: float) -> Any:
+    """An engine of this rank's own: beside it on its GPU, or in this process on a CPU."""
+    console.print("starting vLLM", highlight=False)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        if options.on_gpu:
+            return EngineProcess(options, stop_token_ids, world.device.index, timeout_s)
+        from flashgrpo.grpo.vllm_engine import Engine
+
+        return Engine(options, stop_token_ids)
+    except (ValueError, RuntimeError, GeneratorFailure) as error:
+        raise RecipeError(
+            f"vLLM cannot start with this recipe; the keys are vllm.memory_share = {options.memory_share:g}, "
+            f"vllm.kv_cache_gb = {options.kv_cache_gb:g}, vllm.max_model_len = {options.max_model_len}: {error}"
+        ) from error
+
+
+def _check_servers(
+    client: VllmServers, policy: Policy, recipe: Recipe, options: EngineOptions, longest_prompt: int
+) -> None:
+    """The servers are there, and have this run's model, tokenizer, type and room."""
+    try:
+        found = client.rpc("served_model")
+    except ServerRefusal as error:
+        raise RunInputError(
+            f"{error}; start servers by `flashgrpo serve RECIPE`, which sets what a run needs"
+        ) from error
+    except GeneratorFailure as error:
+        raise RunInputError(f"{error}; is `flashgrpo serve RECIPE` running there?") from error
+    if client.lost:
+        raise RunInputError(f"not reached: {'; '.join(f'{url}: {why}' for url, why in client.lost.items())}")
+    for url, served in found.items():
+        _check_model(url, served["config"], policy.model.config)
+        if served["dtype"] != options.dtype:
+            raise RunInputError(f"{url} computes in {served['dtype']}, the trainer in {options.dtype}; they must agree")
+        if served["logprobs_mode"] != "processed_logprobs":
+            raise RunInputError(f"{url} reports {served['logprobs_mode']}; start it with processed_logprobs")
+        check_length(served["max_model_len"], longest_prompt, recipe)
+    for text in _SAMPLE_TEXTS:
+        ours = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for url, answer in client.post("tokenize", {"prompt": text, "add_special_tokens": False}).items():
+            if answer["tokens"] != ours:
+                raise RunInputError(f"{url} has another tokenizer: {text!r} is {answer['tokens']} there, {ours} here")
+
+
+def _check_model(url: str, served: dict[str, Any], own: ModelConfig) -> None:
+    try:
+        config = ModelConfig.from_dict(served)
+    except CheckpointError as error:
+        raise RunInputError(f"{url} serves a model that is not supported: {error}") from error
+    skipped = {"raw", "initializer_range"}
+    for field in dataclasses.fields(own):
+        theirs, ours = getattr(config, field.name), getattr(own, field.name)
+        if field.name not in skipped and theirs != ours:
+            raise RunInputError(f"{url} serves another model: {field.name} is {theirs!r} there, {ours!r} here")
+
+
+def _own_address(url: str) -> tuple[str, int]:
+    """An address of this machine that the server can reach, and a free port on it."""
+    host = urllib.parse.urlsplit(url).hostname or "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, socket.socket() as free:
+        probe.connect((host, 9))  # sends nothing
+        free.bind(("", 0))
+        return probe.getsockname()[0], free.getsockname()[1]

@@ -1,0 +1,96 @@
+"""Starting `vllm serve`: by `flashgrpo serve` for a run elsewhere, or by a run on devices of its own."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from flashgrpo.grpo.progress import console
+from flashgrpo.grpo.vllm_options import NCCL, SHARED_MEMORY, EngineOptions
+from flashgrpo.grpo.world import RunInputError
+
+_START_LIMIT_S = 1800.0
+_LOG_LINES = 5
+# Ends with the process that started it, however that ends (PR_SET_PDEATHSIG, SIGTERM).
+_DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def serve(options: EngineOptions, host: str, port: int, devices: str) -> None:
+    """Become `vllm serve`, on the GPUs `devices` ("0,1", one model over both) or on the CPU."""
+    os.environ.update(_environment(devices))
+    command = _command(options, host, port, devices)
+    os.execv(command[0], command)
+
+
+class OwnServers:
+    """Servers on this machine that end with this process; their output goes to `logs`/server_N.log."""
+
+    def __init__(self, options: EngineOptions, devices: list[str], logs: Path):
+        self.urls: list[str] = []
+        self._processes: list[subprocess.Popen] = []
+        logs.mkdir(parents=True, exist_ok=True)
+        for number, own in enumerate(devices):
+            port, log = _free_port(), logs / f"server_{number}.log"
+            command = [sys.executable, "-c", _DIE_WITH_PARENT, *_command(options, "127.0.0.1", port, own)]
+            with log.open("ab") as output:
+                self._processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        env=os.environ | _environment(own),
+                        process_group=0,  # Ctrl-C at the terminal is for the trainer, which ends them
+                    )
+                )
+            self.urls.append(f"http://127.0.0.1:{port}")
+        try:
+            for number, (url, process) in enumerate(zip(self.urls, self._processes, strict=True)):
+                console.print(f"waiting for the vLLM server on {devices[number]}", highlight=False)
+                _await_server(url, process, logs / f"server_{number}.log")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End them."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _command(options: EngineOptions, host: str, port: int, devices: str) -> list[str]:
+    if options.on_gpu:
+        return options.serve_command(NCCL, host, port, len(devices.split(",")))
+    return options.serve_command(SHARED_MEMORY, host, port, 1)
+
+
+def _environment(devices: str) -> dict[str, str]:
+    visible = {} if devices == "cpu" else {"CUDA_VISIBLE_DEVICES": devices}
+    return {"VLLM_SERVER_DEV_MODE": "1", **visible}  # the routes for weights are a developer's
+
+
+def _await_server(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    lines = " | ".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+    raise RunInputError(f"the vLLM server did not start (exit code {process.poll()}), see {log}: {lines}")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

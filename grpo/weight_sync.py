@@ -1,0 +1,121 @@
+"""The trainer's weights on their way to a sampler: what is sent, and whether it arrived.
+
+`DecoderSource` has the two channels that vLLM's weight transfer asks of its `WeightSource`: what will come, and the
+tensors themselves, one gathered at a time on the default stream, in the sampler's type. All ranks iterate in lockstep.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashgrpo.grpo.world import GeneratorFailure
+from flashgrpo.model.checkpoint import empty_decoder
+from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.decoder import huggingface_views
+from flashgrpo.model.sharding import full_tensors
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_DIGEST_CHUNK = 1 << 20
+
+
+class SyncError(GeneratorFailure):
+    """Weights that did not reach a sampler; the message says whose fault it is, at which step, and the last tensor."""
+
+
+class TensorMeta(NamedTuple):
+    """Name in Hugging Face checkpoints, type and shape as sent."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class DecoderSource:
+    """Every weight of a decoder, sharded or not, under its Hugging Face name.
+
+    `lm_head.weight` is always sent, also where it is tied: samplers that repack their weights would keep the old one.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype):
+        self.parameters, self.config, self.dtype = parameters, config, dtype
+        self.last = "none yet"  # the newest tensor, for messages
+        self.digests: dict[str, int] | None = None  # filled by the next pass where it is not None
+        self._running: Iterator[tuple[str, Tensor]] = iter(())
+
+    def metadata(self) -> list[TensorMeta]:
+        """What a pass will yield, in its order; gathers nothing."""
+        shapes = {n: torch.empty(p.shape, dtype=self.dtype, device="meta") for n, p in self.parameters.items()}
+        found = []
+        for name, parameter in shapes.items():
+            for part, view in huggingface_views({name: parameter}, self.config).items():
+                found += [TensorMeta(sent, self.dtype, tuple(view.shape)) for sent in self._names(part)]
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one pass."""
+        return sum(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata())
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the largest tensor."""
+        return max(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata())
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._running = self._tensors()
+        return self._running
+
+    def drain(self) -> None:
+        """Go through what is left of the running pass: ranks that gather must all do so to the end."""
+        for _ in self._running:
+            pass
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, whole in full_tensors(self.parameters, self.config, self.dtype):
+            if whole.is_cuda:
+                torch.cuda.current_stream().synchronize()  # a receiver reads on a stream of its own
+            for sent in self._names(name):
+                self.last = sent
+                if self.digests is not None:
+                    self.digests[sent] = digest(whole)
+                yield sent, whole
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        return (name, _HEAD) if name == _EMBEDDING and self.config.tie_embeddings else (name,)
+
+
+def digest(tensor: Tensor) -> int:
+    """A 64-bit checksum of a tensor's bytes and their places: equal on every device."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for first in range(0, flat.numel(), _DIGEST_CHUNK):
+        part = flat[first : first + _DIGEST_CHUNK].long()
+        places = torch.arange(first, first + part.numel(), device=tensor.device)
+        total += ((part + 1) * (places * 0x9E3779B1 + 0x85EBCA77)).sum()  # modulo 2^64
+    return int(total)
+
+
+def check_digests(sent: Mapping[str, int], received: Mapping[str, int], sampler: str) -> None:
+    """Raises SyncError where a tensor is not what was sent."""
+    wrong = [name for name in sent if received.get(name) != sent[name]]
+    if wrong or not sent:
+        raise SyncError(
+            f"{sampler} has other weights than the trainer sent: the checksum of {len(wrong)} of {len(sent)} tensors "
+            f"differs, of {wrong[0] if wrong else 'all'} first"
+        )
+
+
+def check_shapes(sent: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """Raises ValueError for a tensor that the model of `config` has no place for, by name."""
+    decoder = empty_decoder(config, torch.float32)
+    wanted = {n: tuple(v.shape) for n, v in huggingface_views(dict(decoder.named_parameters()), config).items()}
+    wanted.setdefault(_HEAD, wanted[_EMBEDDING])
+    for name, shape in sent.items():
+        if name not in wanted:
+            raise ValueError(f"{name} has no place in the sampler's model")
+        if tuple(shape) != wanted[name]:
+            raise ValueError(
+                f"{name} was sent with shape {list(shape)}; the sampler's model wants {list(wanted[name])}"
+            )
