@@ -1,7 +1,8 @@
-"""vLLM in a process of its own beside the trainer's: on a GPU a process cannot open its own CUDA IPC handles.
+"""vLLM in a process of its own beside the trainer's.
 
-`EngineProcess` has the methods of `vllm_engine.Engine`. Its process sees one GPU and nothing of torchrun's ranks, and
-ends with the trainer's.
+On a GPU a process cannot open its own CUDA IPC handles; on a CPU vLLM would take over the trainer's process group, its
+threads and its random state. `EngineProcess` has the methods of `vllm_engine.Engine`. Its process sees one GPU and
+nothing of torchrun's ranks, and ends with the trainer's.
 """
 
 import contextlib
@@ -12,7 +13,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_options import EngineOptions
@@ -27,24 +30,28 @@ class EngineError(GeneratorFailure):
 
 
 class EngineProcess:
-    """An engine in a child process, on the GPU `device` (None: on the CPU); a call waits at most `timeout_s`."""
+    """An engine in a child process, on the rank's GPU or on the CPU; a call waits at most `timeout_s`."""
 
     version = 0
 
-    def __init__(self, options: EngineOptions, stop_token_ids: list[int], device: int | None, timeout_s: float):
-        self.timeout_s = timeout_s
+    def __init__(self, options: EngineOptions, stop_token_ids: list[int], device: torch.device, timeout_s: float):
+        self.stop_token_ids, self.timeout_s = stop_token_ids, timeout_s
         self._connection, theirs = multiprocessing.Pipe()
         environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN and not k.startswith("TORCHELASTIC_")}
-        if device is not None:
+        if device.type == "cuda":
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[device] if visible[0] else str(device)
+            environment["CUDA_VISIBLE_DEVICES"] = visible[device.index] if visible[0] else str(device.index)
+        quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
         command = (  # Ctrl-C is ignored before anything that takes time is imported
             "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
             f"sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
         )
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", command], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), env=environment
+                [sys.executable, "-c", command],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=quiet | environment,
             )
         self._connection.send((options, stop_token_ids))
         self._receive("starting", _START_LIMIT_S)
@@ -102,7 +109,7 @@ class EngineProcess:
             raise error
         return result
 
-    def _raise_dead(self, method: str) -> None:
+    def _raise_dead(self, method: str) -> NoReturn:
         raise EngineError(f"vLLM's process ended during {method} with exit code {self._process.wait()}")
 
 

@@ -50,6 +50,7 @@ class Generator(Protocol):
     """Native or vLLM. `weight_version` is that of the weights it would sample from; -1: it holds none."""
 
     weight_version: int
+    stop_token_ids: list[int]
 
     def load_weights(self, source: DecoderSource, version: int) -> None:
         """Sample from these weights from now on; on several ranks, all call it."""

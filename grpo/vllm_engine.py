@@ -1,4 +1,4 @@
-"""vLLM, which no other module imports: an engine in this process, and both ends of the weight transfer.
+"""vLLM, which no other module imports: an engine, and both ends of the weight transfer.
 
 vLLM has three transports in its native weight-transfer API: NCCL (a server on other GPUs), CUDA IPC (an engine on the
 same GPU) and, for CPUs, one of ours: files in shared memory, a bucket at a time. The receiving ends here add to vLLM's
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vllm import LLM, SamplingParams
@@ -44,7 +43,8 @@ _BUCKET_BYTES = 256 << 20
 
 
 class Engine:
-    """vLLM in this process, with weights that come from the trainer (`load_format` "dummy") or from its folder.
+    """vLLM in this process, and nothing else in it. Weights come from the trainer (`load_format` "dummy") or from the
+    model's folder ("auto").
 
     It is also the receiving side of a weight transfer: vLLM's `VLLMWeightSyncClient`. `version` names the weights that
     are on their way.
@@ -54,7 +54,6 @@ class Engine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         register()
         self.version, self.stop_token_ids, self.on_gpu = 0, stop_token_ids, options.on_gpu
-        set_num_threads = torch.set_num_threads
         self.llm = LLM(
             model=options.path,
             distributed_executor_backend="uni",
@@ -65,7 +64,6 @@ class Engine:
             **options.engine_arguments(),
         )
         self.llm.update_weight_version("0")
-        torch.set_num_threads = set_num_threads  # on a CPU vLLM puts one there that does nothing
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end."""
@@ -97,9 +95,6 @@ class Engine:
         """On a GPU, give the memory of weights and cache back until the next update."""
         if self.on_gpu:
             self.llm.sleep(level=2)
-
-    def close(self) -> None:
-        """Nothing to end: it goes with the process."""
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Yield each request's rollouts as soon as the last of them is done; all requests go in at once."""
@@ -310,12 +305,12 @@ def open_sender(backend: str, client: Any, source: DecoderSource, **where: Any) 
 
 def register() -> None:
     """Make the transports known to vLLM, in this process; twice is as good as once."""
-    ends: tuple[tuple[Any, str, type], ...] = (
+    ends: list[Any] = [
         (WeightTransferTrainerFactory, SHARED_MEMORY, SharedMemorySender),
         (WeightTransferEngineFactory, SHARED_MEMORY, SharedMemoryReceiver),
         (WeightTransferEngineFactory, NCCL, NcclReceiver),
         (WeightTransferEngineFactory, IPC, IpcReceiver),
-    )
+    ]
     for factory, name, end in ends:
         with contextlib.suppress(ValueError):  # it is
             factory.register_engine(name, end)

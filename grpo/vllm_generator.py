@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
-import os
 import socket
 import threading
 import urllib.parse
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from flashgrpo.grpo.engine_process import EngineProcess
 from flashgrpo.grpo.policy import Policy, resolve_dtype
@@ -31,6 +33,7 @@ class VllmGenerator:
     def __init__(self, client: Any, backend: str, world: World, timeout_s: float, own: OwnServers | None = None):
         self.client, self.backend, self.world, self.timeout_s, self.own = client, backend, world, timeout_s, own
         self.is_shared = isinstance(client, VllmServers)
+        self.stop_token_ids: list[int] = client.stop_token_ids
         self.weight_version = -1
         self._sender: Any = None
 
@@ -86,11 +89,12 @@ class VllmGenerator:
         return False
 
     def _send(self, source: DecoderSource, version: int) -> None:
-        self.client.version = version
+        self.client.version, source.last = version, "none"
         is_first = self._sender is None
         if is_first:
             self._sender = self._open_sender(source)
             source.digests = {}
+        self._sender.source = source
         with self._deadline():
             self._sender.send_weights()
         if is_first and self._is_sender:
@@ -103,7 +107,9 @@ class VllmGenerator:
         return self.world.is_main or not self.is_shared
 
     def _open_sender(self, source: DecoderSource) -> Any:
-        from flashgrpo.grpo.vllm_engine import open_sender
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from flashgrpo.grpo.vllm_engine import open_sender
 
         where: dict[str, Any] = {"rank": 0 if self._is_sender else self.world.rank}
         if self.backend == NCCL:
@@ -142,13 +148,12 @@ class VllmGenerator:
 def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int) -> VllmGenerator:
     """vLLM as recipe.rollout.generator wants it, checked. Raises RecipeError and RunInputError."""
     require_vllm()
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # its threads are the trainer's, too
     on_gpu = world.device.type == "cuda"
     dtype = str(resolve_dtype(recipe.model.dtype, world.device)).removeprefix("torch.")
     options = EngineOptions.of(recipe, dtype, on_gpu, longest_prompt)
     timeout_s = recipe.vllm.sync_timeout_s
     if recipe.rollout.generator == "vllm":
-        client = _open_engine(options, policy.stop_token_ids, world, timeout_s)
+        client = _open_engine(options, policy.stop_token_ids, world.device, timeout_s)
         return VllmGenerator(client, IPC if on_gpu else SHARED_MEMORY, world, timeout_s)
 
     own: OwnServers | None = None
@@ -172,17 +177,14 @@ def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int)
     return generator
 
 
-def _open_engine(options: EngineOptions, stop_token_ids: list[int], world: World, timeout_s: float) -> Any:
-    """An engine of this rank's own: beside it on its GPU, or in this process on a CPU."""
+def _open_engine(
+    options: EngineOptions, stop_token_ids: list[int], device: torch.device, timeout_s: float
+) -> EngineProcess:
+    """An engine of this rank's own, in a process beside it."""
     console.print("starting vLLM", highlight=False)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        if options.on_gpu:
-            return EngineProcess(options, stop_token_ids, world.device.index, timeout_s)
-        from flashgrpo.grpo.vllm_engine import Engine
-
-        return Engine(options, stop_token_ids)
-    except (ValueError, RuntimeError, GeneratorFailure) as error:
+        return EngineProcess(options, stop_token_ids, device, timeout_s)
+    except GeneratorFailure as error:
         raise RecipeError(
             f"vLLM cannot start with this recipe; the keys are vllm.memory_share = {options.memory_share:g}, "
             f"vllm.kv_cache_gb = {options.kv_cache_gb:g}, vllm.max_model_len = {options.max_model_len}: {error}"

@@ -40,7 +40,7 @@ class DecoderSource:
 
     def __init__(self, parameters: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype):
         self.parameters, self.config, self.dtype = parameters, config, dtype
-        self.last = "none yet"  # the newest tensor, for messages
+        self.last = "none"  # the newest tensor, for messages
         self.digests: dict[str, int] | None = None  # filled by the next pass where it is not None
         self._running: Iterator[tuple[str, Tensor]] = iter(())
 

@@ -18,8 +18,18 @@ _CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory) -> Path:
-    """Hugging Face folder of a random Qwen3 with a character tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
+    """Hugging Face folder of a random Qwen3."""
+    return save_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """make_model(**changes) -> Hugging Face folder of another random model."""
+    return lambda **changes: save_model(tmp_path_factory.mktemp("model"), **changes)
+
+
+def save_model(folder: Path, **changes) -> Path:
+    """Hugging Face folder of a random model with a character tokenizer, below `folder`."""
     vocabulary = {token: i for i, token in enumerate(["<eos>", "<unk>", *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -38,6 +48,7 @@ def model_path(tmp_path_factory) -> Path:
         "tie_word_embeddings": True,
         "initializer_range": 0.1,
         "eos_token_id": 0,
+        **changes,
     }
     save_checkpoint(init_decoder(ModelConfig.from_dict(config), seed=0), folder / "model", tokenizer_files_from=folder)
     return folder / "model"

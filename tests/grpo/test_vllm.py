@@ -1,0 +1,253 @@
+"""The real vLLM on the CPU, in a process beside the trainer's: its log-probs are the trainer's, whatever the weights
+become; and what a person is told when it cannot go on.
+"""
+
+import dataclasses
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flashgrpo.grpo.generators import open_generator
+from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.grpo.policy import open_policy, open_sharded_model
+from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.rollout import Request, Rollout, Sampling, sample_seeds
+from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.train import train
+from flashgrpo.grpo.weight_sync import DecoderSource, SyncError
+from flashgrpo.grpo.world import GeneratorFailure, open_world
+from flashgrpo.kernels.linear_grpo import linear_logprobs
+from flashgrpo.model.batch import gather_predictors
+from flashgrpo.model.decoder import Decoder
+
+pytestmark = pytest.mark.xdist_group("vllm")
+BOUND = 1e-5  # of an fp32 log-prob
+SIZES = {"hidden_size": 64, "head_dim": 32}  # vLLM's attention on a CPU wants heads of 32
+MODELS = {
+    "qwen3-tied": {},
+    "qwen3-untied": {"tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2"},
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+}
+TIMING = ("time/", "tokens_per_s", "tflops", "idle", "memory/", "sync/")
+
+
+@pytest.fixture
+def vllm_recipe(recipe_values, custom_rewards, make_model):
+    """make(model, **sections) -> a recipe that samples with vLLM."""
+
+    def make(model: str = "qwen3-tied", **sections) -> Recipe:
+        values = {**recipe_values, "model": {"path": str(make_model(**SIZES, **MODELS[model]))}}
+        values["rollout"] = values["rollout"] | {"generator": "vllm"}
+        values["vllm"] = {"kv_cache_gb": 0.05, "sync_timeout_s": 60}
+        return build_recipe(Recipe, {k: v | sections.get(k, {}) for k, v in values.items()})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def opened(make_model):
+    """(the trainer's model, a generator with its weights, their source); for all tests that leave it alive."""
+    values = {
+        "model": {"path": str(make_model(**SIZES))},
+        "data": {"path": "none"},
+        "rollout": {"generator": "vllm", "max_new_tokens": 20},
+        "vllm": {"kv_cache_gb": 0.05, "sync_timeout_s": 3},
+        "run": {"output": "none", "device": "cpu"},
+    }
+    recipe = build_recipe(Recipe, values)
+    with open_world(recipe) as world:
+        model = open_sharded_model(recipe.model, world.device, world.mesh)
+        generator = open_generator(recipe, open_policy(recipe.model, world.device, model), world, longest_prompt=16)
+        source = DecoderSource(dict(model.named_parameters()), model.config, torch.float32)
+    yield model, generator, source
+    generator.close()
+
+
+def requests(num_prompts: int = 6, num_samples: int = 4) -> list[Request]:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 90, rng.integers(1, 16)).tolist() for _ in range(num_prompts)]
+    return [Request(i, prompt, sample_seeds(0, 0, i, num_samples)) for i, prompt in enumerate(prompts)]
+
+
+@torch.no_grad()
+def trainers_rows(model: Decoder, groups: list[list[Rollout]]):
+    """(batch, the hidden state that predicts each sampled token), in the order of `groups`."""
+    packed = [
+        Group(group[0].prompt_ids, [Completion(r.completion_ids, 0, r.behavior_logprobs) for r in group])
+        for group in groups
+    ]
+    batch = build_batch(packed)
+    return batch, gather_predictors(model(batch), batch)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_log_probs_are_the_trainers_before_and_after_updates(vllm_recipe, model):
+    train(recipe := vllm_recipe(model, train={"lr": 3e-3}, rollout={"temperature": 0.7}))
+    rows = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert 0 < row["mismatch/mean"] <= row["mismatch/max"] <= BOUND
+        assert row["staleness/max"] == 0
+        assert row["sync/gb_per_s"] > 0
+
+
+def test_weights_that_do_not_arrive_show(vllm_recipe, monkeypatch, capsys):
+    """The bound above can fail: here the first weights are sent again and again."""
+
+    def first_ones(self):
+        sent.extend(sent or [(name, tensor.clone()) for name, tensor in original(self)])
+        self.last = "a copy"
+        return iter(sent[: len(self.metadata())])
+
+    sent: list = []
+    original = DecoderSource._tensors
+    monkeypatch.setattr(DecoderSource, "_tensors", first_ones)
+    train(recipe := vllm_recipe(train={"lr": 3e-3, "mismatch_alarm": 1e-4}))
+    first, *others = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert first["mismatch/max"] <= BOUND
+    assert all(row["mismatch/max"] > 1e-3 for row in others)
+    assert "step 2: the sampler's log-probs are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampling", [Sampling(12, 0.8, top_p=0.7), Sampling(12, 1.0, top_k=3)], ids=["top-p", "top-k"])
+def test_a_truncated_sampler_renormalises(opened, sampling):
+    model, generator, source = opened
+    generator.load_weights(source, 1)
+    groups = [*generator.generate(requests(), sampling)]
+    batch, hidden = trainers_rows(model, groups)
+    probs, order = (
+        (hidden.double() @ model.lm_head_weight.double().T / sampling.temperature).softmax(-1).sort(descending=True)
+    )
+    kept = probs.cumsum(-1) - probs < sampling.top_p
+    kept &= torch.arange(probs.shape[-1]) < (sampling.top_k or probs.shape[-1])
+    probs = probs * kept
+    probs /= probs.sum(-1, keepdim=True)
+    wanted = probs[order == batch.targets[:, None]].log()
+    torch.testing.assert_close(batch.behavior_logprobs, wanted.float(), atol=BOUND, rtol=0)
+    whole, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=sampling.temperature)
+    assert (whole < wanted - 0.05).any()  # the trainer's is of the whole distribution
+
+
+def test_samples_are_those_of_their_seeds(opened):
+    """Groups of the asked size, in any order; the same again, and also when others are sampled beside them."""
+    _, generator, source = opened
+    generator.load_weights(source, 1)
+    sampling = Sampling(20)
+    first = {group[0].group: group for group in generator.generate(requests(), sampling)}
+    again = {group[0].group: group for group in generator.generate(requests()[::-2], sampling)}
+    assert sorted(first) == [0, 1, 2, 3, 4, 5]
+    assert sorted(again) == [1, 3, 5]
+    reasons = set()
+    for number, group in first.items():
+        assert len(group) == 4
+        assert len({tuple(rollout.completion_ids) for rollout in group}) > 1
+        for one, other in zip(group, again.get(number, group), strict=True):
+            assert np.array_equal(one.completion_ids, other.completion_ids)
+            assert one.finish_reason == ("stop" if one.completion_ids[-1] == 0 else "length")
+            assert one.finish_reason == "stop" or len(one.completion_ids) == 20
+            assert one.weight_versions == ((1, len(one.completion_ids)),)
+            reasons.add(one.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_a_tensor_of_the_wrong_shape_is_refused_by_name(opened):
+    """And the engine takes the right ones afterwards."""
+    model, generator, source = opened
+    narrow = DecoderSource(source.parameters, model.config, source.dtype)
+    narrow._tensors = lambda: ((n, t[..., :-1] if "layers.1.mlp.up_proj" in n else t) for n, t in source)
+    with pytest.raises(
+        SyncError, match=r"layers\.1\.mlp\.up_proj\.weight was sent with shape \[64, 63\]; .*\[64, 64\]"
+    ):
+        generator.load_weights(narrow, 2)
+    generator.load_weights(source, 3)
+    batch, hidden = trainers_rows(model, [*generator.generate(requests(), Sampling(8))])
+    ours, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets)
+    torch.testing.assert_close(ours, batch.behavior_logprobs, atol=BOUND, rtol=0)
+
+
+def test_what_arrives_changed_is_found_by_its_checksum(opened, monkeypatch):
+    _, generator, source = opened
+    generator._close_sender()  # the next sync is a first one again
+
+    def changed(self=source):
+        for name, tensor in original():
+            yield name, tensor
+            if name == "model.norm.weight":
+                self.digests[name] += 1
+
+    original = source._tensors
+    monkeypatch.setattr(source, "_tensors", changed)
+    with pytest.raises(SyncError, match=r"the checksum of 1 of \d+ tensors differs, of model\.norm\.weight first"):
+        generator.load_weights(source, 2)
+
+
+def test_a_stalled_sync_hits_its_deadline(opened, monkeypatch):
+    """The last test of this engine."""
+    _, generator, source = opened
+    generator.load_weights(source, 1)
+
+    def stalling():
+        for name, tensor in original():
+            if name == "model.layers.1.mlp.down_proj.weight":
+                os.kill(generator.client._process.pid, signal.SIGSTOP)
+            yield name, tensor
+
+    original = source._tensors
+    monkeypatch.setattr(source, "_tensors", stalling)
+    message = r"version 2 .* the last tensor .* is model\.norm\.weight: .* did not finish update_weights within 3 s"
+    with pytest.raises(SyncError, match=message):
+        generator.load_weights(source, 2)
+
+
+@pytest.mark.parametrize("phase", ["generate", "sync"])
+def test_an_engine_that_dies_leaves_a_checkpoint(vllm_recipe, phase, monkeypatch):
+    def dying(self, *arguments):
+        if (version := self.generator.weight_version) == 1 or (phase == "generate" and version == 2):
+            pid = self.generator.client._process.pid
+            threading.Timer(0.0 if phase == "sync" else 0.02, os.kill, (pid, signal.SIGKILL)).start()
+        return original(self, *arguments)
+
+    method = "load_generator" if phase == "sync" else "_generate"
+    original = getattr(Sampler, method)
+    monkeypatch.setattr(Sampler, method, dying)
+    with pytest.raises(GeneratorFailure, match=r"vLLM's process ended during \w+ with exit code -9"):
+        train(
+            recipe := vllm_recipe(
+                train={"checkpoint_every": 0}, rollout={"max_new_tokens": 200, "prompts_per_step": 16}
+            )
+        )
+    newest = newest_checkpoint(recipe.run.output)
+    assert newest is not None
+    assert int(newest.name.removeprefix("step_")) >= 1
+
+
+def test_resume_goes_on_as_if_nothing_had_happened(vllm_recipe, tmp_path):
+    recipe = vllm_recipe()
+    train(dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output=str(tmp_path / "whole"))))
+    train(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=2)))
+    (Path(recipe.run.output) / "recipe.toml").write_text((tmp_path / "whole" / "recipe.toml").read_text())
+    train(recipe, resume=True)
+    whole, stopped = (
+        [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in read_rows(Path(folder, "metrics.jsonl"))]
+        for folder in (tmp_path / "whole", recipe.run.output)
+    )
+    assert stopped == whole
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"vllm": {"max_model_len": 11}}, r"max_model_len = 11 is below .* 4 \+ 8 tokens; raise it to 12 or more"),
+        ({"vllm": {"kv_cache_gb": 1e-6}}, r"vllm\.kv_cache_gb = 1e-06, .*No available memory for the cache"),
+    ],
+)
+def test_a_recipe_that_vllm_cannot_run_is_refused(vllm_recipe, sections, message):
+    with pytest.raises(RecipeError, match=message):
+        train(vllm_recipe(**sections))

@@ -1,0 +1,208 @@
+"""Real vLLM servers on the CPU, over HTTP: a run is the same with them, sampling ahead is one step stale, and servers
+that are wrong, stall or die.
+"""
+
+import dataclasses
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import ranks
+
+from flashgrpo.grpo.policy import open_policy
+from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.train import train
+from flashgrpo.grpo.vllm_launch import OwnServers
+from flashgrpo.grpo.vllm_options import EngineOptions
+from flashgrpo.grpo.vllm_server import VllmServers
+from flashgrpo.grpo.world import GeneratorFailure, RunInputError
+
+pytestmark = [pytest.mark.xdist_group("vllm_servers"), pytest.mark.timeout(400)]
+BOUND = 1e-5
+SIZES = {"hidden_size": 64, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def served_model(make_model) -> Path:
+    return make_model(**SIZES)
+
+
+@pytest.fixture(scope="module")
+def servers(served_model, tmp_path_factory):
+    """Three, of which the last tests kill two."""
+    values = {"model": {"path": str(served_model)}, "data": {"path": "none"}, "run": {"output": "none"}}
+    values |= {"rollout": {"max_new_tokens": 200}, "vllm": {"kv_cache_gb": 0.05}}
+    options = EngineOptions.of(build_recipe(Recipe, values), "float32", on_gpu=False, longest_prompt=20)
+    own = OwnServers(options, ["cpu"] * 3, tmp_path_factory.mktemp("servers"))
+    yield own
+    own.close()
+
+
+@pytest.fixture
+def recipe_for(recipe_values, custom_rewards, served_model, servers):
+    """make(numbers of servers, **sections) -> a recipe that samples with them."""
+
+    def make(*numbers: int, **sections) -> Recipe:
+        values = {**recipe_values, "model": {"path": str(served_model)}}
+        values["rollout"] = values["rollout"] | {"generator": "vllm_server"}
+        values["vllm"] = {"servers": [servers.urls[number] for number in numbers], "sync_timeout_s": 60}
+        return build_recipe(Recipe, {k: v | sections.get(k, {}) for k, v in values.items()})
+
+    return make
+
+
+def rows_of(recipe: Recipe) -> list[dict]:
+    return read_rows(Path(recipe.run.output) / "metrics.jsonl")
+
+
+def run(recipe: Recipe) -> None:
+    train(recipe)
+
+
+def test_a_run_is_the_same_with_servers_and_with_an_engine_of_its_own(recipe_for, tmp_path):
+    """The same samples of the same seeds, rewards and log-probs, on one server, on two, and in a process beside."""
+    one, two = recipe_for(0, train={"lr": 3e-3}), recipe_for(1, 2, train={"lr": 3e-3})
+    own = dataclasses.replace(
+        two,
+        rollout=dataclasses.replace(two.rollout, generator="vllm"),
+        vllm=dataclasses.replace(two.vllm, servers=[], kv_cache_gb=0.05),
+    )
+    found = []
+    for number, recipe in enumerate((one, two, own)):
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output=str(tmp_path / str(number))))
+        train(recipe)
+        rows = rows_of(recipe)
+        assert all(0 < row["mismatch/max"] <= BOUND for row in rows)
+        found.append([(row["reward/mean"], row["length/mean"], pytest.approx(row["loss"], abs=1e-6)) for row in rows])
+    assert found[0] == found[1] == found[2]
+
+
+def test_two_ranks_feed_one_server(recipe_for, tmp_path):
+    alone, together = (
+        dataclasses.replace(r, run=dataclasses.replace(r.run, output=str(tmp_path / str(size))))
+        for size, r in enumerate((recipe_for(0), recipe_for(0)), start=1)
+    )
+    ranks.run(run, 2, together)
+    train(alone)
+    for one, other in zip(rows_of(alone), rows_of(together), strict=True):
+        assert one["reward/mean"] == pytest.approx(other["reward/mean"], abs=1e-9)
+        assert other["mismatch/max"] <= BOUND
+
+
+def test_sampling_ahead_is_one_step_stale_and_no_more(recipe_for):
+    train(recipe := recipe_for(0, 1, rollout={"overlap": True}, train={"steps": 30, "lr": 1e-3}))
+    first, *others = rows_of(recipe)
+    assert (first["staleness/mean"], first["staleness/max"], len(others)) == (0, 0, 29)
+    assert all(row["staleness/mean"] == row["staleness/max"] == 1 for row in others)
+    assert all(row["mismatch/max"] <= BOUND for row in (first, *others[:-1]))  # probed by the newest weights
+    assert max(row["ratio/max"] for row in others) > 1.001  # to the log-probs of the weights that sampled
+    assert "mismatch/max" not in others[-1]  # the last step samples nothing ahead
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_resume_with_sampling_ahead(recipe_for, steps):
+    recipe = recipe_for(0, rollout={"overlap": True}, eval={"every": 2, "samples": 2, "problems": 2})
+    train(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=steps)))
+    file = Path(recipe.run.output) / "recipe.toml"
+    file.write_text(file.read_text().replace(f"steps = {steps}", "steps = 4"))
+    train(recipe, resume=True)
+    rows = {row["step"]: row for row in rows_of(recipe)}
+    assert sorted(rows) == [0, 1, 2, 3, 4]
+    assert rows[steps + 1]["staleness/max"] == 0  # what was sampled ahead is lost with the process
+    assert all("eval/pass@1" in rows[step] for step in (0, 2, 4))
+
+
+def test_spans_of_an_update_in_flight(recipe_for, served_model, servers):
+    """Tokens carry the version that they were sampled from."""
+
+
+@pytest.mark.parametrize(
+    ("sections", "changes", "message"),
+    [
+        ({"vllm": {"servers": ["http://127.0.0.1:9"]}}, {}, r"127\.0\.0\.1:9: .* is `flashgrpo serve RECIPE` running"),
+        ({}, {"intermediate_size": 96}, r"serves another model: intermediate_size is 64 there, 96 here"),
+        ({}, {"tie_word_embeddings": False}, r"serves another model: tie_embeddings is True there, False here"),
+        ({"rollout": {"max_new_tokens": 400}, "train": {"token_budget": 500}}, {}, r"max_model_len = 220 is below"),
+        ({"model": {"dtype": "bfloat16"}}, {}, r"computes in float32, the trainer in bfloat16"),
+    ],
+    ids=["unreachable", "another model", "untied", "too short", "another type"],
+)
+def test_wrong_servers_are_refused(recipe_for, make_model, sections, changes, message):
+    recipe = recipe_for(0, **sections)
+    if changes:
+        path = str(make_model(**SIZES, **changes))
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=path))
+    with pytest.raises((RunInputError, RecipeError), match=message):
+        train(recipe)
+
+
+def test_another_tokenizer_is_refused(recipe_for, tmp_path, served_model):
+    import shutil
+
+    shutil.copytree(served_model, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"2":', '"SWAP":').replace('"3":', '"2":').replace('"SWAP":', '"3":'))
+    recipe = recipe_for(0)
+    with pytest.raises(RunInputError, match=r"has another tokenizer: '2 \+ 3 = 5\.\\n' is \["):
+        train(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=str(tmp_path / "other"))))
+
+
+def test_a_server_that_stalls_in_a_sync_is_dropped(recipe_for, servers, caplog, monkeypatch):
+    """The run goes on with the other one."""
+    stop_at(monkeypatch, "load_generator", servers._processes[1].pid, signal.SIGSTOP)
+    try:
+        train(recipe := recipe_for(0, 1, vllm={"sync_timeout_s": 5}))
+    finally:
+        os.kill(servers._processes[1].pid, signal.SIGCONT)
+    assert f"the vLLM server at {servers.urls[1]} is dropped: it did not answer start_weight_update" in caplog.text
+    assert [row["step"] for row in rows_of(recipe)] == [1, 2, 3, 4]
+
+
+def test_the_requests_of_a_server_that_dies_go_elsewhere(recipe_for, servers, caplog, monkeypatch):
+    kill_in_generation(monkeypatch, servers._processes[2].pid)
+    train(recipe := recipe_for(0, 2, rollout={"max_new_tokens": 200}, train={"token_budget": 2000}))
+    assert f"the vLLM server at {servers.urls[2]} is dropped" in caplog.text
+    assert [row["step"] for row in rows_of(recipe)] == [1, 2, 3, 4]
+    assert all(row["mismatch/max"] <= 2 * BOUND for row in rows_of(recipe))
+
+
+@pytest.mark.parametrize("phase", ["sync", "generate"])
+def test_without_a_server_the_run_ends_after_a_checkpoint(recipe_for, servers, monkeypatch, phase):
+    number = 0 if phase == "sync" else 1
+    if phase == "sync":
+        stop_at(monkeypatch, "load_generator", servers._processes[number].pid, signal.SIGKILL)
+    else:
+        kill_in_generation(monkeypatch, servers._processes[number].pid)
+    with pytest.raises(GeneratorFailure, match=r"no vLLM server is left: .*; start them again, or others as vllm\.se"):
+        train(recipe := recipe_for(number, rollout={"max_new_tokens": 200}, train={"token_budget": 2000}))
+    newest = newest_checkpoint(recipe.run.output)
+    assert newest is not None
+    assert newest.name == "step_1"
+
+
+def stop_at(monkeypatch, method: str, pid: int, number: int) -> None:
+    """A signal to `pid` before the second time that weights are sent."""
+
+    def stopping(self, version, clock):
+        if version == 1:
+            os.kill(pid, number)
+        return original(self, version, clock)
+
+    original = getattr(Sampler, method)
+    monkeypatch.setattr(Sampler, method, stopping)
+
+
+def kill_in_generation(monkeypatch, pid: int) -> None:
+    """Soon after the second generation has begun."""
+
+    def killing(self, step, *arguments):
+        if step == 2:
+            threading.Timer(0.1, os.kill, (pid, signal.SIGKILL)).start()
+        return original(self, step, *arguments)
+
+    original = Sampler._generate
+    monkeypatch.setattr(Sampler, "_generate", killing)
