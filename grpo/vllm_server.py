@@ -92,7 +92,8 @@ class VllmServers:
         self._run(self._all("POST", "init_weight_transfer_engine", bodies))
 
     def start_weight_update(self) -> None:
-        """Make room for new weights."""
+        """Make room for new weights; what is being generated waits."""
+        self.post("pause?mode=keep")
         self.post("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
@@ -100,9 +101,12 @@ class VllmServers:
         self.post("update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Sample from the new weights, with nothing of the old ones in the cache."""
+        """Sample from the new weights, with nothing of the old ones in the cache: what was being generated goes on
+        from where it was, its keys and values made anew.
+        """
         self.post("finish_weight_update", {"weight_version": weight_version or str(self.version)})
         self.post("reset_prefix_cache?reset_running_requests=true")
+        self.post("resume")
 
     def world_sizes(self) -> dict[str, int]:
         """Workers of each server."""

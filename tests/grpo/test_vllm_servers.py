@@ -4,22 +4,31 @@ that are wrong, stall or die.
 
 import dataclasses
 import os
+import shutil
 import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ranks
+import torch
 
-from flashgrpo.grpo.policy import open_policy
+from flashgrpo.grpo.generators import open_generator
+from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.grpo.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import train
 from flashgrpo.grpo.vllm_launch import OwnServers
 from flashgrpo.grpo.vllm_options import EngineOptions
-from flashgrpo.grpo.vllm_server import VllmServers
-from flashgrpo.grpo.world import GeneratorFailure, RunInputError
+from flashgrpo.grpo.weight_sync import DecoderSource
+from flashgrpo.grpo.world import GeneratorFailure, RunInputError, open_world
+from flashgrpo.kernels.linear_grpo import linear_logprobs
+from flashgrpo.model.batch import gather_predictors
 
 pytestmark = [pytest.mark.xdist_group("vllm_servers"), pytest.mark.timeout(400)]
 BOUND = 1e-5
@@ -50,7 +59,7 @@ def recipe_for(recipe_values, custom_rewards, served_model, servers):
         values = {**recipe_values, "model": {"path": str(served_model)}}
         values["rollout"] = values["rollout"] | {"generator": "vllm_server"}
         values["vllm"] = {"servers": [servers.urls[number] for number in numbers], "sync_timeout_s": 60}
-        return build_recipe(Recipe, {k: v | sections.get(k, {}) for k, v in values.items()})
+        return build_recipe(Recipe, {k: values.get(k, {}) | sections.get(k, {}) for k in {**values, **sections}})
 
     return make
 
@@ -116,8 +125,38 @@ def test_resume_with_sampling_ahead(recipe_for, steps):
     assert all("eval/pass@1" in rows[step] for step in (0, 2, 4))
 
 
-def test_spans_of_an_update_in_flight(recipe_for, served_model, servers):
-    """Tokens carry the version that they were sampled from."""
+def test_an_update_in_flight_shows_in_the_spans(recipe_for):
+    """Tokens carry the version of the weights that they were sampled from, and its log-probs."""
+    recipe = recipe_for(0, rollout={"max_new_tokens": 200})
+    with open_world(recipe) as world:
+        models = [open_sharded_model(recipe.model, world.device, world.mesh) for _ in range(2)]
+        with torch.no_grad():
+            models[1].lm_head_weight.mul_(1.5)
+        sources = [DecoderSource(dict(m.named_parameters()), m.config, torch.float32) for m in models]
+        generator = open_generator(recipe, open_policy(recipe.model, world.device, models[0]), world, longest_prompt=9)
+        generator.stop_token_ids = generator.client.stop_token_ids = []
+        generator.load_weights(sources[0], 1)
+        requests = [Request(i, [*range(5, 14)], sample_seeds(0, 0, i, 8)) for i in range(8)]
+        with ThreadPoolExecutor(1) as thread:
+            groups = thread.submit(lambda: [*generator.generate(requests, Sampling(200))])
+            time.sleep(0.5)
+            generator.load_weights(sources[1], 2)
+            rollouts = [rollout for group in groups.result() for rollout in group]
+        generator.close()
+    spans = [tuple(version for version, _ in rollout.weight_versions) for rollout in rollouts]
+    assert {*spans} <= {(1, 2), (2,)}  # some had not begun
+    assert spans.count((1, 2)) > len(spans) / 2
+    batch = build_batch([Group(r.prompt_ids, [Completion(r.completion_ids, 0, r.behavior_logprobs)]) for r in rollouts])
+    versions = [version for r in rollouts for version, num_tokens in r.weight_versions for _ in range(num_tokens)]
+    with torch.no_grad():
+        hidden = [gather_predictors(m(batch), batch) for m in models]
+        ours = torch.stack(
+            [linear_logprobs(h, m.lm_head_weight, batch.targets)[0] for h, m in zip(hidden, models, strict=True)]
+        )
+    off = (ours - batch.behavior_logprobs).abs()
+    newer = torch.tensor(versions) == 2
+    assert torch.where(newer, off[1], off[0]).max() <= BOUND
+    assert torch.where(newer, off[0], off[1]).mean() > 0.05
 
 
 @pytest.mark.parametrize(
@@ -141,8 +180,6 @@ def test_wrong_servers_are_refused(recipe_for, make_model, sections, changes, me
 
 
 def test_another_tokenizer_is_refused(recipe_for, tmp_path, served_model):
-    import shutil
-
     shutil.copytree(served_model, tmp_path / "other")
     file = tmp_path / "other" / "tokenizer.json"
     file.write_text(file.read_text().replace('"2":', '"SWAP":').replace('"3":', '"2":').replace('"SWAP":', '"3":'))
