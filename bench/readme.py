@@ -51,6 +51,19 @@ def cpu_parts_table() -> list[str]:
     ]
 
 
+def vllm_table() -> list[str]:
+    found = json.loads((RESULTS / "vllm_cpu.json").read_text())
+    bare = found["generate"]["bare"]
+    rows = ["| | tokens/s | of bare `LLM.generate` |", "| --- | --- | --- |"]
+    for name, title in (("bare", "bare `LLM.generate`"), ("vllm", "`vllm`"), ("vllm_server", "`vllm_server`, HTTP")):
+        rows.append(f"| {title} | {found['generate'][name]:,.0f} | {found['generate'][name] / bare:.2f} |")
+    rows += ["", "| sync through shared memory | GB | seconds | GB/s |", "| --- | --- | --- | --- |"]
+    for name in ("vllm", "vllm_server"):
+        seconds, size = found["sync"][name], found["sync"]["gb"]
+        rows.append(f"| `{name}` | {size:.2f} | {seconds:.2f} | {size / seconds:.2f} |")
+    return rows
+
+
 PLANNED_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "tie_word_embeddings",
@@ -94,7 +107,13 @@ def plan_table() -> list[str]:
     return rows
 
 
-TABLES = {"demo": demo_table, "cpu_step": cpu_step_table, "cpu_parts": cpu_parts_table, "plan": plan_table}
+TABLES = {
+    "demo": demo_table,
+    "cpu_step": cpu_step_table,
+    "cpu_parts": cpu_parts_table,
+    "vllm": vllm_table,
+    "plan": plan_table,
+}
 
 
 def render(readme: str) -> str:

@@ -102,8 +102,7 @@ class Engine:
         waiting = {str(number): request for number, request in enumerate(requests)}
         try:
             for number, request in waiting.items():
-                fields = sampling_fields(sampling, request, self.stop_token_ids)
-                params = SamplingParams(**fields, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
+                params = sampling_params(sampling, request, self.stop_token_ids)
                 engine.add_request(number, {"prompt_token_ids": request.prompt_ids}, params)
             while waiting:
                 for output in engine.step():
@@ -114,6 +113,12 @@ class Engine:
         finally:
             if waiting:
                 engine.abort_request([*waiting])
+
+
+def sampling_params(sampling: Sampling, request: Request, stop_token_ids: list[int]) -> SamplingParams:
+    """What vLLM is asked for; a group comes back once all of it is done."""
+    fields = sampling_fields(sampling, request, stop_token_ids)
+    return SamplingParams(**fields, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def _rollout(request: Request, sample: Any) -> Rollout:
