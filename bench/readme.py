@@ -94,7 +94,13 @@ def plan_table() -> list[str]:
     return rows
 
 
-TABLES = {"demo": demo_table, "cpu_step": cpu_step_table, "cpu_parts": cpu_parts_table, "plan": plan_table}
+TABLES = {
+    "demo": demo_table,
+    "cpu_step": cpu_step_table,
+    "cpu_parts": cpu_parts_table,
+    "plan": plan_table,
+    "vllm": list,
+}
 
 
 def render(readme: str) -> str:
