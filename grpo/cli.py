@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.command not in (*_RECIPE_COMMANDS, "eval", "plan"):
+    if overrides and options.command not in (*_RECIPE_COMMANDS, "eval", "plan", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     flags = [f"--{name}" for name, value in vars(options).items() if value in (None, False)]  # those not given
     for override in overrides:
@@ -125,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--response-tokens", type=positive, help="mean; default a quarter of rollout.max_new_tokens")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_plan)
+    command = commands.add_parser("serve", help="vLLM for training runs with vllm.servers", allow_abbrev=False)
+    command.add_argument("recipe", help="the runs' recipe; its keys can be overridden, as --vllm.memory_share=0.9")
+    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines, too; default 127.0.0.1")
+    command.add_argument("--port", type=count, default=8000, help="default 8000")
+    command.add_argument("--devices", help='"0,1": one model over both; default: CUDA_VISIBLE_DEVICES, 0 or cpu')
+    command.set_defaults(run=_serve)
     command = commands.add_parser("sample", help="complete one prompt")
     command.add_argument("model", help="Hugging Face folder")
     command.add_argument("prompt")
@@ -187,6 +193,25 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
         print(json.dumps(dataclasses.asdict(found)))
     else:
         print_plan(found)
+
+
+def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.policy import resolve_device, resolve_dtype
+    from flashgrpo.grpo.recipe import Recipe, load_recipe
+    from flashgrpo.grpo.vllm_launch import serve
+    from flashgrpo.grpo.vllm_options import EngineOptions, require_vllm
+    from flashgrpo.model.checkpoint import read_config
+
+    recipe = load_recipe(Recipe, options.recipe, overrides)
+    require_vllm()
+    device = resolve_device({None: recipe.run.device, "cpu": "cpu"}.get(options.devices, "cuda"))
+    on_gpu = device.type == "cuda"
+    devices = options.devices or (os.environ.get("CUDA_VISIBLE_DEVICES", "0") if on_gpu else "cpu")
+    context = read_config(recipe.model.path).raw.get("max_position_embeddings", sys.maxsize)
+    room = (recipe.vllm.max_model_len or context) - recipe.rollout.max_new_tokens
+    longest_prompt = max(1, min(recipe.data.max_prompt_tokens, room))  # vLLM refuses more than the model's context
+    dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    serve(EngineOptions.of(recipe, dtype, on_gpu, longest_prompt), options.host, options.port, devices)
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:

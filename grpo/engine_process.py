@@ -34,13 +34,20 @@ class EngineProcess:
 
     version = 0
 
-    def __init__(self, options: EngineOptions, stop_token_ids: list[int], device: torch.device, timeout_s: float):
+    def __init__(
+        self,
+        options: EngineOptions,
+        stop_token_ids: list[int],
+        device: torch.device,
+        timeout_s: float,
+        load_format: str = "dummy",
+    ):
         self.stop_token_ids, self.timeout_s = stop_token_ids, timeout_s
         self._connection, theirs = multiprocessing.Pipe()
         environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN and not k.startswith("TORCHELASTIC_")}
         if device.type == "cuda":
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[device.index] if visible[0] else str(device.index)
+            index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible[0] else str(index)
         quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
         command = (  # Ctrl-C is ignored before anything that takes time is imported
             "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
@@ -53,7 +60,7 @@ class EngineProcess:
                 pass_fds=(theirs.fileno(),),
                 env=quiet | environment,
             )
-        self._connection.send((options, stop_token_ids))
+        self._connection.send((options, stop_token_ids, load_format))
         self._receive("starting", _START_LIMIT_S)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 The score is accuracy alone: a partial credit counts as wrong, and the format is not asked for.
 """
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from flashgrpo.grpo.data import DataError, Problem, Template, load_problems, render_prompt
+from flashgrpo.grpo.generators import open_for_evaluation
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts, resolve_device
 from flashgrpo.grpo.progress import console
@@ -20,6 +23,7 @@ from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rewards import extract_answer, is_correct
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint
+from flashgrpo.model.checkpoint import empty_decoder, read_config
 
 _EVAL_STREAM = 1 << 32  # keeps evaluation's seeds apart from those of the training steps
 
@@ -90,14 +94,18 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
     """
     path = model or _newest_model(Path(recipe.run.output)) or recipe.model.path
     console.print(f"evaluating {path}", highlight=False)
-    policy = open_policy(dataclasses.replace(recipe.model, path=str(path)), resolve_device(recipe.run.device))
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=str(path)))
+    device = resolve_device(recipe.run.device)
+    is_native = recipe.rollout.generator == "native"  # vLLM loads the weights itself
+    policy = open_policy(recipe.model, device, None if is_native else empty_decoder(read_config(path), torch.float32))
     _, held_out = load_problems(recipe.data, recipe.run.seed)
     if not held_out:
         raise DataError("data.held_out = 0 leaves no problem to evaluate on; set it, or point data.path to a test set")
     _require_answer(held_out[0])
     prompts = dict(enumerate(render_prompts(held_out[: recipe.eval.problems], policy, recipe.data)))
-    generator = NativeGenerator(policy.model, policy.stop_token_ids)
-    with open_reward_pool(recipe, held_out[0]) as pool:
+    longest_prompt = max(len(prompt.token_ids) for prompt in prompts.values())
+    generator = open_for_evaluation(recipe, policy, device, longest_prompt)
+    with contextlib.closing(generator), open_reward_pool(recipe, held_out[0]) as pool:
         return evaluate(prompts, policy, generator, pool, recipe).scores()
 
 

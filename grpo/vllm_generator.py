@@ -147,14 +147,10 @@ class VllmGenerator:
 
 def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int) -> VllmGenerator:
     """vLLM as recipe.rollout.generator wants it, checked. Raises RecipeError and RunInputError."""
-    require_vllm()
-    on_gpu = world.device.type == "cuda"
-    dtype = str(resolve_dtype(recipe.model.dtype, world.device)).removeprefix("torch.")
-    options = EngineOptions.of(recipe, dtype, on_gpu, longest_prompt)
-    timeout_s = recipe.vllm.sync_timeout_s
+    options, timeout_s = _engine_options(recipe, world.device, longest_prompt), recipe.vllm.sync_timeout_s
     if recipe.rollout.generator == "vllm":
-        client = _open_engine(options, policy.stop_token_ids, world.device, timeout_s)
-        return VllmGenerator(client, IPC if on_gpu else SHARED_MEMORY, world, timeout_s)
+        client = _open_engine(options, policy.stop_token_ids, world.device, timeout_s, "dummy")
+        return VllmGenerator(client, IPC if options.on_gpu else SHARED_MEMORY, world, timeout_s)
 
     own: OwnServers | None = None
 
@@ -168,7 +164,7 @@ def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int)
 
     urls = world.on_main(start)
     client = VllmServers(urls, policy.stop_token_ids, timeout_s)
-    generator = VllmGenerator(client, NCCL if on_gpu else SHARED_MEMORY, world, timeout_s, own)
+    generator = VllmGenerator(client, NCCL if options.on_gpu else SHARED_MEMORY, world, timeout_s, own)
     try:
         world.everywhere(lambda: _check_servers(client, policy, recipe, options, longest_prompt))
     except BaseException:
@@ -177,13 +173,25 @@ def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int)
     return generator
 
 
+def open_engine(recipe: Recipe, policy: Policy, device: torch.device, longest_prompt: int) -> EngineProcess:
+    """vLLM with the weights of recipe.model.path, for use without a run. Raises RecipeError."""
+    options = _engine_options(recipe, device, longest_prompt)
+    return _open_engine(options, policy.stop_token_ids, device, recipe.vllm.sync_timeout_s, "auto")
+
+
+def _engine_options(recipe: Recipe, device: torch.device, longest_prompt: int) -> EngineOptions:
+    require_vllm()
+    dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    return EngineOptions.of(recipe, dtype, device.type == "cuda", longest_prompt)
+
+
 def _open_engine(
-    options: EngineOptions, stop_token_ids: list[int], device: torch.device, timeout_s: float
+    options: EngineOptions, stop_token_ids: list[int], device: torch.device, timeout_s: float, load_format: str
 ) -> EngineProcess:
     """An engine of this rank's own, in a process beside it."""
     console.print("starting vLLM", highlight=False)
     try:
-        return EngineProcess(options, stop_token_ids, device, timeout_s)
+        return EngineProcess(options, stop_token_ids, device, timeout_s, load_format)
     except GeneratorFailure as error:
         raise RecipeError(
             f"vLLM cannot start with this recipe; the keys are vllm.memory_share = {options.memory_share:g}, "

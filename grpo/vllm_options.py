@@ -121,15 +121,17 @@ def check_length(max_model_len: int, longest_prompt: int, recipe: Recipe) -> Non
 def sampling_fields(sampling: Sampling, request: Request, stop_token_ids: list[int]) -> dict[str, Any]:
     """vLLM's sampling parameters: token ids in, token ids out, one prompt for the whole group.
 
-    vLLM seeds sample i of a group with `seed` + i.
+    vLLM seeds sample i of a group with `seed` + i. At temperature 0 it refuses n above 1: the likeliest token is then
+    the only one to sample from.
     """
+    is_greedy = sampling.temperature == 0
     return {
         "n": len(request.seeds),
         "seed": int(request.seeds[0] >> 1),  # signed there
         "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
+        "temperature": 1.0 if is_greedy else sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
+        "top_k": 1 if is_greedy else sampling.top_k,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "stop_token_ids": stop_token_ids,

@@ -27,7 +27,7 @@ def test_the_commands_of_the_readme_are_understood():
         if "recipe" in options:
             kind = SftRecipe if options.command == "sft" else Recipe
             assert load_recipe(kind, readme.ROOT / options.recipe, overrides)
-    assert seen == {"train", "sft", "eval", "plan", "sample", "report"}
+    assert seen == {"train", "sft", "eval", "plan", "serve", "sample", "report"}
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (readme.ROOT / "README.md").read_text(), re.DOTALL)

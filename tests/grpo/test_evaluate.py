@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from flashgrpo.grpo.data import DataError, Problem
-from flashgrpo.grpo.evaluate import Evaluation, evaluate, evaluate_recipe, open_reward_pool, sample_texts
+from flashgrpo.grpo.evaluate import (
+    Evaluation,
+    completion_group,
+    evaluate,
+    evaluate_recipe,
+    open_reward_pool,
+    sample_texts,
+)
 from flashgrpo.grpo.native_generator import NativeGenerator
-from flashgrpo.grpo.policy import open_policy, render_prompts
-from flashgrpo.grpo.recipe import DataSection, ModelSection, Recipe, build_recipe
-from flashgrpo.grpo.reward_pool import RewardPool
+from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts
+from flashgrpo.grpo.recipe import DataSection, ModelSection, Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rollout import Rollout, Sampling
 
 
@@ -157,6 +164,36 @@ def test_evaluating_a_recipe(recipe_values, custom_rewards, model_path):
     shutil.rmtree(run / "checkpoints" / "step_10" / "model")
     assert evaluate_recipe(renamed) == scores
     assert evaluate_recipe(renamed, model=str(model_path)) == scores
+
+
+@pytest.mark.xdist_group("vllm")
+def test_evaluating_with_vllm(recipe_values, custom_rewards, make_model, monkeypatch):
+    """The greedy completions are those of the native generator, at the same weights, to the same end."""
+    recipe_values["model"]["path"] = str(make_model(hidden_size=64, head_dim=32))  # heads that its attention takes
+    recipe_values["eval"] = {"samples": 2, "problems": 4, "temperature": 0.0}
+    recipe_values["vllm"] = {"kv_cache_gb": 0.05}
+    completions = []
+
+    def record(prompt: Prompt, group: list[Rollout], policy: Policy) -> CompletionGroup:
+        completions.append([rollout.completion_ids.tolist() for rollout in group])
+        return completion_group(prompt, group, policy)
+
+    monkeypatch.setattr("flashgrpo.grpo.evaluate.completion_group", record)
+    scores = [
+        evaluate_recipe(build_recipe(Recipe, recipe_values, overrides=[f"--rollout.generator={name}"]))
+        for name in ("native", "vllm")
+    ]
+    assert scores[0] == scores[1]
+    native, vllm = completions[:4], completions[4:]
+    assert len({tuple(group[0]) for group in native}) > 1
+    assert vllm == native
+
+
+def test_evaluating_on_servers_is_an_error(recipe_values, custom_rewards):
+    recipe_values["rollout"]["generator"] = "vllm_server"
+    recipe_values["vllm"] = {"servers": ["http://nowhere:8000"]}
+    with pytest.raises(RecipeError, match=r"wanted --rollout\.generator=vllm or native"):
+        evaluate_recipe(build_recipe(Recipe, recipe_values))
 
 
 def test_evaluating_without_answers_is_an_error(recipe_values, custom_rewards, tmp_path):
