@@ -36,7 +36,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_options import IPC, NCCL, SHARED_MEMORY, EngineOptions, sampling_fields
-from flashgrpo.grpo.weight_sync import DecoderSource, check_shapes, digest
+from flashgrpo.grpo.weight_sync import DecoderSource, check_shapes, digest, wanted_shapes
 from flashgrpo.model.config import ModelConfig
 
 _BUCKET_BYTES = 256 << 20
@@ -53,7 +53,7 @@ class Engine:
     def __init__(self, options: EngineOptions, stop_token_ids: list[int], load_format: str = "dummy"):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         register()
-        self.version, self.stop_token_ids, self.on_gpu = 0, stop_token_ids, options.on_gpu
+        self.version, self.stop_token_ids, self.on_gpu, self.is_asleep = 0, stop_token_ids, options.on_gpu, False
         self.llm = LLM(
             model=options.path,
             distributed_executor_backend="uni",
@@ -71,7 +71,7 @@ class Engine:
 
     def start_weight_update(self) -> None:
         """Make room for new weights."""
-        if self.on_gpu:
+        if self.is_asleep:
             self.llm.wake_up(["weights"])
         self.llm.start_weight_update()
 
@@ -82,8 +82,9 @@ class Engine:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Sample from the new weights, with nothing of the old ones in the cache."""
         self.llm.finish_weight_update(weight_version or str(self.version))
-        if self.on_gpu:
+        if self.is_asleep:
             self.llm.wake_up(["kv_cache"])
+        self.is_asleep = False
         self.llm.reset_prefix_cache()
 
     def weight_digests(self) -> dict[str, int]:
@@ -95,6 +96,7 @@ class Engine:
         """On a GPU, give the memory of weights and cache back until the next update."""
         if self.on_gpu:
             self.llm.sleep(level=2)
+            self.is_asleep = True
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Yield each request's rollouts as soon as the last of them is done; all requests go in at once."""
@@ -157,18 +159,17 @@ class Extension:
 class _Checked:
     """A receiving engine that checks and sums up what it gives the model to load."""
 
-    config: Any
     model: Any
     model_config: Any
-
     digests: dict[str, int] | None = None  # recorded while it is there: in the first update of a connection
 
     def init_transfer_engine(self, init_info: Any) -> None:
         self.digests = {}
+        self.shapes = wanted_shapes(ModelConfig.from_dict(self.model_config.hf_config.to_dict()))
         super().init_transfer_engine(init_info)  # type: ignore[misc]
 
     def receive_weights(self, update_info: Any) -> None:
-        model, self.model = self.model, _Recorder(self.model, self.model_config.hf_config, self.digests)
+        model, self.model = self.model, _Doorkeeper(self.model, self.shapes, self.digests)
         try:
             super().receive_weights(update_info)  # type: ignore[misc]
         finally:
@@ -179,15 +180,15 @@ class _Checked:
         return digests or {}
 
 
-class _Recorder:
+class _Doorkeeper:
     """Stands for the model while weights come in."""
 
-    def __init__(self, model: Any, hf_config: Any, digests: dict[str, int] | None):
-        self.model, self.config, self.digests = model, ModelConfig.from_dict(hf_config.to_dict()), digests
+    def __init__(self, model: Any, shapes: dict[str, tuple[int, ...]], digests: dict[str, int] | None):
+        self.model, self.shapes, self.digests = model, shapes, digests
 
     def load_weights(self, weights: Any) -> Any:
         weights = list(weights)
-        check_shapes({name: tuple(tensor.shape) for name, tensor in weights}, self.config)
+        check_shapes({name: tuple(tensor.shape) for name, tensor in weights}, self.shapes)
         if self.digests is not None:
             self.digests |= {name: digest(tensor) for name, tensor in weights}
         return self.model.load_weights(weights)

@@ -6,7 +6,7 @@ import socket
 import threading
 import urllib.parse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class VllmGenerator:
         self.stop_token_ids: list[int] = client.stop_token_ids
         self.weight_version = -1
         self._sender: Any = None
+        self._steps: Any = None
+        self._members: list[str] = []  # of the NCCL group
+        if backend == NCCL:
+            client.all_or_none = True
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Yield each request's rollouts as soon as the last of them is done; all requests go in at once."""
@@ -45,11 +49,13 @@ class VllmGenerator:
         """Sample from the weights of `source` from now on. After the first time, both sides' checksums are compared.
 
         Raises SyncError, on every rank; servers that do not take part within `timeout_s` are dropped while others are
-        left.
+        left, on every rank.
         """
         self.weight_version = -1
-        while not self._sent_to_all(source, version):
-            pass
+        self._share_losses()
+        while not all(self.world.everywhere(lambda: self._is_sent(source, version))):
+            self._share_losses()
+        self._share_losses()
         self.weight_version = version
 
     def free_weights(self) -> None:
@@ -66,37 +72,45 @@ class VllmGenerator:
         if self.own is not None:
             self.own.close()
 
-    def _sent_to_all(self, source: DecoderSource, version: int) -> bool:
-        """One attempt, of all ranks; whether it must be made again, among those that are left of an NCCL group."""
+    def _share_losses(self) -> None:
+        """Servers that one rank has dropped are dropped by all; an NCCL group without them has to be made anew."""
+        if not self.is_shared:
+            return
+        for lost in self.world.gather(dict(self.client.lost)):
+            for url, why in lost.items():
+                self.client.drop(url, why)
+        if self.backend == NCCL and self._members != self.client.servers:
+            self._close_sender()
 
-        def attempt() -> dict[str, str]:
-            try:
+    def _is_sent(self, source: DecoderSource, version: int) -> bool:
+        """One attempt; False where servers were dropped in it from an NCCL group, and others are left."""
+        servers = self.client.servers if self.is_shared else []
+        try:
+            with source.one_pass():
                 self._send(source, version)
-            except Exception as error:  # whatever it is, the other ranks gather to the end, and then raise it
-                raise self._explained(error, source, version) from error
-            finally:
-                source.drain()
-                source.digests = None
-            return self.client.lost if self.is_shared else {}
-
-        known = {*self.client.lost} if self.is_shared else set()
-        lost = {url: why for part in self.world.everywhere(attempt) for url, why in part.items()}
-        for url, why in lost.items():
-            self.client.drop(url, why)
-        if self.backend != NCCL or lost.keys() <= known:
-            return True
-        self._close_sender()
-        return False
+        except Exception as error:
+            self._close_sender()
+            if self.backend == NCCL and self.client.servers and self.client.servers != servers:
+                return False
+            side = "the vLLM servers" if self.is_shared else "vLLM"
+            raise SyncError(
+                f"version {version} of the weights did not reach {side}; the last tensor that the trainer gave is "
+                f"{source.failed_at}: {error}"
+            ) from error
+        finally:
+            source.digests = None
+        return True
 
     def _send(self, source: DecoderSource, version: int) -> None:
-        self.client.version, source.last = version, "none"
+        self.client.version = version
         is_first = self._sender is None
         if is_first:
-            self._sender = self._open_sender(source)
             source.digests = {}
+            self._sender = self._open_sender(source)
         self._sender.source = source
         with self._deadline():
             self._sender.send_weights()
+        self._steps.raise_error()
         if is_first and self._is_sender:
             received = self.client.weight_digests()
             for sampler, digests in received.items() if self.is_shared else [("vLLM", received)]:
@@ -112,10 +126,13 @@ class VllmGenerator:
             from flashgrpo.grpo.vllm_engine import open_sender
 
         where: dict[str, Any] = {"rank": 0 if self._is_sender else self.world.rank}
-        if self.backend == NCCL:
-            address, port = _own_address(self.client.servers[0])
-            size = 1 + sum(self.client.world_sizes().values()) if self._is_sender else 0
-            where |= {"master_address": address, "master_port": port, "world_size": size}
+        self._steps = _Steps(self.client, source)
+        if self.backend != NCCL:
+            return open_sender(self.backend, self._steps, source, **where)
+        self._members = self.client.servers
+        address, port = _own_address(self._members[0])
+        size = 1 + sum(self.client.world_sizes().values()) if self._is_sender else 0
+        where |= {"master_address": address, "master_port": port, "world_size": size}
         return open_sender(self.backend, self.client, source, **where)
 
     @contextlib.contextmanager
@@ -136,13 +153,29 @@ class VllmGenerator:
         if sender is not None:
             sender.shutdown()
 
-    def _explained(self, error: Exception, source: DecoderSource, version: int) -> SyncError:
-        self._close_sender()
-        side = "the vLLM servers" if self.is_shared else "vLLM"
-        return SyncError(
-            f"version {version} of the weights did not reach {side}; the last tensor that the trainer gave is "
-            f"{source.last}: {error}"
-        )
+
+class _Steps:
+    """The handshake with a client, whose first error waits until the ranks, in lockstep, are through all steps."""
+
+    def __init__(self, client: Any, source: DecoderSource):
+        self._client, self._source = client, source
+        self._error: Exception | None = None
+
+    def __getattr__(self, step: str) -> Callable[..., None]:
+        def take(*arguments: Any) -> None:
+            if self._error is None:
+                try:
+                    getattr(self._client, step)(*arguments)
+                except Exception as error:  # whatever it is, it is raised below
+                    self._error = error
+                    self._source.note_failure()
+
+        return take
+
+    def raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int) -> VllmGenerator:

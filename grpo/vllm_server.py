@@ -40,7 +40,8 @@ class VllmServers:
         self.stop_token_ids, self.timeout_s, self.version = stop_token_ids, timeout_s, 0
         self.in_flight = {url.rstrip("/"): 0 for url in urls}  # completions, by live server
         self.lost: dict[str, str] = {}  # why, by server
-        self._dropped: dict[str, asyncio.Event] = {}
+        self.all_or_none = False  # an NCCL group: a call that one server misses fails
+        self._dropped = {url: asyncio.Event() for url in self.in_flight}
         self._running: set[Any] = set()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True).start()
@@ -122,8 +123,7 @@ class VllmServers:
             del self.in_flight[url]
             self.lost[url] = why
             logger.warning("the vLLM server at %s is dropped: %s; %d left", url, why, len(self.in_flight))
-            if url in self._dropped:
-                self._loop.call_soon_threadsafe(self._dropped[url].set)
+            self._loop.call_soon_threadsafe(self._dropped[url].set)
 
     def close(self) -> None:
         """Break off what runs."""
@@ -155,6 +155,8 @@ class VllmServers:
 
         answers = dict(zip(urls, await asyncio.gather(*map(call, urls)), strict=True))
         self._require_server()
+        if self.all_or_none and not {*urls} <= self.in_flight.keys():
+            raise GeneratorFailure(f"{step} without {', '.join(url for url in urls if url in self.lost)}")
         return {url: answer for url, answer in answers.items() if url in self.in_flight}
 
     async def _call(self, method: str, address: str, body: Any = None) -> Any:
@@ -173,7 +175,6 @@ class VllmServers:
             return response.status == 200
 
     async def _generate(self, requests: list[Request], sampling: Sampling, done: queue.SimpleQueue) -> None:
-        self._dropped = {url: asyncio.Event() for url in self.servers}
         watchers = [asyncio.create_task(self._watch(url)) for url in self.servers]
 
         async def complete(request: Request) -> None:

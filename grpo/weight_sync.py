@@ -5,6 +5,7 @@ tensors themselves, one gathered at a time on the default stream, in the sampler
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,9 @@ class DecoderSource:
 
     def __init__(self, parameters: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype):
         self.parameters, self.config, self.dtype = parameters, config, dtype
-        self.last = "none"  # the newest tensor, for messages
+        self.last = self.failed_at = "none"  # the newest tensor, and that at the first failure, for messages
         self.digests: dict[str, int] | None = None  # filled by the next pass where it is not None
-        self._running: Iterator[tuple[str, Tensor]] = iter(())
+        self._running: Iterator[tuple[str, Tensor]] | None = None
 
     def metadata(self) -> list[TensorMeta]:
         """What a pass will yield, in its order; gathers nothing."""
@@ -67,10 +68,22 @@ class DecoderSource:
         self._running = self._tensors()
         return self._running
 
-    def drain(self) -> None:
-        """Go through what is left of the running pass: ranks that gather must all do so to the end."""
-        for _ in self._running:
-            pass
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Within it one pass is made, and to the end, also where the block fails: ranks that gather must all do so."""
+        self._running, self.last, self.failed_at = None, "none", ""
+        try:
+            yield
+        except Exception:
+            self.note_failure()
+            raise
+        finally:
+            for _ in self if self._running is None else self._running:
+                pass
+
+    def note_failure(self) -> None:
+        """Remember where the pass is, unless it has failed before."""
+        self.failed_at = self.failed_at or self.last
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, whole in full_tensors(self.parameters, self.config, self.dtype):
@@ -107,15 +120,18 @@ def check_digests(sent: Mapping[str, int], received: Mapping[str, int], sampler:
         )
 
 
-def check_shapes(sent: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
-    """Raises ValueError for a tensor that the model of `config` has no place for, by name."""
+def wanted_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every tensor that a model of `config` takes, by name."""
     decoder = empty_decoder(config, torch.float32)
     wanted = {n: tuple(v.shape) for n, v in huggingface_views(dict(decoder.named_parameters()), config).items()}
-    wanted.setdefault(_HEAD, wanted[_EMBEDDING])
+    return {_HEAD: wanted[_EMBEDDING], **wanted}
+
+
+def check_shapes(sent: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError for a tensor that the sampler's model has no place for, by name."""
     for name, shape in sent.items():
         if name not in wanted:
             raise ValueError(f"{name} has no place in the sampler's model")
-        if tuple(shape) != wanted[name]:
-            raise ValueError(
-                f"{name} was sent with shape {list(shape)}; the sampler's model wants {list(wanted[name])}"
-            )
+        if shape != wanted[name]:
+            found, place = list(shape), list(wanted[name])
+            raise ValueError(f"{name} was sent with shape {found}; the sampler's model wants {place}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 
 from flashgrpo.grpo.generators import open_generator
@@ -226,6 +227,32 @@ def test_an_engine_that_dies_leaves_a_checkpoint(vllm_recipe, phase, monkeypatch
     newest = newest_checkpoint(recipe.run.output)
     assert newest is not None
     assert int(newest.name.removeprefix("step_")) >= 1
+
+
+def train_with_a_dying_engine(recipe: Recipe) -> str:
+    """On rank 1 the engine is killed before the second sync; what each rank raises."""
+
+    def dying(self, version, clock):
+        if version == 1 and self.world.rank == 1:
+            self.generator.client._process.kill()
+        original(self, version, clock)
+
+    original = Sampler.load_generator
+    Sampler.load_generator = dying
+    with pytest.raises(GeneratorFailure) as caught:
+        train(recipe)
+    return str(caught.value)
+
+
+def test_two_ranks_of_which_one_loses_its_engine_end_together(vllm_recipe):
+    """In lockstep to the end of the sync, then with the same error, after a checkpoint."""
+    recipe = vllm_recipe()
+    first, second = ranks.run(train_with_a_dying_engine, 2, recipe)
+    assert first == second
+    assert "version 1 of the weights did not reach vLLM; the last tensor that the trainer gave is none: vLLM's" in first
+    newest = newest_checkpoint(recipe.run.output)
+    assert newest is not None
+    assert newest.name == "step_1"
 
 
 def test_resume_goes_on_as_if_nothing_had_happened(vllm_recipe, tmp_path):

@@ -139,12 +139,13 @@ def test_an_update_in_flight_shows_in_the_spans(recipe_for):
         requests = [Request(i, [*range(5, 14)], sample_seeds(0, 0, i, 8)) for i in range(8)]
         with ThreadPoolExecutor(1) as thread:
             groups = thread.submit(lambda: [*generator.generate(requests, Sampling(200))])
-            time.sleep(0.5)
+            time.sleep(0.1)
+            assert [*generator.generate(requests[:1], Sampling(20))]  # by its end the others are under way
             generator.load_weights(sources[1], 2)
             rollouts = [rollout for group in groups.result() for rollout in group]
         generator.close()
     spans = [tuple(version for version, _ in rollout.weight_versions) for rollout in rollouts]
-    assert {*spans} <= {(1, 2), (2,)}  # some had not begun
+    assert {*spans} <= {(1,), (1, 2), (2,)}  # some had stopped, or not begun
     assert spans.count((1, 2)) > len(spans) / 2
     batch = build_batch([Group(r.prompt_ids, [Completion(r.completion_ids, 0, r.behavior_logprobs)]) for r in rollouts])
     versions = [version for r in rollouts for version, num_tokens in r.weight_versions for _ in range(num_tokens)]
@@ -192,7 +193,7 @@ def test_a_server_that_stalls_in_a_sync_is_dropped(recipe_for, servers, caplog, 
     """The run goes on with the other one."""
     stop_at(monkeypatch, "load_generator", servers._processes[1].pid, signal.SIGSTOP)
     try:
-        train(recipe := recipe_for(0, 1, vllm={"sync_timeout_s": 5}))
+        train(recipe := recipe_for(0, 1, vllm={"sync_timeout_s": 10}))
     finally:
         os.kill(servers._processes[1].pid, signal.SIGCONT)
     assert f"the vLLM server at {servers.urls[1]} is dropped: it did not answer start_weight_update" in caplog.text
