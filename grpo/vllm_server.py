@@ -136,7 +136,7 @@ class VllmServers:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _open(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)  # an idle one may close just then
         return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
     async def _all(self, method: str, path: str, bodies: dict[str, Any] | None = None) -> dict[str, Any]:
