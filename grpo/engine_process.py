@@ -18,11 +18,10 @@ from typing import Any, NoReturn
 import torch
 
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling
-from flashgrpo.grpo.vllm_options import EngineOptions
+from flashgrpo.grpo.vllm_options import EngineOptions, own_environment
 from flashgrpo.grpo.world import GeneratorFailure
 
 _START_LIMIT_S = 1800.0
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class EngineError(GeneratorFailure):
@@ -44,7 +43,7 @@ class EngineProcess:
     ):
         self.stop_token_ids, self.timeout_s = stop_token_ids, timeout_s
         self._connection, theirs = multiprocessing.Pipe()
-        environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN and not k.startswith("TORCHELASTIC_")}
+        environment = own_environment()
         if device.type == "cuda":
             index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible[0] else str(index)

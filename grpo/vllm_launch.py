@@ -1,6 +1,8 @@
 """Starting `vllm serve`: by `flashgrpo serve` for a run elsewhere, or by a run on devices of its own."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,10 +12,10 @@ import urllib.request
 from pathlib import Path
 
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.vllm_options import NCCL, SHARED_MEMORY, EngineOptions
+from flashgrpo.grpo.vllm_options import NCCL, SHARED_MEMORY, EngineOptions, own_environment
 from flashgrpo.grpo.world import RunInputError
 
-_START_LIMIT_S = 1800.0
+_START_LIMIT_S, _END_LIMIT_S = 1800.0, 10.0
 _LOG_LINES = 5
 # Ends with the process that started it, however that ends (PR_SET_PDEATHSIG, SIGTERM).
 _DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
@@ -43,7 +45,7 @@ class OwnServers:
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=subprocess.STDOUT,
-                        env=os.environ | _environment(own),
+                        env=own_environment() | _environment(own),
                         process_group=0,  # Ctrl-C at the terminal is for the trainer, which ends them
                     )
                 )
@@ -57,14 +59,14 @@ class OwnServers:
             raise
 
     def close(self) -> None:
-        """End them."""
+        """End them, and the workers that one which has died may have left."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_LIMIT_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _command(options: EngineOptions, host: str, port: int, devices: str) -> list[str]:

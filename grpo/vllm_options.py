@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "flashgrpo_nccl", "flashgr
 _SUPPORTED = "0.32"
 _CPU_KV_CACHE_GB = 1.0
 _MIN_BATCHED_TOKENS = 8192
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def require_vllm() -> None:
@@ -106,6 +108,11 @@ class EngineOptions:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(self.max_model_len, _MIN_BATCHED_TOKENS),
         }
+
+
+def own_environment() -> dict[str, str]:
+    """For a process of vLLM's: that of this one, without the ranks of torchrun."""
+    return {k: v for k, v in os.environ.items() if k not in _TORCHRUN and not k.startswith("TORCHELASTIC_")}
 
 
 def check_length(max_model_len: int, longest_prompt: int, recipe: Recipe) -> None:
