@@ -29,7 +29,7 @@ class EngineError(GeneratorFailure):
 
 
 class EngineProcess:
-    """An engine in a child process, on the rank's GPU or on the CPU; a call waits at most `timeout_s`."""
+    """An engine in a child process, on the rank's GPU or on the CPU; a call but `generate` waits at most `timeout_s`."""
 
     version = 0
 
@@ -74,7 +74,7 @@ class EngineProcess:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._call("finish_weight_update", weight_version or str(self.version))
 
-    def weight_digests(self) -> dict[str, int]:
+    def weight_digests(self) -> list[dict[str, int]]:
         return self._call("weight_digests")
 
     def sleep(self) -> None:
@@ -107,6 +107,7 @@ class EngineProcess:
     def _receive(self, method: str, timeout_s: float | None) -> Any:
         try:
             if not self._connection.poll(timeout_s):
+                self.close()  # a late answer would be taken for that of the next call
                 raise EngineError(f"vLLM's process did not finish {method} within {timeout_s:g} s")
             error, result = self._connection.recv()
         except (EOFError, ConnectionResetError):

@@ -40,9 +40,7 @@ class StepData:
     position: int  # prompts consumed by its end, from the start of the run
     version: int  # of the weights that it will train: the steps taken
     discarded: int = 0  # groups of equal rewards that dynamic sampling threw away
-    probe: list[list[Rollout]] = field(
-        default_factory=list
-    )  # by the newest weights, where `rollouts` are by older ones
+    probe: list[list[Rollout]] = field(default_factory=list)  # by the newest weights, beside stale rollouts
 
     @property
     def is_stale(self) -> bool:

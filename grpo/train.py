@@ -180,9 +180,7 @@ class Trainer(RunLoop):
             for epoch in range(self.recipe.train.epochs):
                 for i, update in enumerate(updates):
                     stats, norm = self.learner.update(update.batches, partial(self._loss, update=update))
-                    if (
-                        epoch == i == 0 and not takes_behavior
-                    ):  # made at the weights of the rollout: the old log-probs from now on
+                    if epoch == i == 0 and not takes_behavior:  # by the weights of before: old log-probs from now on
                         pairs = zip(update.batches, stats, strict=True)
                         scored = [dataclasses.replace(batch, old_logprobs=s["logprobs"]) for batch, s in pairs]
                         updates[0] = dataclasses.replace(update, batches=scored)

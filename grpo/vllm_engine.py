@@ -87,10 +87,9 @@ class Engine:
         self.is_asleep = False
         self.llm.reset_prefix_cache()
 
-    def weight_digests(self) -> dict[str, int]:
-        """Checksums of what the last update received, by name."""
-        (digests,) = self.llm.collective_rpc("weight_digests")
-        return digests
+    def weight_digests(self) -> list[dict[str, int]]:
+        """Checksums of what the first update received, by name, of every worker."""
+        return self.llm.collective_rpc("weight_digests")
 
     def sleep(self) -> None:
         """On a GPU, give the memory of weights and cache back until the next update."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import queue
 import socket
 import threading
 import urllib.parse
@@ -108,13 +109,12 @@ class VllmGenerator:
             source.digests = {}
             self._sender = self._open_sender(source)
         self._sender.source = source
-        with self._deadline():
+        with self._deadline(source):
             self._sender.send_weights()
         self._steps.raise_error()
         if is_first and self._is_sender:
-            received = self.client.weight_digests()
-            for sampler, digests in received.items() if self.is_shared else [("vLLM", received)]:
-                check_digests(source.digests or {}, digests, sampler)
+            for received in self.client.weight_digests():
+                check_digests(source.digests or {}, received)
 
     @property
     def _is_sender(self) -> bool:
@@ -130,23 +130,54 @@ class VllmGenerator:
         if self.backend != NCCL:
             return open_sender(self.backend, self._steps, source, **where)
         self._members = self.client.servers
-        address, port = _own_address(self._members[0])
-        size = 1 + sum(self.client.world_sizes().values()) if self._is_sender else 0
-        where |= {"master_address": address, "master_port": port, "world_size": size}
-        return open_sender(self.backend, self.client, source, **where)
+        where |= {"master_address": "", "master_port": 0, "world_size": 0}  # of no use to the ranks that do not send
+        if self._is_sender:
+            address, port = _own_address(self._members)
+            size = 1 + sum(self.client.world_sizes().values())
+            where |= {"master_address": address, "master_port": port, "world_size": size}
+        return self._in_time(lambda: open_sender(self.backend, self.client, source, **where))
+
+    def _in_time(self, work: Callable[[], Any]) -> Any:
+        """NCCL's rendezvous has no time limit of its own."""
+        done: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                torch.cuda.set_device(self.world.device)
+                done.put((work(), None))
+            except Exception as error:  # it is raised below
+                done.put((None, error))
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            result, error = done.get(timeout=self.timeout_s)
+        except queue.Empty:
+            raise GeneratorFailure(f"no NCCL group of trainer and servers within {self.timeout_s:g} s") from None
+        if error is not None:
+            raise error
+        return result
 
     @contextlib.contextmanager
-    def _deadline(self) -> Iterator[None]:
-        """NCCL waits for ever: after the time limit its group is torn down, which ends the wait with an error."""
+    def _deadline(self, source: DecoderSource) -> Iterator[None]:
+        """NCCL waits for ever: after the time limit its group is torn down, which ends the wait."""
         if self.backend != NCCL or not self._is_sender:
             yield
             return
-        timer = threading.Timer(self.timeout_s, self._close_sender)
+        expired = threading.Event()
+
+        def end() -> None:
+            expired.set()
+            source.note_failure()
+            self._close_sender()
+
+        timer = threading.Timer(self.timeout_s, end)
         timer.start()
         try:
             yield
         finally:
             timer.cancel()
+            if expired.is_set():
+                raise GeneratorFailure(f"the servers had not taken the weights within {self.timeout_s:g} s")
 
     def _close_sender(self) -> None:
         sender, self._sender = self._sender, None
@@ -163,6 +194,7 @@ class _Steps:
 
     def __getattr__(self, step: str) -> Callable[..., None]:
         def take(*arguments: Any) -> None:
+            torch.cuda.empty_cache()  # for a colocated engine, which takes its memory back; nothing without CUDA
             if self._error is None:
                 try:
                     getattr(self._client, step)(*arguments)
@@ -182,8 +214,16 @@ def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int)
     """vLLM as recipe.rollout.generator wants it, checked. Raises RecipeError and RunInputError."""
     options, timeout_s = _engine_options(recipe, world.device, longest_prompt), recipe.vllm.sync_timeout_s
     if recipe.rollout.generator == "vllm":
-        client = _open_engine(options, policy.stop_token_ids, world.device, timeout_s, "dummy")
-        return VllmGenerator(client, IPC if options.on_gpu else SHARED_MEMORY, world, timeout_s)
+        engines: list[EngineProcess] = []
+        try:
+            world.everywhere(
+                lambda: engines.append(_open_engine(options, policy.stop_token_ids, world.device, timeout_s, "dummy"))
+            )
+        except BaseException:
+            for engine in engines:
+                engine.close()
+            raise
+        return VllmGenerator(engines[0], IPC if options.on_gpu else SHARED_MEMORY, world, timeout_s)
 
     own: OwnServers | None = None
 
@@ -246,7 +286,7 @@ def _check_servers(
         raise RunInputError(f"{error}; is `flashgrpo serve RECIPE` running there?") from error
     if client.lost:
         raise RunInputError(f"not reached: {'; '.join(f'{url}: {why}' for url, why in client.lost.items())}")
-    for url, served in found.items():
+    for url, (served, *_) in found.items():
         _check_model(url, served["config"], policy.model.config)
         if served["dtype"] != options.dtype:
             raise RunInputError(f"{url} computes in {served['dtype']}, the trainer in {options.dtype}; they must agree")
@@ -272,10 +312,12 @@ def _check_model(url: str, served: dict[str, Any], own: ModelConfig) -> None:
             raise RunInputError(f"{url} serves another model: {field.name} is {theirs!r} there, {ours!r} here")
 
 
-def _own_address(url: str) -> tuple[str, int]:
-    """An address of this machine that the server can reach, and a free port on it."""
-    host = urllib.parse.urlsplit(url).hostname or "127.0.0.1"
+def _own_address(servers: list[str]) -> tuple[str, int]:
+    """An address of this machine that all servers can reach, and a free port on it."""
+    hosts = [urllib.parse.urlsplit(url).hostname or "" for url in servers]
+    addresses = [socket.gethostbyname(host) for host in hosts]
+    farthest = max(addresses, key=lambda address: not address.startswith("127."))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, socket.socket() as free:
-        probe.connect((host, 9))  # sends nothing
+        probe.connect((farthest, 9))  # sends nothing
         free.bind(("", 0))
         return probe.getsockname()[0], free.getsockname()[1]

@@ -15,7 +15,7 @@ from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.vllm_options import NCCL, SHARED_MEMORY, EngineOptions, own_environment
 from flashgrpo.grpo.world import RunInputError
 
-_START_LIMIT_S, _END_LIMIT_S = 1800.0, 10.0
+_START_LIMIT_S, _END_LIMIT_S = 1500.0, 10.0  # the other ranks wait meanwhile, and not for ever
 _LOG_LINES = 5
 # Ends with the process that started it, however that ends (PR_SET_PDEATHSIG, SIGTERM).
 _DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
@@ -50,10 +50,11 @@ class OwnServers:
                     )
                 )
             self.urls.append(f"http://127.0.0.1:{port}")
+        deadline = time.monotonic() + _START_LIMIT_S
         try:
             for number, (url, process) in enumerate(zip(self.urls, self._processes, strict=True)):
                 console.print(f"waiting for the vLLM server on {devices[number]}", highlight=False)
-                _await_server(url, process, logs / f"server_{number}.log")
+                _await_server(url, process, logs / f"server_{number}.log", deadline)
         except BaseException:
             self.close()
             raise
@@ -80,8 +81,7 @@ def _environment(devices: str) -> dict[str, str]:
     return {"VLLM_SERVER_DEV_MODE": "1", **visible}  # the routes for weights are a developer's
 
 
-def _await_server(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + _START_LIMIT_S
+def _await_server(url: str, process: subprocess.Popen, log: Path, deadline: float) -> None:
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):

@@ -16,7 +16,7 @@ SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "flashgrpo_nccl", "flashgr
 _SUPPORTED = "0.32"
 _CPU_KV_CACHE_GB = 1.0
 _MIN_BATCHED_TOKENS = 8192
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_RANK, _TORCHRUN = ("RANK", "WORLD_SIZE"), ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 def require_vllm() -> None:
@@ -112,7 +112,7 @@ class EngineOptions:
 
 def own_environment() -> dict[str, str]:
     """For a process of vLLM's: that of this one, without the ranks of torchrun."""
-    return {k: v for k, v in os.environ.items() if k not in _TORCHRUN and not k.startswith("TORCHELASTIC_")}
+    return {k: v for k, v in os.environ.items() if k not in _RANK and not k.startswith(_TORCHRUN)}
 
 
 def check_length(max_model_len: int, longest_prompt: int, recipe: Recipe) -> None:

@@ -78,10 +78,9 @@ class VllmServers:
         """Every live server's answer to the same body."""
         return self._run(self._all("POST", path, dict.fromkeys(self.servers, body or {})))
 
-    def rpc(self, method: str) -> dict[str, dict[str, Any]]:
-        """The answer of each server's workers, as one."""
-        answers = self.post("collective_rpc", {"method": method})
-        return {url: {k: v for part in answer["results"] for k, v in part.items()} for url, answer in answers.items()}
+    def rpc(self, method: str) -> dict[str, list[dict[str, Any]]]:
+        """The answers of each server's workers."""
+        return {url: answer["results"] for url, answer in self.post("collective_rpc", {"method": method}).items()}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open the receiving ends; with NCCL every server's workers get ranks of their own."""
@@ -95,7 +94,12 @@ class VllmServers:
     def start_weight_update(self) -> None:
         """Make room for new weights; what is being generated waits."""
         self.post("pause?mode=keep")
-        self.post("start_weight_update")
+        try:
+            self.post("start_weight_update")
+        except ServerRefusal as error:
+            if "already active" not in str(error):
+                raise
+            raise ServerRefusal(f"{error} A run was killed in the middle of one: start that server again") from error
 
     def update_weights(self, update_info: Any) -> None:
         """Load a part of them."""
@@ -113,9 +117,9 @@ class VllmServers:
         """Workers of each server."""
         return {url: answer["world_size"] for url, answer in self.get("get_world_size").items()}
 
-    def weight_digests(self) -> dict[str, dict[str, int]]:
-        """Checksums of what the first update received, by server and name."""
-        return self.rpc("weight_digests")
+    def weight_digests(self) -> list[dict[str, int]]:
+        """Checksums of what the first update received, by name, of every worker."""
+        return [worker for workers in self.rpc("weight_digests").values() for worker in workers]
 
     def drop(self, url: str, why: str) -> None:
         """Use a server no more."""

@@ -18,7 +18,7 @@ from flashgrpo.model.decoder import huggingface_views
 from flashgrpo.model.sharding import full_tensors
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_DIGEST_CHUNK = 1 << 20
+_DIGEST_CHUNK = 1 << 24
 
 
 class SyncError(GeneratorFailure):
@@ -86,9 +86,9 @@ class DecoderSource:
         self.failed_at = self.failed_at or self.last
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, whole in full_tensors(self.parameters, self.config, self.dtype):
-            if whole.is_cuda:
-                torch.cuda.current_stream().synchronize()  # a receiver reads on a stream of its own
+        tensors = full_tensors(self.parameters, self.config, self.dtype)
+        while (found := _next_on_default_stream(tensors)) is not None:
+            name, whole = found
             for sent in self._names(name):
                 self.last = sent
                 if self.digests is not None:
@@ -99,24 +99,40 @@ class DecoderSource:
         return (name, _HEAD) if name == _EMBEDDING and self.config.tie_embeddings else (name,)
 
 
+def _next_on_default_stream(tensors: Iterator[tuple[str, Tensor]]) -> tuple[str, Tensor] | None:
+    """Whatever the stream of the one who asks: ranks that gather on different streams would wait for each other for
+    ever. Ready when it returns, and kept until that one has read it.
+    """
+    if not torch.cuda.is_initialized():
+        return next(tensors, None)
+    with torch.cuda.stream(torch.cuda.default_stream()):
+        found = next(tensors, None)
+        torch.cuda.current_stream().synchronize()
+    if found is not None and found[1].is_cuda:
+        found[1].record_stream(torch.cuda.current_stream())
+    return found
+
+
 def digest(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's bytes and their places: equal on every device."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().view(-1)
+    flat = flat.view(torch.uint8 if flat.nbytes % 4 else torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for first in range(0, flat.numel(), _DIGEST_CHUNK):
-        part = flat[first : first + _DIGEST_CHUNK].long()
+    chunk = _DIGEST_CHUNK if tensor.is_cuda else _DIGEST_CHUNK // 16
+    for first in range(0, flat.numel(), chunk):
+        part = flat[first : first + chunk].long()
         places = torch.arange(first, first + part.numel(), device=tensor.device)
         total += ((part + 1) * (places * 0x9E3779B1 + 0x85EBCA77)).sum()  # modulo 2^64
     return int(total)
 
 
-def check_digests(sent: Mapping[str, int], received: Mapping[str, int], sampler: str) -> None:
+def check_digests(sent: Mapping[str, int], received: Mapping[str, int]) -> None:
     """Raises SyncError where a tensor is not what was sent."""
     wrong = [name for name in sent if received.get(name) != sent[name]]
     if wrong or not sent:
         raise SyncError(
-            f"{sampler} has other weights than the trainer sent: the checksum of {len(wrong)} of {len(sent)} tensors "
-            f"differs, of {wrong[0] if wrong else 'all'} first"
+            f"what vLLM has received is not what was sent: the checksum of {len(wrong)} of {len(sent)} tensors differs, "
+            f"of {wrong[0] if wrong else 'all'} first"
         )
 
 
