@@ -55,12 +55,23 @@ def vllm_table() -> list[str]:
     found = json.loads((RESULTS / "vllm_cpu.json").read_text())
     bare = found["generate"]["bare"]
     rows = ["| | tokens/s | of bare `LLM.generate` |", "| --- | --- | --- |"]
-    for name, title in (("bare", "bare `LLM.generate`"), ("vllm", "`vllm`"), ("vllm_server", "`vllm_server`, HTTP")):
+    titles = {
+        "bare": "bare `LLM.generate`",
+        "wrapped": "the same engine, our groups and log-probs",
+        "vllm": "`vllm`, a process of its own",
+        "vllm_server": "`vllm_server`, HTTP",
+    }
+    for name, title in titles.items():
         rows.append(f"| {title} | {found['generate'][name]:,.0f} | {found['generate'][name] / bare:.2f} |")
     rows += ["", "| sync through shared memory | GB | seconds | GB/s |", "| --- | --- | --- | --- |"]
     for name in ("vllm", "vllm_server"):
         seconds, size = found["sync"][name], found["sync"]["gb"]
         rows.append(f"| `{name}` | {size:.2f} | {seconds:.2f} | {size / seconds:.2f} |")
+    rows += ["", "| the demo, 50 steps | held-out before | after | largest mismatch, nats | staleness |"]
+    rows.append("| --- | --- | --- | --- | --- |")
+    for name, run in found["demo"].items():
+        mismatch, staleness = f"{run['mismatch']:.1e}", f"{run['staleness']:.0f}"
+        rows.append(f"| `{name}` | {run['first']:.1%} | {run['last']:.1%} | {mismatch} | {staleness} |")
     return rows
 
 

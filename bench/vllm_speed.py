@@ -1,12 +1,14 @@
 """Our generation by vLLM against a bare `LLM.generate` on the same requests, and the time of a weight sync, on a CPU.
 
     make bench-vllm        # python -m flashgrpo.bench.vllm_speed
+    python -m flashgrpo.bench.vllm_speed --runs native=RUN vllm=RUN vllm_server=RUN     # scores of runs of one recipe
 
-The bare engine, `vllm` (a process beside the trainer's) and `vllm_server` (HTTP) take turns in one run; the machine
-should be idle. Every completion has its full length. A sync writes all weights to shared memory, a bucket at a time,
+A bare `LLM.generate`, our wrapper around the same engine, `vllm` (a process beside the trainer's) and `vllm_server`
+(HTTP) take turns in one run; the machine should be idle. Every completion has its full length. A sync writes all weights to shared memory, a bucket at a time,
 and has them loaded; it costs at least two copies of them. Writes bench/results/vllm_cpu.json.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -27,6 +29,7 @@ from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
+from flashgrpo.grpo.run_folder import read_rows
 from flashgrpo.grpo.vllm_engine import Engine, sampling_params
 from flashgrpo.grpo.vllm_generator import VllmGenerator
 from flashgrpo.grpo.vllm_options import EngineOptions
@@ -34,6 +37,7 @@ from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import World, open_world
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
 from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.files import write_text
 
 SIZES = {"num_prompts": 32, "group_size": 8, "prompt_len": 64, "max_new_tokens": 64}
 ROUNDS = 9  # the first is not counted
@@ -103,7 +107,10 @@ def measure_generation(model: Path, world: World) -> dict[str, float]:
     prompts: Any = [{"prompt_token_ids": request.prompt_ids} for request in requests]
     params = [sampling_params(sampling, request, []) for request in requests]
     generators = {name: opened(model, name, world)[0] for name in ("vllm", "vllm_server")}
-    sides: dict[str, Callable[[], Any]] = {"bare": lambda: engine.llm.generate(prompts, params, use_tqdm=False)}
+    sides: dict[str, Callable[[], Any]] = {
+        "bare": lambda: engine.llm.generate(prompts, params, use_tqdm=False),
+        "wrapped": lambda: [*engine.generate(requests, sampling)],
+    }
     for name, generator in generators.items():
         sides[name] = lambda generator=generator: [*generator.generate(requests, sampling)]
     seconds = in_turns(sides, ROUNDS)
@@ -124,7 +131,33 @@ def measure_sync(model: Path, world: World) -> dict[str, float]:
     return found
 
 
+def scores(runs: list[str]) -> dict[str, dict[str, float]]:
+    """First and last held-out score, and the largest mismatch and staleness, of runs given as NAME=FOLDER."""
+    found = {}
+    for run in runs:
+        name, _, folder = run.partition("=")
+        rows = read_rows(Path(folder) / "metrics.jsonl")
+        evaluated = [row["eval/pass@1"] for row in rows if "eval/pass@1" in row]
+        mismatch = max(row.get("mismatch/max", 0.0) for row in rows)
+        staleness = max(row.get("staleness/max", 0.0) for row in rows)
+        found[name] = {"first": evaluated[0], "last": evaluated[-1], "mismatch": mismatch, "staleness": staleness}
+    return found
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", help="record the scores of these, and measure nothing")
+    file = RESULTS / "vllm_cpu.json"
+    recorded = json.loads(file.read_text()) if file.exists() else {}
+    if runs := parser.parse_args().runs:
+        recorded["demo"] = scores(runs)
+    else:
+        recorded |= measure()
+    write_text(file, json.dumps(recorded, indent=1) + "\n")
+    print("\n".join(vllm_table()))
+
+
+def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = make_model(folder / "tokenizer_of", ["a sum of numbers"] * 50, seed=0)
@@ -144,8 +177,7 @@ def main() -> None:
         "torch": torch.__version__,
         "vllm-cpu": importlib.metadata.version("vllm-cpu"),
     }
-    (RESULTS / "vllm_cpu.json").write_text(json.dumps({"machine": machine, "sizes": SIZES, **found}, indent=1) + "\n")
-    print("\n".join(vllm_table()))
+    return {"machine": machine, "sizes": SIZES, **found}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class EngineError(GeneratorFailure):
 
 
 class EngineProcess:
-    """An engine in a child process, on the rank's GPU or on the CPU; a call but `generate` waits at most `timeout_s`."""
+    """An engine in a child process, on the rank's GPU or the CPU; a call, but `generate`, waits at most `timeout_s`."""
 
     version = 0
 

@@ -131,8 +131,8 @@ def check_digests(sent: Mapping[str, int], received: Mapping[str, int]) -> None:
     wrong = [name for name in sent if received.get(name) != sent[name]]
     if wrong or not sent:
         raise SyncError(
-            f"what vLLM has received is not what was sent: the checksum of {len(wrong)} of {len(sent)} tensors differs, "
-            f"of {wrong[0] if wrong else 'all'} first"
+            f"vLLM has not received what was sent: the checksum of {len(wrong)} of {len(sent)} tensors differs, of "
+            f"{wrong[0] if wrong else 'all'} first"
         )
 
 

@@ -191,12 +191,12 @@ def test_another_tokenizer_is_refused(recipe_for, tmp_path, served_model):
 
 def test_a_server_that_stalls_in_a_sync_is_dropped(recipe_for, servers, caplog, monkeypatch):
     """The run goes on with the other one."""
-    stop_at(monkeypatch, "load_generator", servers._processes[1].pid, signal.SIGSTOP)
+    stop_in_sync(monkeypatch, servers._processes[1].pid, signal.SIGSTOP)
     try:
         train(recipe := recipe_for(0, 1, vllm={"sync_timeout_s": 10}))
     finally:
         os.kill(servers._processes[1].pid, signal.SIGCONT)
-    assert f"the vLLM server at {servers.urls[1]} is dropped: it did not answer start_weight_update" in caplog.text
+    assert f"the vLLM server at {servers.urls[1]} is dropped: it did not answer update_weights" in caplog.text
     assert [row["step"] for row in rows_of(recipe)] == [1, 2, 3, 4]
 
 
@@ -212,7 +212,7 @@ def test_the_requests_of_a_server_that_dies_go_elsewhere(recipe_for, servers, ca
 def test_without_a_server_the_run_ends_after_a_checkpoint(recipe_for, servers, monkeypatch, phase):
     number = 0 if phase == "sync" else 1
     if phase == "sync":
-        stop_at(monkeypatch, "load_generator", servers._processes[number].pid, signal.SIGKILL)
+        stop_in_sync(monkeypatch, servers._processes[number].pid, signal.SIGKILL)
     else:
         kill_in_generation(monkeypatch, servers._processes[number].pid)
     with pytest.raises(GeneratorFailure, match=r"no vLLM server is left: .*; start them again, or others as vllm\.se"):
@@ -222,16 +222,19 @@ def test_without_a_server_the_run_ends_after_a_checkpoint(recipe_for, servers, m
     assert newest.name == "step_1"
 
 
-def stop_at(monkeypatch, method: str, pid: int, number: int) -> None:
-    """A signal to `pid` before the second time that weights are sent."""
+def stop_in_sync(monkeypatch, pid: int, number: int) -> None:
+    """A signal to `pid` in the middle of the second sync."""
 
-    def stopping(self, version, clock):
-        if version == 1:
-            os.kill(pid, number)
-        return original(self, version, clock)
+    def stopping(self):
+        passes.append(self)
+        for name, tensor in original(self):
+            if len(passes) == 2 and name == "model.layers.1.mlp.down_proj.weight":
+                os.kill(pid, number)
+            yield name, tensor
 
-    original = getattr(Sampler, method)
-    monkeypatch.setattr(Sampler, method, stopping)
+    passes: list = []
+    original = DecoderSource._tensors
+    monkeypatch.setattr(DecoderSource, "_tensors", stopping)
 
 
 def kill_in_generation(monkeypatch, pid: int) -> None:
