@@ -101,10 +101,10 @@ class Engine:
         """Yield each request's rollouts as soon as the last of them is done; all requests go in at once."""
         engine = self.llm.llm_engine
         waiting = {str(number): request for number, request in enumerate(requests)}
+        prompts: Any = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         try:
-            for number, request in waiting.items():
-                params = sampling_params(sampling, request, self.stop_token_ids)
-                engine.add_request(number, {"prompt_token_ids": request.prompt_ids}, params)
+            for number, prompt in zip([*waiting], self.llm.renderer.render_cmpl(prompts), strict=True):
+                engine.add_request(number, prompt, sampling_params(sampling, waiting[number], self.stop_token_ids))
             while waiting:
                 for output in engine.step():
                     if output.finished:
