@@ -4,8 +4,8 @@
     python -m flashgrpo.bench.vllm_speed --runs native=RUN vllm=RUN vllm_server=RUN     # scores of runs of one recipe
 
 A bare `LLM.generate`, our wrapper around the same engine, `vllm` (a process beside the trainer's) and `vllm_server`
-(HTTP) take turns in one run; the machine should be idle. Every completion has its full length. A sync writes all weights
-to shared memory, a bucket at a time, and has them loaded; it costs at least two copies of them. Writes
+(HTTP) take turns in one run; the machine should be idle. Every completion has its full length. A sync writes all
+weights to shared memory, a bucket at a time, and has them loaded; it costs at least two copies of them. Writes
 bench/results/vllm_cpu.json.
 """
 

@@ -188,7 +188,7 @@ class TrainSection(OptimizerSection):
     ref_refresh_every: _Count = 0
     """Steps between replacements of the reference by the policy; 0: never."""
     mismatch_alarm: _PositiveFloat = 0.1
-    """Warn when the sampler's log-probs differ from the trainer's by more than this on average."""
+    """Warn when the sampler's log-probs are further off the trainer's on average; -log(top_p) is added."""
 
 
 @dataclass(frozen=True, config=_CHECKED)

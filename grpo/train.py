@@ -6,6 +6,7 @@ what the generator does.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,8 +141,9 @@ class Trainer(RunLoop):
             if self.step == step:
                 self.folder.log_samples(step, self._samples(data))
                 self.folder.log(step, metrics)
-        alarm = self.recipe.train.mismatch_alarm
-        if metrics.get("mismatch/mean", 0.0) > alarm:
+        alarm, rollout = self.recipe.train.mismatch_alarm, self.recipe.rollout
+        truncation = math.inf if rollout.top_k else -math.log(rollout.top_p)  # adds at most this to a log-prob
+        if metrics.get("mismatch/mean", 0.0) > alarm + truncation:
             off = f"{metrics['mismatch/mean']:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
             console.print(f"[yellow]step {step}: the sampler's log-probs are {off}[/yellow]")
         return metrics, one_line(metrics)

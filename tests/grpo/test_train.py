@@ -467,3 +467,12 @@ def test_skipped_updates_in_a_row_survive_a_resume(recipe, monkeypatch):
     train(changed(recipe, "train", steps=3))
     with pytest.raises(RunError, match="3 updates in a row"):
         train(recipe, resume=True)
+
+
+@pytest.mark.parametrize(("options", "is_told"), [({}, True), ({"top_p": 0.5}, False), ({"top_k": 3}, False)])
+def test_what_truncation_adds_to_the_log_probs_raises_no_alarm(recipe, options, is_told, capsys):
+    recipe = changed(changed(recipe, "train", steps=1, mismatch_alarm=1e-12), "rollout", **options)
+    train(recipe)
+    assert ("the sampler's log-probs are" in capsys.readouterr().err) == is_told
+    (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert row["mismatch/mean"] > (0 if is_told else 0.1)
