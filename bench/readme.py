@@ -52,6 +52,7 @@ def cpu_parts_table() -> list[str]:
 
 
 def vllm_table() -> list[str]:
+    """Three tables: generation, syncs, and what the demo comes to with each generator."""
     found = json.loads((RESULTS / "vllm_cpu.json").read_text())
     bare = found["generate"]["bare"]
     rows = ["| | tokens/s | of bare `LLM.generate` |", "| --- | --- | --- |"]

@@ -159,6 +159,7 @@ def main() -> None:
 
 
 def measure() -> dict[str, Any]:
+    """Every number but the scores, and the machine."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = make_model(folder / "tokenizer_of", ["a sum of numbers"] * 50, seed=0)

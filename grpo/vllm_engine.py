@@ -151,7 +151,7 @@ class Extension:
         }
 
     def weight_digests(self) -> dict[str, int]:
-        """Checksums of the tensors that this worker received in the last update; they are kept once."""
+        """Checksums of the tensors that this worker received in the first update of a connection; told once."""
         return self.weight_transfer_engine.take_digests()
 
 
