@@ -27,9 +27,10 @@ from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import open_policy
 from flashgrpo.grpo.progress import step_bar
-from flashgrpo.grpo.recipe import ModelSection, Recipe, TrainSection, build_recipe, recipe_to_toml
+from flashgrpo.grpo.recipe import Recipe, build_recipe, recipe_to_toml
 from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import RunFolder
+from flashgrpo.grpo.sections import ModelSection, TrainSection
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig

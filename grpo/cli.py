@@ -12,9 +12,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
-_RECIPE_COMMANDS = ("train", "sft")  # what a command needs is imported by it: --help must not wait for torch
+_RUNS = {  # commands that run a recipe; what a command needs is imported by it: --help must not wait for torch
+    "train": "train a policy by GRPO",
+    "sft": "fine-tune on prompts and completions",
+    "reward-model": "train a reward model on pairs or labels",
+    "collect": "sample a model, filter what it wrote, write examples for SFT",
+}
 
 # For torch's threads on a CPU, read when it is imported: how long they wait for each other awake. It should be longer
 # than the Python between two operators of a decoding step, or each of them must wake a thread, and far shorter than a
@@ -32,14 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         print("flashgrpo", version("flashgrpo"))
         return 0
-    if len(arguments) >= 2 and arguments[0] in _RECIPE_COMMANDS and {"-h", "--help"} & set(arguments[1:]):
+    if len(arguments) >= 2 and arguments[0] in _RUNS and {"-h", "--help"} & set(arguments[1:]):
+        from flashgrpo.grpo.recipe import KINDS
         from flashgrpo.grpo.recipe_help import print_recipe_help
 
-        print_recipe_help(arguments[0])
+        print_recipe_help(arguments[0], KINDS[arguments[0]])
         return 0
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.command not in (*_RECIPE_COMMANDS, "eval", "plan", "serve"):
+    if overrides and options.command not in (*_RUNS, "eval", "plan", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     flags = [f"--{name}" for name, value in vars(options).items() if value in (None, False)]  # those not given
     for override in overrides:
@@ -100,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashgrpo", description="GRPO training with fused kernels.")
     parser.add_argument("--version", action="store_true", default=argparse.SUPPRESS, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help_text in (("train", "train a policy by GRPO"), ("sft", "fine-tune on prompts and completions")):
+    for name, help_text in _RUNS.items():
         command = commands.add_parser(
             name, help=f"{help_text}; `flashgrpo {name} --help` lists every key", allow_abbrev=False
         )
@@ -157,17 +163,15 @@ def _number(kind: type, wanted: str, is_valid: Callable[[float], bool]) -> Calla
 
 
 def _run_recipe(options: argparse.Namespace, overrides: list[str]) -> None:
-    from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
-    from flashgrpo.grpo.sft import sft
-    from flashgrpo.grpo.train import train
+    from flashgrpo.grpo.recipe import KINDS, load_recipe
+    from flashgrpo.grpo.stages import run_recipe
 
-    commands: dict[str, Any] = {"train": (Recipe, train), "sft": (SftRecipe, sft)}
-    kind, run = commands[options.command]
-    recipe = load_recipe(kind, options.recipe, overrides)
-    model = run(recipe, resume=options.resume)
+    recipe = load_recipe(KINDS[options.command], options.recipe, overrides)
+    made = run_recipe(recipe, resume=options.resume)
     if os.environ.get("RANK", "0") == "0":
-        print(f"model: {model}")
-        _print_report(recipe.run.output)
+        print(f"{'data' if options.command == 'collect' else 'model'}: {made}")
+        if options.command != "collect":
+            _print_report(recipe.run.output)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -16,7 +16,7 @@ from flashgrpo.grpo.rewards import REASONING_GYM, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from flashgrpo.grpo.recipe import DataSection
+    from flashgrpo.grpo.sections import DataSection
 
 Prompt = str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its columns

@@ -18,11 +18,12 @@ from flashgrpo.grpo.generators import open_for_evaluation
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts, resolve_device
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import ModelSection, Recipe
+from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rewards import extract_answer, is_correct
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint
+from flashgrpo.grpo.sections import ModelSection
 from flashgrpo.model.checkpoint import empty_decoder, read_config
 
 _EVAL_STREAM = 1 << 32  # keeps evaluation's seeds apart from those of the training steps

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from flashgrpo.grpo.recipe import OptimizerSection
+from flashgrpo.grpo.sections import OptimizerSection
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss
 from flashgrpo.model.batch import PackedBatch, gather_predictors

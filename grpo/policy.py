@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flashgrpo.grpo.data import DataError, Problem, render_prompt
-from flashgrpo.grpo.recipe import DataSection, ModelSection
+from flashgrpo.grpo.sections import DataSection, ModelSection
 from flashgrpo.model.checkpoint import CheckpointError, empty_decoder, load_checkpoint, load_weights, read_config
 from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.sharding import shard

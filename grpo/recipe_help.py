@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flashgrpo.grpo.recipe import Recipe, SftRecipe
+from flashgrpo.grpo.recipe import AnyRecipe, named_section
 from flashgrpo.kernels.grpo_loss import LossConfig
 
 
@@ -22,10 +22,12 @@ class Key(NamedTuple):
     meaning: str
 
 
-def recipe_keys(kind: type[Recipe | SftRecipe]) -> list[Key]:
+def recipe_keys(kind: type[AnyRecipe]) -> list[Key]:
     """Every key, in the order of the dataclasses, and `loss.preset`."""
     keys = []
     for section, section_type in get_type_hints(kind).items():
+        if item := named_section(section_type):
+            section, section_type = f"{section}.NAME", item
         if section_type is LossConfig:
             presets = " | ".join(LossConfig.presets())
             keys.append(Key("loss.preset", presets, "grpo", "Published method that the other keys start from."))
@@ -36,8 +38,8 @@ def recipe_keys(kind: type[Recipe | SftRecipe]) -> list[Key]:
     return keys
 
 
-def print_recipe_help(command: str) -> None:
-    """Usage of `train` or `sft`, and the keys of its recipe, to standard output."""
+def print_recipe_help(command: str, kind: type[AnyRecipe]) -> None:
+    """Usage of a command that takes a recipe, and the recipe's keys, to standard output."""
     console = Console(highlight=False, markup=False)
     console.print(f"usage: flashgrpo {command} RECIPE.toml [--resume] [--section.key=value ...]\n")
     usage = Table.grid(padding=(0, 2, 0, 0))
@@ -48,8 +50,8 @@ def print_recipe_help(command: str) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     section = None
-    for key in recipe_keys(Recipe if command == "train" else SftRecipe):
-        if section != (section := key.name.partition(".")[0]):
+    for key in recipe_keys(kind):
+        if section != (section := key.name.rpartition(".")[0]):
             table.add_row()
             table.add_row(Text(f"[{section}]", "bold"))
         facts = f"{key.type}, required" if key.default == "required" else f"{key.type}, default {key.default}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashgrpo.grpo.learner import Learner
 from flashgrpo.grpo.policy import open_policy, open_sharded_model, resolve_dtype
 from flashgrpo.grpo.progress import StepBar, console, step_bar
-from flashgrpo.grpo.recipe import Recipe, SftRecipe
+from flashgrpo.grpo.recipe import Recipe, RewardModelRecipe, SftRecipe
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder
 from flashgrpo.grpo.world import GeneratorFailure, World
@@ -31,7 +31,7 @@ class RunLoop(abc.ABC):
 
     title: str
 
-    def __init__(self, recipe: Recipe | SftRecipe, folder: RunFolder, world: World):
+    def __init__(self, recipe: Recipe | SftRecipe | RewardModelRecipe, folder: RunFolder, world: World):
         self.folder, self.world, self.settings = folder, world, recipe.train
         self.device = world.device
         model = open_sharded_model(

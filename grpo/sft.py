@@ -19,9 +19,10 @@ from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import Policy
 from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
-from flashgrpo.grpo.recipe import DataSection, SftDataSection, SftRecipe, SourceSection, recipe_to_toml
+from flashgrpo.grpo.recipe import SftRecipe, recipe_to_toml
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop, epoch_order
+from flashgrpo.grpo.sections import DataSection, SftDataSection, SourceSection
 from flashgrpo.grpo.world import World, open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.batch import PackedBatch

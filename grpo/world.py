@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from flashgrpo.grpo.policy import resolve_device
 from flashgrpo.grpo.progress import Interrupts, console
-from flashgrpo.grpo.recipe import Recipe, RecipeError, SftRecipe, recipe_to_toml
+from flashgrpo.grpo.recipe import AnyRecipe, CollectRecipe, RecipeError, recipe_to_toml
 from flashgrpo.grpo.rewards import RewardFailure
 
 _FAILED = "rank 0 failed"
@@ -114,7 +114,7 @@ class World:
 
 
 @contextmanager
-def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
+def open_world(recipe: AnyRecipe) -> Iterator[World]:
     """The ranks that torchrun started, or a world of one, each with its device.
 
     Raises RecipeError where the ranks' recipes differ, or train.shard_ranks does not divide their number. An error
@@ -137,7 +137,8 @@ def open_world(recipe: Recipe | SftRecipe) -> Iterator[World]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         with _watched(rank, size):
             _compare_recipes(recipe, size)
-            yield World(rank, size, device, _mesh(device, size, recipe.train.shard_ranks or size, limit))
+            shard_ranks = 0 if isinstance(recipe, CollectRecipe) else recipe.train.shard_ranks
+            yield World(rank, size, device, _mesh(device, size, shard_ranks or size, limit))
     except Exception as error:  # whatever it is, it is raised again below, once it is known which ranks tell it
         is_lost = (type(error) is RuntimeError and "gloo" in str(error)) or isinstance(error, dist.DistError)
         if is_lost:
@@ -230,7 +231,7 @@ def _mesh(device: torch.device, size: int, shard_ranks: int, limit: datetime.tim
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
-def _compare_recipes(recipe: Recipe | SftRecipe, size: int) -> None:
+def _compare_recipes(recipe: AnyRecipe, size: int) -> None:
     """Before anything else that the ranks do together: what it is depends on the recipe."""
     texts: list[Any] = [""] * size
     dist.all_gather_object(texts, recipe_to_toml(recipe))

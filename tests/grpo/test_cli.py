@@ -14,7 +14,7 @@ import tomli_w
 import torch
 
 from flashgrpo.grpo.cli import main
-from flashgrpo.grpo.recipe import Recipe, SftRecipe
+from flashgrpo.grpo.recipe import CollectRecipe, Recipe, SftRecipe
 from flashgrpo.grpo.recipe_help import recipe_keys
 
 
@@ -59,7 +59,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 @pytest.mark.parametrize("width", [80, 100])
-@pytest.mark.parametrize(("command", "kind"), [("train", Recipe), ("sft", SftRecipe)])
+@pytest.mark.parametrize(("command", "kind"), [("train", Recipe), ("sft", SftRecipe), ("collect", CollectRecipe)])
 def test_recipe_help_lists_every_key(command, kind, width, capsys, monkeypatch):
     """Whole, and with its meaning and default, at any usual width."""
     monkeypatch.setenv("COLUMNS", str(width))
@@ -71,7 +71,7 @@ def test_recipe_help_lists_every_key(command, kind, width, capsys, monkeypatch):
         assert f"\n  {key.name} " in printed
     for text in ("Peak learning rate (AdamW). (float, default 1e-06)", "(str, required)"):
         assert text in " ".join(words.split())
-    for section in {key.name.partition(".")[0] for key in recipe_keys(kind)}:
+    for section in {key.name.rpartition(".")[0] for key in recipe_keys(kind)}:
         assert f"\n[{section}]" in printed
     assert "--resume" in printed
 

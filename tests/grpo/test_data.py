@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from flashgrpo.grpo.data import DataError, Problem, load_problems, render_prompt, render_text, split_problems
-from flashgrpo.grpo.recipe import DataSection
+from flashgrpo.grpo.sections import DataSection
 
 
 def Spec(**values: Any) -> DataSection:

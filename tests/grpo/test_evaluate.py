@@ -19,9 +19,10 @@ from flashgrpo.grpo.evaluate import (
 )
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts
-from flashgrpo.grpo.recipe import DataSection, ModelSection, Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rollout import Rollout, Sampling
+from flashgrpo.grpo.sections import DataSection, ModelSection
 
 
 def scores_of(answers: list[list[str | None]], correct: list[list[bool]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.learner import Learner
-from flashgrpo.grpo.recipe import OptimizerSection
+from flashgrpo.grpo.sections import OptimizerSection
 from flashgrpo.model.checkpoint import load_checkpoint
 
 

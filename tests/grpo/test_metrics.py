@@ -12,9 +12,9 @@ from flashgrpo.grpo.learner import Learner
 from flashgrpo.grpo.metrics import StepData, device_metrics, rollout_metrics, speed_metrics
 from flashgrpo.grpo.packing import Completion, Group
 from flashgrpo.grpo.progress import Clock
-from flashgrpo.grpo.recipe import OptimizerSection
 from flashgrpo.grpo.reward_pool import RewardTable
 from flashgrpo.grpo.rollout import Rollout
+from flashgrpo.grpo.sections import OptimizerSection
 from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import load_checkpoint

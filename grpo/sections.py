@@ -1,0 +1,355 @@
+"""The sections of recipes, as frozen dataclasses; the text under each key is its help."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from flashgrpo.grpo.data import Template
+
+CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_Positive = Annotated[int, Field(strict=True, ge=1)]
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_Bool = Annotated[bool, Field(strict=True)]
+_Share = Annotated[float, Field(strict=True, ge=0, le=1)]  # strict floats take integers, not text
+_PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+_NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+_Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=CHECKED)
+class ModelSection:
+    path: str
+    """Hugging Face folder: config.json, safetensors, tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; bfloat16 keeps fp32 master weights. auto: bfloat16 on CUDA, float32 on a CPU."""
+    attention_backend: Literal["triton", "torch", "flash_attn"] = "triton"
+    """Implementation of the packed attention; flash_attn needs CUDA, bfloat16 and the extra `flash`."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes instead of keeping: nothing, all but matrix products, or whole blocks."""
+    compile: _Bool = False
+    """torch.compile each block (CUDA)."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SourceSection:
+    path: str | None = None
+    """JSONL or Parquet file, or Hugging Face dataset (folder or hub name)."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset, as gsm8k's "main"."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or a list of chat messages for the chat template."""
+    template: Template = "r1"
+    """How a prompt becomes tokens: R1-Zero's template, the tokenizer's chat template, or as it is."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class DataSection(SourceSection):
+    task: str | None = None
+    """Instead of a path: a reasoning-gym task, as "reasoning_gym:chain_sum"."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Parameters of the task, as [data.options]."""
+    size: _Positive = 20_000
+    """Problems to make of the task, held-out ones included."""
+    answer_column: str | None = None
+    """Column with the reference answer; by default "answer", if the data has it."""
+    held_out: _Count = 256
+    """Problems set aside for evaluation, chosen by run.seed."""
+    max_prompt_tokens: _Positive = 2048
+    """A longer prompt is an error."""
+
+    def __post_init__(self) -> None:
+        if (self.task is None) == (self.path is None):
+            raise ValueError(f"found task={self.task!r} and path={self.path!r}, wanted exactly one of them")
+
+
+@dataclass(frozen=True, config=CHECKED)
+class MixedSection(DataSection):
+    share: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.5
+    """Of a step's prompts; what the sources leave over comes from [data]."""
+    start: _Share = 0.0
+    """Share of the run's steps after which its prompts come."""
+    rewards: list[str] = dataclasses.field(default_factory=list)
+    """Reward functions for its completions; empty: rewards.functions."""
+    weights: list[_Finite] = dataclasses.field(default_factory=list)
+    """One weight a function; empty: all 1."""
+    held_out: _Count = 0
+    """Problems set aside, as [data] has them; evaluations are on [data] alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rewards(self.rewards, self.weights)
+
+
+@dataclass(frozen=True, config=CHECKED)
+class RewardsSection:
+    functions: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])
+    """accuracy, code, exact_match, format, language_consistency, overlong, repetition, a name of [reward_models], or
+    "package.module:function"."""
+    weights: list[_Finite] = dataclasses.field(default_factory=list)
+    """One weight a function; empty: all 1."""
+    start: dict[str, _Share] = dataclasses.field(default_factory=dict)
+    """Share of the run's steps from which a function counts, as { safety = 0.75 }; before, it is not computed."""
+    timeout_s: _PositiveFloat = 10.0
+    """Time limit of one call: one function on one group."""
+    workers: _Positive = 2
+    """Worker processes."""
+    programs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Limits of what `code` runs, as [rewards.programs]: time_s, memory_mb, output_kb, processes, files_mb; without
+    bubblewrap also isolation = "none: run programs unprotected"."""
+
+    def __post_init__(self) -> None:
+        if not self.functions:
+            raise ValueError("functions is empty, wanted at least one reward function")
+        check_rewards(self.functions, self.weights)
+
+
+def check_rewards(functions: list[str], weights: list[float]) -> None:
+    """Raises ValueError for a function that stands twice, or weights that do not fit."""
+    if len(set(functions)) < len(functions):
+        raise ValueError(f"found functions = {functions}, wanted each of them once")
+    if weights and len(weights) != len(functions):
+        raise ValueError(f"found {len(weights)} weights for {len(functions)} functions, wanted one each")
+    if weights and not any(weights):
+        raise ValueError(f"found weights = {weights}, wanted one that is not 0")
+
+
+@dataclass(frozen=True, config=CHECKED)
+class PreferenceSection:
+    path: str
+    """Folder that `flashgrpo reward-model` has made; its name in [reward_models] is that of a reward function."""
+    device: str = "trainer"
+    """trainer: on the policy's device, loaded for the reward step and moved to the host after it; "cuda:6" or "cpu": a
+    process of its own on that device."""
+    batch_tokens: _Positive = 16_384
+    """Most tokens of one pass."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SamplingSection:
+    generator: Literal["native", "vllm", "vllm_server"] = "native"
+    """What samples the completions: the trainer itself, vLLM on the same devices, or `vllm serve` on others."""
+    group_size: Annotated[int, Field(strict=True, ge=2)] = 16
+    """Completions a prompt (G)."""
+    max_new_tokens: _Positive = 1024
+    """Longest completion."""
+    temperature: _PositiveFloat = 1.0
+    """Sampling temperature; the trainer's log-probs are taken at the same."""
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    """Nucleus sampling: smallest set of tokens with at least this probability."""
+    top_k: _Count = 0
+    """Sample among the k likeliest tokens; 0: all."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class RolloutSection(SamplingSection):
+    overlap: _Bool = False
+    """With servers: sample a step's completions while the step before it trains, one step off-policy."""
+    prompts_per_step: _Positive = 32
+    """Prompts of one rollout; a step is one rollout and the updates made from it."""
+    refill_limit: _Count = 0
+    """Dynamic sampling (DAPO): most extra rounds of prompts that replace groups of equal rewards."""
+    mask_overlong: _Bool = False
+    """Completions cut at max_new_tokens give no gradient."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class VllmSection:
+    servers: list[str] = dataclasses.field(default_factory=list)
+    """Addresses of servers that `flashgrpo serve` has started, as ["http://node2:8000"]."""
+    devices: list[str] = dataclasses.field(default_factory=list)
+    """Instead: start one server on each of these sets of GPUs, as ["4,5", "6,7"]; on a CPU ["cpu"]."""
+    memory_share: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.5
+    """Share of a GPU's memory for vLLM's weights and KV cache."""
+    kv_cache_gb: _NonNegative = 0.0
+    """KV cache of an engine in 10^9 bytes; 0: what memory_share leaves, on a CPU 1."""
+    max_model_len: _Count = 0
+    """Most tokens of a prompt and its completion; 0: data.max_prompt_tokens + rollout.max_new_tokens."""
+    enforce_eager: _Bool = False
+    """Run without CUDA graphs, as on a CPU."""
+    sync_timeout_s: _PositiveFloat = 300.0
+    """Longest wait for one step of a weight sync, and for a server's sign of life."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further engine arguments of vLLM's, as [vllm.options]."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class OptimizerSection:
+    lr: _PositiveFloat = 1e-6
+    """Peak learning rate (AdamW)."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up."""
+    lr_end_share: _Share = 0.1
+    """Cosine only: share of the peak at the last update."""
+    warmup_steps: _Count = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: _NonNegative = 0.0
+    """AdamW's; matrices only, not norms and biases."""
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
+    """AdamW's."""
+    grad_clip: _PositiveFloat = 1.0
+    """Largest gradient norm."""
+    shard_ranks: _Count = 0
+    """Ranks that hold one copy of the model together, as those of a node; 0: all. Copies are kept equal (HSDP)."""
+    reshard_after_forward: _Bool = True
+    """Free a block's gathered weights after the forward pass and gather them again for the backward."""
+    token_budget: _Positive = 16_384
+    """Most tokens of one micro-batch."""
+    checkpoint_every: _Count = 50
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: _Positive = 2
+    """The newest that are kept."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class TrainSection(OptimizerSection):
+    steps: _Positive = 100
+    """Rollouts in all."""
+    mini_batches: _Positive = 1
+    """Optimizer updates that a rollout is split into."""
+    epochs: _Positive = 1
+    """Passes over a rollout."""
+    ref_refresh_every: _Count = 0
+    """Steps between replacements of the reference by the policy; 0: never."""
+    mismatch_alarm: _PositiveFloat = 0.1
+    """Warn when the sampler's log-probs are further off the trainer's on average; -log(top_p) is added."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class EvalSection:
+    every: _Count = 0
+    """Steps between evaluations on held-out problems, also before the first and after the last step; 0: never."""
+    samples: _Positive = 4
+    """Completions a problem (k of pass@k and cons@k)."""
+    problems: _Positive = 256
+    """Held-out problems used."""
+    temperature: _NonNegative = 0.6
+    """Sampling temperature; 0: greedy."""
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
+    """Nucleus sampling."""
+    benchmarks: list[str] = dataclasses.field(default_factory=list)
+    """`flashgrpo eval` only: JSONL or Parquet files with the columns of AIME, MATH-500 or GPQA, in place of held-out
+    problems."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class RunSection:
+    output: str
+    """Folder of the run."""
+    seed: _Count = 0
+    """Of the data order, the split and every sample."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is one."""
+    collective_timeout_s: _PositiveFloat = 1800.0
+    """How long a rank waits for the others, as for the slowest one's rollout, before it gives up."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SftDataSection(SourceSection):
+    completion_column: str = "completion"
+    """Column with the text to learn; the end-of-sequence token is appended."""
+    max_tokens: _Positive = 32_768
+    """An example longer than this, prompt included, is an error."""
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError("path is missing, and it has no default")
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SftTrainSection(OptimizerSection):
+    epochs: _Positive = 2
+    """Passes over the data."""
+    batch_size: _Positive = 128
+    """Examples of one optimizer update (a step)."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class PairDataSection(SourceSection):
+    chosen_column: str = "chosen"
+    """Column with the better completion of a pair."""
+    rejected_column: str = "rejected"
+    """Column with the worse one."""
+    completion_column: str = "completion"
+    """Pointwise: column with the completion."""
+    label_column: str = "label"
+    """Pointwise: column with 1 or true where the completion is good, 0 or false where it is not."""
+    held_out: _Count = 64
+    """Rows set aside to measure the accuracy on, chosen by run.seed."""
+    max_tokens: _Positive = 32_768
+    """A longer prompt and completion is an error."""
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError("path is missing, and it has no default")
+
+
+@dataclass(frozen=True, config=CHECKED)
+class PreferenceTrainSection(SftTrainSection):
+    objective: Literal["pairwise", "pointwise"] = "pairwise"
+    """Bradley-Terry on pairs, or cross-entropy on single labelled completions."""
+    scores: Literal["answer", "whole"] = "whole"
+    """What it reads of a completion: the text after the reasoning (helpfulness), or all of it (safety)."""
+    lr: _PositiveFloat = 6e-6
+    """Peak learning rate (AdamW)."""
+    epochs: _Positive = 1
+    """Passes over the data."""
+    batch_size: _Positive = 256
+    """Rows of one optimizer update (a step)."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class CollectSection(SamplingSection):
+    prompts_per_part: _Positive = 256
+    """Prompts sampled between two parts written to the disk, which are what an interrupted run keeps."""
+    prompts: _Count = 0
+    """Prompts to sample, from the first training problem on; 0: all."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class FilterSection:
+    correct: _Bool = True
+    """Keep only right answers, by `accuracy` or, for rows with tests, `code`; rows without an answer pass."""
+    format: _Bool = True
+    """Keep only <think>..</think> followed by a summary or <answer>..</answer>."""
+    min_language: _Share = 0.0
+    """Least share of the reasoning's words in the target language."""
+    min_tokens: _Count = 0
+    """Fewest tokens of a completion."""
+    max_tokens: _Count = 0
+    """Most tokens of a completion; 0: no limit. One that was cut at max_new_tokens is never kept."""
+    max_repetition: _Share = 1.0
+    """Largest share of 8-token sequences that occurred before in the completion."""
+    max_paragraph_words: _Count = 0
+    """Most words of a paragraph of the reasoning; 0: no limit."""
+    code_blocks: _Bool = True
+    """Whether reasoning with code blocks is kept."""
+    max_per_prompt: _Count = 0
+    """Most completions kept of a prompt, the first sampled ones; 0: all."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class GivenSection(SourceSection):
+    completion_column: str = "completion"
+    """Column with the completion."""
+    answer_column: str | None = None
+    """Column with the reference answer, for the filter on right answers; without one, rows are not checked for it."""
+    ratio: _NonNegative = 0.0
+    """Rows for each sampled one that was kept, drawn by run.seed; 0: all rows."""
+    filtered: _Bool = True
+    """Whether its rows go through [filters]; what has no reasoning, as general data, should not."""
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError("path is missing, and it has no default")
+
+
+@dataclass(frozen=True, config=CHECKED)
+class WriteSection:
+    completion: str = ""
+    """Rewrites what is kept of the samples: text with {reasoning}, {summary} (what follows the reasoning) and {answer};
+    empty: as sampled."""
