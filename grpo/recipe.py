@@ -122,7 +122,14 @@ class CollectRecipe:
         _check_generator(self.rollout, self.vllm)
 
 
-AnyRecipe = Recipe | SftRecipe | RewardModelRecipe | CollectRecipe
+@dataclass(frozen=True, config=CHECKED)
+class PipelineRecipe:
+    """What all stages of a pipeline share: `flashgrpo pipeline`."""
+
+    run: RunSection
+
+
+AnyRecipe = Recipe | SftRecipe | RewardModelRecipe | CollectRecipe | PipelineRecipe
 KINDS: dict[str, type] = {  # by the command that runs it
     "train": Recipe,
     "sft": SftRecipe,
@@ -144,7 +151,7 @@ def _check_reward(key: str, name: str, models: Iterable[str]) -> None:
         raise ValueError(f"{key}: {error}{names}") from None
 
 
-_R = TypeVar("_R", Recipe, SftRecipe, RewardModelRecipe, CollectRecipe)
+_R = TypeVar("_R", Recipe, SftRecipe, RewardModelRecipe, CollectRecipe, PipelineRecipe)
 
 
 def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ()) -> _R:
@@ -235,6 +242,11 @@ def _check_table(source: str, path: str, found: Any) -> None:
 def named_section(hint: Any) -> type | None:
     """The type of the sections that a person names, as those of [sources.NAME], or None for a single section."""
     return get_args(hint)[1] if get_origin(hint) is dict else None
+
+
+def section_keys(kind: type[AnyRecipe]) -> dict[str, list[str] | None]:
+    """The keys of every section; None of those that a person names."""
+    return {n: None if named_section(hint) else _keys(hint) for n, hint in get_type_hints(kind).items()}
 
 
 def _elsewhere(kind: type, key: str) -> str:
