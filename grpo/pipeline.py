@@ -16,6 +16,7 @@ each was made from, and hashes of its inputs' content: where they have changed s
 """
 
 import copy
+import dataclasses
 import gc
 import hashlib
 import json
@@ -36,7 +37,16 @@ from flashgrpo.grpo.data import is_local
 from flashgrpo.grpo.evaluate import evaluate_models, markdown_of, table_of
 from flashgrpo.grpo.pipeline_report import draw_pipeline
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import KINDS, AnyRecipe, PipelineRecipe, Recipe, RecipeError, build_recipe, section_keys
+from flashgrpo.grpo.recipe import (
+    KINDS,
+    AnyRecipe,
+    PipelineRecipe,
+    Recipe,
+    RecipeError,
+    build_recipe,
+    parse_value,
+    section_keys,
+)
 from flashgrpo.grpo.report import write_report
 from flashgrpo.grpo.rewards import nearest, resolve_reward
 from flashgrpo.grpo.stages import run_recipe
@@ -44,7 +54,7 @@ from flashgrpo.grpo.world import RunInputError, open_world
 from flashgrpo.model.files import whole_folder, write_text
 
 _STATE, _REFERENCE = "stages.json", "stage:"
-_OWN_KEYS = {"kind", "like", "models", "function", "options", "seed"}
+_OWN_KEYS = {"kind", "like", "models", "function", "options"}
 _KINDS = {**KINDS, "eval": Recipe, "function": None}
 _MAKES = {"train": "model", "sft": "model", "reward-model": "model", "collect": "data.parquet", "eval": "scores.json"}
 _UNHASHED = {"run", "vllm"}  # where and how fast a stage runs, not what it makes
@@ -52,12 +62,12 @@ _UNHASHED = {"run", "vllm"}  # where and how fast a stage runs, not what it make
 
 @dataclass(frozen=True)
 class Stage:
-    """`values` are its sections as they stand in the file, references resolved."""
+    """`made_from` is what decides what comes of it: every key of its recipe, references resolved, as JSON has it."""
 
     name: str
     kind: str
     folder: Path
-    values: dict[str, Any]
+    made_from: dict[str, Any]
     recipe: AnyRecipe | None  # of a function none
     inputs: dict[str, "Stage | None"]  # local paths it reads, and the stage that makes each
 
@@ -163,12 +173,17 @@ def _stage(
 ) -> Stage:
     folder = Path(settings.run.output) / name
     values = _resolved(raw, stages, source)
-    inputs = _inputs(values, stages)
-    kind, values["seed"] = values["kind"], settings.run.seed
+    kind = values["kind"]
     if kind == "function":
-        if not isinstance(values.get("function"), str) or overrides:
-            raise RecipeError(f"{source}: a function wants function = 'package.module:name', and no overrides")
-        return Stage(name, kind, folder, values, None, inputs)
+        if not isinstance(values.get("function"), str):
+            raise RecipeError(f"{source}: function = {values.get('function')!r}, wanted 'package.module:name'")
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not (equals and key.startswith("--options.")):
+                raise RecipeError(f"{source}: {override}: wanted --stages.{name}.options.key=value")
+            values.setdefault("options", {})[key.removeprefix("--options.")] = parse_value(text)
+        made_from = {"function": values["function"], "options": values.get("options", {}), "seed": settings.run.seed}
+        return Stage(name, kind, folder, made_from, None, {})
     sections = {k: v for k, v in values.items() if k not in _OWN_KEYS}
     sections["run"] = {"seed": settings.run.seed, "device": settings.run.device, **sections.get("run", {})}
     sections["run"]["output"] = str(folder)
@@ -178,7 +193,9 @@ def _stage(
             raise RecipeError(f"{source}: an evaluation wants models = {{ label = 'path' }}, found {models!r}")
         sections["model"] = {"path": next(iter(models.values())), **sections.get("model", {})}
     recipe = build_recipe(_KINDS[kind], sections, source, overrides)
-    return Stage(name, kind, folder, values | {"overrides": [*overrides]}, recipe, inputs)
+    made_from = {**dataclasses.asdict(recipe), "models": values.get("models", {}), "seed": recipe.run.seed}
+    made_from = {key: value for key, value in made_from.items() if key not in _UNHASHED}
+    return Stage(name, kind, folder, json.loads(json.dumps(made_from)), recipe, _inputs(made_from, stages))
 
 
 def _resolved(value: Any, stages: dict[str, Stage], source: str) -> Any:
@@ -197,15 +214,12 @@ def _resolved(value: Any, stages: dict[str, Stage], source: str) -> Any:
 
 def _inputs(values: dict[str, Any], stages: dict[str, Stage]) -> dict[str, Stage | None]:
     """The files and folders that a stage reads, and which stage makes each; what a hub has is known by its name."""
-    found: list[str] = [*values.get("models", {}).values(), *values.get("eval", {}).get("benchmarks", [])]
-    for section, keys in values.items():
-        tables = keys.values() if section in ("sources", "given", "reward_models") else [keys]
-        for table in tables:
-            path = table.get("path") if isinstance(table, dict) and section != "options" else None
-            if path and (section in ("model", "reward_models") or is_local(path)):
-                found.append(path)
-    maker = {path: (s for s in stages.values() if Path(path).is_relative_to(s.folder)) for path in found}
-    return {path: next(makers, None) for path, makers in maker.items()}
+    found: list[str] = [*values["models"].values(), values["model"]["path"]]
+    found += [section["path"] for section in values.get("reward_models", {}).values()]
+    data = [values["data"], *values.get("sources", {}).values(), *values.get("given", {}).values()]
+    found += [section["path"] for section in data if section["path"] and is_local(section["path"])]
+    found += values.get("eval", {}).get("benchmarks", [])
+    return {path: next((s for s in stages.values() if Path(path).is_relative_to(s.folder)), None) for path in found}
 
 
 def _check_inputs(stage: Stage, given_only: bool) -> None:
@@ -224,8 +238,7 @@ def _open(stage: Stage, output: Path) -> bool:
     """Whether the stage is to be run; then it stands in stages.json with what it is made from."""
     _check_inputs(stage, given_only=False)
     state = _read_state(output)
-    recipe = {key: value for key, value in stage.values.items() if key not in _UNHASHED}
-    entry = {"recipe": recipe, "inputs": {path: _content_hash(Path(path)) for path in stage.inputs}}
+    entry = {"recipe": stage.made_from, "inputs": {path: _content_hash(Path(path)) for path in stage.inputs}}
     known = state.get(stage.name) if stage.folder.exists() else None
     if known:
         is_finished = "seconds" in known
@@ -255,7 +268,7 @@ def _run(stage: Stage, settings: PipelineRecipe) -> None:
         with open_world(settings) as world:
             world.on_main(lambda: _call(stage, settings.run.seed))
     elif stage.kind == "eval":
-        evaluate_models(stage.recipe, stage.values["models"], stage.made)
+        evaluate_models(stage.recipe, stage.made_from["models"], stage.made)
     else:
         run_recipe(stage.recipe, resume=True)
         if stage.kind != "collect" and os.environ.get("RANK", "0") == "0":
@@ -263,9 +276,9 @@ def _run(stage: Stage, settings: PipelineRecipe) -> None:
 
 
 def _call(stage: Stage, seed: int) -> None:
-    function = resolve_reward(stage.values["function"])
+    function = resolve_reward(stage.made_from["function"])
     with whole_folder(stage.folder) as folder:
-        function(folder, seed, **stage.values.get("options", {}))
+        function(folder, seed, **stage.made_from["options"])
 
 
 def _content_hash(path: Path) -> str:

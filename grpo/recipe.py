@@ -191,7 +191,7 @@ def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe",
         found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
         where = _origin(key, source, overrides)
         if first["type"] in ("list_type", "tuple_type"):
-            items = [_parsed(item.strip()) for item in str(first["input"]).strip("[]").split(",")]
+            items = [parse_value(item.strip()) for item in str(first["input"]).strip("[]").split(",")]
             quote = "'" if where != source else ""  # for the shell
             message += f", as {quote}{json.dumps(items, default=str)}{quote}"
         raise RecipeError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
@@ -279,10 +279,11 @@ def _apply_override(kind: type, values: dict[str, Any], override: str) -> None:
         if get_origin(hint) is not dict or not isinstance(target, dict):
             raise RecipeError(f"{override}: {section}.{name} is not a table; wanted --{section}.{name}=value")
         name = ".".join(option)
-    target[name] = text if _is_text(hint) else _parsed(text)
+    target[name] = text if _is_text(hint) else parse_value(text)
 
 
-def _parsed(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """An option's text as the TOML value that it is, or else as text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
