@@ -1,5 +1,6 @@
 """A pipeline in one picture: the RL stages one after the other, and what each model scores in the end."""
 
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from matplotlib.ticker import PercentFormatter
 from flashgrpo.grpo.run_folder import read_rows
 
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-_PANELS = {  # title: keys of metrics.jsonl, the first drawn strong, and whether it is a share
-    "score: held-out pass@1, and accuracy of the rollouts": ("eval/pass@1", "reward/accuracy"),
+_PANELS = {  # keys of metrics.jsonl, or patterns of them; the first of several, which is measured now and then, is drawn strong
+    "score: held-out pass@1, accuracy of the rollouts": ("eval/pass@1", "reward/accuracy"),
     "response length, tokens": ("length/mean",),
-    "words of the reasoning in the target language": ("reward/language_consistency",),
+    "reasoning in the target language": ("reward/language_consistency",),
+    "reflective phrases per 1,000 tokens": ("reflection/per_1000_tokens",),
+    "reward of the sources beside [data]": ("source/*/reward",),
 }
-_LENGTH = "response length, tokens"
+_SHARES = ("reward/language_consistency", "eval/pass@1")
 
 
 def draw_pipeline(stages: dict[str, Path], scores: list[dict[str, Any]], path: Path) -> Path:
@@ -23,12 +26,12 @@ def draw_pipeline(stages: dict[str, Path], scores: list[dict[str, Any]], path: P
     `path`.
     """
     runs = {name: read_rows(folder / "metrics.jsonl") for name, folder in stages.items()}
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    panels = figure.subplots(2, 2).ravel()
+    figure = Figure(figsize=(16, 8), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
     for axis, (title, keys) in zip(panels, _PANELS.items(), strict=False):
         _draw_stages(axis, runs, keys)
         axis.set_title(title, loc="left", fontweight="bold", pad=20)
-        if title != _LENGTH:
+        if keys[0] in _SHARES:
             axis.set_ylim(-0.02, 1.02)
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     _draw_scores(panels[-1], scores)
@@ -41,7 +44,8 @@ def draw_pipeline(stages: dict[str, Path], scores: list[dict[str, Any]], path: P
 def _draw_stages(axis: Axes, runs: dict[str, list[dict[str, Any]]], keys: tuple[str, ...]) -> None:
     start = 0
     for (name, rows), color in zip(runs.items(), _COLORS * len(runs), strict=False):
-        for number, key in enumerate(keys):
+        found = dict.fromkeys(key for pattern in keys for row in rows for key in fnmatch.filter(row, pattern))
+        for number, key in enumerate(found):
             known = [row for row in rows if row.get(key) is not None]
             steps, values = [start + row["step"] for row in known], [row[key] for row in known]
             is_sparse = number == 0 and len(keys) > 1
