@@ -12,7 +12,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 _RUNS = {  # commands that run a recipe; what a command needs is imported by it: --help must not wait for torch
     "train": "train a policy by GRPO",
@@ -117,10 +118,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", help="TOML file; override as --stages.NAME.section.key=value; finished stages stay")
     command.add_argument("--until", metavar="STAGE", help="the last stage to run")
     command.set_defaults(run=_run_pipeline)
-    command = commands.add_parser("eval", help="held-out pass@1, pass@k and cons@k of a model", allow_abbrev=False)
+    command = commands.add_parser("eval", help="pass@1, pass@k and cons@k of models", allow_abbrev=False)
     command.add_argument("recipe", help="a training recipe; its keys can be overridden, as --eval.samples=16")
-    command.add_argument("--model", help="Hugging Face folder; default: the run's final or newest, else model.path")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    command.add_argument(
+        "--model",
+        **several,
+        metavar="[LABEL=]PATH",
+        help="Hugging Face folders; default: the run's final or newest, else model.path",
+    )
+    command.add_argument(
+        "--benchmark",
+        **several,
+        metavar="FILE",
+        help="JSONL or Parquet; default: eval.benchmarks, else the held-out problems",
+    )
+    command.add_argument("--output", metavar="FILE", help="JSON, written after each pair; what it has is not run again")
+    command.add_argument("--json", action="store_true", help="print a JSON list, of a row for each model and benchmark")
     command.set_defaults(run=_evaluate)
     count = _number(int, "1 or more", lambda n: n >= 1)
     temperature = _number(float, "a number, 0 or more", lambda t: 0 <= t < math.inf)
@@ -185,14 +199,28 @@ def _run_pipeline(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    from flashgrpo.grpo.evaluate import evaluate_recipe
-    from flashgrpo.grpo.recipe import Recipe, load_recipe
+    from rich.console import Console
 
-    scores = evaluate_recipe(load_recipe(Recipe, options.recipe, overrides), options.model)
+    from flashgrpo.grpo.evaluate import evaluate_models, newest_model
+    from flashgrpo.grpo.recipe import Recipe, load_recipe
+    from flashgrpo.grpo.scores import table_of
+
+    recipe = load_recipe(Recipe, options.recipe, overrides)
+    if options.benchmark:
+        recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, benchmarks=options.benchmark))
+    models = dict(map(_labelled, options.model or [newest_model(recipe)]))
+    rows = evaluate_models(recipe, models, options.output and Path(options.output))
+    if os.environ.get("RANK", "0") != "0":
+        return
     if options.json:
-        print(json.dumps(scores))
+        print(json.dumps(rows))
     else:
-        print("\n".join(f"{name:<12}  {value:.6g}" for name, value in scores.items()))
+        Console().print(table_of(rows))
+
+
+def _labelled(text: str) -> tuple[str, str]:
+    label, equals, path = text.partition("=")
+    return (label, path) if equals and not Path(text).exists() else (text, text)
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:

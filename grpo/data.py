@@ -63,10 +63,10 @@ def load_problems(data: "DataSection", seed: int) -> tuple[list[Problem], list[P
     if data.task is not None:
         problems = _task_problems(data.task, data.options, data.size, seed)
     else:
-        rows = list(_read(str(data.path), data.subset, data.split))
+        rows = list(read_rows(str(data.path), data.subset, data.split))
         has_answer = bool(rows) and "answer" in rows[0][1]
         answer_column = data.answer_column or ("answer" if has_answer else None)
-        problems = [_problem(where, row, data.prompt_column, answer_column) for where, row in rows]
+        problems = [to_problem(where, row, data.prompt_column, answer_column) for where, row in rows]
     if not problems:
         raise DataError(f"no problems in {data.task or data.path}")
     return split_problems(problems, data.held_out, seed)
@@ -124,7 +124,8 @@ def _render_chat(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[i
     return list(encoded["input_ids"])
 
 
-def _problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
+def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
+    """The problem in a row. Raises DataError for a missing column, an empty prompt or an answer that is null."""
     for column in filter(None, (prompt_column, answer_column)):
         if column not in row:
             raise DataError(f"{where}: no column {column!r}{nearest(column, row)}")
@@ -174,7 +175,8 @@ def is_local(path: str) -> bool:
     return by_name or file.exists()
 
 
-def _read(path: str, subset: str | None, split: str) -> Iterable[Row]:
+def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterable[Row]:
+    """Rows of a JSONL or Parquet file, or of a Hugging Face data set. Raises DataError."""
     file = Path(path).expanduser()
     if is_local(path) and not file.exists():
         raise DataError(f"{path}: no such file or folder")

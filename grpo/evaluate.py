@@ -1,20 +1,27 @@
-"""Held-out evaluation: pass@1 as the mean over k samples, pass@k, and cons@k by majority vote over extracted answers.
+"""Evaluation of models, within a run or apart from it, on held-out problems or benchmark files.
 
-The score is accuracy alone: a partial credit counts as wrong, and the format is not asked for.
+The score is accuracy alone, or `code` for problems with tests: a partial credit counts as wrong, and the format is not
+asked for.
 """
 
 import contextlib
 import dataclasses
-from collections import Counter
+import hashlib
+import json
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 
+from flashgrpo.grpo.benchmarks import load_benchmark
 from flashgrpo.grpo.data import DataError, Problem, Template, load_problems, render_prompt
 from flashgrpo.grpo.generators import open_for_evaluation
+from flashgrpo.grpo.metrics import count_reflections
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts, resolve_device
 from flashgrpo.grpo.progress import console
@@ -23,33 +30,15 @@ from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rewards import extract_answer, is_correct
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint
+from flashgrpo.grpo.scores import Evaluation, Graded, merge
 from flashgrpo.grpo.sections import ModelSection
+from flashgrpo.grpo.world import RunInputError, World, open_world
 from flashgrpo.model.checkpoint import empty_decoder, read_config
+from flashgrpo.model.files import content_hash, write_text
 
 _EVAL_STREAM = 1 << 32  # keeps evaluation's seeds apart from those of the training steps
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`correct` and `answers` have one row a problem and one entry a sample."""
-
-    correct: np.ndarray  # [num_problems, k] bool
-    answers: list[list[str | None]]
-    lengths: np.ndarray  # [num_problems, k]
-    truncated: np.ndarray  # [num_problems, k] bool
-
-    def scores(self) -> dict[str, float]:
-        """pass@1, pass@k, cons@k, k, num_problems, mean length in tokens, truncated share."""
-        consensus = [_majority(*row) for row in zip(self.answers, self.correct, strict=True)]
-        return {
-            "pass@1": float(self.correct.mean()),
-            "pass@k": float(self.correct.any(axis=1).mean()),
-            "cons@k": float(np.mean(consensus)),
-            "k": self.correct.shape[1],
-            "num_problems": self.correct.shape[0],
-            "length": float(self.lengths.mean()),
-            "truncated": float(self.truncated.mean()),
-        }
+_HELD_OUT = "held-out"
+_QUALITY = {"format": "format", "language": "language_consistency"}  # reward functions by the names of their means
 
 
 def evaluate(
@@ -59,55 +48,92 @@ def evaluate(
     pool: RewardPool,
     recipe: Recipe,
     step: int = 0,
+    with_quality: bool = False,
 ) -> Evaluation:
-    """Sample recipe.eval.samples completions a prompt, seeded by its number, and score them by accuracy."""
+    """Sample recipe.eval.samples completions a prompt, seeded by its number, and score them.
+
+    `with_quality` scores format and language, too, and shows the progress: apart from training.
+    """
     requests = [
         Request(i, prompt.token_ids, sample_seeds(recipe.run.seed, _EVAL_STREAM + step, i, recipe.eval.samples))
         for i, prompt in prompts.items()
     ]
     sampling = Sampling(recipe.rollout.max_new_tokens, recipe.eval.temperature, recipe.eval.top_p)
-    groups = sorted(generator.generate(requests, sampling), key=lambda group: group[0].group)
-    scored = [completion_group(prompts[group[0].group], group, policy) for group in groups]
-    shape = len(groups), recipe.eval.samples
-    return Evaluation(
-        correct=is_correct(pool.score(scored, "accuracy")).reshape(shape),
-        answers=[[extract_answer(text, group.prompt) for text in group.completions] for group in scored],
-        lengths=np.array([[len(r.completion_ids) for r in group] for group in groups]).reshape(shape),
-        truncated=np.array([[r.finish_reason == "length" for r in group] for group in groups], dtype=bool).reshape(
-            shape
-        ),
-    )
+    groups = generator.generate(requests, sampling)
+    if with_quality:
+        shown = {"console": console, "transient": True, "disable": not console.is_terminal}
+        groups = track(groups, "prompts", len(requests), **shown)
+    rollouts = [rollout for group in groups for rollout in group]
+    texts = [completion_group(prompts[r.group], [r], policy) for r in rollouts]  # each has the time limit to itself
+    correct = _correct(texts, pool)
+    quality = {name: pool.score(texts, function) for name, function in _QUALITY.items() if with_quality}
+    samples: dict[int, list[Graded]] = defaultdict(list)
+    for i, (rollout, text) in enumerate(zip(rollouts, texts, strict=True)):
+        (completion,) = text.completions
+        graded = Graded(
+            is_correct=bool(correct[i]),
+            answer=extract_answer(completion, text.prompt),
+            length=len(rollout.completion_ids),
+            is_truncated=rollout.finish_reason == "length",
+            reflections=count_reflections(completion),
+            quality={name: float(scores[i, 0]) for name, scores in quality.items()},
+        )
+        samples[rollout.group].append(graded)
+    return Evaluation(dict(samples))
 
 
-def merge(parts: Sequence[Evaluation]) -> Evaluation:
-    """Evaluations of different problems as one."""
-    return Evaluation(
-        correct=np.concatenate([part.correct for part in parts]),
-        answers=[row for part in parts for row in part.answers],
-        lengths=np.concatenate([part.lengths for part in parts]),
-        truncated=np.concatenate([part.truncated for part in parts]),
-    )
+def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | None = None) -> list[dict[str, Any]]:
+    """Evaluate models, given by their labels and folders, on recipe.eval.benchmarks or else the held-out problems.
 
+    Returns a row for each pair: model, benchmark, weights, temperature, top_p, max_new_tokens, seed, scores. They are
+    in `output` as JSON after each pair, and what is there when it begins is not evaluated again; other models' rows
+    stay. torchrun's ranks share a pair's problems.
 
-def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float]:
-    """Scores of `model` on a recipe's held-out problems; default: the run's final model, its newest checkpoint's, or
-    else model.path.
+    Raises RunInputError for an `output` with rows of these names that were made from anything else; as `train` else.
     """
-    path = model or _newest_model(Path(recipe.run.output)) or recipe.model.path
-    console.print(f"evaluating {path}", highlight=False)
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=str(path)))
-    device = resolve_device(recipe.run.device)
-    is_native = recipe.rollout.generator == "native"  # vLLM loads the weights itself
-    policy = open_policy(recipe.model, device, None if is_native else empty_decoder(read_config(path), torch.float32))
-    _, held_out = load_problems(recipe.data, recipe.run.seed)
-    if not held_out:
-        raise DataError("data.held_out = 0 leaves no problem to evaluate on; set it, or point data.path to a test set")
-    _require_answer(held_out[0])
-    prompts = dict(enumerate(render_prompts(held_out[: recipe.eval.problems], policy, recipe.data)))
-    longest_prompt = max(len(prompt.token_ids) for prompt in prompts.values())
-    generator = open_for_evaluation(recipe, policy, device, longest_prompt)
-    with contextlib.closing(generator), open_reward_pool(recipe, held_out[0]) as pool:
-        return evaluate(prompts, policy, generator, pool, recipe).scores()
+    with open_world(recipe) as world:
+        for path in models.values():
+            read_config(path)  # a wrong path is found before the first is evaluated
+        benchmarks = _load_benchmarks(recipe)
+        known = world.on_main(lambda: _read_rows(output))
+        made_from = world.on_main(lambda: _fingerprints(recipe, models, benchmarks))
+        for pair in made_from:
+            if pair in known and known[pair]["made_from"] != made_from[pair]:
+                raise RunInputError(
+                    f"{output} has {pair[0]} on {pair[1]} by other weights, problems or settings; remove it, or choose "
+                    "another output"
+                )
+        with _open_pool(recipe, benchmarks) as pool:
+            for label, name in made_from:
+                if (label, name) in known:
+                    continue
+                start = time.perf_counter()
+                shares = world.everywhere(
+                    lambda label=label, name=name: _evaluate_share(recipe, models[label], benchmarks[name], pool, world)
+                )
+                row = {
+                    "model": label,
+                    "benchmark": name,
+                    "weights": models[label],
+                    **merge(shares).scores(),
+                    "temperature": recipe.eval.temperature,
+                    "top_p": recipe.eval.top_p,
+                    "max_new_tokens": recipe.rollout.max_new_tokens,
+                    "seed": recipe.run.seed,
+                    "made_from": made_from[label, name],
+                }
+                known[label, name] = row
+                if output is not None:
+                    world.on_main(lambda: _write_rows(output, known))
+                _tell(row, time.perf_counter() - start)
+        return [known[pair] for pair in made_from]
+
+
+def newest_model(recipe: Recipe) -> str:
+    """Folder of the run's final model, of its newest checkpoint's, or else model.path."""
+    run = Path(recipe.run.output)
+    folders = [run / "model", *(checkpoint / "model" for checkpoint in filter(None, [newest_checkpoint(run)]))]
+    return str(next((folder for folder in folders if folder.exists()), recipe.model.path))
 
 
 def sample_texts(
@@ -147,23 +173,98 @@ def completion_group(prompt: Prompt, group: list[Rollout], policy: Policy) -> Co
     )
 
 
-def _newest_model(run: Path) -> Path | None:
-    if (run / "model").exists():
-        return run / "model"
-    checkpoint = newest_checkpoint(run)
-    return checkpoint and checkpoint / "model"
+def _load_benchmarks(recipe: Recipe) -> dict[str, list[Problem]]:
+    """Problems by the names of benchmarks."""
+    if recipe.eval.benchmarks:
+        return {path: load_benchmark(path, recipe.run.seed) for path in recipe.eval.benchmarks}
+    _, held_out = load_problems(recipe.data, recipe.run.seed)
+    if not held_out:
+        raise DataError("data.held_out = 0 leaves no problem to evaluate on; set it, or name files in eval.benchmarks")
+    _require_answer(held_out[0])
+    return {_HELD_OUT: held_out[: recipe.eval.problems]}
+
+
+def _fingerprints(
+    recipe: Recipe, models: Mapping[str, str], benchmarks: Mapping[str, list[Problem]]
+) -> dict[tuple[str, str], str]:
+    """What the scores of each pair, in the order in which they are evaluated, are made from."""
+    settings = recipe.eval.samples, recipe.eval.temperature, recipe.eval.top_p, recipe.rollout.max_new_tokens
+    settings = *settings, recipe.data.template, recipe.model.dtype, recipe.run.seed
+    weights = {label: content_hash(Path(path)) for label, path in models.items()}
+    return {
+        (label, name): hashlib.sha256(
+            json.dumps([settings, weights[label], [[p.prompt, p.columns] for p in problems]], default=str).encode()
+        ).hexdigest()
+        for name, problems in benchmarks.items()
+        for label in models
+    }
+
+
+def _open_pool(recipe: Recipe, benchmarks: Mapping[str, list[Problem]]) -> RewardPool:
+    """What an evaluation scores by, in place of the recipe's rewards."""
+    problems = [problem for found in benchmarks.values() for problem in found]
+    columns = {name: value for p in problems for name, value in p.columns.items() if value is not None}
+    functions = [*sorted({_scorer(problem) for problem in problems}), *_QUALITY.values()]
+    rewards = dataclasses.replace(recipe.rewards, functions=functions, weights=[], start={})
+    alone = dataclasses.replace(recipe, rewards=rewards, sources={}, reward_models={})
+    return open_reward_pool(alone, Problem(problems[0].question, columns))
+
+
+def _evaluate_share(recipe: Recipe, path: str, problems: list[Problem], pool: RewardPool, world: World) -> Evaluation:
+    """A model on this rank's share of the problems; nothing of it is left in memory."""
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=path))
+    is_native = recipe.rollout.generator == "native"  # vLLM loads the weights itself
+    empty = None if is_native else empty_decoder(read_config(path), torch.float32)
+    policy = open_policy(recipe.model, world.device, empty)
+    prompts = dict(enumerate(render_prompts(problems, policy, recipe.data)))
+    longest_prompt = max(len(prompt.token_ids) for prompt in prompts.values())
+    own = {number: prompt for number, prompt in prompts.items() if number % world.size == world.rank}
+    with contextlib.closing(open_for_evaluation(recipe, policy, world.device, longest_prompt)) as generator:
+        return evaluate(own, policy, generator, pool, recipe, with_quality=True)
+
+
+def _read_rows(output: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of an earlier call by model and benchmark."""
+    try:
+        rows = json.loads(output.read_text(encoding="utf-8")) if output and output.exists() else []
+        return {(row["model"], row["benchmark"]): {"made_from": None, **row} for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunInputError(
+            f"{output}: not a file that an evaluation has written ({error!r}); choose another output"
+        ) from error
+
+
+def _write_rows(output: Path, rows: Mapping[Any, dict[str, Any]]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, json.dumps(list(rows.values()), indent=1) + "\n")
+
+
+def _tell(row: Mapping[str, Any], seconds: float) -> None:
+    num_samples = row["num_problems"] * row["k"]
+    rates = f"{num_samples / seconds:,.1f} samples/s, {num_samples * row['length'] / seconds:,.0f} tokens/s"
+    console.print(
+        f"{row['model']} on {row['benchmark']}: pass@1 {row['pass@1']:.1%}, {rates}, {seconds:,.0f} s in all",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _correct(texts: Sequence[CompletionGroup], pool: RewardPool) -> np.ndarray:
+    """Whether each completion is right, [num_completions] bool."""
+    scores = np.full(len(texts), np.nan)
+    for name in ("accuracy", "code"):
+        own = [i for i, text in enumerate(texts) if _scorer(text.problem) == name]
+        if own:
+            scores[own] = pool.score([texts[i] for i in own], name)[:, 0]
+    return is_correct(scores)
+
+
+def _scorer(problem: Problem) -> str:
+    return "code" if problem.columns.get("tests") else "accuracy"
 
 
 def _require_answer(problem: Problem) -> None:
-    if "answer" not in problem.columns:
+    if not problem.columns.keys() & {"answer", "tests"}:
         found = ", ".join(problem.columns) or "none"
         raise DataError(f"an evaluation needs a reference answer: name its column by data.answer_column; found {found}")
-
-
-def _majority(answers: list[str | None], correct: np.ndarray) -> bool:
-    """Whether the commonest answer is right; of equally common ones the first sampled; no answer is no vote."""
-    votes = Counter(answer for answer in answers if answer is not None)
-    if not votes:
-        return False
-    winner = votes.most_common(1)[0][0]
-    return bool(correct[answers.index(winner)])

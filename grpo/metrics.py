@@ -1,5 +1,6 @@
 """The numbers of a step. Names are those of metrics.jsonl and TensorBoard; lengths and counts are in tokens."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ _NAMES = {
     "behavior_mismatch_mean": "mismatch/mean",
     "behavior_mismatch_max": "mismatch/max",
 }
+_REFLECTIONS = re.compile(r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b")
 PHASES = ("generate", "reward", "pack", "score", "train", "sync")
 
 
@@ -77,6 +79,7 @@ def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
     truncated = np.array([[r.finish_reason == "length" for r in group] for group in data.rollouts])
     spans = [span for group in data.rollouts for rollout in group for span in rollout.weight_versions]
     age = sum((data.version - version) * num_tokens for version, num_tokens in spans)
+    reflections = sum(rollout.reflections for group in data.rollouts for rollout in group)
     rewards = data.table.rewards
     deviations = [np.nanstd(row, ddof=1) for row in rewards if not is_dead(row)]
     advantages = group_advantages(torch.from_numpy(rewards).float(), scale=config.advantage_scale).numpy()
@@ -96,6 +99,7 @@ def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
         "length/max": float(lengths.max()),
         "length/min": float(lengths.min()),
         "length/truncated": float(truncated.mean()),
+        "reflection/per_1000_tokens": 1000 * reflections / max(int(lengths.sum()), 1),
         "prompt_length/mean": float(np.mean([len(group[0].prompt_ids) for group in data.rollouts])),
     }
 
@@ -139,6 +143,11 @@ def one_line(metrics: dict[str, float]) -> str:
     if "eval/pass@1" in metrics:
         parts.append(f"held-out {metrics['eval/pass@1']:.3f}")
     return ", ".join([*parts, f"length {metrics['length/mean']:.0f}", f"{metrics['tokens_per_s']:,.0f} tokens/s"])
+
+
+def count_reflections(text: str) -> int:
+    """Words with which a model goes back over its reasoning: those that the supplement of arXiv 2501.12948 counts."""
+    return len(_REFLECTIONS.findall(text.lower()))
 
 
 def _over_known(statistic: Callable[[np.ndarray], np.floating], values: np.ndarray) -> float:

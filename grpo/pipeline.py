@@ -18,7 +18,6 @@ each was made from, and hashes of its inputs' content: where they have changed s
 import copy
 import dataclasses
 import gc
-import hashlib
 import json
 import os
 import sys
@@ -34,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.grpo.data import is_local
-from flashgrpo.grpo.evaluate import evaluate_models, markdown_of, table_of
+from flashgrpo.grpo.evaluate import evaluate_models
 from flashgrpo.grpo.pipeline_report import draw_pipeline
 from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import (
@@ -49,9 +48,10 @@ from flashgrpo.grpo.recipe import (
 )
 from flashgrpo.grpo.report import write_report
 from flashgrpo.grpo.rewards import nearest, resolve_reward
+from flashgrpo.grpo.scores import markdown_of, table_of
 from flashgrpo.grpo.stages import run_recipe
 from flashgrpo.grpo.world import RunInputError, open_world
-from flashgrpo.model.files import whole_folder, write_text
+from flashgrpo.model.files import content_hash, whole_folder, write_text
 
 _STATE, _REFERENCE = "stages.json", "stage:"
 _OWN_KEYS = {"kind", "like", "models", "function", "options"}
@@ -238,7 +238,7 @@ def _open(stage: Stage, output: Path) -> bool:
     """Whether the stage is to be run; then it stands in stages.json with what it is made from."""
     _check_inputs(stage, given_only=False)
     state = _read_state(output)
-    entry = {"recipe": stage.made_from, "inputs": {path: _content_hash(Path(path)) for path in stage.inputs}}
+    entry = {"recipe": stage.made_from, "inputs": {path: content_hash(Path(path)) for path in stage.inputs}}
     known = state.get(stage.name) if stage.folder.exists() else None
     if known:
         is_finished = "seconds" in known
@@ -267,7 +267,7 @@ def _run(stage: Stage, settings: PipelineRecipe) -> None:
     if stage.recipe is None:
         with open_world(settings) as world:
             world.on_main(lambda: _call(stage, settings.run.seed))
-    elif stage.kind == "eval":
+    elif stage.kind == "eval" and isinstance(stage.recipe, Recipe):
         evaluate_models(stage.recipe, stage.made_from["models"], stage.made)
     else:
         run_recipe(stage.recipe, resume=True)
@@ -279,16 +279,6 @@ def _call(stage: Stage, seed: int) -> None:
     function = resolve_reward(stage.made_from["function"])
     with whole_folder(stage.folder) as folder:
         function(folder, seed, **stage.made_from["options"])
-
-
-def _content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of every file in a folder with its name."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        digest.update(f"{file.relative_to(path)}\n{file.stat().st_size}\n".encode())
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

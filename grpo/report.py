@@ -5,6 +5,7 @@ Of an SFT run, the loss.
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -101,6 +102,14 @@ def _draw_lengths(axis: Axes, steps: list[dict]) -> None:
         *_series(steps, "length/min"), _series(steps, "length/max")[1], alpha=0.12, label="shortest to longest"
     )
     axis.set_ylim(bottom=0)
+    numbers, reflections = _series(steps, "reflection/per_1000_tokens")
+    if np.nan_to_num(reflections).any():
+        axis.plot([], [], ":", color="tab:red", label="reflections in 1,000")
+        right = axis.twinx()
+        right.plot(numbers, reflections, ":", color="tab:red")
+        right.set_ylim(bottom=0)
+        right.tick_params(colors="tab:red")
+        right.spines[["top", "right"]].set_visible(False)
     _label(axis, "response length, tokens")
 
 

@@ -44,6 +44,7 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     group: int
     weight_versions: tuple[tuple[int, int], ...]  # (version, tokens sampled from it), in the order of the tokens
+    reflections: int = 0  # reflective phrases in its text, where they were counted
 
 
 class Generator(Protocol):

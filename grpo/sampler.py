@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashgrpo.grpo.evaluate import completion_group, evaluate, merge
-from flashgrpo.grpo.metrics import StepData
+from flashgrpo.grpo.evaluate import completion_group, evaluate
+from flashgrpo.grpo.metrics import StepData, count_reflections
 from flashgrpo.grpo.packing import is_dead
 from flashgrpo.grpo.policy import Policy, Prompt
 from flashgrpo.grpo.progress import Clock
@@ -22,6 +22,7 @@ from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import RewardPool, RewardTable
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_loop import epoch_order
+from flashgrpo.grpo.scores import merge
 from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import GeneratorFailure, World
 
@@ -155,8 +156,10 @@ class Sampler:
         ]
         finished = []
         for group in self.generator.generate(requests, self.sampling):
-            finished.append(group)
-            self.pool.submit(completion_group(prompts[group[0].group], group, self.policy))
+            scored = completion_group(prompts[group[0].group], group, self.policy)
+            self.pool.submit(scored)
+            texts = zip(group, scored.completions, strict=True)
+            finished.append([dataclasses.replace(r, reflections=count_reflections(text)) for r, text in texts])
         return finished
 
     def _start_ahead(self, step: int, position: int) -> None:

@@ -232,8 +232,8 @@ class EvalSection:
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
     """Nucleus sampling."""
     benchmarks: list[str] = dataclasses.field(default_factory=list)
-    """`flashgrpo eval` only: JSONL or Parquet files with the columns of AIME, MATH-500 or GPQA, in place of held-out
-    problems."""
+    """Apart from training: JSONL or Parquet files with the columns of AIME, MATH-500, GPQA or GSM8K, in place of
+    held-out problems; all of their problems."""
 
 
 @dataclass(frozen=True, config=CHECKED)

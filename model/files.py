@@ -1,6 +1,7 @@
 """Files and folders that appear under their name only when every byte of them is on the disk."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -46,6 +47,16 @@ def recover(folder: Path) -> None:
     if not folder.exists() and _set_aside(folder).is_dir():
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
             _set_aside(folder).rename(folder)
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of every file in a folder with its name."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(f"{file.relative_to(path)}\n{file.stat().st_size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _set_aside(folder: Path) -> Path:

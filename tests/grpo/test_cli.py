@@ -95,20 +95,26 @@ def test_training_from_the_command_line(write_recipe, tmp_path, capsys):
 
     assert main(["eval", recipe, "--json", "--eval.samples=3"]) == 0
     printed = capsys.readouterr()
-    scores = json.loads(printed.out)
+    (scores,) = json.loads(printed.out)
     assert printed.out.count("\n") == 1
     assert {"pass@1", "pass@k", "cons@k"} <= scores.keys()
     assert (scores["k"], scores["num_problems"]) == (3, 4)
-    assert f"evaluating {tmp_path / 'run/model'}" in "".join(printed.err.splitlines())
+    assert f"{tmp_path / 'run/model'} on held-out: pass@1 " in "".join(printed.err.splitlines())
 
     assert main(["eval", recipe]) == 0
-    assert "cons@k" in capsys.readouterr().out
+    assert "cons@2" in capsys.readouterr().out
 
 
 def test_eval_names_its_model(write_recipe, model_path, capsys):
     recipe = write_recipe(model={"path": "nowhere"}, eval={"problems": 2})
     assert main(["eval", recipe, "--json", "--model", str(model_path)]) == 0
-    assert json.loads(capsys.readouterr().out)["num_problems"] == 2
+    assert json.loads(capsys.readouterr().out)[0]["num_problems"] == 2
+    output = str(model_path.parent / "scores.json")
+    flags = ["--model", f"a={model_path}", f"b={model_path}", "--output", output]
+    assert main(["eval", recipe, "--json", *flags]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in rows] == ["a", "b"]
+    assert json.loads(Path(output).read_text()) == rows
     assert main(["eval", recipe, "--json", "--model", "elsewhere"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -9,7 +9,7 @@ import torch
 
 from flashgrpo.grpo.balance import PackPlan, plan_packs
 from flashgrpo.grpo.learner import Learner
-from flashgrpo.grpo.metrics import StepData, device_metrics, rollout_metrics, speed_metrics
+from flashgrpo.grpo.metrics import StepData, count_reflections, device_metrics, rollout_metrics, speed_metrics
 from flashgrpo.grpo.packing import Completion, Group
 from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.reward_pool import RewardTable
@@ -43,6 +43,20 @@ def test_advantages_are_those_that_the_loss_uses():
     assert scaled["reward/group_std"] == pytest.approx(math.sqrt(2))  # of the groups that are not dead
     assert (scaled["groups/dead"], scaled["groups/discarded"]) == (0.5, 5.0)
     assert scaled["reward/missing"] == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("Wait, WAIT! However, I check: wrong.", 5), ("checked errors, butter, await, mistakes", 0), ("", 0)],
+)
+def test_reflective_phrases_are_whole_words_in_any_case(text, count):
+    assert count_reflections(text) == count
+
+
+def test_reflections_are_counted_per_token():
+    data = step_data([[0.0, 1.0]])
+    data.rollouts[0][1] = dataclasses.replace(data.rollouts[0][1], reflections=3)
+    assert rollout_metrics(data, LossConfig.preset("grpo"))["reflection/per_1000_tokens"] == 1000 * 3 / 4
 
 
 def test_a_step_without_any_reward_has_metrics_too():

@@ -64,6 +64,15 @@ def test_the_picture_has_the_curves(make_run):
     assert with_curves > len(colours(path)) + 5
 
 
+def test_reflections_are_drawn_where_there_are_any(make_run):
+    pictures = []
+    for rate in (None, 0.0, 2.0):
+        values = {} if rate is None else {"reflection/per_1000_tokens": rate}
+        pictures.append(imread(write_report(make_run([step_row(i, **values) for i in (1, 2, 3)]))))
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] != pictures[2]).any()
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -1,0 +1,143 @@
+"""What the samples of an evaluation come to, and its table: pass@1 as the mean over k samples, pass@k, and cons@k by
+majority vote over extracted answers, with 95% intervals.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+_Z = NormalDist().inv_cdf(0.975)
+
+
+class Graded(NamedTuple):
+    """What an evaluation knows of a completion."""
+
+    is_correct: bool
+    answer: str | None
+    length: int  # in tokens
+    is_truncated: bool
+    reflections: int
+    quality: dict[str, float]  # by the names of _QUALITY where it was asked for; NaN where missing
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The samples of each problem, by the problem's number; k of each."""
+
+    samples: dict[int, list[Graded]]
+
+    def scores(self) -> dict[str, float]:
+        """pass@1 and cons@k with the ends of their 95% intervals, pass@k, k, num_problems; the mean length in tokens,
+        the truncated share, reflective phrases per 1,000 tokens; where asked for and known, format and language.
+        """
+        rows = [self.samples[number] for number in sorted(self.samples)]
+        samples = [sample for row in rows for sample in row]
+        correct = np.array([[sample.is_correct for sample in row] for row in rows])  # [num_problems, k]
+        num_problems, k = correct.shape
+        consensus = float(np.mean([_majority(row) for row in rows]))
+        low, high = clustered_interval(correct)
+        cons_low, cons_high = wilson_interval(consensus, num_problems)
+        tokens = sum(sample.length for sample in samples)
+        quality = {name: [s.quality[name] for s in samples] for name in samples[0].quality}
+        return {
+            "pass@1": float(correct.mean()),
+            "pass@1/low": low,
+            "pass@1/high": high,
+            "pass@k": float(correct.any(axis=1).mean()),
+            "cons@k": consensus,
+            "cons@k/low": cons_low,
+            "cons@k/high": cons_high,
+            "k": k,
+            "num_problems": num_problems,
+            "length": tokens / len(samples),
+            "truncated": float(np.mean([sample.is_truncated for sample in samples])),
+            "reflection": 1000 * sum(sample.reflections for sample in samples) / max(tokens, 1),
+            **{name: float(np.nanmean(values)) for name, values in quality.items() if not np.isnan(values).all()},
+        }
+
+
+def clustered_interval(
+    correct: np.ndarray,  # [num_problems, k] bool
+) -> tuple[float, float]:
+    """95% interval of pass@1 on problems like these: Wilson's, with as many independent samples as would give the
+    variance of the problems' means (clustered standard error, cf. arXiv 2411.00640).
+
+    Samples of a problem agree wholly, or not at all: so there are num_problems to num_problems * k. Where all problems
+    have the same mean, as at 0 and 1, the variance says nothing, and it is num_problems.
+    """
+    num_problems = len(correct)
+    mean = float(correct.mean())
+    variance = float(correct.mean(axis=1).var(ddof=1)) / num_problems if num_problems > 1 else 0.0
+    num_effective = mean * (1 - mean) / variance if variance else 0.0
+    return wilson_interval(mean, min(max(num_effective, num_problems), correct.size))
+
+
+def wilson_interval(share: float, num: float) -> tuple[float, float]:
+    """95% interval of a probability of which `share` was seen in `num` independent trials (Wilson 1927)."""
+    shrunk = 1 / (1 + _Z**2 / num)
+    center = shrunk * (share + _Z**2 / (2 * num))
+    half = shrunk * _Z * math.sqrt(share * (1 - share) / num + (_Z / (2 * num)) ** 2)
+    return max(center - half, 0.0), min(center + half, 1.0)
+
+
+def merge(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of different problems as one."""
+    return Evaluation({number: row for part in parts for number, row in part.samples.items()})
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of `evaluate_models` for a terminal, by benchmark."""
+    table = Table(title="95% intervals", title_justify="left")
+    header, *lines = _cells(rows)
+    for name in header:
+        table.add_column(name, justify="left" if name in ("benchmark", "model") else "right")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    return table
+
+
+def markdown_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same table as Markdown."""
+    header, *lines = _cells(rows)
+    rule = ["---" if name in ("benchmark", "model") else "---:" for name in header]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
+
+
+def _majority(row: Sequence[Graded]) -> bool:
+    """Whether the commonest answer is right; of equally common ones the first sampled; no answer is no vote."""
+    votes = Counter(sample.answer for sample in row if sample.answer is not None)
+    if not votes:
+        return False
+    winner = votes.most_common(1)[0][0]
+    return next(sample.is_correct for sample in row if sample.answer == winner)
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Header and lines of a table; the benchmark is a column where there are several."""
+    numbers_of_samples = {row["k"] for row in rows}
+    k = numbers_of_samples.pop() if len(numbers_of_samples) == 1 else "k"
+    columns = {
+        "model": lambda row: row["model"],
+        "pass@1": lambda row: f"{_share(row, 'pass@1')} ({_share(row, 'pass@1/low')} to {_share(row, 'pass@1/high')})",
+        f"cons@{k}": lambda row: _share(row, "cons@k"),
+        f"pass@{k}": lambda row: _share(row, "pass@k"),
+        "length": lambda row: f"{row['length']:,.0f}",
+        "truncated": lambda row: _share(row, "truncated"),
+        "format": lambda row: _share(row, "format"),
+        "language": lambda row: _share(row, "language"),
+    }
+    if len({row["benchmark"] for row in rows}) > 1:
+        columns = {"benchmark": lambda row: Path(row["benchmark"]).stem, **columns}
+    return [[*columns], *([cell(row) for cell in columns.values()] for row in rows)]
+
+
+def _share(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.1%}" if name in row else ""

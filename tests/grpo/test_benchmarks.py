@@ -1,0 +1,94 @@
+"""Benchmark files are read as they are published, and what is not understood is said."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from flashgrpo.grpo.benchmarks import load_benchmark
+from flashgrpo.grpo.data import DataError
+from flashgrpo.grpo.rewards import accuracy
+
+GPQA = {"Question": "Which?", "Correct Answer": "right", **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows: dict) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("row", "right", "wrong"),
+    [
+        ({"problem": "q", "solution": r"so \boxed{3}", "answer": r"\frac{1}{2}"}, "0.5", "3"),
+        ({"Problem": "q", "Answer": 33}, "33", "34"),
+        ({"problem": "q", "answer": "033"}, "33", "34"),
+        ({"question": "q", "answer": "work\n#### 1,042"}, "1042", "1"),
+        ({"prompt": "q", "expected_answer": "7", "solution": r"\boxed{8}"}, "7", "8"),
+        ({"problem": "q", "solution": r"thus \boxed{12}"}, "12", "13"),
+        ({"Question": "q", "Correct Answer": "9"}, "9", "8"),
+    ],
+    ids=["MATH-500", "AIME", "AIME with zeros", "GSM8K", "expected_answer", "solution alone", "Correct Answer"],
+)
+def test_the_answers_of_published_files(write, row, right, wrong):
+    (problem,) = load_benchmark(write(row), seed=0)
+    assert problem.question == "q"
+    answers = [f"\\boxed{{{text}}}" for text in (right, wrong)]
+    assert accuracy(["q"] * 2, answers, [problem.columns["answer"]] * 2) == [1.0, 0.0]
+
+
+def test_multiple_choice(write):
+    """The letter is that of the right choice, in an order of the seed and the row alone."""
+    path = write(*[GPQA] * 60)
+    problems = load_benchmark(path, seed=1)
+    for problem in problems:
+        assert f"\n{problem.columns['answer']}. right\n" in problem.question
+        assert sorted(line[3:] for line in problem.question.splitlines()[2:6]) == sorted(list(GPQA.values())[1:])
+        assert problem.question.endswith("Answer with the letter of the right choice alone: A, B, C or D.")
+    assert {problem.columns["answer"] for problem in problems} == set("ABCD")
+    assert load_benchmark(path, seed=1) == problems
+    assert load_benchmark(path, seed=2) != problems
+    letter = problems[0].columns["answer"]
+    assert accuracy(["q"], [f"\\boxed{{({letter})}}"], [letter]) == [1.0]
+
+
+def test_programs_need_no_answer(write, tmp_path):
+    path = tmp_path / "code.parquet"
+    rows = [{"prompt": "write", "tests": ["assert f()"], "answer": None}, {"prompt": "q", "tests": None, "answer": "1"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    code, plain = load_benchmark(path, seed=0)
+    assert code.columns["tests"] == ["assert f()"]
+    assert plain.columns["answer"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"text": "q", "label": 1}],
+            r"found the columns text, label; wanted a prompt \(problem, .*\) and an answer \(",
+        ),
+        ([{"problem": "q"}], r"found the columns problem; .* or tests"),
+        ([], "no rows"),
+        ([{"problem": "q", "answer": "1"}, {"problem": "q"}], r"rows\.jsonl:2: no column 'answer'"),
+        (
+            [GPQA, {**GPQA, "Incorrect Answer 2": None}],
+            r"rows\.jsonl:2: column 'Incorrect Answer 2' is missing or null",
+        ),
+    ],
+    ids=["unknown columns", "no answer", "empty", "a row without", "a choice that is null"],
+)
+def test_faulty_files(write, rows, message):
+    with pytest.raises(DataError, match=message):
+        load_benchmark(write(*rows), seed=0)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
+        load_benchmark("nowhere.jsonl", seed=0)
