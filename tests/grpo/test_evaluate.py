@@ -29,7 +29,6 @@ from flashgrpo.grpo.run_folder import RunInputError
 from flashgrpo.grpo.scores import Evaluation, Graded, clustered_interval, markdown_of, table_of, wilson_interval
 from flashgrpo.grpo.sections import DataSection, ModelSection
 
-
 NAN = float("nan")
 
 
