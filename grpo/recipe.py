@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from flashgrpo.grpo.rewards import RewardError, nearest, resolve_reward
+from flashgrpo.grpo.rewards import BUILTINS, RewardError, nearest, resolve_reward
 from flashgrpo.grpo.sections import (
     CHECKED,
     CollectSection,
@@ -77,6 +77,8 @@ class Recipe:
             )
         if "data" in self.sources:
             raise ValueError("sources.data: found the name that [data] has; choose another")
+        if same := sorted(self.reward_models.keys() & BUILTINS.keys()):
+            raise ValueError(f"reward_models.{same[0]}: found the name of a built-in reward; choose another")
         used = {"rewards": self.rewards.functions} | {f"sources.{n}": s.rewards for n, s in self.sources.items()}
         for key, names in used.items():
             for name in names:
