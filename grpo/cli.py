@@ -251,7 +251,8 @@ def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
     devices = options.devices or (os.environ.get("CUDA_VISIBLE_DEVICES", "0") if on_gpu else "cpu")
     context = read_config(recipe.model.path).raw.get("max_position_embeddings", sys.maxsize)
     room = (recipe.vllm.max_model_len or context) - recipe.rollout.max_new_tokens
-    longest_prompt = max(1, min(recipe.data.max_prompt_tokens, room))  # vLLM refuses more than the model's context
+    longest_prompt = max(source.max_prompt_tokens for source in (recipe.data, *recipe.sources.values()))
+    longest_prompt = max(1, min(longest_prompt, room))  # vLLM refuses more than the model's context
     dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     serve(EngineOptions.of(recipe, dtype, on_gpu, longest_prompt), options.host, options.port, devices)
 

@@ -11,12 +11,12 @@ from matplotlib.ticker import PercentFormatter
 from flashgrpo.grpo.run_folder import read_rows
 
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-_PANELS = {  # keys of metrics.jsonl, or patterns of them; the first of several, which is measured now and then, is drawn strong
+_PANELS = {  # keys of metrics.jsonl, or patterns of them; the first of two, which is measured at times, is drawn strong
     "score: held-out pass@1, accuracy of the rollouts": ("eval/pass@1", "reward/accuracy"),
     "response length, tokens": ("length/mean",),
     "reasoning in the target language": ("reward/language_consistency",),
     "reflective phrases per 1,000 tokens": ("reflection/per_1000_tokens",),
-    "reward of the sources beside [data]": ("source/*/reward",),
+    "reward by source": ("source/*/reward",),
 }
 _SHARES = ("reward/language_consistency", "eval/pass@1")
 

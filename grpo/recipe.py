@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from flashgrpo.grpo.rewards import RewardError, nearest, resolve_reward
+from flashgrpo.grpo.rewards import BUILTINS, RewardError, nearest, resolve_reward
 from flashgrpo.grpo.sections import (
     CHECKED,
     CollectSection,
@@ -35,6 +35,7 @@ from flashgrpo.grpo.sections import (
     TrainSection,
     VllmSection,
     WriteSection,
+    first_step,
 )
 from flashgrpo.kernels.grpo_loss import LossConfig
 
@@ -74,6 +75,10 @@ class Recipe:
             raise ValueError(
                 f"the shares of [sources] come to {shares:g}, wanted less than 1: the rest is that of [data]"
             )
+        if "data" in self.sources:
+            raise ValueError("sources.data: found the name that [data] has; choose another")
+        if same := sorted(self.reward_models.keys() & BUILTINS.keys()):
+            raise ValueError(f"reward_models.{same[0]}: found the name of a built-in reward; choose another")
         used = {"rewards": self.rewards.functions} | {f"sources.{n}": s.rewards for n, s in self.sources.items()}
         for key, names in used.items():
             for name in names:
@@ -82,6 +87,23 @@ class Recipe:
         known = {name for names in used.values() for name in names}
         if unused := sorted({*self.rewards.start, *self.reward_models} - known):
             raise ValueError(f"{unused[0]!r} is in rewards.start or [reward_models], and no list of rewards has it")
+        steps = self.train.steps
+        for source, weights in self.reward_weights.items():
+            first = first_step(self.sources[source].start if source in self.sources else 0.0, steps)
+            counted = [name for name, weight in weights.items() if weight]
+            if all(first_step(self.rewards.start.get(name, 0.0), steps) > first for name in counted):
+                raise ValueError(
+                    f"rewards.start: in step {first} the completions of {source} have no reward yet, as all of theirs "
+                    f"start later ({', '.join(counted)}); give them one from the start"
+                )
+
+    @property
+    def reward_weights(self) -> dict[str, dict[str, float]]:
+        """By source, [data]'s named "data": the weights of its reward functions."""
+        sets = {"data": (self.rewards.functions, self.rewards.weights)}
+        for name, source in self.sources.items():
+            sets[name] = (source.rewards, source.weights) if source.rewards else sets["data"]
+        return {n: dict(zip(names, weights or [1.0] * len(names), strict=True)) for n, (names, weights) in sets.items()}
 
 
 @dataclass(frozen=True, config=CHECKED)

@@ -178,7 +178,7 @@ def _changed_keys(stored: Path, recipe_toml: str) -> list[str]:
     changes = []
     for section, key in before | now:
         old, new = before.get((section, key)), now.get((section, key))
-        if old != new and (section == "data" or (section, key) in (("model", "path"), ("run", "seed"))):
+        if old != new and (section in ("data", "sources") or (section, key) in (("model", "path"), ("run", "seed"))):
             raise RunInputError(
                 f"{section}.{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
                 "keep it, or choose another run.output"

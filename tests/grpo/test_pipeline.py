@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ranks
 
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.pipeline import load_pipeline, run_pipeline
@@ -173,6 +174,16 @@ def test_from_the_command_line(pipeline, tmp_path, capsys):
     assert "first" in capsys.readouterr().out
     assert main(["pipeline", str(pipeline), "--until", "fist"]) == 2
     assert "did you mean first?" in capsys.readouterr().err
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_run_it_together(pipeline, tmp_path):
+    """Each stage on both, the same state seen by both; then alone, where all is finished."""
+    outputs = ranks.run(run_pipeline, 2, pipeline)
+    assert outputs == [tmp_path / "whole"] * 2
+    written = (tmp_path / "whole/second/model/model.safetensors").stat().st_mtime_ns
+    run_pipeline(pipeline)
+    assert (tmp_path / "whole/second/model/model.safetensors").stat().st_mtime_ns == written
 
 
 def test_every_recipe_of_a_pipeline_is_sound():
