@@ -16,13 +16,12 @@ import ranks
 import torch
 from safetensors.torch import load_file
 
-from flashgrpo.grpo.balance import plan_packs
 from flashgrpo.grpo.data import DataError, Problem
 from flashgrpo.grpo.packing import build_batch
 from flashgrpo.grpo.policy import Policy, open_policy, open_tokenizer
 from flashgrpo.grpo.preference import CARD, OwnProcess, RewardModel, open_preferences, scored_group, scored_ids
 from flashgrpo.grpo.recipe import RewardModelRecipe, build_recipe
-from flashgrpo.grpo.reward_model import RewardModelTrainer, load_rows, reward_model
+from flashgrpo.grpo.reward_model import RewardModelTrainer, Row, load_rows, reward_model
 from flashgrpo.grpo.reward_pool import CompletionGroup
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunFolder, read_rows
@@ -31,7 +30,6 @@ from flashgrpo.grpo.train import train
 from flashgrpo.grpo.world import open_world
 from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
 from flashgrpo.model.config import CheckpointError
-from flashgrpo.model.flops import ModelFlops
 
 pytestmark = pytest.mark.xdist_group("ranks")
 TIMES = ("tokens_per_s/trained", "memory/peak_mb")
@@ -146,24 +144,21 @@ def test_loss_and_gradients_are_those_of_float64_on_single_sequences(recipe, sco
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_a_pair_is_never_split(num_ranks):
-    """Not where one pack has room for no second pair, nor to even out ranks."""
+def test_a_pair_is_never_split(recipe, num_ranks):
+    """Neither where a pack has no room for it, nor to even out ranks; every rank has as many micro-batches."""
     rng = np.random.default_rng(1)
-    config = read_config_of_sizes()
-    for num_pairs in (1, 2, 7):
-        groups = [
-            scored_group([1] * int(rng.integers(1, 30)), [np.ones(int(rng.integers(1, 30))) for _ in range(2)], 2 * i)
-            for i in range(num_pairs)
-        ]
-        plan = plan_packs(groups, 100, num_ranks, config, keep_whole=True)
-        found = [group for rank in plan.packs for pack in rank for group in pack]
-        assert [len(group.completions) for group in found] == [2] * num_pairs
-        assert len({len(rank) for rank in plan.packs}) == 1
-        assert max(sum(g.num_tokens for g in pack) for rank in plan.packs for pack in rank) <= 100
-
-
-def read_config_of_sizes() -> ModelFlops:
-    return ModelFlops(per_token=1e6, per_pair=1e2, per_target=0.0)
+    recipe = changed(recipe, "train", token_budget=100)
+    with open_world(recipe) as world, RunFolder(recipe.run.output, "", resume=False, world=world) as folder:
+        trainer = RewardModelTrainer(recipe, folder, world)
+        trainer.world = dataclasses.replace(world, size=num_ranks)
+        for num_pairs in (1, 2, 7):
+            lengths = rng.integers(1, 30, (num_pairs, 3))
+            rows = [Row([1] * a, [np.ones(b), np.ones(c)], [1.0, -1.0]) for a, b, c in lengths.tolist()]
+            plan, _, _ = trainer._pack(rows)
+            found = [group for rank in plan.packs for pack in rank for group in pack]
+            assert [len(group.completions) for group in found] == [2] * num_pairs
+            assert len({len(rank) for rank in plan.packs}) == 1
+            assert max(sum(g.num_tokens for g in pack) for rank in plan.packs for pack in rank) <= 100
 
 
 @pytest.mark.parametrize("objective", ["pairwise", "pointwise"])
