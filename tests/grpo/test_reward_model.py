@@ -21,6 +21,7 @@ from flashgrpo.grpo.packing import build_batch
 from flashgrpo.grpo.policy import Policy, open_policy, open_tokenizer
 from flashgrpo.grpo.preference import CARD, OwnProcess, RewardModel, open_preferences, scored_group, scored_ids
 from flashgrpo.grpo.recipe import RewardModelRecipe, build_recipe
+from flashgrpo.grpo.report import print_summary
 from flashgrpo.grpo.reward_model import RewardModelTrainer, Row, load_rows, reward_model
 from flashgrpo.grpo.reward_pool import CompletionGroup
 from flashgrpo.grpo.rewards import RewardFailure
@@ -162,7 +163,7 @@ def test_a_pair_is_never_split(recipe, num_ranks):
 
 
 @pytest.mark.parametrize("objective", ["pairwise", "pointwise"])
-def test_it_learns_to_prefer_digits_and_says_so(recipe, tmp_path, objective):
+def test_it_learns_to_prefer_digits_and_says_so(recipe, tmp_path, objective, capsys):
     data = write_rows(tmp_path / "many.jsonl", make_rows(200))
     recipe = changed(recipe, "data", path=data, held_out=50)
     recipe = changed(
@@ -175,6 +176,10 @@ def test_it_learns_to_prefer_digits_and_says_so(recipe, tmp_path, objective):
         "eval/std": 0.0,
     }
     assert steps[-1]["eval/accuracy"] > 0.9
+    print_summary(recipe.run.output)
+    assert "held-out accuracy" in (summary := capsys.readouterr().out)
+    assert "50.0%" in summary
+    assert f"{steps[-1]['eval/accuracy']:.1%}" in summary
     assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
     assert steps[0]["loss"] == pytest.approx(np.log(2))
     card = json.loads((model / CARD).read_text())
