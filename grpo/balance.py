@@ -27,13 +27,16 @@ class PackPlan:
     costs: np.ndarray  # [num_ranks, num_micro_batches] fp64, forward FLOPs
 
 
-def plan_packs(groups: list[Group], token_budget: int, num_ranks: int, flops: ModelFlops) -> PackPlan:
+def plan_packs(
+    groups: list[Group], token_budget: int, num_ranks: int, flops: ModelFlops, keep_whole: bool = False
+) -> PackPlan:
     """Spread groups over ranks and micro-batches of at most `token_budget` tokens.
 
     Groups are split where that evens packs out, at the price of a repeated prompt. Of the plans with as few
     micro-batches as were found, more only where the budget leaves no room to even out, and of best-fit decreasing,
-    which splits no group that fits, the one with the least sum of slowest ranks is returned. Raises PackingError for
-    an empty prompt or completion, and where a prompt and one completion alone are over the budget.
+    which splits no group that fits, the one with the least sum of slowest ranks is returned. `keep_whole` is for losses
+    that compare a group's completions: only best-fit decreasing, into packs of the budget or of an equal share. Raises
+    PackingError for an empty prompt or completion, and where a prompt and one completion alone are over the budget.
     """
     groups = [group for group in groups if group.completions]
     for group in groups:
@@ -43,7 +46,14 @@ def plan_packs(groups: list[Group], token_budget: int, num_ranks: int, flops: Mo
     def fill(num_packs: int, slack: float) -> list[list[_Piece]] | None:
         return _fill(rests, token_budget, num_ranks, num_packs, slack, flops.per_token)
 
-    fitted: list[list[_Piece]] = [[_Rest.of(piece, flops) for piece in pack] for pack in best_fit(groups, token_budget)]
+    def fit(budget: int) -> list[list[_Piece]]:
+        return [[_Rest.of(piece, flops) for piece in pack] for pack in best_fit(groups, budget)]
+
+    fitted = fit(token_budget)
+    if keep_whole:
+        share = _SLACKS[0] * sum(rest.tokens for rest in rests) / max(-(-len(fitted) // num_ranks) * num_ranks, 1)
+        even = fit(min(max([int(share), *(rest.tokens for rest in rests)]), token_budget))
+        return _dealt_out(min(fitted, even, key=lambda plan: _lockstep(plan, num_ranks)), num_ranks)
     fewest = fill(sum(len(group.completions) for group in groups), math.inf) or []
     fewest = min(fewest, fitted, key=len)
     plans, repeats = [fewest, fitted], sum(map(_cost, fewest)) / max(_cost(rests), 1)
@@ -54,7 +64,16 @@ def plan_packs(groups: list[Group], token_budget: int, num_ranks: int, flops: Mo
                 break
             plans.append(packs)
         num_packs += num_ranks
-    packs = min(plans, key=lambda plan: (sum(sorted(map(_cost, plan), reverse=True)[::num_ranks]), len(plan)))
+    return _dealt_out(min(plans, key=lambda plan: _lockstep(plan, num_ranks)), num_ranks)
+
+
+def _lockstep(packs: list[list["_Piece"]], num_ranks: int) -> tuple[int, int]:
+    """The sum of slowest ranks, and the number of packs."""
+    return sum(sorted(map(_cost, packs), reverse=True)[::num_ranks]), len(packs)
+
+
+def _dealt_out(packs: list[list["_Piece"]], num_ranks: int) -> PackPlan:
+    """Packs of like cost in one micro-batch."""
     packs = sorted(packs, key=_cost, reverse=True) + [[]] * (-len(packs) % num_ranks)
     return PackPlan(
         [[[piece.group for piece in pack] for pack in packs[rank::num_ranks]] for rank in range(num_ranks)],

@@ -6,17 +6,15 @@ nothing of torchrun's ranks, and ends with the trainer's.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from flashgrpo.grpo.child import Child
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_options import EngineOptions, own_environment
 from flashgrpo.grpo.world import GeneratorFailure
@@ -42,25 +40,14 @@ class EngineProcess:
         load_format: str = "dummy",
     ):
         self.stop_token_ids, self.timeout_s = stop_token_ids, timeout_s
-        self._connection, theirs = multiprocessing.Pipe()
         environment = own_environment()
         if device.type == "cuda":
             index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible[0] else str(index)
         quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-        command = (  # Ctrl-C is ignored before anything that takes time is imported
-            "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-            f"sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
-        )
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", command],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env=quiet | environment,
-            )
-        self._connection.send((options, stop_token_ids, load_format))
-        self._receive("starting", _START_LIMIT_S)
+        self.child = Child("vLLM's process", EngineError, serve, quiet | environment)
+        self.child.send((options, stop_token_ids, load_format), "starting")
+        self.child.receive("starting", _START_LIMIT_S)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("init_weight_transfer_engine", init_info)
@@ -82,42 +69,23 @@ class EngineProcess:
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Groups as they finish. Where the caller stops early, the engine does so too."""
-        self._connection.send(("generate", (requests, sampling)))
+        self.child.send(("generate", (requests, sampling)), "generate")
         missing = len(requests)
         try:
             while missing:
-                yield self._receive("generate", None)
+                yield self.child.receive("generate", None)
                 missing -= 1
         finally:
-            if missing and self._process.poll() is None:
+            if missing and self.child.process.poll() is None:
                 self.close()  # it would go on to the end
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()
-        self._process.wait()
+        self.child.close()
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        try:
-            self._connection.send((method, arguments))
-        except (BrokenPipeError, ConnectionResetError):
-            self._raise_dead(method)
-        return self._receive(method, self.timeout_s)
-
-    def _receive(self, method: str, timeout_s: float | None) -> Any:
-        try:
-            if not self._connection.poll(timeout_s):
-                self.close()  # a late answer would be taken for that of the next call
-                raise EngineError(f"vLLM's process did not finish {method} within {timeout_s:g} s")
-            error, result = self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._raise_dead(method)
-        if error is not None:
-            raise error
-        return result
-
-    def _raise_dead(self, method: str) -> NoReturn:
-        raise EngineError(f"vLLM's process ended during {method} with exit code {self._process.wait()}")
+        self.child.send((method, arguments), method)
+        return self.child.receive(method, self.timeout_s)
 
 
 def serve(file_descriptor: int) -> None:

@@ -49,11 +49,14 @@ def open_sharded_model(
     stored: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
     read_weights: bool = True,
+    new_score: bool = False,
 ) -> Decoder:
     """The model at section.path, sharded over `mesh`: it computes in section.dtype and keeps its shards in `stored`.
-    No rank ever holds more than its shard and the rows being read. Raises CheckpointError.
+    No rank ever holds more than its shard and the rows being read. With `new_score` it becomes a reward model
+    (`load_weights`). Raises CheckpointError.
     """
-    model = empty_decoder(read_config(section.path), stored)
+    config = read_config(section.path)
+    model = empty_decoder(config.as_reward_model() if new_score else config, stored)
     model.activation_checkpointing = section.activation_checkpointing
     model.attention_backend = section.attention_backend
     if section.compile:
@@ -61,7 +64,7 @@ def open_sharded_model(
     shard(model, mesh, resolve_dtype(section.dtype, device), reshard_after_forward)
     model.to_empty(device=device)
     if read_weights:
-        load_weights(model, section.path)
+        load_weights(model, section.path, new_score=new_score)
     return model
 
 
@@ -116,6 +119,12 @@ def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list
             f"{path}: no end-of-sequence token in its tokenizer, config.json or generation_config.json"
         )
     return sorted(ids)
+
+
+def end_token_id(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that closes a text: the tokenizer's end of sequence, or the first that ends a completion."""
+    end: Any = tokenizer.eos_token_id
+    return stop_token_ids(path, tokenizer)[0] if end is None else end
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,6 +1,6 @@
 """`flashgrpo report RUN`: the paper's two curves (score and response length over steps), rewards, the time's shares.
 
-Of an SFT run, the loss.
+Of an SFT run or a reward model's, the loss.
 """
 
 from pathlib import Path
@@ -27,6 +27,7 @@ _GRPO_SUMMARY = {  # column: key and format
     "sampled tokens/s": ("tokens_per_s", "{:,.0f}"),
 }
 _SFT_SUMMARY = {"loss": ("loss", "{:.4f}"), "trained tokens/s": ("tokens_per_s/trained", "{:,.0f}")}
+_REWARD_MODEL_SUMMARY = {"held-out accuracy": ("eval/accuracy", "{:.1%}"), **_SFT_SUMMARY}
 
 
 def write_report(run: str | Path) -> Path:
@@ -46,7 +47,7 @@ def write_report(run: str | Path) -> Path:
     else:
         axes = [figure.subplots()]
         axes[0].plot(*_series(steps, "loss"), color="tab:blue")
-        _label(axes[0], "loss, nats a token")
+        _label(axes[0], "loss, nats a row" if "train/accuracy" in steps[0] else "loss, nats a token")
     for axis in axes:
         axis.set_xlabel("step")
         axis.tick_params(labelbottom=True)
@@ -65,9 +66,11 @@ def print_summary(run: str | Path, num_samples: int = 3) -> None:
     """Held-out score or loss before and after, and the newest sampled completions, to standard output."""
     run, console = Path(run), Console()
     rows = read_rows(run / "metrics.jsonl")
-    evaluations = [row for row in rows if "eval/pass@1" in row]
+    evaluations = [row for row in rows if "eval/pass@1" in row or "eval/accuracy" in row]
     steps = [row for row in rows if "loss" in row]
     columns = _GRPO_SUMMARY if any("reward/mean" in row for row in steps) else _SFT_SUMMARY
+    if any("train/accuracy" in row for row in steps):
+        columns = _REWARD_MODEL_SUMMARY
     table = Table(title=Text(str(run)), title_justify="left")
     for column in ("step", *columns):
         table.add_column(column, justify="right")

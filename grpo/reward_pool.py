@@ -13,12 +13,9 @@ import contextlib
 import inspect
 import logging
 import math
-import multiprocessing
 import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashgrpo.grpo.child import start_child
 from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet, RewardTable, Scorer
 from flashgrpo.grpo.rewards import BUILTINS, RewardError, RewardFailure, RewardFunction, resolve_reward
@@ -284,19 +282,9 @@ class _Worker:
                 self._start()
 
     def _start(self) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        command = (  # Ctrl-C is ignored before anything that takes time is imported
-            "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-            f"sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
-        )
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", command],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-                process_group=0,  # Ctrl-C at the terminal goes to the main process, which then ends its workers
-            )
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        # Ctrl-C at the terminal goes to the main process, which then ends its workers, whatever those start
+        self._process, self._connection = start_child(serve, {**os.environ, **one_thread}, process_group=0)
         self._started = False
         self._connection.send(self._setup)
 

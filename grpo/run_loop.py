@@ -40,6 +40,7 @@ class RunLoop(abc.ABC):
             world.mesh,
             reshard_after_forward=recipe.train.reshard_after_forward,
             read_weights=folder.checkpoint is None,
+            new_score=isinstance(recipe, RewardModelRecipe),
         )
         self.policy = open_policy(recipe.model, world.device, model)
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
@@ -58,6 +59,10 @@ class RunLoop(abc.ABC):
 
     def extra_state(self) -> dict[str, Any]:
         """Plain values of a checkpoint besides the step."""
+        return {}
+
+    def model_files(self) -> dict[str, dict[str, Any]]:
+        """JSON files of the model's folder besides Hugging Face's, by name; all ranks make them."""
         return {}
 
     def open_learner(self, total_steps: int) -> None:
@@ -102,8 +107,10 @@ class RunLoop(abc.ABC):
         self.folder.save(self.step, self._write_model, tensors, self.extra_state(), keep)
 
     def _write_model(self, folder: Path) -> None:
-        source = self.policy.path
-        save_checkpoint(self.policy.model, folder, tokenizer_files_from=source, dtype=self.compute_dtype)
+        files, source = self.model_files(), self.policy.path
+        save_checkpoint(
+            self.policy.model, folder, tokenizer_files_from=source, dtype=self.compute_dtype, json_files=files
+        )
 
     def _raise_alarms(self, metrics: dict[str, float]) -> None:
         if metrics["update/skipped"]:

@@ -17,7 +17,7 @@ from flashgrpo.grpo.balance import plan_packs
 from flashgrpo.grpo.data import DataError, load_problems, render_prompt
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, build_batch
-from flashgrpo.grpo.policy import Policy
+from flashgrpo.grpo.policy import Policy, end_token_id
 from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
 from flashgrpo.grpo.recipe import SftRecipe, recipe_to_toml
 from flashgrpo.grpo.run_folder import RunFolder
@@ -88,8 +88,7 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
     shared = {f.name: getattr(data, f.name) for f in dataclasses.fields(SourceSection)}
     source = DataSection(**shared, answer_column=data.completion_column, held_out=0)
     problems, _ = load_problems(source, seed=0)
-    end = policy.tokenizer.eos_token_id
-    end = policy.stop_token_ids[0] if end is None else end
+    end = end_token_id(policy.path, policy.tokenizer)
     examples = []
     for number, problem in enumerate(problems, start=1):
         where, text = f"{data.path}: row {number}", problem.columns["answer"]

@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +54,32 @@ def init_decoder(
     return decoder
 
 
-def read_config(path: str | os.PathLike) -> ModelConfig:
-    """The model that `path`/config.json describes; raises CheckpointError."""
+def read_config(path: str | os.PathLike, *, reward_model: bool = False) -> ModelConfig:
+    """The model that `path`/config.json describes: a causal one, or a reward model. Raises CheckpointError."""
     folder = Path(path)
     recover(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a Hugging Face checkpoint is wanted")
-    raw = _read_json(folder / CONFIG)
+    raw = read_json(folder / CONFIG)
     try:
-        return ModelConfig.from_dict(raw)
+        config = ModelConfig.from_dict(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    if config.is_reward_model and not reward_model:
+        raise CheckpointError(f"{folder} holds a reward model; a causal language model is wanted")
+    if reward_model and not config.is_reward_model:
+        raise CheckpointError(
+            f"{folder} holds a causal language model; a reward model is wanted, which `flashgrpo reward-model` makes"
+        )
+    return config
 
 
 def load_checkpoint(
-    path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    reward_model: bool = False,
 ) -> Decoder:
     """The decoder in folder `path`, its weights cast to `dtype` (None: that of the first one stored), on `device`.
 
@@ -76,15 +87,17 @@ def load_checkpoint(
     tensor, for a folder or file that is missing or broken, a tensor that is missing, unexpected or of the wrong shape,
     and a model that is not supported (`ModelConfig.from_dict`).
     """
-    decoder = empty_decoder(read_config(path), dtype or _stored_dtype(Path(path))).to_empty(device=device)
+    config = read_config(path, reward_model=reward_model)
+    decoder = empty_decoder(config, dtype or _stored_dtype(Path(path))).to_empty(device=device)
     load_weights(decoder, path)
     return decoder
 
 
 @torch.no_grad()
-def load_weights(decoder: Decoder, path: str | os.PathLike) -> None:
+def load_weights(decoder: Decoder, path: str | os.PathLike, *, new_score: bool = False) -> None:
     """Fill a decoder, sharded or not, from folder `path`; a rank reads no more than its own rows. Errors as
-    `load_checkpoint`.
+    `load_checkpoint`. With `new_score` the decoder becomes a reward model from a causal model's folder: its head starts
+    at 0, so that no random preference has to be unlearned and the loss begins at log 2.
     """
     folder = Path(path)
     missing = {
@@ -92,6 +105,8 @@ def load_weights(decoder: Decoder, path: str | os.PathLike) -> None:
         for name, parameter in decoder.named_parameters()
         for part, rows in huggingface_rows(name, len(parameter), decoder.config).items()
     }
+    if new_score:
+        local_rows(missing.pop("score.weight")[0])[0].zero_()
     unexpected: list[str] = []
     tied_head = None
     for name, stored in _stored_tensors(folder):
@@ -104,7 +119,9 @@ def load_weights(decoder: Decoder, path: str | os.PathLike) -> None:
             start, stop = max(rows.start, first), min(rows.stop, first + len(local))
             if start < stop:
                 local[start - first : stop - first].copy_(stored[start - rows.start : stop - rows.start])
-        elif name == "lm_head.weight" and decoder.lm_head is None:
+        elif name == "lm_head.weight" and new_score:
+            continue
+        elif name == "lm_head.weight" and decoder.config.tie_embeddings and decoder.score is None:
             local, first = local_rows(decoder.lm_head_weight)
             tied_head = stored[first : first + len(local)] if len(local) else local
         elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that older checkpoints carry
@@ -124,9 +141,10 @@ def save_checkpoint(
     tokenizer_files_from: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    json_files: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Writes folder `path`: config.json with every key of the original, the weights in `dtype` (None: as they are), and
-    the tokenizer and generation_config.json of the folder `tokenizer_files_from`.
+    """Writes folder `path`: config.json with every key of the original, the weights in `dtype` (None: as they are), the
+    tokenizer and generation_config.json of the folder `tokenizer_files_from`, and `json_files` by name.
 
     Of a sharded decoder, every rank must call this; the first one writes, holding one file's tensors at a time.
     A folder that was there stays whole until the new one is (`whole_folder`). Raises OSError when the disk fails or is
@@ -138,7 +156,9 @@ def save_checkpoint(
     try:
         if not isinstance(decoder, FSDPModule) or dist.get_rank() == 0:
             with whole_folder(Path(path)) as partial:
-                _write_json(partial / CONFIG, config.to_dict(str(stored).removeprefix("torch.")))
+                jsons = {CONFIG: config.to_dict(str(stored).removeprefix("torch.")), **(json_files or {})}
+                for name, content in jsons.items():
+                    _write_json(partial / name, content)
                 if tokenizer_files_from is not None:
                     _copy_tokenizer_files(Path(tokenizer_files_from), partial)
                 shapes = {n: torch.empty(p.shape, dtype=stored, device="meta") for n, p in parameters.items()}
@@ -155,7 +175,8 @@ def empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
         return Decoder(config).to(dtype)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises CheckpointError."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -177,7 +198,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     if (folder / WEIGHTS).is_file():
         shards[WEIGHTS] = []
     elif (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{folder / INDEX}: has no object 'weight_map'")
         for name, shard in weight_map.items():

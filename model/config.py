@@ -1,4 +1,5 @@
-"""A model's shape, read from Hugging Face's config.json: dense Llama, Qwen2 and Qwen3.
+"""A model's shape, read from Hugging Face's config.json: dense Llama, Qwen2 and Qwen3, as causal models or as reward
+models, which have a head of one score in place of the LM head.
 
 The original dictionary is kept and written back whole, so that keys this package does not know survive training.
 """
@@ -11,6 +12,7 @@ from typing import Any
 from flashgrpo.model.rope import Rope
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CAUSAL, _SCORING = "ForCausalLM", "ForSequenceClassification"
 
 
 class CheckpointError(ValueError):
@@ -35,6 +37,7 @@ class ModelConfig:
     output_bias: bool
     qk_norm: bool
     tie_embeddings: bool
+    is_reward_model: bool  # a head of one score instead of the LM head
     initializer_range: float
     raw: Mapping[str, Any] = field(repr=False, compare=False)
 
@@ -43,7 +46,7 @@ class ModelConfig:
         """The model that `raw`, a parsed config.json, describes; keys left out have transformers' defaults.
 
         Raises CheckpointError for another family, a missing key, or a feature that would change the mathematics
-        (sliding window, another activation, MLP bias, partial rotary embedding, quantised weights).
+        (sliding window, another activation, MLP bias, partial rotary embedding, quantised weights, several scores).
         """
         family = raw.get("model_type")
         if family not in ARCHITECTURES:
@@ -74,9 +77,23 @@ class ModelConfig:
             output_bias=attention_bias,
             qk_norm=family == "qwen3",
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            is_reward_model=_is_reward_model(raw),
             initializer_range=_positive(raw, "initializer_range", 0.02),
             raw=raw,
         )
+
+    def as_reward_model(self) -> "ModelConfig":
+        """This model with a head of one score, as transformers' AutoModelForSequenceClassification reads it.
+
+        transformers looks for the last token that is not padding: one that is also an end of sequence, which a score
+        is read at, is no padding here.
+        """
+        raw = {**self.raw, "architectures": [ARCHITECTURES[self.family].replace(_CAUSAL, _SCORING)]}
+        raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+        ends = raw.get("eos_token_id")
+        if raw.get("pad_token_id") in (ends if isinstance(ends, list) else [ends]):
+            raw["pad_token_id"] = None
+        return ModelConfig.from_dict(raw)
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
         """The config.json of this model with weights of `dtype` ("bfloat16"); every key of `raw` is kept."""
@@ -85,6 +102,14 @@ class ModelConfig:
         if "torch_dtype" in written:  # the key's name before transformers 5
             written["torch_dtype"] = dtype
         return written
+
+
+def _is_reward_model(raw: Mapping[str, Any]) -> bool:
+    if not any(str(name).endswith(_SCORING) for name in raw.get("architectures") or ()):
+        return False
+    if (num := raw.get("num_labels", len(raw.get("id2label") or (0, 1)))) != 1:
+        raise CheckpointError(f"a head of {num} labels; only a reward model's, of one, is supported")
+    return True
 
 
 def _positive(raw: Mapping[str, Any], key: str, default: float | None = None, wanted: str = "number") -> float:

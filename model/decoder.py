@@ -2,8 +2,9 @@
 
 Attention is an argument of the forward pass, so that training (packed segments) and generation (a KV cache) share
 every other line. The LM head is not applied: `lm_head_weight` goes to the fused loss or log-prob kernels instead, and
-the logits never exist. What multiplies the same input is one parameter: the projections to q, k and v, and those to
-gate and up. `huggingface_views` has them apart, under the names that checkpoints use.
+the logits never exist. A reward model has a head of one score in its place. What multiplies the same input is one
+parameter: the projections to q, k and v, and those to gate and up. `huggingface_views` has them apart, under the names
+that checkpoints use.
 """
 
 import functools
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flashgrpo.kernels.attention import packed_attention
-from flashgrpo.kernels.common import backward_once
+from flashgrpo.kernels.common import accumulation_dtype, backward_once
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.linear import ONEDNN_PRODUCT, Linear, padded_rows, product, weight_gradient
@@ -30,7 +31,7 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class Decoder(nn.Module):
-    """A causal language model without its logits.
+    """A causal language model without its logits, or a reward model.
 
     `activation_checkpointing` trades time for memory, block by block: "full" keeps each block's input and recomputes
     the rest, "selective" keeps the outputs of matrix products and attention too and recomputes what is cheap.
@@ -41,7 +42,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        own_head = not (config.tie_embeddings or config.is_reward_model)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if own_head else None
+        self.score = nn.Linear(config.hidden_size, 1, bias=False) if config.is_reward_model else None
         self.activation_checkpointing: ActivationCheckpointing = "none"
         self.attention_backend = "triton"
 
@@ -64,6 +67,17 @@ class Decoder(nn.Module):
             ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
         hidden = self._run(ids, positions, attend)
         return hidden[:total_tokens].clone() if padding else hidden  # FSDP wants no view
+
+    def scores(self, batch: PackedBatch) -> Tensor:
+        """A reward model's score of every completion at the last token that is fed, [num_completions], fp32.
+
+        Completions of one token have none of their own fed, and are not for this.
+        """
+        assert self.score is not None
+        hidden = self(batch)
+        hidden = hidden[batch.predictors[batch.target_cu_seqlens[1:].long() - 1]]  # each row has one reader at most
+        wide = accumulation_dtype(hidden.dtype)
+        return F.linear(hidden.to(wide), self.score.weight.to(wide)).squeeze(1)
 
     def padded_tokens(self, num_tokens: int) -> int:
         """`num_tokens`, or a little more on a CPU: `model.linear` has the reason."""

@@ -11,7 +11,7 @@ class ModelFlops:
 
     per_token: float  # products of the blocks
     per_pair: float  # a query and a key that it sees, over all blocks: q k^T and weights v
-    per_target: float  # the LM head
+    per_target: float  # the LM head; a reward model has none
 
     @classmethod
     def of(cls, config: ModelConfig) -> "ModelFlops":
@@ -21,7 +21,7 @@ class ModelFlops:
         return cls(
             per_token=2.0 * config.num_layers * weights,
             per_pair=4.0 * config.num_layers * q_size,
-            per_target=2.0 * config.hidden_size * config.vocab_size,
+            per_target=0.0 if config.is_reward_model else 2.0 * config.hidden_size * config.vocab_size,
         )
 
     def forward(self, num_tokens, num_pairs, num_targets):

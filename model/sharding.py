@@ -1,7 +1,8 @@
 """The decoder over many ranks: FSDP2 (Zhao et al. 2023), one group of parameters a block.
 
-Embedding, final norm and LM head are the root's group, which stays gathered between forward and backward pass: the
-fused loss reads the head's weight as a plain tensor, and writes its gradient, outside of any module's forward.
+Embedding, final norm and head are the root's group, which stays gathered between forward and backward pass: the fused
+loss, or a reward model's, reads the head's weight as a plain tensor, and writes its gradient, outside of any module's
+forward.
 Gradients are summed over ranks, not averaged: the loss is divided by a denominator that all ranks share.
 """
 

@@ -197,7 +197,7 @@ def test_a_stalled_sync_hits_its_deadline(opened, monkeypatch):
     def stalling():
         for name, tensor in original():
             if name == "model.layers.1.mlp.down_proj.weight":
-                os.kill(generator.client._process.pid, signal.SIGSTOP)
+                os.kill(generator.client.child.process.pid, signal.SIGSTOP)
             yield name, tensor
 
     original = source._tensors
@@ -211,7 +211,7 @@ def test_a_stalled_sync_hits_its_deadline(opened, monkeypatch):
 def test_an_engine_that_dies_leaves_a_checkpoint(vllm_recipe, phase, monkeypatch):
     def dying(self, *arguments):
         if (version := self.generator.weight_version) == 1 or (phase == "generate" and version == 2):
-            pid = self.generator.client._process.pid
+            pid = self.generator.client.child.process.pid
             threading.Timer(0.0 if phase == "sync" else 0.02, os.kill, (pid, signal.SIGKILL)).start()
         return original(self, *arguments)
 
@@ -234,7 +234,7 @@ def train_with_a_dying_engine(recipe: Recipe) -> str:
 
     def dying(self, version, clock):
         if version == 1 and self.world.rank == 1:
-            self.generator.client._process.kill()
+            self.generator.client.child.process.kill()
         original(self, version, clock)
 
     original = Sampler.load_generator

@@ -1,14 +1,22 @@
 """What is trained must load in transformers with the same logits, and a bad checkpoint must say what is wrong."""
 
+import dataclasses
 import json
 import resource
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from flashgrpo.model.checkpoint import init_decoder, load_checkpoint, read_config, save_checkpoint
+from flashgrpo.model.checkpoint import (
+    empty_decoder,
+    init_decoder,
+    load_checkpoint,
+    load_weights,
+    read_config,
+    save_checkpoint,
+)
 from flashgrpo.model.config import CheckpointError, ModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -70,6 +78,32 @@ def test_saved_models_load_in_transformers(model_name, max_shard_bytes, referenc
         logits = ours(pack([SEQUENCE])) @ ours.lm_head_weight.T
         torch.testing.assert_close(logits, theirs(torch.tensor([SEQUENCE])).logits[0], atol=1e-4, rtol=0)
     assert_equal_weights(load_checkpoint(tmp_path / "ours"), ours)
+
+
+def test_reward_models_made_of_causal_ones_load_in_transformers(model_name, reference, pack, tmp_path):
+    """The LM head goes, tied or not; where padding is an end of sequence, transformers would read another token."""
+    reference(model_name, pad_token_id=3, eos_token_id=[2, 3]).save_pretrained(tmp_path / "causal")
+    ours = empty_decoder(read_config(tmp_path / "causal").as_reward_model(), torch.float32).to_empty(device="cpu")
+    load_weights(ours, tmp_path / "causal", new_score=True)
+    last_rows = {"predictors": torch.tensor([20, 22]), "target_cu_seqlens": torch.tensor([0, 1, 2], dtype=torch.int32)}
+    batch = dataclasses.replace(pack([[5], SEQUENCE, [7, 3]], [-1, 0, 0]), **last_rows)
+    with torch.no_grad():
+        assert ours.scores(batch).tolist() == [0, 0]
+        ours.get_parameter("score.weight").normal_(generator=torch.Generator().manual_seed(0))
+        save_checkpoint(ours, tmp_path / "ours", max_shard_bytes=10_000)
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+        found = ours.scores(batch)
+        for score, completion in zip(found, [SEQUENCE, [7, 3]], strict=True):
+            wanted = theirs(torch.tensor([[5, *completion]])).logits
+            torch.testing.assert_close(score, wanted[0, 0], atol=1e-5, rtol=0)
+    assert_equal_weights(load_checkpoint(tmp_path / "ours", reward_model=True), ours)
+    with pytest.raises(CheckpointError, match="ours holds a reward model; a causal language model is wanted"):
+        load_checkpoint(tmp_path / "ours")
+    with pytest.raises(CheckpointError, match="causal holds a causal language model; a reward model is wanted"):
+        load_checkpoint(tmp_path / "causal", reward_model=True)
+    edit_json(tmp_path / "ours" / "config.json", lambda c: c["id2label"].update({"1": "other"}))
+    with pytest.raises(CheckpointError, match=r"config\.json: a head of 2 labels; only a reward model's, of one"):
+        read_config(tmp_path / "ours", reward_model=True)
 
 
 def test_dtype_is_cast_and_recorded(decoder, tmp_path):

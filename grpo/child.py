@@ -1,0 +1,73 @@
+"""Processes of the trainer's own: fresh interpreters at the other end of a pipe, which end when it closes."""
+
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+
+def start_child(
+    serve: Callable[[int], None], environment: Mapping[str, str] | None = None, process_group: int | None = None
+) -> tuple[subprocess.Popen, Connection]:
+    """A process that runs `serve`, a function of a module, with the file descriptor of its end of a pipe; and our end.
+
+    The process hears no Ctrl-C and does not import the main script.
+    """
+    ours, theirs = multiprocessing.Pipe()
+    command = (  # Ctrl-C is ignored before anything that takes time is imported
+        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"sys.path[:] = {sys.path!r}; from {serve.__module__} import serve; serve({theirs.fileno()})"
+    )
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", command],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            env=environment,
+            process_group=process_group,
+        )
+    return process, ours
+
+
+class Child:
+    """A child that answers with (error, result); `name` and `failure` are for its death and its delays."""
+
+    def __init__(
+        self,
+        name: str,
+        failure: type[Exception],
+        serve: Callable[[int], None],
+        environment: Mapping[str, str] | None = None,
+    ):
+        self.name, self.failure = name, failure
+        self.process, self._connection = start_child(serve, environment)
+
+    def send(self, message: Any, step: str) -> None:
+        """Ask for `step`. Raises `failure` where the process has ended."""
+        try:
+            self._connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            self._raise_dead(step)
+
+    def receive(self, step: str, timeout_s: float | None) -> Any:
+        """The next result, or its error; a process that is late, or has ended, raises `failure`."""
+        try:
+            if not self._connection.poll(timeout_s):
+                self.close()  # a late answer would be taken for that of the next call
+                raise self.failure(f"{self.name} did not finish {step} within {timeout_s:g} s")
+            error, result = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._raise_dead(step)
+        if error is not None:
+            raise error
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+    def _raise_dead(self, step: str) -> NoReturn:
+        raise self.failure(f"{self.name} ended during {step} with exit code {self.process.wait()}")

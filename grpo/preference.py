@@ -1,0 +1,246 @@
+"""Reward models as rewards: completions scored by what `flashgrpo reward-model` has made.
+
+A group goes through the model in passes of its own, its completions behind one copy of the question, so that a score
+depends neither on the other groups nor on when they come. A question is put in the reward model's template, not the
+policy's, and a completion is tokenised anew, from its text.
+"""
+
+import contextlib
+import os
+import re
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from transformers import PreTrainedTokenizerBase
+
+from flashgrpo.grpo.child import Child
+from flashgrpo.grpo.data import DataError, Template, render_prompt
+from flashgrpo.grpo.packing import Completion, Group, PackingError, best_fit, build_batch
+from flashgrpo.grpo.policy import Policy, end_token_id, open_tokenizer, resolve_dtype
+from flashgrpo.grpo.reward_pool import CompletionGroup
+from flashgrpo.grpo.rewards import RewardFailure, with_opening
+from flashgrpo.grpo.sections import CHECKED, PreferenceSection
+from flashgrpo.grpo.vllm_options import own_environment
+from flashgrpo.grpo.world import World
+from flashgrpo.model.checkpoint import CheckpointError, load_checkpoint, read_config, read_json
+
+CARD = "reward_model.json"
+_START_LIMIT_S, _SCORE_LIMIT_S = 1800.0, 600.0
+_PROBE = "<think>Déjà vu — 数学</think>\n\tdef f(x): return x ** 2  # 12,345"
+
+
+@dataclass(frozen=True, config=CHECKED)
+class Card:
+    """What a reward model's folder says of itself, in reward_model.json."""
+
+    template: Template
+    scores: Literal["answer", "whole"]
+    objective: Literal["pairwise", "pointwise"]
+    held_out_mean: float | None = None  # of its scores, as in use; None where nothing was held out
+    held_out_std: float | None = None
+
+    def as_reward(self, logits: np.ndarray) -> np.ndarray:
+        """Pairwise, the raw logit, of which only differences mean anything; pointwise, the probability of "good"."""
+        return logits if self.objective == "pairwise" else 0.5 * (1 + np.tanh(logits / 2))
+
+
+def scored_ids(text: str, scores: str, tokenizer: PreTrainedTokenizerBase, end: int) -> np.ndarray:
+    """What a reward model reads of a completion, [num_tokens] int64, closed by `end`, at which the score is read.
+
+    With scores = "answer" it is what follows the reasoning, without <answer> tags: nothing where the reasoning is not
+    closed, and everything where there is none.
+    """
+    if scores == "answer":
+        is_open = "<think>" in text and "</think>" not in text
+        text = "" if is_open else re.sub(r"</?answer>", "", text.rpartition("</think>")[2]).strip()
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return np.array(ids if ids[-1:] == [end] else [*ids, end], dtype=np.int64)
+
+
+def scored_group(prompt_ids: list[int], texts: Sequence[np.ndarray], first_id: int = 0) -> Group:
+    """Texts behind one prompt; the token added to each is not fed, so that the last one fed is the text's own."""
+    return Group(prompt_ids, [Completion(np.append(ids, ids[-1]), first_id + i) for i, ids in enumerate(texts)])
+
+
+class RewardModel:
+    """A reward model in memory; `where` names it in errors. Raises CheckpointError."""
+
+    def __init__(self, path: str, device: str, batch_tokens: int, where: str, waits_on: str | None = None):
+        self.device, self.batch_tokens, self.where = torch.device(device), batch_tokens, where
+        self.card, self.tokenizer = read_card(path), open_tokenizer(path)
+        self.end = end_token_id(path, self.tokenizer)
+        dtype = resolve_dtype("auto", self.device)
+        self.model = load_checkpoint(path, dtype=dtype, device=waits_on or self.device, reward_model=True)
+
+    @torch.no_grad()
+    def score(self, group: CompletionGroup) -> np.ndarray:  # [group_size] float64
+        """Rewards of a group's completions. Raises RewardFailure for a question that does not suit the template, or is
+        too long with a completion for batch_tokens.
+        """
+        try:
+            prompt_ids = render_prompt(group.problem.prompt, self.card.template, self.tokenizer)
+        except DataError as error:
+            raise RewardFailure(f"{self.where}: {error}") from error
+        texts = [with_opening(group.prompt, text) for text in group.completions]
+        ids = [scored_ids(text, self.card.scores, self.tokenizer, self.end) for text in texts]
+        logits = torch.empty(len(ids), dtype=torch.float64)
+        try:
+            packs = best_fit([scored_group(prompt_ids, ids)], self.batch_tokens)
+        except PackingError as error:
+            longest = len(prompt_ids) + max(map(len, ids))
+            raise RewardFailure(
+                f"{self.where}: a question and its completion have {longest} tokens, batch_tokens = "
+                f"{self.batch_tokens}; raise it to {longest} or more"
+            ) from error
+        for pack in packs:
+            batch = build_batch(pack)
+            logits[batch.sequence_ids] = self.model.scores(batch.to(self.device)).double().cpu()
+        return self.card.as_reward(logits.numpy())
+
+
+class Scorer(ABC):
+    """A reward model for the completions of this rank."""
+
+    def submit(self, group: CompletionGroup) -> None:  # noqa: B027  # a model that is served in turn has nothing to do
+        """Begin with a group that `score` will be asked for; returns at once."""
+
+    @abstractmethod
+    def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:  # [num_groups, group_size] float64
+        """Raw logits of a pairwise reward model, probabilities of "good" of a pointwise one. Raises RewardFailure."""
+
+    def close(self) -> None:  # noqa: B027
+        """End what runs for it."""
+
+
+class InTurn(Scorer):
+    """On the policy's device for the time of a call; its weights, in the type of that device, wait on the host, on each
+    rank.
+    """
+
+    def __init__(self, section: PreferenceSection, where: str, device: torch.device):
+        self.model = RewardModel(section.path, str(device), section.batch_tokens, where, waits_on="cpu")
+        self.waiting = {
+            name: p.data.pin_memory() if device.type == "cuda" else p.data
+            for name, p in self.model.model.named_parameters()
+        }
+
+    def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
+        with self._on_device():
+            return np.array([self.model.score(group) for group in groups])
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        parameters = dict(self.model.model.named_parameters())
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self.waiting[name].to(self.model.device, non_blocking=True)
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = self.waiting[name]
+
+
+class OwnProcess(Scorer):
+    """In a process of the rank's own on another device, where it scores while the generator still samples."""
+
+    def __init__(self, section: PreferenceSection, where: str):
+        environment = {**own_environment(), "TOKENIZERS_PARALLELISM": "false"}
+        self.child = Child(f"the process of {where}", RewardFailure, serve, environment)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
+        self._begun: dict[int, tuple[CompletionGroup, Future[np.ndarray]]] = {}  # by identity
+        self._call((section.path, section.device, section.batch_tokens, where, torch.get_num_threads()), "starting")
+
+    def submit(self, group: CompletionGroup) -> None:
+        self._begun[id(group)] = group, self._thread.submit(self._call, group, "scoring")
+
+    def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
+        for group in groups:
+            if id(group) not in self._begun:
+                self.submit(group)
+        return np.array([self._begun.pop(id(group))[1].result() for group in groups])
+
+    def close(self) -> None:
+        self.child.close()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _call(self, message: object, step: str) -> np.ndarray:
+        self.child.send(message, step)
+        return self.child.receive(step, _START_LIMIT_S if step == "starting" else _SCORE_LIMIT_S)
+
+
+def open_preferences(sections: dict[str, PreferenceSection], policy: Policy, world: World) -> dict[str, Scorer]:
+    """The reward models of [reward_models] by name, each checked before any is loaded. All ranks must call it.
+
+    Raises CheckpointError for a folder that is no reward model, or has another tokenizer than the policy.
+    """
+    device, scorers = world.device, {}
+
+    def open_all() -> None:
+        for section in sections.values():
+            _check(section.path, policy)
+        for name, section in sections.items():
+            where = f"reward_models.{name}"
+            in_turn = section.device == "trainer"
+            scorers[name] = InTurn(section, where, device) if in_turn else OwnProcess(section, where)
+
+    try:
+        world.everywhere(open_all)
+    except BaseException:
+        for scorer in scorers.values():
+            scorer.close()
+        raise
+    return scorers
+
+
+def read_card(path: str | Path) -> Card:
+    """What the folder of a reward model says of itself. Raises CheckpointError."""
+    file = Path(path) / CARD
+    if not file.exists():
+        raise CheckpointError(f"{path} has no {CARD}; make a reward model by `flashgrpo reward-model RECIPE`")
+    try:
+        return TypeAdapter(Card).validate_python(read_json(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _check(path: str, policy: Policy) -> None:
+    read_config(path, reward_model=True)
+    read_card(path)
+    theirs, ours = open_tokenizer(path), policy.tokenizer
+    same_text = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
+    if theirs.get_vocab() != ours.get_vocab() or not same_text:
+        raise CheckpointError(
+            f"{path}: its tokenizer is not that of {policy.path}; train a reward model from one of the policy's family"
+        )
+
+
+def serve(file_descriptor: int) -> None:
+    """The process's life: scores groups until the other end of the pipe is closed."""
+    os.dup2(2, 1)  # what is printed must not mix with the trainer's output
+    with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
+        model: RewardModel | None = None
+        while True:
+            message = connection.recv()
+            try:
+                if model is None:
+                    *options, num_threads = message
+                    torch.set_num_threads(num_threads)
+                    model = RewardModel(*options)
+                    connection.send((None, None))
+                else:
+                    connection.send((None, model.score(message)))
+            except (CheckpointError, RewardFailure) as error:  # both are raised again in the trainer
+                connection.send((error, None))
+            except Exception as error:
+                connection.send((RewardFailure(f"{type(error).__name__}: {error}"), None))
+    os.kill(os.getpid(), signal.SIGKILL)
