@@ -66,7 +66,7 @@ def extract_answer(completion: str, prompt: str = "", *, whole: bool = False) ->
     `####` (GSM8K), else the last line, or the whole text with `whole`. What precedes `</think>` is cut; where the
     reasoning was not closed, only an `<answer>` block counts.
     """
-    text = _with_opening(prompt, completion)
+    text = with_opening(prompt, completion)
     is_open = "<think>" in text and "</think>" not in text
     text = text.rpartition("</think>")[2]
     if "<answer>" in text:
@@ -119,7 +119,7 @@ def format_tags(prompts: Sequence[str], completions: Sequence[str], **columns: A
 
     Each tag stands exactly once. The opening `<think>` may be the end of the prompt instead.
     """
-    return [float(_is_formatted(_with_opening(p, c))) for p, c in zip(prompts, completions, strict=True)]
+    return [float(_is_formatted(with_opening(p, c))) for p, c in zip(prompts, completions, strict=True)]
 
 
 def overlong(
@@ -155,7 +155,7 @@ def language_consistency(
     """
     targets = columns.get("language") or [None] * len(completions)
     rows = zip(prompts, completions, questions, targets, strict=True)
-    return [_share_in_language(_reasoning(p, c), _target_language(t, q)) for p, c, q, t in rows]
+    return [_share_in_language(reasoning_of(p, c), _target_language(t, q)) for p, c, q, t in rows]
 
 
 BUILTINS: Mapping[str, RewardFunction] = {
@@ -293,12 +293,14 @@ def _is_formatted(text: str) -> bool:
     return bool(thought and answer) and not (before or between or after)
 
 
-def _with_opening(prompt: str, completion: str) -> str:
+def with_opening(prompt: str, completion: str) -> str:
+    """The completion, with the `<think>` before it that the end of the prompt may have."""
     return f"<think>{completion}" if prompt.rstrip().endswith("<think>") else completion
 
 
-def _reasoning(prompt: str, completion: str) -> str:
-    text = _with_opening(prompt, completion)
+def reasoning_of(prompt: str, completion: str) -> str:
+    """What precedes `</think>` or `<answer>`, without tags; all of the completion where it has neither."""
+    text = with_opening(prompt, completion)
     return text.split("</think>")[0].split("<answer>")[0].replace("<think>", "")
 
 
