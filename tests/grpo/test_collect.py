@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,25 @@ def test_killed_and_resumed_is_the_same_bytes(values, tmp_path, monkeypatch, par
     assert len(written) == 3 - len(left) + 1  # what was there is not sampled again
 
 
+def test_ctrl_c_keeps_whole_parts(values, tmp_path, monkeypatch, capsys):
+    whole = collect(made(values))
+    recipe = made(values, run={"output": str(tmp_path / "stopped")})
+    original = module.sample_seeds
+
+    def interrupted(seed, step, prompt, num_samples):
+        if prompt == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(seed, step, prompt, num_samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sample_seeds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect(recipe)
+    assert [file.name for file in (tmp_path / "stopped/parts").iterdir()] == ["part_00000.parquet"]
+    assert "stopped after 1 of 3 parts; continue with --resume" in capsys.readouterr().err
+    assert collect(recipe, resume=True).read_bytes() == whole.read_bytes()
+
+
 def test_other_filters_cost_no_sampling_and_other_samples_are_refused(values, tmp_path, make_model, monkeypatch):
     recipe = made(values)
     data = collect(recipe)
@@ -395,9 +415,9 @@ def test_a_weights_hash_is_that_of_names_shapes_and_bytes(make_model, tmp_path):
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.parametrize("generator", ["vllm", "vllm_server"])
 def test_vllm_samples_with_the_models_weights(values, make_model, generator):
-    """At a low temperature vLLM and the trainer write the same; a server is sent its weights."""
+    """The likeliest tokens by vLLM are those by the trainer; a server is sent its weights."""
     path = str(make_model(**SIZES, initializer_range=0.3))
-    rollout = {"temperature": 0.01, "group_size": 2}
+    rollout = {"top_k": 1, "group_size": 2}
     native = collect(
         made(values, model={"path": path}, rollout=rollout, run={"output": values["run"]["output"] + "_n"})
     )
@@ -408,6 +428,5 @@ def test_vllm_samples_with_the_models_weights(values, make_model, generator):
         [row["completion"] for part in sorted(folder.glob("parts/*.parquet")) for row in rows_of(part)]
         for folder in (native.parent, Path(recipe.run.output))
     ]
-    same = np.mean([one == other for one, other in zip(*texts, strict=True)])
     assert len(texts[0]) == 20
-    assert same >= 0.9
+    assert texts[0] == texts[1]
