@@ -203,6 +203,7 @@ def test_what_is_written_is_what_the_model_samples(values, model_path, data_path
 
 
 def test_ranks_and_parts_change_nothing(values, tmp_path):
+    values["given"] = {"cold": {"path": given_file(tmp_path / "cold.jsonl", 5)}}
     one = collect(made(values))
     for prompts_per_part, size in ((4, 2), (3, 1), (64, 2)):
         output = tmp_path / f"{prompts_per_part}_{size}"
