@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.command not in (*_RUNS, "eval", "plan", "serve"):
+    if overrides and options.command not in (*_RUNS, "pipeline", "eval", "plan", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     flags = [f"--{name}" for name, value in vars(options).items() if value in (None, False)]  # those not given
     for override in overrides:
@@ -113,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", help="TOML file; any key can be overridden as --section.key=value")
         command.add_argument("--resume", action="store_true", help="continue the run in run.output, or start it")
         command.set_defaults(run=_run_recipe)
+    command = commands.add_parser("pipeline", help="run stages in a row, as all of DeepSeek-R1", allow_abbrev=False)
+    command.add_argument("recipe", help="TOML file; override as --stages.NAME.section.key=value; finished stages stay")
+    command.add_argument("--until", metavar="STAGE", help="the last stage to run")
+    command.set_defaults(run=_run_pipeline)
     command = commands.add_parser("eval", help="held-out pass@1, pass@k and cons@k of a model", allow_abbrev=False)
     command.add_argument("recipe", help="a training recipe; its keys can be overridden, as --eval.samples=16")
     command.add_argument("--model", help="Hugging Face folder; default: the run's final or newest, else model.path")
@@ -174,6 +178,12 @@ def _run_recipe(options: argparse.Namespace, overrides: list[str]) -> None:
             _print_report(recipe.run.output)
 
 
+def _run_pipeline(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.pipeline import run_pipeline
+
+    run_pipeline(options.recipe, overrides, options.until)
+
+
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from flashgrpo.grpo.evaluate import evaluate_recipe
     from flashgrpo.grpo.recipe import Recipe, load_recipe
@@ -213,7 +223,8 @@ def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
     devices = options.devices or (os.environ.get("CUDA_VISIBLE_DEVICES", "0") if on_gpu else "cpu")
     context = read_config(recipe.model.path).raw.get("max_position_embeddings", sys.maxsize)
     room = (recipe.vllm.max_model_len or context) - recipe.rollout.max_new_tokens
-    longest_prompt = max(1, min(recipe.data.max_prompt_tokens, room))  # vLLM refuses more than the model's context
+    longest_prompt = max(source.max_prompt_tokens for source in (recipe.data, *recipe.sources.values()))
+    longest_prompt = max(1, min(longest_prompt, room))  # vLLM refuses more than the model's context
     dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     serve(EngineOptions.of(recipe, dtype, on_gpu, longest_prompt), options.host, options.port, devices)
 

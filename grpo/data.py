@@ -194,10 +194,16 @@ def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) 
     return [Problem(question, shared | columns) for question, columns in first_of.items()]
 
 
+def is_local(path: str) -> bool:
+    """Whether a path to data is that of a file or folder, rather than a data set's name on the Hugging Face hub."""
+    file = Path(path).expanduser()
+    by_name = path.startswith(("/", ".", "~")) or file.suffix in (".jsonl", ".parquet") or path.count("/") > 1
+    return by_name or file.exists()
+
+
 def _read(path: str, subset: str | None, split: str) -> Iterable[Row]:
     file = Path(path).expanduser()
-    is_local_name = path.startswith(("/", ".", "~")) or file.suffix in (".jsonl", ".parquet") or path.count("/") > 1
-    if is_local_name and not file.exists():
+    if is_local(path) and not file.exists():
         raise DataError(f"{path}: no such file or folder")
     if file.is_file():
         if file.suffix == ".jsonl":

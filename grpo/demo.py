@@ -78,8 +78,8 @@ def main() -> None:
     print(f"picture: {picture}\nmodel:   {output / 'grpo' / 'model'}")
 
 
-def make_model(folder: Path, texts: list[str], seed: int) -> Path:
-    """A byte-level BPE tokenizer trained on `texts`, and a randomly initialised Qwen3 of about a million parameters."""
+def make_model(folder: Path, texts: list[str], seed: int, hidden_size: int = 128) -> Path:
+    """A byte-level BPE tokenizer trained on `texts`, and a randomly initialised Qwen3: a million parameters at 128."""
     tokenizer = Tokenizer(models.BPE())
     # No split at spaces: what every prompt repeats becomes one token. Digits stay apart.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -97,8 +97,8 @@ def make_model(folder: Path, texts: list[str], seed: int) -> Path:
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
     config = Qwen3Config(
         vocab_size=_VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -19,11 +20,12 @@ from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts, resolve_device
 from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import Recipe
-from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.reward_pool import RewardPool
+from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet
 from flashgrpo.grpo.rewards import extract_answer, is_correct
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint
-from flashgrpo.grpo.sections import ModelSection
+from flashgrpo.grpo.sections import ModelSection, first_step
 from flashgrpo.model.checkpoint import empty_decoder, read_config
 
 _EVAL_STREAM = 1 << 32  # keeps evaluation's seeds apart from those of the training steps
@@ -121,8 +123,15 @@ def sample_texts(
     return [policy.decode(rollout.completion_ids) for rollout in group]
 
 
-def open_reward_pool(recipe: Recipe, example: Problem) -> RewardPool:
-    """The recipe's reward functions in worker processes. Raises DataError where evaluations would have no answer."""
+def open_reward_pool(
+    recipe: Recipe,
+    example: Problem,
+    others: Mapping[str, Problem] = MappingProxyType({}),  # an example of each of recipe.sources
+) -> RewardPool:
+    """The recipe's reward functions in worker processes; its reward models are yet to be given, as `pool.scorers`.
+
+    Raises DataError where evaluations would have no answer.
+    """
     if recipe.eval.every:
         _require_answer(example)
     rewards = recipe.rewards
@@ -133,6 +142,9 @@ def open_reward_pool(recipe: Recipe, example: Problem) -> RewardPool:
         timeout_s=rewards.timeout_s,
         num_workers=rewards.workers,
         example=example,
+        others={source: RewardSet(recipe.reward_weights[source], other) for source, other in others.items()},
+        first_steps={name: first_step(start, recipe.train.steps) for name, start in rewards.start.items()},
+        scorers=dict.fromkeys(recipe.reward_models),
     )
 
 
@@ -144,6 +156,7 @@ def completion_group(prompt: Prompt, group: list[Rollout], policy: Policy) -> Co
         completions=[policy.decode(rollout.completion_ids) for rollout in group],
         completion_ids=[rollout.completion_ids.tolist() for rollout in group],
         finish_reasons=[rollout.finish_reason for rollout in group],
+        source=prompt.source,
     )
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from flashgrpo.grpo.balance import PackPlan
 from flashgrpo.grpo.learner import Learner, Stats
+from flashgrpo.grpo.mixture import Position
 from flashgrpo.grpo.packing import is_dead
 from flashgrpo.grpo.plan_costs import peak_flops
 from flashgrpo.grpo.progress import Clock, peak_memory_mb
-from flashgrpo.grpo.reward_pool import RewardTable
+from flashgrpo.grpo.reward_table import RewardTable
 from flashgrpo.grpo.rollout import Rollout
 from flashgrpo.grpo.world import World
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, merge_stats
@@ -37,9 +38,10 @@ class StepData:
 
     rollouts: list[list[Rollout]]
     table: RewardTable
-    position: int  # prompts consumed by its end, from the start of the run
+    position: Position  # by its end
     version: int  # of the weights that it will train: the steps taken
     discarded: int = 0  # groups of equal rewards that dynamic sampling threw away
+    sources: dict[str, list[int]] = field(default_factory=dict)  # rows by source; empty without [sources]
     probe: list[list[Rollout]] = field(default_factory=list)  # by the newest weights, beside stale rollouts
 
     @property
@@ -83,7 +85,9 @@ def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
     return {
         "reward/mean": _over_known(np.mean, rewards),
         "reward/std": _over_known(np.std, rewards),
-        **{f"reward/{name}": _over_known(np.mean, scores) for name, scores in data.table.scores.items()},
+        **{f"reward/{name}": _over_known(np.mean, scores) for name, scores in data.table.applied().items()},
+        **{f"source/{name}/reward": _over_known(np.mean, rewards[rows]) for name, rows in data.sources.items()},
+        **{f"source/{name}/share": len(rows) / len(rewards) for name, rows in data.sources.items()},
         "reward/missing": float(np.isnan(rewards).mean()),
         "reward/group_std": float(np.mean(deviations)) if deviations else 0.0,
         "advantage/abs_mean": _over_known(np.mean, np.abs(advantages)),

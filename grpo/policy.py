@@ -72,9 +72,12 @@ class Prompt:
     problem: Problem
     token_ids: list[int]
     text: str
+    source: str = "data"
 
 
-def render_prompts(problems: Sequence[Problem], policy: Policy, data: DataSection) -> list[Prompt]:
+def render_prompts(
+    problems: Sequence[Problem], policy: Policy, data: DataSection, source: str = "data"
+) -> list[Prompt]:
     """Every problem through the template. Raises DataError for an empty prompt, or one over data.max_prompt_tokens."""
     prompts = []
     for problem in problems:
@@ -84,7 +87,7 @@ def render_prompts(problems: Sequence[Problem], policy: Policy, data: DataSectio
                 f"a prompt has {len(token_ids)} tokens, data.max_prompt_tokens = {data.max_prompt_tokens}; raise it or "
                 f"remove the prompt that begins {str(problem.prompt)[:60]!r}"
             )
-        prompts.append(Prompt(problem, token_ids, policy.decode(token_ids)))
+        prompts.append(Prompt(problem, token_ids, policy.decode(token_ids), source))
     return prompts
 
 

@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from flashgrpo.grpo.rewards import RewardError, nearest, resolve_reward
+from flashgrpo.grpo.rewards import BUILTINS, RewardError, nearest, resolve_reward
 from flashgrpo.grpo.sections import (
     CHECKED,
     CollectDataSection,
@@ -36,6 +36,7 @@ from flashgrpo.grpo.sections import (
     TrainSection,
     VllmSection,
     WriteSection,
+    first_step,
 )
 from flashgrpo.kernels.grpo_loss import LossConfig
 
@@ -75,6 +76,10 @@ class Recipe:
             raise ValueError(
                 f"the shares of [sources] come to {shares:g}, wanted less than 1: the rest is that of [data]"
             )
+        if "data" in self.sources:
+            raise ValueError("sources.data: found the name that [data] has; choose another")
+        if same := sorted(self.reward_models.keys() & BUILTINS.keys()):
+            raise ValueError(f"reward_models.{same[0]}: found the name of a built-in reward; choose another")
         used = {"rewards": self.rewards.functions} | {f"sources.{n}": s.rewards for n, s in self.sources.items()}
         for key, names in used.items():
             for name in names:
@@ -83,6 +88,23 @@ class Recipe:
         known = {name for names in used.values() for name in names}
         if unused := sorted({*self.rewards.start, *self.reward_models} - known):
             raise ValueError(f"{unused[0]!r} is in rewards.start or [reward_models], and no list of rewards has it")
+        steps = self.train.steps
+        for source, weights in self.reward_weights.items():
+            first = first_step(self.sources[source].start if source in self.sources else 0.0, steps)
+            counted = [name for name, weight in weights.items() if weight]
+            if all(first_step(self.rewards.start.get(name, 0.0), steps) > first for name in counted):
+                raise ValueError(
+                    f"rewards.start: in step {first} the completions of {source} have no reward yet, as all of theirs "
+                    f"start later ({', '.join(counted)}); give them one from the start"
+                )
+
+    @property
+    def reward_weights(self) -> dict[str, dict[str, float]]:
+        """By source, [data]'s named "data": the weights of its reward functions."""
+        sets = {"data": (self.rewards.functions, self.rewards.weights)}
+        for name, source in self.sources.items():
+            sets[name] = (source.rewards, source.weights) if source.rewards else sets["data"]
+        return {n: dict(zip(names, weights or [1.0] * len(names), strict=True)) for n, (names, weights) in sets.items()}
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -132,8 +154,15 @@ class CollectRecipe:
                 raise ValueError("given.samples: found the name that the samples have; choose another")
 
 
+@dataclass(frozen=True, config=CHECKED)
+class PipelineRecipe:
+    """What all stages of a pipeline share: `flashgrpo pipeline`."""
+
+    run: RunSection
+
+
 SamplingRecipe = Recipe | CollectRecipe
-AnyRecipe = Recipe | SftRecipe | RewardModelRecipe | CollectRecipe
+AnyRecipe = Recipe | SftRecipe | RewardModelRecipe | CollectRecipe | PipelineRecipe
 KINDS: dict[str, type] = {  # by the command that runs it
     "train": Recipe,
     "sft": SftRecipe,
@@ -155,7 +184,7 @@ def _check_reward(key: str, name: str, models: Iterable[str]) -> None:
         raise ValueError(f"{key}: {error}{names}") from None
 
 
-_R = TypeVar("_R", Recipe, SftRecipe, RewardModelRecipe, CollectRecipe)
+_R = TypeVar("_R", Recipe, SftRecipe, RewardModelRecipe, CollectRecipe, PipelineRecipe)
 
 
 def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ()) -> _R:
@@ -195,7 +224,7 @@ def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe",
         found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
         where = _origin(key, source, overrides)
         if first["type"] in ("list_type", "tuple_type"):
-            items = [_parsed(item.strip()) for item in str(first["input"]).strip("[]").split(",")]
+            items = [parse_value(item.strip()) for item in str(first["input"]).strip("[]").split(",")]
             quote = "'" if where != source else ""  # for the shell
             message += f", as {quote}{json.dumps(items, default=str)}{quote}"
         raise RecipeError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
@@ -248,6 +277,11 @@ def named_section(hint: Any) -> type | None:
     return get_args(hint)[1] if get_origin(hint) is dict else None
 
 
+def section_keys(kind: type[AnyRecipe]) -> dict[str, list[str] | None]:
+    """The keys of every section; None of those that a person names."""
+    return {n: None if named_section(hint) else _keys(hint) for n, hint in get_type_hints(kind).items()}
+
+
 def _elsewhere(kind: type, key: str) -> str:
     """The tail of an error message: which sections have the key, if any."""
     found = []
@@ -278,10 +312,11 @@ def _apply_override(kind: type, values: dict[str, Any], override: str) -> None:
         if get_origin(hint) is not dict or not isinstance(target, dict):
             raise RecipeError(f"{override}: {section}.{name} is not a table; wanted --{section}.{name}=value")
         name = ".".join(option)
-    target[name] = text if _is_text(hint) else _parsed(text)
+    target[name] = text if _is_text(hint) else parse_value(text)
 
 
-def _parsed(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """An option's text as the TOML value that it is, or else as text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

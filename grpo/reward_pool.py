@@ -20,15 +20,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flashgrpo.grpo.data import Problem
+from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet, RewardTable, Scorer
 from flashgrpo.grpo.rewards import BUILTINS, RewardError, RewardFailure, RewardFunction, resolve_reward
 
 logger = logging.getLogger(__name__)
@@ -38,31 +39,18 @@ _START_LIMIT_S = 120.0
 _ORPHAN_GRACE_S = 1.0
 
 
-@dataclass(frozen=True)
-class CompletionGroup:
-    """The completions of one problem, as rewards see them."""
-
-    problem: Problem
-    prompt: str  # the text that the model continued, in its template
-    completions: Sequence[str]  # [group_size]
-    completion_ids: Sequence[Sequence[int]]  # [group_size], each [num_tokens]
-    finish_reasons: Sequence[str]  # [group_size]
-
-
-@dataclass(frozen=True)
-class RewardTable:
-    """Scores in the order in which the groups were submitted; NaN where missing."""
-
-    scores: dict[str, np.ndarray]  # by function, [num_groups, group_size] float64
-    rewards: np.ndarray  # [num_groups, group_size] float64, the weighted sum
-
-
 class _Scores(NamedTuple):
     values: list[float]  # [group_size], NaN where missing
     failure: str | None  # why any are missing
 
 
 _Result = _Scores | RewardFailure  # the latter for a malformed result
+
+
+class _Pending(NamedTuple):
+    group: CompletionGroup
+    weights: dict[str, float]  # of the functions that apply
+    futures: dict[str, Future[_Result]]  # of those that workers compute
 
 
 class RewardPool:
@@ -79,7 +67,9 @@ class RewardPool:
 
     `functions` are names, see `resolve_reward`; one of weight 0 is scored but does not enter the sum. `timeout_s` is
     for one function on one group. `example` is any problem of the data: workers score it at start, so that imports do
-    not count as scoring.
+    not count as scoring. `others` has the functions of further sources, `first_steps` the step from which a function
+    applies, `scorers` what computes one in place of the workers: None where it is yet to be set, before the first group
+    that it applies to. The pool closes them.
 
     Raises RewardError for a function that cannot be found, or not be called with the columns of `example`.
     """
@@ -93,17 +83,27 @@ class RewardPool:
         example: Problem,
         timeout_s: float = 10.0,
         num_workers: int = 2,
+        others: Mapping[str, RewardSet] = MappingProxyType({}),
+        first_steps: Mapping[str, int] = MappingProxyType({}),
+        scorers: Mapping[str, Scorer | None] = MappingProxyType({}),
     ):
-        self.functions, self.weights = list(functions), list(weights or [1.0] * len(functions))
-        self._max_new_tokens = max_new_tokens
-        answered = CompletionGroup(example, example.question, ["<think>so</think><answer>0</answer>"], [[0]], ["stop"])
-        arguments = self._arguments(answered)
-        for name in self.functions:
-            _check_signature(name, arguments)
+        weight_of = dict(zip(functions, weights or [1.0] * len(functions), strict=True))
+        self._sets = {"data": RewardSet(weight_of, example), **others}
+        self.functions = list(dict.fromkeys(name for each in self._sets.values() for name in each.weights))
+        self.scorers: dict[str, Any] = dict(scorers)
+        self._first_steps, self._max_new_tokens = first_steps, max_new_tokens
+        examples: dict[str, dict[str, Any]] = {}  # by function, what it may be called with
+        for weight_of, problem in self._sets.values():
+            text = "<think>so</think><answer>0</answer>"
+            arguments = self._arguments(CompletionGroup(problem, problem.question, [text], [[0]], ["stop"]))
+            for name in weight_of:
+                if name not in self.scorers:
+                    _check_signature(name, arguments)
+                    examples.setdefault(name, arguments)
         self._steps_without_number = dict.fromkeys(self.functions, 0)
         self.failures: dict[str, str] = {}  # by function, why the first missing score of the step is missing
-        self._pending: list[tuple[int, dict[str, Future[_Result]]]] = []  # group size, and futures by function
-        self._workers = [_Worker(self.functions, timeout_s, arguments) for _ in range(num_workers)]
+        self._pending: list[_Pending] = []
+        self._workers = [_Worker(examples, timeout_s) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -118,15 +118,19 @@ class RewardPool:
     def close(self) -> None:
         """Ends the workers at once, whatever they are doing; unfinished groups are lost."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
-            worker.close()
+        for each in (*self._workers, *filter(None, self.scorers.values())):
+            each.close()
         self._threads.shutdown(wait=True)
 
-    def submit(self, group: CompletionGroup) -> None:
-        """Queues a group for scoring and returns at once."""
+    def submit(self, group: CompletionGroup, step: float = math.inf) -> None:
+        """Queues a group for scoring, by the functions of its source that apply in `step`, and returns at once."""
         arguments = self._arguments(group)
-        futures = {name: self._threads.submit(self._run, name, arguments) for name in self.functions}
-        self._pending.append((len(group.completions), futures))
+        weights = self._sets[group.source].weights
+        weights = {name: weight for name, weight in weights.items() if step >= self._first_steps.get(name, 0)}
+        futures = {n: self._threads.submit(self._run, n, arguments) for n in weights if n not in self.scorers}
+        for name in weights.keys() & self.scorers:
+            self.scorers[name].submit(group)
+        self._pending.append(_Pending(group, weights, futures))
 
     def collect(self) -> RewardTable:
         """Waits for the groups submitted since the last call; rows are in their order.
@@ -134,14 +138,24 @@ class RewardPool:
         Raises RewardFailure for a malformed result, ValueError for groups of different sizes.
         """
         pending, self._pending = self._pending, []
-        sizes = [size for size, _ in pending]
-        scores = {}
-        for name in self.functions:
-            scores[name], failure = _gather(name, sizes, [futures[name] for _, futures in pending])
+        rewards = np.zeros((len(pending), len(pending[0].group.completions) if pending else 0))
+        scores = {name: np.full(rewards.shape, np.nan) for name in self.functions}
+        applies = {name: np.array([name in each.weights for each in pending], dtype=bool) for name in self.functions}
+        for name, rows in applies.items():
+            own = [each for each in pending if name in each.weights]
+            if not own:
+                continue
+            if name in self.scorers:
+                scores[name][rows] = self.scorers[name].score([each.group for each in own])
+                failure = "it gave no number" if np.isnan(scores[name][rows]).any() else None
+            else:
+                sizes = [len(each.group.completions) for each in own]
+                scores[name][rows], failure = _gather(name, sizes, [each.futures[name] for each in own])
             if failure:
                 self.failures.setdefault(name, failure)
-        weighted = [weight * scores[name] for name, weight in zip(self.functions, self.weights, strict=True) if weight]
-        return RewardTable(scores, np.sum(weighted, axis=0))
+            weights = np.array([each.weights.get(name, 0.0) for each in pending])[:, None]
+            rewards += np.where(weights != 0, weights * scores[name], 0.0)
+        return RewardTable(scores, rewards, applies)
 
     def check_step(self, table: RewardTable) -> None:
         """Warns of the missing scores of a step, given all its rows; to be called once a step.
@@ -149,9 +163,9 @@ class RewardPool:
         Raises RewardFailure in the third step in a row in which a function gave no number at all.
         """
         failures, self.failures = self.failures, {}
-        for name, scores in table.scores.items():
+        for name, scores in table.applied().items():
             _warn(name, scores, failures.get(name))
-            is_blank = scores.size > 0 and bool(np.isnan(scores).all())
+            is_blank = bool(np.isnan(scores).all())
             self._steps_without_number[name] = self._steps_without_number[name] + 1 if is_blank else 0
             if self._steps_without_number[name] == _STEPS_WITHOUT_NUMBER:
                 raise RewardFailure(
@@ -221,9 +235,9 @@ def _warn(name: str, scores: np.ndarray, failure: str | None) -> None:
 class _Worker:
     """A process that scores one group at a time. Used by one thread at a time; `close` may come from another."""
 
-    def __init__(self, functions: list[str], timeout_s: float, example: dict[str, Any]):
+    def __init__(self, examples: dict[str, dict[str, Any]], timeout_s: float):
         self._timeout_s = timeout_s
-        self._setup = functions, timeout_s, example
+        self._setup = examples, timeout_s
         self._lock = threading.Lock()
         self._closed = False
         self._start()
@@ -291,10 +305,10 @@ def serve(file_descriptor: int) -> None:
     """A worker's life: scores groups that come through the pipe until its other end is closed."""
     os.dup2(2, 1)  # what a reward prints must not mix with the main process's output
     with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
-        names, timeout_s, example = connection.recv()
-        functions = {name: resolve_reward(name) for name in names}
+        examples, timeout_s = connection.recv()
+        functions = {name: resolve_reward(name) for name in examples}
         for name in functions.keys() & BUILTINS.keys():  # the user's may cost money, or count its calls
-            _call(functions[name], example)
+            _call(functions[name], examples[name])
         connection.send(True)
         while True:
             name, arguments = connection.recv()

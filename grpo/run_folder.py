@@ -178,7 +178,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 def _makes_another_run(section: str, key: str) -> bool:
     """Another model, data set or seed would be another run under this one's name."""
-    return section == "data" or (section, key) in (("model", "path"), ("run", "seed"))
+    return section in ("data", "sources") or (section, key) in (("model", "path"), ("run", "seed"))
 
 
 def changed_keys(

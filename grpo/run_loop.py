@@ -20,10 +20,10 @@ from flashgrpo.model.checkpoint import save_checkpoint
 _MOST_SKIPPED = 3
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of `size` problems in a pass over them, from the seed and the pass alone."""
-    return np.random.default_rng([seed, epoch]).permutation(size)
+@lru_cache(maxsize=16)
+def epoch_order(seed: int, epoch: int, size: int, source: int = 0) -> np.ndarray:
+    """The order of `size` problems in a pass over them, from the seed, the pass and their source's number alone."""
+    return np.random.default_rng([seed, epoch, *([source] if source else [])]).permutation(size)
 
 
 class RunLoop(abc.ABC):

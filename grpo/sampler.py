@@ -9,19 +9,21 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
 from flashgrpo.grpo.evaluate import completion_group, evaluate, merge
 from flashgrpo.grpo.metrics import StepData
+from flashgrpo.grpo.mixture import Mixture, Position, interleaved
 from flashgrpo.grpo.packing import is_dead
 from flashgrpo.grpo.policy import Policy, Prompt
 from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.recipe import Recipe
-from flashgrpo.grpo.reward_pool import RewardPool, RewardTable
+from flashgrpo.grpo.reward_pool import RewardPool
+from flashgrpo.grpo.reward_table import RewardTable
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
-from flashgrpo.grpo.run_loop import epoch_order
 from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import GeneratorFailure, World
 
@@ -57,38 +59,45 @@ class Sampler:
         pool: RewardPool,
         generator: Generator,
         source: DecoderSource,
-        prompts: Sequence[Prompt],
+        mixture: Mixture,
         held_out: Sequence[Prompt],
     ):
         self.recipe, self.world, self.policy, self.pool = recipe, world, policy, pool
-        self.generator, self.source, self.prompts, self.held_out = generator, source, prompts, held_out
+        self.generator, self.source, self.mixture, self.held_out = generator, source, mixture, held_out
         rollout = recipe.rollout
         self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
         self.sync_metrics: dict[str, float] = {}
         self._ahead: _Ahead | None = None
 
-    def rollout(self, step: int, position: int, clock: Clock) -> StepData:
+    def rollout(self, step: int, position: Position, clock: Clock) -> StepData:
         """Sample and reward prompts_per_step groups from `position` on; with refill_limit, replace those whose rewards
-        are equal. With overlap, what was sampled ahead comes first, and then the next step's sampling starts.
+        are equal by others of their source. With overlap, what was sampled ahead comes first, and then the next step's
+        sampling starts.
         """
-        config, start = self.recipe.rollout, position
+        config, start = self.recipe.rollout, position.num_prompts
         self.sync_metrics = {}
         groups: list[list[Rollout]] = []
+        sources: list[str] = []
         tables: list[RewardTable] = []
         for attempt in range(1 + config.refill_limit):
-            wanted = config.prompts_per_step - len(groups)
-            rollouts, table = self._sample_groups(step, position, wanted, clock)
-            position += wanted
+            first = position.num_prompts
+            prompts, position = self.mixture.take(position, step, config.prompts_per_step - len(groups))
+            rollouts, table = self._sample_groups(step, first, prompts, clock)
             is_last = attempt == config.refill_limit
-            keep = [i for i, row in enumerate(table.rewards) if is_last or not is_dead(row)]
-            groups += [rollouts[i] for i in keep]
-            tables.append(_rows(table, keep))
+            keep = [is_last or not is_dead(row) for row in table.rewards]
+            groups += compress(rollouts, keep)
+            sources += [prompt.source for prompt in compress(prompts, keep)]
+            tables.append(RewardTable.merge([table], np.flatnonzero(keep)))
+            position = self.mixture.owe(position, step, [p for p, kept in zip(prompts, keep, strict=True) if not kept])
             if len(groups) == config.prompts_per_step:
                 break
-        table = _concatenate(tables)
+        order = interleaved(sources)
+        table = RewardTable.merge(tables, order)
         self.pool.check_step(table)
-        discarded = position - start - len(groups)
-        data = StepData(groups, table, position, step - 1, discarded)
+        discarded = position.num_prompts - start - len(groups)
+        data = StepData([groups[i] for i in order], table, position, step - 1, discarded)
+        if self.recipe.sources:
+            data.sources = {n: [i for i, row in enumerate(order) if sources[row] == n] for n in self.mixture.prompts}
         self._check_staleness(data)
         if config.overlap and step < self.recipe.train.steps:
             self.load_generator(step - 1, clock)
@@ -121,10 +130,10 @@ class Sampler:
         self.generator.close()
 
     def _sample_groups(
-        self, step: int, position: int, num_groups: int, clock: Clock
+        self, step: int, first: int, prompts: Sequence[Prompt], clock: Clock
     ) -> tuple[list[list[Rollout]], RewardTable]:
-        """Generate for the next prompts, each rank for its share; a group's rewards are computed while others still
-        generate. Every rank gets all of them: a token takes 12 bytes.
+        """Generate for prompts, `first` being the first one's number in the run, each rank for its share; a group's
+        rewards are computed while others still generate. Every rank gets all of them: a token takes 12 bytes.
         """
         if self._ahead is None:
             self.load_generator(step - 1, clock)
@@ -132,7 +141,7 @@ class Sampler:
         def sample() -> _Share:
             start = time.perf_counter()
             with clock("generate"):
-                groups = self._generate(step, position, num_groups) if self._ahead is None else self._take_ahead()
+                groups = self._generate(step, first, prompts) if self._ahead is None else self._take_ahead()
             with clock("reward"):
                 table = self.pool.collect()
             return _Share(groups, table, self.pool.failures, time.perf_counter() - start)
@@ -142,29 +151,29 @@ class Sampler:
         clock.idle_s += max(seconds) - sum(seconds) / len(seconds)
         self.pool.failures = {name: why for share in shares[::-1] for name, why in share.failures.items()}
         finished = [group for share in shares for group in share.groups]
-        table = _concatenate([share.table for share in shares if share.groups])
         order = np.argsort([group[0].group for group in finished])
-        return [finished[i] for i in order], _rows(table, order)
+        table = RewardTable.merge([share.table for share in shares if share.groups], order)
+        return [finished[i] for i in order], table
 
-    def _generate(self, step: int, position: int, num_groups: int) -> list[list[Rollout]]:
+    def _generate(self, step: int, first: int, prompts: Sequence[Prompt]) -> list[list[Rollout]]:
         """This rank's groups; each goes to the rewards as soon as it is finished."""
         seed, size = self.recipe.run.seed, self.recipe.rollout.group_size
-        prompts = {i: self._prompt_at(position + i) for i in self._own(num_groups)}
         requests = [
-            Request(i, prompt.token_ids, sample_seeds(seed, step, position + i, size)) for i, prompt in prompts.items()
+            Request(i, prompts[i].token_ids, sample_seeds(seed, step, first + i, size)) for i in self._own(len(prompts))
         ]
         finished = []
         for group in self.generator.generate(requests, self.sampling):
             finished.append(group)
-            self.pool.submit(completion_group(prompts[group[0].group], group, self.policy))
+            self.pool.submit(completion_group(prompts[group[0].group], group, self.policy), step)
         return finished
 
-    def _start_ahead(self, step: int, position: int) -> None:
+    def _start_ahead(self, step: int, position: Position) -> None:
         ahead = self._ahead = _Ahead()
+        prompts, _ = self.mixture.take(position, step, self.recipe.rollout.prompts_per_step)
 
         def work() -> None:
             try:
-                ahead.groups = self._generate(step, position, self.recipe.rollout.prompts_per_step)
+                ahead.groups = self._generate(step, position.num_prompts, prompts)
             except Exception as error:  # it is raised where the groups are taken
                 ahead.error = error
 
@@ -187,8 +196,8 @@ class Sampler:
         """A few short completions by the weights that were just sent, the same on all ranks: what is trained in this
         step is from older ones, and cannot show whether the sampler's log-probs are the trainer's.
         """
-        own = range(_PROBES) if self.world.is_main else ()
-        requests = [Request(i, self._prompt_at(i).token_ids, sample_seeds(0, step, i, 1)) for i in own]
+        prompts, _ = self.mixture.take(Position({}, {}), step, _PROBES if self.world.is_main else 0)
+        requests = [Request(i, prompt.token_ids, sample_seeds(0, step, i, 1)) for i, prompt in enumerate(prompts)]
         sampling = dataclasses.replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, _PROBE_TOKENS))
         return self.world.together(lambda: [*self.generator.generate(requests, sampling)])[0]
 
@@ -197,18 +206,5 @@ class Sampler:
         if oldest < allowed:
             raise GeneratorFailure(f"completions come from weight version {oldest}, wanted {allowed} or newer")
 
-    def _prompt_at(self, position: int) -> Prompt:
-        epoch, place = divmod(position, len(self.prompts))
-        return self.prompts[epoch_order(self.recipe.run.seed, epoch, len(self.prompts))[place]]
-
     def _own(self, size: int) -> range:
         return range(self.world.rank, size, self.world.size)
-
-
-def _rows(table: RewardTable, rows: Sequence[int] | np.ndarray) -> RewardTable:
-    return RewardTable({name: scores[rows] for name, scores in table.scores.items()}, table.rewards[rows])
-
-
-def _concatenate(tables: list[RewardTable]) -> RewardTable:
-    scores = {name: np.concatenate([table.scores[name] for table in tables]) for name in tables[0].scores}
-    return RewardTable(scores, np.concatenate([table.rewards for table in tables]))

@@ -1,6 +1,7 @@
 """The sections of recipes, as frozen dataclasses; the text under each key is its help."""
 
 import dataclasses
+import math
 import string
 from typing import Annotated, Any, Literal
 
@@ -67,6 +68,11 @@ class DataSection(SourceSection):
     def __post_init__(self) -> None:
         if (self.task is None) == (self.path is None):
             raise ValueError(f"found task={self.task!r} and path={self.path!r}, wanted exactly one of them")
+
+
+def first_step(start: float, steps: int) -> int:
+    """The first step after a share of them; rounded, as 0.29 * 100 is just below 29."""
+    return math.floor(round(start * steps, 6)) + 1
 
 
 @dataclass(frozen=True, config=CHECKED)

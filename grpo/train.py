@@ -8,10 +8,12 @@ what the generator does.
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
+from flashgrpo.grpo.mixture import Mixture, Position
 from flashgrpo.grpo.packing import Completion, Group, build_batch, live_groups, loss_denominator
 from flashgrpo.grpo.policy import open_sharded_model, render_prompts
 from flashgrpo.grpo.progress import Clock, StepBar, console
@@ -67,8 +70,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     ):
         read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
-        with open_reward_pool(recipe, problems[0]) as pool:
-            return Trainer(recipe, folder, world, pool, problems, held_out).run()
+        others = {name: load_problems(source, recipe.run.seed)[0] for name, source in recipe.sources.items()}
+        with open_reward_pool(recipe, problems[0], {name: source[0] for name, source in others.items()}) as pool:
+            return Trainer(recipe, folder, world, pool, problems, held_out, others).run()
 
 
 class Trainer(RunLoop):
@@ -84,13 +88,16 @@ class Trainer(RunLoop):
         pool: RewardPool,
         problems: list[Problem],
         held_out: list[Problem],
+        others: Mapping[str, list[Problem]] = MappingProxyType({}),  # the problems of recipe.sources
     ):
         super().__init__(recipe, folder, world)
         self.recipe = recipe
-        self.position = folder.state.get("position", 0)
-        render = partial(render_prompts, policy=self.policy, data=recipe.data)
-        prompts, tests = render(problems), render(held_out[: recipe.eval.problems])
-        longest_prompt = max(len(prompt.token_ids) for prompt in (*prompts, *tests))
+        self.position = Position(**folder.state.get("position", {"taken": {}, "owed": {}}))
+        render = partial(render_prompts, policy=self.policy)
+        prompts, tests = render(problems, data=recipe.data), render(held_out[: recipe.eval.problems], data=recipe.data)
+        sources = {name: render(others[name], data=data, source=name) for name, data in recipe.sources.items()}
+        mixture = Mixture(recipe, {"data": prompts, **sources})
+        longest_prompt = max(len(prompt.token_ids) for prompt in chain(tests, *mixture.prompts.values()))
         _check_token_budget(recipe, longest_prompt)
         config = self.policy.model.config
         self.flops = ModelFlops.of(config)
@@ -100,9 +107,13 @@ class Trainer(RunLoop):
             self.reference = open_sharded_model(recipe.model, world.device, world.mesh, stored=stored)
             self.reference.requires_grad_(False)
         self.open_learner(recipe.train.steps)
+        if recipe.reward_models:
+            from flashgrpo.grpo.preference import open_preferences
+
+            pool.scorers.update(open_preferences(recipe.reward_models, self.policy, world))
         generator = open_generator(recipe, self.policy, world, longest_prompt)
         source = DecoderSource(self.learner.params, config, self.compute_dtype)
-        self.sampler = Sampler(recipe, world, self.policy, pool, generator, source, prompts, tests)
+        self.sampler = Sampler(recipe, world, self.policy, pool, generator, source, mixture, tests)
 
     def run(self) -> Path:
         """As every run; then the generator ends."""
@@ -267,7 +278,7 @@ class Trainer(RunLoop):
         return {f"reference.{name}": shard for name, shard in self.reference.named_parameters()}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {"position": self.position._asdict()}
 
 
 def _check_token_budget(recipe: Recipe, longest_prompt: int) -> None:

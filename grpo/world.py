@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from flashgrpo.grpo.policy import resolve_device
 from flashgrpo.grpo.progress import Interrupts, console
-from flashgrpo.grpo.recipe import AnyRecipe, CollectRecipe, RecipeError, recipe_to_toml
+from flashgrpo.grpo.recipe import AnyRecipe, CollectRecipe, PipelineRecipe, RecipeError, recipe_to_toml
 from flashgrpo.grpo.rewards import RewardFailure
 
 _FAILED = "rank 0 failed"
@@ -137,7 +137,7 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         with _watched(rank, size):
             _compare_recipes(recipe, size)
-            shard_ranks = 0 if isinstance(recipe, CollectRecipe) else recipe.train.shard_ranks
+            shard_ranks = 0 if isinstance(recipe, CollectRecipe | PipelineRecipe) else recipe.train.shard_ranks
             yield World(rank, size, device, _mesh(device, size, shard_ranks or size, limit))
     except Exception as error:  # whatever it is, it is raised again below, once it is known which ranks tell it
         is_lost = (type(error) is RuntimeError and "gloo" in str(error)) or isinstance(error, dist.DistError)

@@ -168,7 +168,7 @@ def peak_bytes(recipe: Recipe) -> tuple[int, dict[str, int]]:
         torch.randn(64, 64) @ torch.randn(64, 64)
         before = memory("VmRSS")
         trainer = Trainer(recipe, folder, world, pool, problems, held_out)
-        data, rollout = peak(lambda: trainer.sampler.rollout(1, 0, Clock()))
+        data, rollout = peak(lambda: trainer.sampler.rollout(1, trainer.position, Clock()))
         trainer.sampler.generator.free_weights()
         data.table.rewards[:] = np.arange(data.table.rewards.shape[1])  # every group has a gradient
         updates = trainer._plan_updates(data)

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import ranks
 
 from flashgrpo.grpo import run_folder
 from flashgrpo.grpo import train as train_module
+from flashgrpo.grpo.policy import Prompt
 from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import RewardTable
@@ -40,9 +42,9 @@ def record(recipe: Recipe, file: Path) -> None:
     recorded = {}
 
     class Recording(Sampler):
-        def _sample_groups(self, step, position, num_groups, clock):
-            groups, table = super()._sample_groups(step, position, num_groups, clock)
-            recorded.update({position + i: (group, table.rewards[i]) for i, group in enumerate(groups)})
+        def _sample_groups(self, step, first, prompts, clock):
+            groups, table = super()._sample_groups(step, first, prompts, clock)
+            recorded.update({first + i: (group, table.rewards[i]) for i, group in enumerate(groups)})
             return groups, table
 
     train_module.Sampler = Recording
@@ -60,8 +62,8 @@ def replay(
     weights, places = {}, []
 
     class Replaying(Sampler):
-        def _sample_groups(self, step: int, position: int, num_groups: int, clock: Clock):
-            own = range(position, position + num_groups)
+        def _sample_groups(self, step: int, first: int, prompts: Sequence[Prompt], clock: Clock):
+            own = range(first, first + len(prompts))
             places.extend(own)
             rewards = np.stack([recorded[i][1] for i in own])
             rewards[:num_dead] = 1.0

@@ -242,7 +242,7 @@ def test_refills_replace_dead_groups(recipe, monkeypatch):
     (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
     state = json.loads((Path(recipe.run.output) / "checkpoints/step_1/state.json").read_text())
     assert row["groups/dead"] == 0.0
-    assert state["position"] > recipe.rollout.prompts_per_step
+    assert state["position"]["taken"]["data"] > recipe.rollout.prompts_per_step
 
 
 def run_command(recipe_values: dict, custom_rewards: Path, tmp_path: Path, *flags: str, **options) -> subprocess.Popen:

@@ -1,0 +1,68 @@
+"""What is scored, by which functions, and what comes of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from flashgrpo.grpo.data import Problem
+
+
+@dataclass(frozen=True)
+class CompletionGroup:
+    """The completions of one problem, as rewards see them."""
+
+    problem: Problem
+    prompt: str  # the text that the model continued, in its template
+    completions: Sequence[str]  # [group_size]
+    completion_ids: Sequence[Sequence[int]]  # [group_size], each [num_tokens]
+    finish_reasons: Sequence[str]  # [group_size]
+    source: str = "data"  # whose functions score it
+
+
+class RewardSet(NamedTuple):
+    """What scores the completions of a source."""
+
+    weights: Mapping[str, float]  # by function
+    example: Problem  # any problem of the source
+
+
+class Scorer(Protocol):
+    """A function that is computed in this process, or by means of its own, as a reward model."""
+
+    def submit(self, group: CompletionGroup) -> None:
+        """Start work on a group, if it can."""
+        ...
+
+    def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
+        """Scores of groups that were submitted, [num_groups, group_size] float64, NaN where missing."""
+        ...
+
+    def close(self) -> None:
+        """End what runs for it."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """Scores in the order in which the groups were submitted; NaN where missing, or where a function does not apply."""
+
+    scores: dict[str, np.ndarray]  # by function, [num_groups, group_size] float64
+    rewards: np.ndarray  # [num_groups, group_size] float64, the weighted sum
+    applies: dict[str, np.ndarray] = field(default_factory=dict)  # by function, [num_groups] bool; no entry: to all
+
+    def applied(self) -> dict[str, np.ndarray]:
+        """Scores by function, of the groups that it applies to; without functions that apply to none."""
+        rows = {name: scores[self.applies.get(name, slice(None))] for name, scores in self.scores.items()}
+        return {name: scores for name, scores in rows.items() if len(scores)}
+
+    @staticmethod
+    def merge(tables: Sequence["RewardTable"], rows: Sequence[int] | np.ndarray) -> "RewardTable":
+        """Some rows of the tables, counted as if one stood below the other."""
+
+        def columns(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+            return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
+
+        rewards = np.concatenate([table.rewards for table in tables])[rows]
+        return RewardTable(columns([t.scores for t in tables]), rewards, columns([t.applies for t in tables]))

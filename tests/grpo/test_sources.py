@@ -1,0 +1,391 @@
+"""Prompts of several sources: each comes in its share, from its start, and is scored by its own functions alone."""
+
+import contextlib
+import json
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+
+from flashgrpo.grpo import train as train_module
+from flashgrpo.grpo.data import Problem
+from flashgrpo.grpo.mixture import Mixture, Position, interleaved
+from flashgrpo.grpo.policy import Prompt
+from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.reward_pool import RewardPool
+from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet
+from flashgrpo.grpo.rewards import RewardError, RewardFailure
+from flashgrpo.grpo.run_folder import RunInputError, newest_checkpoint, read_rows
+from flashgrpo.grpo.run_loop import epoch_order
+from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.train import train
+
+NOWHERE = Position({}, {})
+TIMING = ("time/", "tokens_per_s", "tflops", "idle", "memory/", "sync/")
+
+# The log tells which rows a function was called with.
+FUNCTIONS = """
+import pathlib
+
+def _log(name, kind):
+    with open(pathlib.Path(__file__).parent / "calls", "a") as file:
+        file.write(f"{name} {kind[0]}\\n")
+
+def digits(prompts, completions, kind, **columns):
+    _log("digits", kind)
+    return [sum(c.isdigit() for c in text) / 8 for text in completions]
+
+def letters(prompts, completions, kind, tone, **columns):
+    _log("letters", kind)
+    return [sum(c.isalpha() for c in text) / 8 for text in completions]
+
+def blank(prompts, completions, **columns):
+    return [None] * len(completions)
+
+def constant(prompts, completions, **columns):
+    return [0.5] * len(completions)
+"""
+DIGITS, LETTERS, BLANK = (f"source_rewards:{name}" for name in ("digits", "letters", "blank"))
+
+
+@pytest.fixture
+def values(recipe_values, tmp_path, monkeypatch) -> dict:
+    """A recipe of sums, and of chat from the middle of the run on."""
+    (tmp_path / "source_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, extra in {"sums": {}, "chat": {"tone": "kind"}}.items():
+        rows = [{"prompt": f"{name[0]}{i:02}=", "answer": "0", "kind": name, **extra} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = {"path": str(tmp_path / "chat.jsonl"), "template": "none", "share": 0.25, "start": 0.5, "rewards": [LETTERS]}
+    return recipe_values | {
+        "data": {"path": str(tmp_path / "sums.jsonl"), "template": "none", "held_out": 4},
+        "sources": {"chat": chat},
+        "rewards": {"functions": [DIGITS], "workers": 1},
+        "train": recipe_values["train"] | {"steps": 6, "checkpoint_every": 0},
+    }
+
+
+def recipe_of(values: dict, **changes) -> Recipe:
+    """`section__key=value` over the dictionaries."""
+    return build_recipe(Recipe, values, overrides=[f"--{k.replace('__', '.')}={v}" for k, v in changes.items()])
+
+
+def mixture_of(values: dict, sizes: dict[str, int], sources: dict, steps: int = 100) -> Mixture:
+    sections = {name: {"path": "unread", **section} for name, section in sources.items()}
+    recipe = build_recipe(Recipe, values | {"sources": sections, "train": {"steps": steps}})
+    prompts = {
+        name: [Prompt(Problem(f"{name} {i}", {}), [i], f"{name} {i}", name) for i in range(size)]
+        for name, size in sizes.items()
+    }
+    return Mixture(recipe, prompts)
+
+
+def rows_of(recipe: Recipe) -> list[dict]:
+    rows = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in rows]
+
+
+def test_shares_are_exact_over_time_and_epochs_are_whole(values):
+    sizes = {"data": 7, "chat": 7, "safety": 4}
+    mixture = mixture_of(values, sizes, {"chat": {"share": 0.25}, "safety": {"share": 0.1, "start": 0.5}})
+    position, taken = NOWHERE, {name: [] for name in sizes}
+    for step in range(1, 101):
+        prompts, position = mixture.take(position, step, 3)
+        position = Position(**json.loads(json.dumps(position._asdict())))  # as in a checkpoint
+        for prompt in prompts:
+            taken[prompt.source].append(prompt.token_ids[0])
+        assert abs(len(taken["chat"]) - 0.75 * step) < 1
+        assert abs(len(taken["safety"]) - 0.3 * max(0, step - 50)) < 1
+    assert position.taken == {name: len(numbers) for name, numbers in taken.items()}
+    assert position.taken == {"data": 210, "chat": 75, "safety": 15}
+    first = np.concatenate([epoch_order(3, epoch, 7) for epoch in range(30)])
+    assert taken["data"] == first.tolist()  # as in a run without sources
+    for name in ("chat", "safety"):
+        size = sizes[name]
+        epochs = [taken[name][i : i + size] for i in range(0, len(taken[name]) - size + 1, size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+    assert taken["chat"][:7] != taken["data"][:7]
+
+
+@pytest.mark.parametrize(("start", "steps", "first"), [(0, 10, 1), (0.29, 100, 30), (0.75, 1, 1), (0.7, 9, 7)])
+def test_a_source_starts_after_its_share_of_the_steps(values, start, steps, first):
+    mixture = mixture_of(values, {"data": 4, "chat": 4}, {"chat": {"share": 0.5, "start": start}}, steps)
+    shares = {step: mixture.shares(step) for step in range(1, steps + 1)}
+    assert [step for step in shares if "chat" in shares[step]] == list(range(first, steps + 1))
+    assert all(sum(each.values()) == 1 for each in shares.values())
+
+
+def test_a_source_discarded_is_owed_others_of_its_own(values):
+    """Three of four chat groups are thrown away: what a step keeps has the shares nevertheless."""
+    mixture = mixture_of(values, {"data": 7, "chat": 5}, {"chat": {"share": 0.3}})
+    position, kept, number = NOWHERE, Counter(), 0
+    for step in range(1, 101):
+        missing = 5
+        while missing:
+            prompts, position = mixture.take(position, step, missing)
+            discarded = []
+            for prompt in prompts:
+                number += prompt.source == "chat"
+                if prompt.source == "chat" and number % 4:
+                    discarded.append(prompt)
+                else:
+                    kept[prompt.source] += 1
+            position = mixture.owe(position, step, discarded)
+            missing = len(discarded)
+    assert kept == {"data": 350, "chat": 150}
+    assert position.taken == {"data": 350, "chat": 600}
+
+
+def test_mini_batches_are_of_all_sources(values):
+    """Also where most of one source stands at the end, as after a refill."""
+    mixture = mixture_of(values, {"data": 7, "chat": 5}, {"chat": {"share": 0.25}})
+    prompts, _ = mixture.take(NOWHERE, 1, 32)
+    sources = ["data"] * 24 + ["chat"] * 8
+    for order in ([prompt.source for prompt in prompts], [sources[i] for i in interleaved(sources)]):
+        assert all(order[i : i + 4].count("chat") == 1 for i in range(0, 32, 4))
+    assert interleaved(["data"] * 9) == list(range(9))
+
+
+def test_each_source_is_scored_by_its_own_functions(values, tmp_path):
+    recipe = recipe_of(values)
+    train(recipe)
+    rows = rows_of(recipe)
+    calls = Counter((tmp_path / "calls").read_text().splitlines())
+    assert calls == {"digits sums": 21, "letters chat": 3}  # six steps of four, a quarter of three of them is chat
+    assert [LETTERS in str(row) for row in rows] == [False] * 3 + [True] * 3
+    assert [row["source/chat/share"] for row in rows] == [0] * 3 + [0.25] * 3
+    assert [row["source/data/share"] for row in rows] == [1] * 3 + [0.75] * 3
+    assert rows[0]["source/chat/reward"] is None
+    for row in rows[3:]:
+        assert row["source/chat/reward"] == row[f"reward/{LETTERS}"]
+        assert row["source/data/reward"] == row[f"reward/{DIGITS}"]
+        assert row["reward/mean"] == pytest.approx(0.75 * row["source/data/reward"] + 0.25 * row["source/chat/reward"])
+    assert all(row["reward/missing"] == 0 for row in rows)
+    assert not any(name.startswith("source/") for name in rows_without_sources(values)[-1])
+
+
+def rows_without_sources(values: dict) -> list[dict]:
+    plain = {name: section for name, section in values.items() if name != "sources"}
+    recipe = recipe_of(plain, train__steps=1, run__output=f"{values['run']['output']}_plain")
+    train(recipe)
+    return rows_of(recipe)
+
+
+def test_refilled_groups_keep_the_shares(values):
+    values["sources"]["chat"]["rewards"] = ["source_rewards:constant"]  # every group of it is dead
+    values["sources"]["chat"]["start"] = 0.0
+    recipe = recipe_of(values, train__steps=3, rollout__refill_limit=2, train__mini_batches=2)
+    train(recipe)
+    assert [(row["source/chat/share"], row["source/chat/reward"]) for row in rows_of(recipe)] == [(0.25, 0.5)] * 3
+    checkpoint = newest_checkpoint(recipe.run.output)
+    taken = json.loads((checkpoint / "state.json").read_text())["position"]["taken"]
+    assert taken["chat"] == 9  # one a step, replaced twice
+    assert taken["data"] >= 9
+
+
+@contextlib.contextmanager
+def stopped_in(step: int):
+    """Ctrl-C comes while the step's rollouts are sampled."""
+
+    class Stopped(Sampler):
+        def rollout(self, number, position, clock):
+            if number == step:
+                raise KeyboardInterrupt
+            return super().rollout(number, position, clock)
+
+    original, train_module.Sampler = train_module.Sampler, Stopped
+    try:
+        yield
+    finally:
+        train_module.Sampler = original
+
+
+@pytest.mark.parametrize("refill_limit", [0, 1])
+def test_a_resumed_run_is_the_uninterrupted_one(values, refill_limit):
+    """Stopped before the step in which a source and a reward start, and after it."""
+    values["rewards"] |= {"functions": [DIGITS, "format", "repetition"], "start": {"repetition": 0.5}}
+    values["rollout"] |= {"prompts_per_step": 5, "refill_limit": refill_limit, "max_new_tokens": 3}
+    whole, parts = (recipe_of(values, run__output=f"{values['run']['output']}_{name}") for name in ("whole", "parts"))
+    train(whole)
+    for step, resume in ((3, False), (5, True)):
+        with stopped_in(step), pytest.raises(KeyboardInterrupt):
+            train(parts, resume)
+    train(parts, resume=True)
+    assert rows_of(parts) == rows_of(whole)
+    assert ["reward/repetition" in row for row in rows_of(whole)] == [False] * 3 + [True] * 3
+    model, samples = "model/model.safetensors", "samples.jsonl"
+    one, other = (Path(recipe.run.output) for recipe in (whole, parts))
+    assert (one / model).read_bytes() == (other / model).read_bytes()
+    assert read_rows(one / samples) == read_rows(other / samples)
+
+
+def test_sources_stay_those_that_the_run_began_with(values):
+    train(recipe_of(values, train__steps=1))
+    with pytest.raises(RunInputError, match=r"sources.chat is .* and the run in .* began with"):
+        train(recipe_of(values, sources__chat__share=0.5), resume=True)
+
+
+def run(recipe: Recipe) -> None:
+    train(recipe)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_ranks_take_the_same_prompts(values):
+    """The shares of the ranks differ; a rank may have no prompt of a source, or none at all."""
+    values["rollout"] |= {"prompts_per_step": 3, "refill_limit": 2, "max_new_tokens": 2}
+    values["sources"]["chat"]["start"] = 0.5
+    alone, together = (
+        recipe_of(values, train__lr=1e-5, train__steps=4, run__output=f"{values['run']['output']}_{size}")
+        for size in (1, 2)
+    )
+    run(alone)
+    ranks.run(run, 2, together)
+    one, other = (Path(recipe.run.output) for recipe in (alone, together))
+    assert read_rows(one / "samples.jsonl") == read_rows(other / "samples.jsonl")
+    scores, again = (
+        [{k: v for k, v in row.items() if k.startswith(("reward/", "source/", "groups/"))} for row in rows_of(recipe)]
+        for recipe in (alone, together)
+    )
+    assert scores == again
+    assert sum(row["source/chat/share"] for row in scores) > 0
+    states = [(newest_checkpoint(folder) / "state.json").read_text() for folder in (one, other)]
+    assert states[0] == states[1]
+
+
+def test_sampling_ahead_takes_the_same_prompts(values, monkeypatch, tmp_path):
+    """With the native generator in place of servers; it keeps its weights while the step trains."""
+    original, recipes = train_module.open_generator, []
+
+    def open_native(recipe, policy, world, longest_prompt):
+        generator = original(recipes[0], policy, world, longest_prompt)
+        generator.free_weights = lambda: None
+        return generator
+
+    monkeypatch.setattr(train_module, "open_generator", open_native)
+    recipes.append(recipe_of(values))
+    values["run"] |= {"output": values["run"]["output"] + "_ahead"}
+    values["vllm"] = {"devices": ["cpu"]}
+    ahead = recipe_of(values, rollout__generator="vllm_server", rollout__overlap="true")
+    prompts = []
+    for recipe in (recipes[0], ahead):
+        train(recipe)
+        prompts.append([row["prompt"] for row in read_rows(Path(recipe.run.output) / "samples.jsonl")])
+    assert [row["staleness/max"] for row in rows_of(ahead)] == [0, 1, 1, 1, 1, 1]
+    assert [row["source/chat/share"] for row in rows_of(ahead)] == [0] * 3 + [0.25] * 3
+    assert prompts[0] == prompts[1]
+    assert Counter((tmp_path / "calls").read_text().splitlines()) == {"digits sums": 42, "letters chat": 6}
+
+
+class Taste:
+    """A scorer by the number of letters, which remembers what it was given."""
+
+    def __init__(self):
+        self.submitted, self.scored, self.is_closed = [], [], False
+
+    def submit(self, group: CompletionGroup) -> None:
+        self.submitted.append(group)
+
+    def score(self, groups) -> np.ndarray:
+        self.scored += groups
+        return np.array([[float(len(text)) for text in group.completions] for group in groups])
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_reward_model_counts_from_its_start_on(values, monkeypatch):
+    taste, opened = Taste(), []
+
+    def open_preferences(sections, policy, world):
+        opened.append((sections["taste"].path, policy.tokenizer.eos_token, world.size))
+        return {"taste": taste}
+
+    module = types.ModuleType("flashgrpo.grpo.preference")
+    module.open_preferences = open_preferences
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    values["sources"]["chat"] |= {"rewards": [LETTERS, "taste"], "weights": [1, 0.5], "start": 0.0}
+    values["rewards"] |= {"start": {"taste": 0.5}}
+    recipe = recipe_of(values | {"reward_models": {"taste": {"path": "models/taste"}}})
+    train(recipe)
+    rows = rows_of(recipe)
+    assert opened == [("models/taste", "<eos>", 1)]
+    assert ["reward/taste" in row for row in rows] == [False] * 3 + [True] * 3
+    for row in rows:
+        wanted = row[f"reward/{LETTERS}"] + 0.5 * row.get("reward/taste", 0)
+        assert row["source/chat/reward"] == pytest.approx(wanted)
+    assert taste.submitted == taste.scored
+    assert [group.source for group in taste.scored] == ["chat"] * 3
+    assert taste.is_closed
+
+
+def group(source: str, *completions: str) -> CompletionGroup:
+    num = len(completions)
+    columns = {"kind": source} | ({"tone": "kind"} if source == "chat" else {})
+    return CompletionGroup(Problem("q", columns), "q", completions, [[0]] * num, ["stop"] * num, source)
+
+
+@pytest.fixture
+def pool(values):
+    others = {"chat": RewardSet({BLANK: 1.0, DIGITS: 1.0}, group("chat").problem)}
+    with RewardPool(
+        [DIGITS], max_new_tokens=1, example=group("data").problem, num_workers=1, others=others, first_steps={BLANK: 3}
+    ) as pool:
+        yield pool
+
+
+def step_of(pool: RewardPool, step: int, *sources: str):
+    for source in sources:
+        pool.submit(group(source, "1", "a"), step)
+    table = pool.collect()
+    pool.check_step(table)
+    return table
+
+
+def test_a_function_that_does_not_apply_is_not_missing(pool, caplog):
+    table = step_of(pool, 2, "data", "chat")
+    assert table.rewards.tolist() == [[1 / 8, 0], [1 / 8, 0]]
+    assert np.isnan(table.scores[BLANK]).all()
+    assert list(table.applied()) == [DIGITS]
+    assert not caplog.messages
+    table = step_of(pool, 3, "data", "chat", "data")
+    assert np.isnan(table.rewards).tolist() == [[False] * 2, [True] * 2, [False] * 2]
+    assert caplog.messages == [f"reward {BLANK!r}: 2 of 2 scores missing: it returned None"]
+
+
+def test_steps_without_a_group_of_a_function_are_not_steps_without_its_number(pool):
+    for step, source in ((1, "chat"), (2, "chat"), (3, "chat"), (4, "data"), (5, "data"), (6, "chat"), (7, "data")):
+        step_of(pool, step, source)
+    with pytest.raises(RewardFailure, match="blank' gave no number in 3 steps in a row: it returned None"):
+        step_of(pool, 8, "chat")
+
+
+def test_a_function_must_fit_the_columns_of_the_source_that_it_scores(values):
+    with pytest.raises(RewardError, match="letters': missing a required argument: 'tone'"):
+        train(recipe_of(values, rewards__functions=f'["{LETTERS}"]'))
+    assert not Path(values["run"]["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources__chat__share": 0.6, "sources__b__share": 0.4, "sources__b__path": "x"}, "come to 1, wanted less"),
+        ({"sources__chat__rewards": '["acuracy"]'}, "sources.chat: unknown reward 'acuracy'.*did you mean accuracy"),
+        ({"rewards__start": '{"safety" = 0.5}'}, "'safety' is in rewards.start or .* and no list of rewards has it"),
+        ({"sources__data__share": 0.1, "sources__data__path": "x"}, "sources.data: found the name that .data. has"),
+        (
+            {"rewards__start": f'{{"{LETTERS}" = 0.8}}'},
+            "rewards.start: in step 4 the completions of chat have no reward yet, .*letters",
+        ),
+        ({"rewards__start": f'{{"{DIGITS}" = 0.2}}'}, "in step 1 the completions of data have no reward yet"),
+        ({"reward_models__format__path": "x"}, "reward_models.format: found the name of a built-in reward"),
+        ({"sources__chat__weights": "[1, 2]"}, "sources.chat: found 2 weights for 1 functions"),
+    ],
+)
+def test_a_faulty_mixture_is_one_line(values, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_of(values, **changes)
