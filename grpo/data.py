@@ -16,7 +16,7 @@ from flashgrpo.grpo.rewards import REASONING_GYM, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from flashgrpo.grpo.sections import DataSection
+    from flashgrpo.grpo.sections import DataSection, SourceSection
 
 Prompt = str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its columns
@@ -70,6 +70,29 @@ def load_problems(data: "DataSection", seed: int) -> tuple[list[Problem], list[P
     if not problems:
         raise DataError(f"no problems in {data.task or data.path}")
     return split_problems(problems, data.held_out, seed)
+
+
+def load_completions(
+    source: "SourceSection", completion_column: str, answer_column: str | None = None
+) -> list[tuple[str, Problem, str]]:
+    """(its place, problem, completion) of every row.
+
+    Raises:
+        DataError: unreadable data, no rows, missing column, or a row without a prompt or a completion.
+    """
+    found = []
+    for where, row in read_rows(str(source.path), source.subset, source.split):
+        problem = to_problem(where, row, source.prompt_column, answer_column)
+        _check_columns(where, row, completion_column)
+        text = row[completion_column]
+        if not (isinstance(text, str) and text.strip()):
+            is_empty = text is None or isinstance(text, str)
+            fault = "is empty" if is_empty else f"holds {type(text).__name__}"
+            raise DataError(f"{where}: column {completion_column!r} {fault}, wanted the text of a completion")
+        found.append((where, problem, text))
+    if not found:
+        raise DataError(f"no rows in {source.path}")
+    return found
 
 
 def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -126,9 +149,7 @@ def _render_chat(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[i
 
 def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
     """The problem in a row. Raises DataError for a missing column, an empty prompt or an answer that is null."""
-    for column in filter(None, (prompt_column, answer_column)):
-        if column not in row:
-            raise DataError(f"{where}: no column {column!r}{nearest(column, row)}")
+    _check_columns(where, row, prompt_column, answer_column)
     prompt = row[prompt_column]
     is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     if not (isinstance(prompt, str) or is_chat):
@@ -144,6 +165,12 @@ def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_co
     if not problem.question.strip():
         raise DataError(f"{where}: the prompt in column {prompt_column!r} is empty")
     return problem
+
+
+def _check_columns(where: str, row: Mapping[str, Any], *columns: str | None) -> None:
+    for column in filter(None, columns):
+        if column not in row:
+            raise DataError(f"{where}: no column {column!r}{nearest(column, row)}")
 
 
 def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) -> list[Problem]:

@@ -5,14 +5,15 @@ from typing import Any
 import torch
 
 from flashgrpo.grpo.native_generator import NativeGenerator
-from flashgrpo.grpo.policy import Policy, resolve_dtype
-from flashgrpo.grpo.recipe import Recipe, RecipeError
+from flashgrpo.grpo.policy import Policy, open_sharded_model, resolve_dtype
+from flashgrpo.grpo.recipe import RecipeError, SamplingRecipe
 from flashgrpo.grpo.rollout import Generator
+from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import World
 from flashgrpo.model.checkpoint import empty_decoder
 
 
-def open_generator(recipe: Recipe, policy: Policy, world: World, longest_prompt: int) -> Generator:
+def open_generator(recipe: SamplingRecipe, policy: Policy, world: World, longest_prompt: int) -> Generator:
     """`rollout.generator`, without weights: for a run, which loads its own before each use.
 
     `longest_prompt` is in tokens. Raises RecipeError and RunInputError, where vLLM does not fit the run.
@@ -28,7 +29,7 @@ def open_generator(recipe: Recipe, policy: Policy, world: World, longest_prompt:
     return generator
 
 
-def open_for_evaluation(recipe: Recipe, policy: Policy, device: torch.device, longest_prompt: int) -> Any:
+def open_for_evaluation(recipe: SamplingRecipe, policy: Policy, device: torch.device, longest_prompt: int) -> Any:
     """`rollout.generator` with the weights of recipe.model.path, for one process; native, it has those of `policy`.
 
     Raises RecipeError for servers, whose weights only a run sends.
@@ -40,3 +41,27 @@ def open_for_evaluation(recipe: Recipe, policy: Policy, device: torch.device, lo
     from flashgrpo.grpo.vllm_generator import open_engine
 
     return open_engine(recipe, policy, device, longest_prompt)
+
+
+def open_for_collection(recipe: SamplingRecipe, policy: Policy, world: World, longest_prompt: int) -> Generator:
+    """`rollout.generator` on every rank with the weights of recipe.model.path, which servers are sent; native, it has
+    those of `policy`. Errors as `open_generator`.
+    """
+    if recipe.rollout.generator != "vllm_server":
+        opened: list[Generator] = []
+        try:
+            world.everywhere(lambda: opened.append(open_for_evaluation(recipe, policy, world.device, longest_prompt)))
+        except BaseException:
+            for each in opened:
+                each.close()
+            raise
+        return opened[0]
+    generator = open_generator(recipe, policy, world, longest_prompt)
+    try:
+        dtype = resolve_dtype(recipe.model.dtype, world.device)
+        model = open_sharded_model(recipe.model, world.device, world.mesh, stored=dtype)
+        generator.load_weights(DecoderSource(dict(model.named_parameters()), model.config, dtype), 0)
+    except BaseException:
+        generator.close()
+        raise
+    return generator

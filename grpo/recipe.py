@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from flashgrpo.grpo.rewards import BUILTINS, RewardError, nearest, resolve_reward
 from flashgrpo.grpo.sections import (
     CHECKED,
+    CollectDataSection,
     CollectSection,
     DataSection,
     EvalSection,
@@ -131,8 +132,8 @@ class CollectRecipe:
     """Samples of a model, filtered into examples for SFT: `flashgrpo collect`."""
 
     model: ModelSection
-    data: DataSection
     run: RunSection
+    data: CollectDataSection = CollectDataSection()
     rollout: CollectSection = CollectSection()
     filters: FilterSection = FilterSection()
     given: dict[str, GivenSection] = dataclasses.field(default_factory=dict)
@@ -142,6 +143,15 @@ class CollectRecipe:
 
     def __post_init__(self) -> None:
         _check_generator(self.rollout, self.vllm)
+        if self.rewards.start:
+            raise ValueError("rewards.start is for training runs; a function counts for every sample, or is not listed")
+        if not (self.data.has_problems or self.given):
+            raise ValueError("nothing to collect: wanted data.path or data.task to sample, or a [given.NAME]")
+        for name, section in self.given.items():
+            if section.ratio and not self.data.has_problems:
+                raise ValueError(f"given.{name}.ratio is per sample, and without [data] nothing is sampled; wanted 0")
+            if name == "samples":
+                raise ValueError("given.samples: found the name that the samples have; choose another")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -151,6 +161,7 @@ class PipelineRecipe:
     run: RunSection
 
 
+SamplingRecipe = Recipe | CollectRecipe
 AnyRecipe = Recipe | SftRecipe | RewardModelRecipe | CollectRecipe | PipelineRecipe
 KINDS: dict[str, type] = {  # by the command that runs it
     "train": Recipe,

@@ -155,7 +155,7 @@ def language_consistency(
     """
     targets = columns.get("language") or [None] * len(completions)
     rows = zip(prompts, completions, questions, targets, strict=True)
-    return [_share_in_language(_reasoning(p, c), _target_language(t, q)) for p, c, q, t in rows]
+    return [_share_in_language(reasoning_of(p, c), _target_language(t, q)) for p, c, q, t in rows]
 
 
 BUILTINS: Mapping[str, RewardFunction] = {
@@ -294,10 +294,12 @@ def _is_formatted(text: str) -> bool:
 
 
 def with_opening(prompt: str, completion: str) -> str:
+    """The completion, with the `<think>` before it that the end of the prompt may have."""
     return f"<think>{completion}" if prompt.rstrip().endswith("<think>") else completion
 
 
-def _reasoning(prompt: str, completion: str) -> str:
+def reasoning_of(prompt: str, completion: str) -> str:
+    """What precedes `</think>` or `<answer>`, without tags; all of the completion where it has neither."""
     text = with_opening(prompt, completion)
     return text.split("</think>")[0].split("<answer>")[0].replace("<think>", "")
 

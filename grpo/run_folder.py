@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,11 @@ class RunFolder:
         self._stack = contextlib.ExitStack()
 
     def _open(self, resume: bool) -> tuple[Path | None, dict[str, Any], list[str]]:
-        if self.path.exists() and not self.path.is_dir():
-            raise RunInputError(f"{self.path} is a file; run.output wants a folder")
-        if not resume and self.path.exists() and any(self.path.iterdir()):
-            raise RunInputError(f"{self.path} exists: continue it with --resume, or choose another run.output")
+        check_output(self.path, resume)
         checkpoint = newest_checkpoint(self.path)
         if checkpoint is None:
             return None, {}, []
-        return checkpoint, _read_state(checkpoint), _changed_keys(self.path / "recipe.toml", self._recipe_toml)
+        return checkpoint, _read_state(checkpoint), changed_keys(self.path / "recipe.toml", self._recipe_toml)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -142,6 +139,14 @@ class RunFolder:
             ) from error
 
 
+def check_output(path: Path, resume: bool) -> None:
+    """Raises RunInputError for an output that is a file, or that is there and is not to be continued."""
+    if path.exists() and not path.is_dir():
+        raise RunInputError(f"{path} is a file; run.output wants a folder")
+    if not resume and path.exists() and any(path.iterdir()):
+        raise RunInputError(f"{path} exists: continue it with --resume, or choose another run.output")
+
+
 def newest_checkpoint(run: str | Path) -> Path | None:
     """The newest whole checkpoint of a run's folder, if there is one."""
     return next(reversed(_checkpoints(Path(run))), None)
@@ -171,14 +176,21 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def _changed_keys(stored: Path, recipe_toml: str) -> list[str]:
-    """What is new in a recipe. Another model, data set or seed would be another run under this one's name: refused."""
+def _makes_another_run(section: str, key: str) -> bool:
+    """Another model, data set or seed would be another run under this one's name."""
+    return section in ("data", "sources") or (section, key) in (("model", "path"), ("run", "seed"))
+
+
+def changed_keys(
+    stored: Path, recipe_toml: str, is_fixed: Callable[[str, str], bool] = _makes_another_run
+) -> list[str]:
+    """What is new in a recipe. Raises RunInputError for a section and key that may not change."""
     texts = stored.read_text(encoding="utf-8"), recipe_toml
     before, now = ({(s, k): v for s, keys in tomllib.loads(t).items() for k, v in keys.items()} for t in texts)
     changes = []
     for section, key in before | now:
         old, new = before.get((section, key)), now.get((section, key))
-        if old != new and (section in ("data", "sources") or (section, key) in (("model", "path"), ("run", "seed"))):
+        if old != new and is_fixed(section, key):
             raise RunInputError(
                 f"{section}.{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
                 "keep it, or choose another run.output"

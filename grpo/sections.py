@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import string
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -10,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from flashgrpo.grpo.data import Template
 
 CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+WRITE_FIELDS = "reasoning", "summary", "answer"
 _Positive = Annotated[int, Field(strict=True, ge=1)]
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Bool = Annotated[bool, Field(strict=True)]
@@ -309,7 +311,24 @@ class PreferenceTrainSection(SftTrainSection):
 
 
 @dataclass(frozen=True, config=CHECKED)
+class CollectDataSection(DataSection):
+    path: str | None = None
+    """JSONL or Parquet file, or Hugging Face dataset; without it and a task, nothing is sampled: [given] alone."""
+
+    @property
+    def has_problems(self) -> bool:
+        """Whether there is anything to sample."""
+        return self.path is not None or self.task is not None
+
+    def __post_init__(self) -> None:
+        if self.has_problems:
+            super().__post_init__()
+
+
+@dataclass(frozen=True, config=CHECKED)
 class CollectSection(SamplingSection):
+    group_size: _Positive = 16
+    """Completions a prompt."""
     prompts_per_part: _Positive = 256
     """Prompts sampled between two parts written to the disk, which are what an interrupted run keeps."""
     prompts: _Count = 0
@@ -347,7 +366,7 @@ class GivenSection(SourceSection):
     ratio: _NonNegative = 0.0
     """Rows for each sampled one that was kept, drawn by run.seed; 0: all rows."""
     filtered: _Bool = True
-    """Whether its rows go through [filters]; what has no reasoning, as general data, should not."""
+    """Whether its rows go through [filters] and [write]; what has no reasoning, as general data, should not."""
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -357,5 +376,14 @@ class GivenSection(SourceSection):
 @dataclass(frozen=True, config=CHECKED)
 class WriteSection:
     completion: str = ""
-    """Rewrites what is kept of the samples: text with {reasoning}, {summary} (what follows the reasoning) and {answer};
-    empty: as sampled."""
+    """Rewrites what is kept: text with {reasoning}, {summary} (what follows the reasoning) and {answer}, as
+    "<think>{reasoning}</think>{summary}"; what lacks one of those used is rejected. Empty: as it is."""
+
+    def __post_init__(self) -> None:
+        if unknown := [field for field in self.fields if field not in WRITE_FIELDS]:
+            raise ValueError(f"completion: unknown field {{{unknown[0]}}}; known: {', '.join(WRITE_FIELDS)}")
+
+    @property
+    def fields(self) -> list[str]:
+        """Those that the text uses."""
+        return [field for _, field, _, _ in string.Formatter().parse(self.completion) if field is not None]

@@ -4,7 +4,6 @@ Cross-entropy is GRPO's loss on-policy with advantage 1 and token_mean: its grad
 the completion's tokens, the prompt's tokens are not trained on, and there is no second loss kernel.
 """
 
-import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.balance import plan_packs
-from flashgrpo.grpo.data import DataError, load_problems, render_prompt
+from flashgrpo.grpo.data import DataError, load_completions, render_prompt
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import Policy, end_token_id
@@ -22,7 +21,7 @@ from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
 from flashgrpo.grpo.recipe import SftRecipe, recipe_to_toml
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop, epoch_order
-from flashgrpo.grpo.sections import DataSection, SftDataSection, SourceSection
+from flashgrpo.grpo.sections import SftDataSection
 from flashgrpo.grpo.world import World, open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.batch import PackedBatch
@@ -83,22 +82,14 @@ class SftTrainer(RunLoop):
 def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> list[Group]:
     """Prompt and completion of every row as a group of one; the end-of-sequence token closes the completion.
 
-    Raises DataError for a missing column, an empty text, or an example over data.max_tokens or `token_budget`.
+    Raises DataError for a row without a prompt or completion, or an example over data.max_tokens or `token_budget`.
     """
-    shared = {f.name: getattr(data, f.name) for f in dataclasses.fields(SourceSection)}
-    source = DataSection(**shared, answer_column=data.completion_column, held_out=0)
-    problems, _ = load_problems(source, seed=0)
     end = end_token_id(policy.path, policy.tokenizer)
     examples = []
-    for number, problem in enumerate(problems, start=1):
-        where, text = f"{data.path}: row {number}", problem.columns["answer"]
-        if not isinstance(text, str):
-            raise DataError(f"{where}: column {data.completion_column!r} holds {type(text).__name__}, wanted text")
+    for number, (where, problem, text) in enumerate(load_completions(data, data.completion_column)):
         prompt_ids = render_prompt(problem.prompt, data.template, policy.tokenizer)
         completion_ids = list(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not completion_ids:
-            raise DataError(f"{where}: column {data.completion_column!r} is empty")
-        if completion_ids[-1] != end:
+        if not completion_ids or completion_ids[-1] != end:
             completion_ids = [*completion_ids, end]
         length = len(prompt_ids) + len(completion_ids)
         if length > data.max_tokens:
@@ -107,7 +98,7 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
             raise DataError(
                 f"{where} has {length} tokens, train.token_budget = {token_budget}; raise it, or cut the row"
             )
-        completion = Completion(np.array(completion_ids, dtype=np.int64), sequence_id=number - 1)
+        completion = Completion(np.array(completion_ids, dtype=np.int64), sequence_id=number)
         examples.append(Group(prompt_ids, [completion]))
     return examples
 

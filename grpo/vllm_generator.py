@@ -16,7 +16,7 @@ import torch
 from flashgrpo.grpo.engine_process import EngineProcess
 from flashgrpo.grpo.policy import Policy, resolve_dtype
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import Recipe, RecipeError
+from flashgrpo.grpo.recipe import RecipeError, SamplingRecipe
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_launch import OwnServers
 from flashgrpo.grpo.vllm_options import IPC, NCCL, SHARED_MEMORY, EngineOptions, check_length, require_vllm
@@ -210,7 +210,7 @@ class _Steps:
             raise error
 
 
-def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int) -> VllmGenerator:
+def open_vllm(recipe: SamplingRecipe, policy: Policy, world: World, longest_prompt: int) -> VllmGenerator:
     """vLLM as recipe.rollout.generator wants it, checked. Raises RecipeError and RunInputError."""
     options, timeout_s = _engine_options(recipe, world.device, longest_prompt), recipe.vllm.sync_timeout_s
     if recipe.rollout.generator == "vllm":
@@ -246,13 +246,13 @@ def open_vllm(recipe: Recipe, policy: Policy, world: World, longest_prompt: int)
     return generator
 
 
-def open_engine(recipe: Recipe, policy: Policy, device: torch.device, longest_prompt: int) -> EngineProcess:
+def open_engine(recipe: SamplingRecipe, policy: Policy, device: torch.device, longest_prompt: int) -> EngineProcess:
     """vLLM with the weights of recipe.model.path, for use without a run. Raises RecipeError."""
     options = _engine_options(recipe, device, longest_prompt)
     return _open_engine(options, policy.stop_token_ids, device, recipe.vllm.sync_timeout_s, "auto")
 
 
-def _engine_options(recipe: Recipe, device: torch.device, longest_prompt: int) -> EngineOptions:
+def _engine_options(recipe: SamplingRecipe, device: torch.device, longest_prompt: int) -> EngineOptions:
     require_vllm()
     dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     return EngineOptions.of(recipe, dtype, device.type == "cuda", longest_prompt)
@@ -273,7 +273,7 @@ def _open_engine(
 
 
 def _check_servers(
-    client: VllmServers, policy: Policy, recipe: Recipe, options: EngineOptions, longest_prompt: int
+    client: VllmServers, policy: Policy, recipe: SamplingRecipe, options: EngineOptions, longest_prompt: int
 ) -> None:
     """The servers are there, and have this run's model, tokenizer, type and room."""
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from flashgrpo.grpo.recipe import Recipe, RecipeError
+from flashgrpo.grpo.recipe import RecipeError, SamplingRecipe
 from flashgrpo.grpo.rollout import Request, Sampling
 
 SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "flashgrpo_nccl", "flashgrpo_ipc"
@@ -45,7 +45,7 @@ class EngineOptions:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, recipe: Recipe, dtype: str, on_gpu: bool, longest_prompt: int) -> "EngineOptions":
+    def of(cls, recipe: SamplingRecipe, dtype: str, on_gpu: bool, longest_prompt: int) -> "EngineOptions":
         """Raises RecipeError where vllm.max_model_len is too small for a prompt of `longest_prompt` tokens."""
         own = recipe.vllm
         if own.max_model_len:
@@ -115,7 +115,7 @@ def own_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in _RANK and not k.startswith(_TORCHRUN)}
 
 
-def check_length(max_model_len: int, longest_prompt: int, recipe: Recipe) -> None:
+def check_length(max_model_len: int, longest_prompt: int, recipe: SamplingRecipe) -> None:
     """Raises RecipeError unless a prompt of `longest_prompt` tokens fits an engine with its completion."""
     longest = recipe.rollout.max_new_tokens
     if max_model_len < longest_prompt + longest:

@@ -5,6 +5,7 @@ shape. A folder appears under its name only when every byte of it is on the disk
 """
 
 import difflib
+import hashlib
 import json
 import os
 import shutil
@@ -132,6 +133,19 @@ def load_weights(decoder: Decoder, path: str | os.PathLike, *, new_score: bool =
             f"{folder}: {CONFIG} ties lm_head.weight to model.embed_tokens.weight, but they differ in the file; "
             "set tie_word_embeddings to false"
         )
+
+
+def weights_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of the weights in folder `path`, by name, type, shape and bytes, whatever files they are spread over.
+
+    Tensors are read one by one. Raises CheckpointError for a file that is missing or broken.
+    """
+    lines = []
+    for name, stored in _stored_tensors(Path(path)):
+        tensor = stored[:].contiguous()
+        content = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
+        lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {content}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def save_checkpoint(

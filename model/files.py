@@ -10,8 +10,15 @@ from pathlib import Path
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place, then rename it."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A neighbour of `path` to write to; when the block ends it is synced and takes the name `path`."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    yield temporary
     _sync(temporary)
     temporary.rename(path)
 

@@ -188,14 +188,20 @@ GOOD = {"prompt": "1+1=", "completion": "2"}
 @pytest.mark.parametrize(
     ("rows", "data", "message"),
     [
-        ([GOOD, {"prompt": "1", "completion": ""}], {}, r"row 2: column 'completion' is empty"),
-        ([{"prompt": "1", "completion": 5}], {}, r"row 1: column 'completion' holds int, wanted text"),
+        (
+            [GOOD, {"prompt": "1", "completion": ""}],
+            {},
+            r"rows\.jsonl:2: column 'completion' is empty, wanted the text",
+        ),
+        ([GOOD, {"prompt": "1", "completion": " \n"}], {}, r"rows\.jsonl:2: column 'completion' is empty"),
+        ([GOOD, {"prompt": "1", "completion": None}], {}, r"rows\.jsonl:2: column 'completion' is empty"),
+        ([{"prompt": "1", "completion": 5}], {}, r"rows\.jsonl:1: column 'completion' holds int, wanted the text"),
         ([GOOD, {"prompt": "1"}], {}, r"rows\.jsonl:2: no column 'completion'"),
         ([GOOD], {"completion_column": "answer"}, r"rows\.jsonl:1: no column 'answer'"),
         ([GOOD, {"prompt": " ", "completion": "2"}], {}, r"rows\.jsonl:2: the prompt in column 'prompt' is empty"),
-        ([GOOD, GOOD], {"max_tokens": 5}, r"row 1 has 6 tokens, data\.max_tokens = 5"),
-        ([GOOD, {"prompt": "1", "completion": "2" * 64}], {}, r"row 2 has 66 tokens, train\.token_budget = 64"),
-        ([], {}, r"no problems in .*rows\.jsonl"),
+        ([GOOD, GOOD], {"max_tokens": 5}, r"rows\.jsonl:1 has 6 tokens, data\.max_tokens = 5"),
+        ([GOOD, {"prompt": "1", "completion": "2" * 64}], {}, r"rows\.jsonl:2 has 66 tokens, train\.token_budget = 64"),
+        ([], {}, r"no rows in .*rows\.jsonl"),
     ],
 )
 def test_bad_examples_are_found_before_the_first_step(policy, tmp_path, rows, data, message):
