@@ -186,12 +186,6 @@ def test_two_ranks_run_it_together(pipeline, tmp_path):
     assert (tmp_path / "whole/second/model/model.safetensors").stat().st_mtime_ns == written
 
 
-def test_every_recipe_of_a_pipeline_is_sound():
-    for name in ("r1_tiny", "r1", "distill"):
-        _, stages = load_pipeline(ROOT / f"recipes/{name}.toml")
-        assert len({stage.name for stage in stages}) == len(stages) >= 3
-
-
 def command(output: Path) -> list[str]:
     changes = {} if IS_SOAK else MINIATURE
     overrides = [f"--stages.{key}={value}" for key, value in changes.items()]
