@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+_START_LIMIT_S = 1800.0
+
 
 def start_child(
     serve: Callable[[int], None], environment: Mapping[str, str] | None = None, process_group: int | None = None
@@ -32,17 +34,26 @@ def start_child(
 
 
 class Child:
-    """A child that answers with (error, result); `name` and `failure` are for its death and its delays."""
+    """A child that answers with (error, result), first to `setup`; `name` and `failure` are for its death and its
+    delays.
+    """
 
     def __init__(
         self,
         name: str,
         failure: type[Exception],
         serve: Callable[[int], None],
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str],
+        setup: Any,
     ):
         self.name, self.failure = name, failure
         self.process, self._connection = start_child(serve, environment)
+        try:
+            self.send(setup, "starting")
+            self.receive("starting", _START_LIMIT_S)
+        except BaseException:  # nobody has it yet to close it
+            self.close()
+            raise
 
     def send(self, message: Any, step: str) -> None:
         """Ask for `step`. Raises `failure` where the process has ended."""

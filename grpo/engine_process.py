@@ -19,8 +19,6 @@ from flashgrpo.grpo.rollout import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_options import EngineOptions, own_environment
 from flashgrpo.grpo.world import GeneratorFailure
 
-_START_LIMIT_S = 1800.0
-
 
 class EngineError(GeneratorFailure):
     """vLLM's process has ended, or did not answer in time."""
@@ -45,9 +43,8 @@ class EngineProcess:
             index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible[0] else str(index)
         quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-        self.child = Child("vLLM's process", EngineError, serve, quiet | environment)
-        self.child.send((options, stop_token_ids, load_format), "starting")
-        self.child.receive("starting", _START_LIMIT_S)
+        setup = options, stop_token_ids, load_format
+        self.child = Child("vLLM's process", EngineError, serve, quiet | environment, setup)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("init_weight_transfer_engine", init_info)

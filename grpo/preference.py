@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import signal
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -26,7 +25,7 @@ from flashgrpo.grpo.child import Child
 from flashgrpo.grpo.data import DataError, Template, render_prompt
 from flashgrpo.grpo.packing import Completion, Group, PackingError, best_fit, build_batch
 from flashgrpo.grpo.policy import Policy, end_token_id, open_tokenizer, resolve_dtype
-from flashgrpo.grpo.reward_pool import CompletionGroup
+from flashgrpo.grpo.reward_table import CompletionGroup, Scorer
 from flashgrpo.grpo.rewards import RewardFailure, with_opening
 from flashgrpo.grpo.sections import CHECKED, PreferenceSection
 from flashgrpo.grpo.vllm_options import own_environment
@@ -34,7 +33,7 @@ from flashgrpo.grpo.world import World
 from flashgrpo.model.checkpoint import CheckpointError, load_checkpoint, read_config, read_json
 
 CARD = "reward_model.json"
-_START_LIMIT_S, _SCORE_LIMIT_S = 1800.0, 600.0
+_SCORE_LIMIT_S = 600.0
 _PROBE = "<think>Déjà vu — 数学</think>\n\tdef f(x): return x ** 2  # 12,345"
 
 
@@ -107,20 +106,6 @@ class RewardModel:
         return self.card.as_reward(logits.numpy())
 
 
-class Scorer(ABC):
-    """A reward model for the completions of this rank."""
-
-    def submit(self, group: CompletionGroup) -> None:  # noqa: B027  # a model that is served in turn has nothing to do
-        """Begin with a group that `score` will be asked for; returns at once."""
-
-    @abstractmethod
-    def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:  # [num_groups, group_size] float64
-        """Raw logits of a pairwise reward model, probabilities of "good" of a pointwise one. Raises RewardFailure."""
-
-    def close(self) -> None:  # noqa: B027
-        """End what runs for it."""
-
-
 class InTurn(Scorer):
     """On the policy's device for the time of a call; its weights, in the type of that device, wait on the host, on each
     rank.
@@ -128,10 +113,9 @@ class InTurn(Scorer):
 
     def __init__(self, section: PreferenceSection, where: str, device: torch.device):
         self.model = RewardModel(section.path, str(device), section.batch_tokens, where, waits_on="cpu")
-        self.waiting = {
-            name: p.data.pin_memory() if device.type == "cuda" else p.data
-            for name, p in self.model.model.named_parameters()
-        }
+        if device.type == "cuda":
+            for parameter in self.model.model.parameters():
+                parameter.data = parameter.data.pin_memory()
 
     def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
         with self._on_device():
@@ -139,14 +123,14 @@ class InTurn(Scorer):
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
-        parameters = dict(self.model.model.named_parameters())
+        waiting = [(parameter, parameter.data) for parameter in self.model.model.parameters()]
         try:
-            for name, parameter in parameters.items():
-                parameter.data = self.waiting[name].to(self.model.device, non_blocking=True)
+            for parameter, on_host in waiting:
+                parameter.data = on_host.to(self.model.device, non_blocking=True)
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = self.waiting[name]
+            for parameter, on_host in waiting:
+                parameter.data = on_host
 
 
 class OwnProcess(Scorer):
@@ -154,13 +138,13 @@ class OwnProcess(Scorer):
 
     def __init__(self, section: PreferenceSection, where: str):
         environment = {**own_environment(), "TOKENIZERS_PARALLELISM": "false"}
-        self.child = Child(f"the process of {where}", RewardFailure, serve, environment)
+        setup = section.path, section.device, section.batch_tokens, where, torch.get_num_threads()
+        self.child = Child(f"the process of {where}", RewardFailure, serve, environment, setup)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
         self._begun: dict[int, tuple[CompletionGroup, Future[np.ndarray]]] = {}  # by identity
-        self._call((section.path, section.device, section.batch_tokens, where, torch.get_num_threads()), "starting")
 
     def submit(self, group: CompletionGroup) -> None:
-        self._begun[id(group)] = group, self._thread.submit(self._call, group, "scoring")
+        self._begun[id(group)] = group, self._thread.submit(self._score, group)
 
     def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
         for group in groups:
@@ -172,9 +156,9 @@ class OwnProcess(Scorer):
         self.child.close()
         self._thread.shutdown(cancel_futures=True)
 
-    def _call(self, message: object, step: str) -> np.ndarray:
-        self.child.send(message, step)
-        return self.child.receive(step, _START_LIMIT_S if step == "starting" else _SCORE_LIMIT_S)
+    def _score(self, group: CompletionGroup) -> np.ndarray:
+        self.child.send(group, "scoring")
+        return self.child.receive("scoring", _SCORE_LIMIT_S)
 
 
 def open_preferences(sections: dict[str, PreferenceSection], policy: Policy, world: World) -> dict[str, Scorer]:

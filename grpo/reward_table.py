@@ -1,5 +1,6 @@
 """What is scored, by which functions, and what comes of it."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -32,16 +33,14 @@ class Scorer(Protocol):
     """A function that is computed in this process, or by means of its own, as a reward model."""
 
     def submit(self, group: CompletionGroup) -> None:
-        """Start work on a group, if it can."""
-        ...
+        """Begin with a group that `score` will be asked for, if it can; returns at once."""
 
+    @abstractmethod
     def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
-        """Scores of groups that were submitted, [num_groups, group_size] float64, NaN where missing."""
-        ...
+        """Scores, [num_groups, group_size] float64, NaN where missing. Raises RewardFailure."""
 
     def close(self) -> None:
         """End what runs for it."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -312,6 +312,15 @@ def test_a_process_of_its_own_scores_as_the_trainer_does(scoring_path, policy, w
             scorer.close()
 
 
+def test_a_process_that_cannot_start_is_ended(scoring_path, policy, world):
+    (scoring_path / "model.safetensors").unlink()
+    before = set(psutil.Process().children())
+    with pytest.raises(CheckpointError) as raised:  # its traceback keeps the pipe open
+        open_preferences({"a": PreferenceSection(str(scoring_path), device="cpu")}, policy, world)
+    assert set(psutil.Process().children()) == before
+    assert "scoring: holds neither model.safetensors nor" in str(raised.value)
+
+
 def test_the_process_ends_with_the_trainer(scoring_path):
     code = (
         "import os, signal, sys\n"
