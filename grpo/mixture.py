@@ -29,12 +29,13 @@ class Mixture:
     """The prompts of [data], whose source is named "data", and of [sources]."""
 
     def __init__(self, recipe: Recipe, prompts: Mapping[str, Sequence[Prompt]]):
-        self.recipe, self.prompts = recipe, prompts  # by source, "data" first
+        self.recipe = recipe
+        self.prompts = {name: prompts[name] for name in ("data", *sorted(recipe.sources))}  # whatever their order there
 
     def shares(self, step: int) -> dict[str, float]:
         """Share of the step's groups by source, of those that have started."""
-        steps = self.recipe.train.steps
-        others = {n: s.share for n, s in self.recipe.sources.items() if step >= first_step(s.start, steps)}
+        steps, sources = self.recipe.train.steps, sorted(self.recipe.sources.items())
+        others = {n: s.share for n, s in sources if step >= first_step(s.start, steps)}
         return {"data": 1 - sum(others.values()), **others}
 
     def take(self, position: Position, step: int, num_prompts: int) -> tuple[list[Prompt], Position]:

@@ -130,9 +130,9 @@ def check_rewards(functions: list[str], weights: list[float]) -> None:
 class PreferenceSection:
     path: str
     """Folder that `flashgrpo reward-model` has made; its name in [reward_models] is that of a reward function."""
-    device: str = "trainer"
+    device: Annotated[str, Field(pattern=r"^(trainer|cpu|cuda:\d+)$")] = "trainer"
     """trainer: on the policy's device, loaded for the reward step and moved to the host after it; "cuda:6" or "cpu": a
-    process of its own on that device."""
+    process of its own on that device, one a rank."""
     batch_tokens: _Positive = 16_384
     """Most tokens of one pass."""
 

@@ -112,6 +112,14 @@ def test_shares_are_exact_over_time_and_epochs_are_whole(values):
     assert taken["chat"][:7] != taken["data"][:7]
 
 
+def test_the_order_of_the_sources_in_the_recipe_is_no_matter(values):
+    """A resumed run may have them in another."""
+    sizes, sources = {"data": 7, "chat": 7, "safety": 7}, {"chat": {"share": 0.3}, "safety": {"share": 0.3}}
+    mixtures = [mixture_of(values, sizes, dict(order)) for order in (sources.items(), [*sources.items()][::-1])]
+    one, other = (mixture.take(NOWHERE, 1, 20) for mixture in mixtures)
+    assert one == other
+
+
 @pytest.mark.parametrize(("start", "steps", "first"), [(0, 10, 1), (0.29, 100, 30), (0.75, 1, 1), (0.7, 9, 7)])
 def test_a_source_starts_after_its_share_of_the_steps(values, start, steps, first):
     mixture = mixture_of(values, {"data": 4, "chat": 4}, {"chat": {"share": 0.5, "start": start}}, steps)
@@ -382,6 +390,7 @@ def test_a_function_must_fit_the_columns_of_the_source_that_it_scores(values):
             "rewards.start: in step 4 the completions of chat have no reward yet, .*letters",
         ),
         ({"rewards__start": f'{{"{DIGITS}" = 0.2}}'}, "in step 1 the completions of data have no reward yet"),
+        ({"reward_models__taste__path": "x", "reward_models__taste__device": "gpu"}, "taste.device: .* found 'gpu'"),
         ({"reward_models__format__path": "x"}, "reward_models.format: found the name of a built-in reward"),
         ({"sources__chat__weights": "[1, 2]"}, "sources.chat: found 2 weights for 1 functions"),
     ],
