@@ -144,6 +144,8 @@ class Sampler:
             with clock("generate"):
                 groups = self._generate(step, first, prompts) if self._ahead is None else self._take_ahead()
             with clock("reward"):
+                if any(model.device == "trainer" for model in self.recipe.reward_models.values()):
+                    self.generator.free_weights()  # they take its memory
                 table = self.pool.collect()
             return _Share(groups, table, self.pool.failures, time.perf_counter() - start)
 

@@ -61,7 +61,7 @@ class VllmGenerator:
 
     def free_weights(self) -> None:
         """An engine on the trainer's own GPU sleeps; servers, and engines on a CPU, keep their weights."""
-        if self.backend == IPC:
+        if self.backend == IPC and self.weight_version >= 0:
             self.client.sleep()
             self.weight_version = -1
 

@@ -307,7 +307,19 @@ class Taste:
 
 
 def test_a_reward_model_counts_from_its_start_on(values, monkeypatch):
-    taste, opened = Taste(), []
+    taste, opened, generators, held = Taste(), [], [], []
+    open_generator, score = train_module.open_generator, taste.score
+
+    def open_one(*arguments):
+        generators.append(open_generator(*arguments))
+        return generators[0]
+
+    def score_too(groups):
+        held.append(generators[0].weight_version)
+        return score(groups)
+
+    monkeypatch.setattr(train_module, "open_generator", open_one)
+    monkeypatch.setattr(taste, "score", score_too)
 
     def open_preferences(sections, policy, world):
         opened.append((sections["taste"].path, policy.tokenizer.eos_token, world.size))
@@ -329,6 +341,7 @@ def test_a_reward_model_counts_from_its_start_on(values, monkeypatch):
     assert taste.submitted == taste.scored
     assert [group.source for group in taste.scored] == ["chat"] * 3
     assert taste.is_closed
+    assert held == [-1] * 3  # the generator's weights do not stand beside those of a reward model
 
 
 def group(source: str, *completions: str) -> CompletionGroup:
