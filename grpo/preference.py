@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,9 +22,10 @@ from pydantic.dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from flashgrpo.grpo.child import Child
-from flashgrpo.grpo.data import DataError, Template, render_prompt
+from flashgrpo.grpo.data import DataError, Problem, Template, render_prompt
 from flashgrpo.grpo.packing import Completion, Group, PackingError, best_fit, build_batch
 from flashgrpo.grpo.policy import Policy, end_token_id, open_tokenizer, resolve_dtype
+from flashgrpo.grpo.recipe import RecipeError
 from flashgrpo.grpo.reward_table import CompletionGroup, Scorer
 from flashgrpo.grpo.rewards import RewardFailure, with_opening
 from flashgrpo.grpo.sections import CHECKED, PreferenceSection
@@ -161,16 +162,24 @@ class OwnProcess(Scorer):
         return self.child.receive("scoring", _SCORE_LIMIT_S)
 
 
-def open_preferences(sections: dict[str, PreferenceSection], policy: Policy, world: World) -> dict[str, Scorer]:
+def open_preferences(
+    sections: Mapping[str, PreferenceSection],
+    policy: Policy,
+    world: World,
+    questions: Mapping[str, Sequence[Problem]],  # by reward model, what it will score completions of
+    max_new_tokens: int,
+) -> dict[str, Scorer]:
     """The reward models of [reward_models] by name, each checked before any is loaded. All ranks must call it.
 
-    Raises CheckpointError for a folder that is no reward model, or has another tokenizer than the policy.
+    Raises CheckpointError for a folder that is no reward model, or has another tokenizer than the policy, DataError for
+    a question that does not suit its template, RecipeError for one too long with a completion for its batch_tokens.
     """
     device, scorers = world.device, {}
 
     def open_all() -> None:
-        for section in sections.values():
-            _check(section.path, policy)
+        for name, section in sections.items():
+            card = _check(section.path, policy)
+            _check_lengths(f"reward_models.{name}", section, card, questions[name], max_new_tokens)
         for name, section in sections.items():
             where = f"reward_models.{name}"
             in_turn = section.device == "trainer"
@@ -197,14 +206,30 @@ def read_card(path: str | Path) -> Card:
         raise CheckpointError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def _check(path: str, policy: Policy) -> None:
+def _check(path: str, policy: Policy) -> Card:
     read_config(path, reward_model=True)
-    read_card(path)
     theirs, ours = open_tokenizer(path), policy.tokenizer
     same_text = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
     if theirs.get_vocab() != ours.get_vocab() or not same_text:
         raise CheckpointError(
             f"{path}: its tokenizer is not that of {policy.path}; train a reward model from one of the policy's family"
+        )
+    return read_card(path)
+
+
+def _check_lengths(
+    where: str, section: PreferenceSection, card: Card, questions: Sequence[Problem], max_new_tokens: int
+) -> None:
+    tokenizer = open_tokenizer(section.path)
+    try:
+        lengths = [len(render_prompt(each.prompt, card.template, tokenizer)) for each in questions]
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    needed = max(lengths, default=0) + max_new_tokens + 1
+    if needed > section.batch_tokens:
+        raise RecipeError(
+            f"{where}.batch_tokens = {section.batch_tokens} is below the longest question and completion together with "
+            f"the token that ends it, {needed}; raise it to that or more"
         )
 
 
@@ -212,19 +237,18 @@ def serve(file_descriptor: int) -> None:
     """The process's life: scores groups until the other end of the pipe is closed."""
     os.dup2(2, 1)  # what is printed must not mix with the trainer's output
     with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
+        *options, num_threads = connection.recv()
+        torch.set_num_threads(num_threads)
+        group: CompletionGroup | None = None
         model: RewardModel | None = None
         while True:
-            message = connection.recv()
             try:
-                if model is None:
-                    *options, num_threads = message
-                    torch.set_num_threads(num_threads)
-                    model = RewardModel(*options)
-                    connection.send((None, None))
-                else:
-                    connection.send((None, model.score(message)))
+                model = model or RewardModel(*options)
+                answer = None, model.score(group) if group else None
             except (CheckpointError, RewardFailure) as error:  # both are raised again in the trainer
-                connection.send((error, None))
+                answer = error, None
             except Exception as error:
-                connection.send((RewardFailure(f"{type(error).__name__}: {error}"), None))
+                answer = RewardFailure(f"{options[-1]}: {type(error).__name__}: {error}"), None
+            connection.send(answer)
+            group = connection.recv()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -110,7 +110,13 @@ class Trainer(RunLoop):
         if recipe.reward_models:
             from flashgrpo.grpo.preference import open_preferences
 
-            pool.scorers.update(open_preferences(recipe.reward_models, self.policy, world))
+            used = {source: recipe.reward_weights[source].keys() for source in mixture.prompts}
+            questions = {
+                name: [prompt.problem for source in used if name in used[source] for prompt in mixture.prompts[source]]
+                for name in recipe.reward_models
+            }
+            longest = recipe.rollout.max_new_tokens
+            pool.scorers.update(open_preferences(recipe.reward_models, self.policy, world, questions, longest))
         generator = open_generator(recipe, self.policy, world, longest_prompt)
         source = DecoderSource(self.learner.params, config, self.compute_dtype)
         self.sampler = Sampler(recipe, world, self.policy, pool, generator, source, mixture, tests)

@@ -20,7 +20,7 @@ from flashgrpo.grpo.data import DataError, Problem
 from flashgrpo.grpo.packing import build_batch
 from flashgrpo.grpo.policy import Policy, open_policy, open_tokenizer
 from flashgrpo.grpo.preference import CARD, OwnProcess, RewardModel, open_preferences, scored_group, scored_ids
-from flashgrpo.grpo.recipe import RewardModelRecipe, build_recipe
+from flashgrpo.grpo.recipe import RecipeError, RewardModelRecipe, build_recipe
 from flashgrpo.grpo.report import print_summary
 from flashgrpo.grpo.reward_model import RewardModelTrainer, Row, load_rows, reward_model
 from flashgrpo.grpo.reward_pool import CompletionGroup
@@ -287,7 +287,7 @@ def world(recipe):
 def test_a_process_of_its_own_scores_as_the_trainer_does(scoring_path, policy, world):
     sections = {"a": PreferenceSection(str(scoring_path)), "b": PreferenceSection(str(scoring_path), device="cpu")}
     groups = [group("1", "22", ""), group("a</think>4", "5" * 9, "6", prompt="2+2=")]
-    scorers = open_preferences(sections, policy, world)
+    scorers = open_preferences(sections, policy, world, {"a": [], "b": []}, 8)
     try:
         for each in groups[::-1]:
             scorers["b"].submit(each)
@@ -316,9 +316,15 @@ def test_a_process_that_cannot_start_is_ended(scoring_path, policy, world):
     (scoring_path / "model.safetensors").unlink()
     before = set(psutil.Process().children())
     with pytest.raises(CheckpointError) as raised:  # its traceback keeps the pipe open
-        open_preferences({"a": PreferenceSection(str(scoring_path), device="cpu")}, policy, world)
+        open_preferences({"a": PreferenceSection(str(scoring_path), device="cpu")}, policy, world, {"a": []}, 8)
     assert set(psutil.Process().children()) == before
     assert "scoring: holds neither model.safetensors nor" in str(raised.value)
+
+
+def test_a_device_that_is_not_there_is_told_with_the_model(scoring_path, policy, world):
+    section = PreferenceSection(str(scoring_path), device="cuda:97")
+    with pytest.raises(RewardFailure, match=r"reward_models\.a: [A-Za-z]+: .*(CUDA|cuda|NVIDIA)"):
+        open_preferences({"a": section}, policy, world, {"a": []}, 8)
 
 
 def test_the_process_ends_with_the_trainer(scoring_path):
@@ -359,7 +365,25 @@ def test_the_process_ends_with_the_trainer(scoring_path):
 def test_what_is_no_reward_model_for_this_policy_is_refused(scoring_path, model_path, policy, world, spoil, message):
     spoil(scoring_path, model_path)
     with pytest.raises(CheckpointError, match=message):
-        open_preferences({"a": PreferenceSection(str(scoring_path), device="cpu")}, policy, world)
+        open_preferences({"a": PreferenceSection(str(scoring_path), device="cpu")}, policy, world, {"a": []}, 8)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ("12345", RecipeError, r"reward_models\.a\.batch_tokens = 20 is below the longest .*, 21; raise it"),
+        ([{"role": "user", "content": "1"}], DataError, r"reward_models\.a: template 'none' wants text, found chat"),
+    ],
+)
+def test_questions_that_it_cannot_score_are_found_before_the_first_step(
+    scoring_path, policy, world, prompt, error, message
+):
+    """And not when it begins to count, which may be in the last share of the steps."""
+    section = PreferenceSection(str(scoring_path), batch_tokens=20)
+    questions = {"a": [Problem("1", {}), Problem(prompt, {})]}
+    with pytest.raises(error, match=message):
+        open_preferences({"a": section}, policy, world, questions, 15)
+    open_preferences({"a": section}, policy, world, {"a": questions["a"][:1]}, 15)["a"].close()
 
 
 def test_a_reward_model_is_no_policy(recipe, recipe_values, scoring_path):

@@ -321,8 +321,10 @@ def test_a_reward_model_counts_from_its_start_on(values, monkeypatch):
     monkeypatch.setattr(train_module, "open_generator", open_one)
     monkeypatch.setattr(taste, "score", score_too)
 
-    def open_preferences(sections, policy, world):
+    def open_preferences(sections, policy, world, questions, max_new_tokens):
         opened.append((sections["taste"].path, policy.tokenizer.eos_token, world.size))
+        assert sorted(problem.prompt for problem in questions["taste"]) == [f"c{i:02}=" for i in range(20)]
+        assert max_new_tokens == values["rollout"]["max_new_tokens"]
         return {"taste": taste}
 
     module = types.ModuleType("flashgrpo.grpo.preference")
