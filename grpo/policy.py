@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -125,6 +126,12 @@ def end_token_id(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that closes a text: the tokenizer's end of sequence, or the first that ends a completion."""
     end: Any = tokenizer.eos_token_id
     return stop_token_ids(path, tokenizer)[0] if end is None else end
+
+
+def closed_ids(text: str, tokenizer: PreTrainedTokenizerBase, end: int) -> np.ndarray:
+    """A completion's tokens, [num_tokens] int64; the last is `end`."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return np.array(ids if ids[-1:] == [end] else [*ids, end], dtype=np.int64)
 
 
 def resolve_device(name: str) -> torch.device:

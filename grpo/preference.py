@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from flashgrpo.grpo.child import Child
 from flashgrpo.grpo.data import DataError, Problem, Template, render_prompt
 from flashgrpo.grpo.packing import Completion, Group, PackingError, best_fit, build_batch
-from flashgrpo.grpo.policy import Policy, end_token_id, open_tokenizer, resolve_dtype
+from flashgrpo.grpo.policy import Policy, closed_ids, end_token_id, open_tokenizer, resolve_dtype
 from flashgrpo.grpo.recipe import RecipeError
 from flashgrpo.grpo.reward_table import CompletionGroup, Scorer
 from flashgrpo.grpo.rewards import RewardFailure, with_opening
@@ -62,8 +62,7 @@ def scored_ids(text: str, scores: str, tokenizer: PreTrainedTokenizerBase, end: 
     if scores == "answer":
         is_open = "<think>" in text and "</think>" not in text
         text = "" if is_open else re.sub(r"</?answer>", "", text.rpartition("</think>")[2]).strip()
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return np.array(ids if ids[-1:] == [end] else [*ids, end], dtype=np.int64)
+    return closed_ids(text, tokenizer, end)
 
 
 def scored_group(prompt_ids: list[int], texts: Sequence[np.ndarray], first_id: int = 0) -> Group:

@@ -78,8 +78,8 @@ class Recipe:
             )
         if "data" in self.sources:
             raise ValueError("sources.data: found the name that [data] has; choose another")
-        if same := sorted(self.reward_models.keys() & BUILTINS.keys()):
-            raise ValueError(f"reward_models.{same[0]}: found the name of a built-in reward; choose another")
+        if same := sorted(self.reward_models.keys() & {*BUILTINS, "mean", "std", "missing", "group_std"}):
+            raise ValueError(f"reward_models.{same[0]}: found the name of a built-in reward or metric; choose another")
         used = {"rewards": self.rewards.functions} | {f"sources.{n}": s.rewards for n, s in self.sources.items()}
         for key, names in used.items():
             for name in names:

@@ -277,7 +277,7 @@ class SftTrainSection(OptimizerSection):
 
 
 @dataclass(frozen=True, config=CHECKED)
-class PairDataSection(SourceSection):
+class PairDataSection(SftDataSection):
     chosen_column: str = "chosen"
     """Column with the better completion of a pair."""
     rejected_column: str = "rejected"
@@ -288,12 +288,6 @@ class PairDataSection(SourceSection):
     """Pointwise: column with 1 or true where the completion is good, 0 or false where it is not."""
     held_out: _Count = 64
     """Rows set aside to measure the accuracy on, chosen by run.seed."""
-    max_tokens: _Positive = 32_768
-    """A longer prompt and completion is an error."""
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            raise ValueError("path is missing, and it has no default")
 
 
 @dataclass(frozen=True, config=CHECKED)

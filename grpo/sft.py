@@ -8,7 +8,6 @@ import functools
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from flashgrpo.grpo.balance import plan_packs
 from flashgrpo.grpo.data import DataError, load_completions, render_prompt
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, build_batch
-from flashgrpo.grpo.policy import Policy, end_token_id
+from flashgrpo.grpo.policy import Policy, closed_ids, end_token_id
 from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
 from flashgrpo.grpo.recipe import SftRecipe, recipe_to_toml
 from flashgrpo.grpo.run_folder import RunFolder
@@ -88,9 +87,7 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
     examples = []
     for number, (where, problem, text) in enumerate(load_completions(data, data.completion_column)):
         prompt_ids = render_prompt(problem.prompt, data.template, policy.tokenizer)
-        completion_ids = list(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not completion_ids or completion_ids[-1] != end:
-            completion_ids = [*completion_ids, end]
+        completion_ids = closed_ids(text, policy.tokenizer, end)
         length = len(prompt_ids) + len(completion_ids)
         if length > data.max_tokens:
             raise DataError(f"{where} has {length} tokens, data.max_tokens = {data.max_tokens}")
@@ -98,8 +95,7 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
             raise DataError(
                 f"{where} has {length} tokens, train.token_budget = {token_budget}; raise it, or cut the row"
             )
-        completion = Completion(np.array(completion_ids, dtype=np.int64), sequence_id=number)
-        examples.append(Group(prompt_ids, [completion]))
+        examples.append(Group(prompt_ids, [Completion(completion_ids, sequence_id=number)]))
     return examples
 
 

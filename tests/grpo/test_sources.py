@@ -406,6 +406,7 @@ def test_a_function_must_fit_the_columns_of_the_source_that_it_scores(values):
         ),
         ({"rewards__start": f'{{"{DIGITS}" = 0.2}}'}, "in step 1 the completions of data have no reward yet"),
         ({"reward_models__taste__path": "x", "reward_models__taste__device": "gpu"}, "taste.device: .* found 'gpu'"),
+        ({"reward_models__std__path": "x", "sources__chat__rewards": '["std"]'}, "reward_models.std: found the name"),
         ({"reward_models__format__path": "x"}, "reward_models.format: found the name of a built-in reward"),
         ({"sources__chat__weights": "[1, 2]"}, "sources.chat: found 2 weights for 1 functions"),
     ],
