@@ -94,6 +94,22 @@ class MixedSection(DataSection):
 
 
 @dataclass(frozen=True, config=CHECKED)
+class ProgramsSection:
+    time_s: _PositiveFloat = 6.0
+    """Longest a program may run, all its test cases together; a group has that for each completion, or timeout_s."""
+    memory_mb: _Positive = 512
+    """Address space of a process, and resident memory of all processes of a program, in 2^20 bytes."""
+    processes: _Positive = 16
+    """Most processes and threads of a program."""
+    files_mb: _Positive = 16
+    """Size of its temporary folder, which is in memory."""
+    output_kb: _Positive = 64
+    """Most it may write beyond twice the expected output."""
+    isolation: Literal["bubblewrap", "none: run programs unprotected"] = "bubblewrap"
+    """none: only where bubblewrap cannot be had; programs then read and do what you may, and processes is not held."""
+
+
+@dataclass(frozen=True, config=CHECKED)
 class RewardsSection:
     functions: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])
     """accuracy, code, exact_match, format, language_consistency, overlong, repetition, a name of [reward_models], or
@@ -106,9 +122,8 @@ class RewardsSection:
     """Time limit of one call: one function on one group."""
     workers: _Positive = 2
     """Worker processes."""
-    programs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Limits of what `code` runs, as [rewards.programs]: time_s, memory_mb, output_kb, processes, files_mb; without
-    bubblewrap also isolation = "none: run programs unprotected"."""
+    programs: ProgramsSection = ProgramsSection()
+    """Limits of what `code` runs, as [rewards.programs]."""
 
     def __post_init__(self) -> None:
         if not self.functions:
