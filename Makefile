@@ -85,6 +85,7 @@ bench-demo: setup
 bench-r1: setup
 	$(BIN)/flashgrpo pipeline recipes/r1_tiny.toml
 	cp runs/r1_tiny/scores/scores.json bench/results/r1_tiny.json
+	cp runs/r1_tiny/stages.json bench/results/r1_tiny_stages.json
 	cp runs/r1_tiny/report.png bench/results/r1_tiny.png
 
 bench-vllm: vllm-cpu

@@ -54,6 +54,7 @@ from flashgrpo.grpo.world import RunInputError, open_world
 from flashgrpo.model.files import content_hash, whole_folder, write_text
 
 _STATE, _REFERENCE = "stages.json", "stage:"
+_PLAIN_WIDTH = 140  # of tables that go to a file
 _OWN_KEYS = {"kind", "like", "models", "function", "options"}
 _KINDS = {**KINDS, "eval": Recipe, "function": None}
 _MAKES = {"train": "model", "sft": "model", "reward-model": "model", "collect": "data.parquet", "eval": "scores.json"}
@@ -324,7 +325,7 @@ def _summarize(stages: list[Stage], output: Path) -> None:
         times.add_column(column, justify="right" if column == "seconds" else "left")
     for stage in stages:
         times.add_row(stage.name, stage.kind, f"{seconds[stage.name]:,.0f}", str(stage.made))
-    printer = Console()
+    printer = Console(width=None if console.is_terminal else _PLAIN_WIDTH)
     printer.print(times)
     rows: list[dict[str, Any]] = []
     for stage in stages:

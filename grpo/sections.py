@@ -51,6 +51,13 @@ class SourceSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
+class FileSection(SourceSection):
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError("path is missing, and it has no default")
+
+
+@dataclass(frozen=True, config=CHECKED)
 class DataSection(SourceSection):
     task: str | None = None
     """Instead of a path: a reasoning-gym task, as "reasoning_gym:chain_sum"."""
@@ -123,7 +130,6 @@ class RewardsSection:
     workers: _Positive = 2
     """Worker processes."""
     programs: ProgramsSection = ProgramsSection()
-    """Limits of what `code` runs, as [rewards.programs]."""
 
     def __post_init__(self) -> None:
         if not self.functions:
@@ -272,15 +278,11 @@ class RunSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
-class SftDataSection(SourceSection):
+class SftDataSection(FileSection):
     completion_column: str = "completion"
     """Column with the text to learn; the end-of-sequence token is appended."""
     max_tokens: _Positive = 32_768
     """An example longer than this, prompt included, is an error."""
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            raise ValueError("path is missing, and it has no default")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -292,7 +294,7 @@ class SftTrainSection(OptimizerSection):
 
 
 @dataclass(frozen=True, config=CHECKED)
-class PairDataSection(SourceSection):
+class PairDataSection(FileSection):
     chosen_column: str = "chosen"
     """Column with the better completion of a pair."""
     rejected_column: str = "rejected"
@@ -305,10 +307,6 @@ class PairDataSection(SourceSection):
     """Rows set aside to measure the accuracy on, chosen by run.seed."""
     max_tokens: _Positive = 32_768
     """A longer prompt and completion is an error."""
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            raise ValueError("path is missing, and it has no default")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -373,7 +371,7 @@ class FilterSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
-class GivenSection(SourceSection):
+class GivenSection(FileSection):
     completion_column: str = "completion"
     """Column with the completion."""
     answer_column: str | None = None
@@ -382,10 +380,6 @@ class GivenSection(SourceSection):
     """Rows for each sampled one that was kept, drawn by run.seed; 0: all rows."""
     filtered: _Bool = True
     """Whether its rows go through [filters] and [write]; what has no reasoning, as general data, should not."""
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            raise ValueError("path is missing, and it has no default")
 
 
 @dataclass(frozen=True, config=CHECKED)
