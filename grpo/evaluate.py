@@ -166,6 +166,7 @@ def open_reward_pool(
         rewards.weights,
         max_new_tokens=recipe.rollout.max_new_tokens,
         timeout_s=rewards.timeout_s,
+        programs=rewards.programs,
         num_workers=rewards.workers,
         example=example,
         others={source: RewardSet(recipe.reward_weights[source], other) for source, other in others.items()},

@@ -54,6 +54,7 @@ from flashgrpo.grpo.world import RunInputError, open_world
 from flashgrpo.model.files import content_hash, whole_folder, write_text
 
 _STATE, _REFERENCE = "stages.json", "stage:"
+_PLAIN_WIDTH = 140  # of tables that go to a file
 _OWN_KEYS = {"kind", "like", "models", "function", "options"}
 _KINDS = {**KINDS, "eval": Recipe, "function": None}
 _MAKES = {"train": "model", "sft": "model", "reward-model": "model", "collect": "data.parquet", "eval": "scores.json"}
@@ -62,7 +63,7 @@ _UNHASHED = {"run", "vllm"}  # where and how fast a stage runs, not what it make
 
 @dataclass(frozen=True)
 class Stage:
-    """`made_from` is what decides what comes of it: every key of its recipe, references resolved, as JSON has it."""
+    """`made_from` is what decides what comes of it: the keys of its recipe that are not at their default."""
 
     name: str
     kind: str
@@ -193,9 +194,23 @@ def _stage(
             raise RecipeError(f"{source}: an evaluation wants models = {{ label = 'path' }}, found {models!r}")
         sections["model"] = {"path": next(iter(models.values())), **sections.get("model", {})}
     recipe = build_recipe(_KINDS[kind], sections, source, overrides)
-    made_from = {**dataclasses.asdict(recipe), "models": values.get("models", {}), "seed": recipe.run.seed}
-    made_from = {key: value for key, value in made_from.items() if key not in _UNHASHED}
-    return Stage(name, kind, folder, json.loads(json.dumps(made_from)), recipe, _inputs(made_from, stages))
+    models = values.get("models", {})
+    made_from = {k: v for k, v in _chosen(recipe).items() if k not in _UNHASHED}
+    made_from |= {"models": models, "seed": recipe.run.seed}
+    inputs = _inputs(dataclasses.asdict(recipe) | {"models": models}, stages)
+    return Stage(name, kind, folder, json.loads(json.dumps(made_from)), recipe, inputs)
+
+
+def _chosen(value: Any) -> Any:
+    """A recipe as nested dictionaries, without the keys that have their default."""
+    if not dataclasses.is_dataclass(value):
+        return {k: _chosen(v) for k, v in value.items()} if isinstance(value, dict) else value
+    found = {}
+    for f in dataclasses.fields(value):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if (own := getattr(value, f.name)) != default:
+            found[f.name] = _chosen(own)
+    return found
 
 
 def _resolved(value: Any, stages: dict[str, Stage], source: str) -> Any:
@@ -310,7 +325,7 @@ def _summarize(stages: list[Stage], output: Path) -> None:
         times.add_column(column, justify="right" if column == "seconds" else "left")
     for stage in stages:
         times.add_row(stage.name, stage.kind, f"{seconds[stage.name]:,.0f}", str(stage.made))
-    printer = Console()
+    printer = Console(width=None if console.is_terminal else _PLAIN_WIDTH)
     printer.print(times)
     rows: list[dict[str, Any]] = []
     for stage in stages:

@@ -16,7 +16,7 @@ _PANELS = {  # keys of metrics.jsonl, or patterns of them; the first of two, whi
     "response length, tokens": ("length/mean",),
     "reasoning in the target language": ("reward/language_consistency",),
     "reflective phrases per 1,000 tokens": ("reflection/per_1000_tokens",),
-    "reward by source": ("source/*/reward",),
+    "reward of the prompts of [sources]": ("source/*/reward",),
 }
 _SHARES = ("reward/language_consistency", "eval/pass@1")
 
@@ -45,6 +45,7 @@ def _draw_stages(axis: Axes, runs: dict[str, list[dict[str, Any]]], keys: tuple[
     start = 0
     for (name, rows), color in zip(runs.items(), _COLORS * len(runs), strict=False):
         found = dict.fromkeys(key for pattern in keys for row in rows for key in fnmatch.filter(row, pattern))
+        found.pop("source/data/reward", None)  # the others' are on a scale of their own
         for number, key in enumerate(found):
             known = [row for row in rows if row.get(key) is not None]
             steps, values = [start + row["step"] for row in known], [row[key] for row in known]

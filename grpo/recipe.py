@@ -309,7 +309,7 @@ def _apply_override(kind: type, values: dict[str, Any], override: str) -> None:
     hint = get_type_hints(hint).get(name, str)  # loss.preset is not a field
     if option:
         target = target.setdefault(name, {})
-        if get_origin(hint) is not dict or not isinstance(target, dict):
+        if not (get_origin(hint) is dict or dataclasses.is_dataclass(hint)) or not isinstance(target, dict):
             raise RecipeError(f"{override}: {section}.{name} is not a table; wanted --{section}.{name}=value")
         name = ".".join(option)
     target[name] = text if _is_text(hint) else parse_value(text)

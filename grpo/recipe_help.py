@@ -25,16 +25,23 @@ class Key(NamedTuple):
 def recipe_keys(kind: type[AnyRecipe]) -> list[Key]:
     """Every key, in the order of the dataclasses, and `loss.preset`."""
     keys = []
-    for section, section_type in get_type_hints(kind).items():
-        if item := named_section(section_type):
-            section, section_type = f"{section}.NAME", item
-        if section_type is LossConfig:
-            presets = " | ".join(LossConfig.presets())
-            keys.append(Key("loss.preset", presets, "grpo", "Published method that the other keys start from."))
-        hints = get_type_hints(section_type)
-        for f in dataclasses.fields(section_type):
-            default, meaning = _default(section_type, f), _meaning(section_type, f.name)
-            keys.append(Key(f"{section}.{f.name}", _type_name(hints[f.name]), default, meaning))
+    for section, hint in get_type_hints(kind).items():
+        item = named_section(hint)
+        keys += _section_keys(f"{section}.NAME" if item else section, item or hint)
+    return keys
+
+
+def _section_keys(section: str, section_type: Any) -> list[Key]:
+    keys, hints = [], get_type_hints(section_type)
+    if section_type is LossConfig:
+        presets = " | ".join(LossConfig.presets())
+        keys.append(Key("loss.preset", presets, "grpo", "Published method that the other keys start from."))
+    for f in dataclasses.fields(section_type):
+        if dataclasses.is_dataclass(hints[f.name]):
+            keys += _section_keys(f"{section}.{f.name}", hints[f.name])
+            continue
+        default, meaning = _default(section_type, f), _meaning(section_type, f.name)
+        keys.append(Key(f"{section}.{f.name}", _type_name(hints[f.name]), default, meaning))
     return keys
 
 

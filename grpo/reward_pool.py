@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -30,11 +30,15 @@ from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet, RewardTable, Scorer
 from flashgrpo.grpo.rewards import BUILTINS, RewardError, RewardFailure, RewardFunction, resolve_reward
 
+if TYPE_CHECKING:  # a worker must not wait for pydantic
+    from flashgrpo.grpo.sections import ProgramsSection
+
 logger = logging.getLogger(__name__)
 
 _STEPS_WITHOUT_NUMBER = 3
 _START_LIMIT_S = 120.0
 _ORPHAN_GRACE_S = 1.0
+_PROGRAM_GRACE_S = 2.0  # to start and end the last process of a program
 
 
 class _Scores(NamedTuple):
@@ -67,7 +71,7 @@ class RewardPool:
     for one function on one group. `example` is any problem of the data: workers score it at start, so that imports do
     not count as scoring. `others` has the functions of further sources, `first_steps` the step from which a function
     applies, `scorers` what computes one in place of the workers: None where it is yet to be set, before the first group
-    that it applies to. The pool closes them.
+    that it applies to. The pool closes them. `programs` are the limits of what `code` runs.
 
     Raises RewardError for a function that cannot be found, or not be called with the columns of `example`.
     """
@@ -84,12 +88,18 @@ class RewardPool:
         others: Mapping[str, RewardSet] = MappingProxyType({}),
         first_steps: Mapping[str, int] = MappingProxyType({}),
         scorers: Mapping[str, Scorer | None] = MappingProxyType({}),
+        programs: "ProgramsSection | None" = None,
     ):
         weight_of = dict(zip(functions, weights or [1.0] * len(functions), strict=True))
         self._sets = {"data": RewardSet(weight_of, example), **others}
         self.functions = list(dict.fromkeys(name for each in self._sets.values() for name in each.weights))
         self.scorers: dict[str, Any] = dict(scorers)
-        self._first_steps, self._max_new_tokens = first_steps, max_new_tokens
+        self._first_steps, self._max_new_tokens, self._timeout_s = first_steps, max_new_tokens, timeout_s
+        self._programs = programs
+        if programs and "code" in self.functions:
+            from flashgrpo.grpo.sandbox import check_isolation
+
+            check_isolation(programs)
         examples: dict[str, dict[str, Any]] = {}  # by function, what it may be called with
         for weight_of, problem in self._sets.values():
             text = "<think>so</think><answer>0</answer>"
@@ -101,7 +111,7 @@ class RewardPool:
         self._steps_without_number = dict.fromkeys(self.functions, 0)
         self.failures: dict[str, str] = {}  # by function, why the first missing score of the step is missing
         self._pending: list[_Pending] = []
-        self._workers = [_Worker(examples, timeout_s) for _ in range(num_workers)]
+        self._workers = [_Worker(examples) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -194,9 +204,13 @@ class RewardPool:
         }
 
     def _run(self, name: str, arguments: dict[str, Any]) -> _Result:
+        limit_s = self._timeout_s
+        if name == "code" and self._programs:
+            arguments = arguments | {"programs": self._programs}
+            limit_s = max(limit_s, len(arguments["completions"]) * (self._programs.time_s + _PROGRAM_GRACE_S))
         worker = self._idle.get()
         try:
-            return worker.score(name, arguments)
+            return worker.score(name, arguments, limit_s)
         finally:
             self._idle.put(worker)
 
@@ -233,26 +247,25 @@ def _warn(name: str, scores: np.ndarray, failure: str | None) -> None:
 class _Worker:
     """A process that scores one group at a time. Used by one thread at a time; `close` may come from another."""
 
-    def __init__(self, examples: dict[str, dict[str, Any]], timeout_s: float):
-        self._timeout_s = timeout_s
-        self._setup = examples, timeout_s
+    def __init__(self, examples: dict[str, dict[str, Any]]):
+        self._setup = examples
         self._lock = threading.Lock()
         self._closed = False
         self._start()
 
-    def score(self, name: str, arguments: dict[str, Any]) -> _Result:
+    def score(self, name: str, arguments: dict[str, Any], limit_s: float) -> _Result:
         """Calls the function in the process; one that hung or died is replaced."""
         if self._process.poll() is not None:  # killed while idle, for memory say, which is not this group's fault
             self._restart()
         self._await_start()
         try:
-            self._connection.send((name, arguments))
-            if self._connection.poll(self._timeout_s):
+            self._connection.send((name, arguments, limit_s))
+            if self._connection.poll(limit_s):
                 return self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             failure = f"its process ended with exit code {self._process.wait()}"
         else:
-            failure = f"no result within the limit of {self._timeout_s:g} s"
+            failure = f"no result within the limit of {limit_s:g} s"
         self._restart()
         return _Scores([math.nan] * len(arguments["completions"]), failure)
 
@@ -293,15 +306,15 @@ def serve(file_descriptor: int) -> None:
     """A worker's life: scores groups that come through the pipe until its other end is closed."""
     os.dup2(2, 1)  # what a reward prints must not mix with the main process's output
     with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
-        examples, timeout_s = connection.recv()
+        examples = connection.recv()
         functions = {name: resolve_reward(name) for name in examples}
         for name in functions.keys() & BUILTINS.keys():  # the user's may cost money, or count its calls
             _call(functions[name], examples[name])
         connection.send(True)
         while True:
-            name, arguments = connection.recv()
+            name, arguments, limit_s = connection.recv()
             # Ends this process even if the main one is gone and nobody enforces the limit.
-            signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
+            signal.setitimer(signal.ITIMER_REAL, limit_s + _ORPHAN_GRACE_S)
             result = _call(functions.get(name) or BUILTINS[name], arguments)
             signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send(result)

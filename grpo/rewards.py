@@ -12,14 +12,12 @@ Workers import this module, so it costs nothing: heavy libraries are imported by
 import difflib
 import functools
 import importlib
-import itertools
 import json
 import logging
 import os
 import re
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -30,17 +28,6 @@ _MAX_MATH_CHARS = 1000  # an answer longer than this is no final answer
 _MAX_EXPONENT = 10_000  # beyond it a power or factorial may take for ever to evaluate
 _OVERLONG_CACHE = 0.2  # L_cache as a share of L_max
 _NGRAM = 8  # tokens; shorter phrases recur in sound reasoning
-_WINDOW_WORDS = 8  # fewer words do not show their language
-_FOREIGN_CONFIDENCE = 0.02  # words are foreign where the target language is less likely than this
-_LANGUAGES = "AR BN CS DE EL EN ES FA FR HE HI ID IT JA KO NL PL PT RU SV TH TR UK VI ZH"
-_OWN_SCRIPTS = {
-    "BN": "BENGALI", "EL": "GREEK", "GU": "GUJARATI", "HE": "HEBREW", "HY": "ARMENIAN", "JA": "CJK HIRAGANA KATAKANA",
-    "KA": "GEORGIAN", "KO": "HANGUL", "PA": "GURMUKHI", "TA": "TAMIL", "TE": "TELUGU", "TH": "THAI", "ZH": "CJK",
-}  # fmt: skip
-_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}  # written without spaces: every letter counts as a word
-_BETWEEN_WORDS = re.compile(
-    r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?\w+>|`[^`\n]*`", re.DOTALL
-)
 _INTEGER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)")
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
 _PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019][^\W\d_]+)*")
@@ -153,13 +140,25 @@ def language_consistency(
     Raises:
         ValueError: a `language` that lingua does not know.
     """
+    from flashgrpo.grpo.language import share_in_language, target_language
+
     targets = columns.get("language") or [None] * len(completions)
     rows = zip(prompts, completions, questions, targets, strict=True)
-    return [_share_in_language(reasoning_of(p, c), _target_language(t, q)) for p, c, q, t in rows]
+    return [share_in_language(reasoning_of(p, c), target_language(t, q)) for p, c, q, t in rows]
+
+
+def code(
+    prompts: Sequence[str], completions: Sequence[str], tests: Sequence[Any], programs: Any = None, **columns: Any
+) -> list[float | None]:
+    """1 where the completion's Python program passes all `tests`, run within the limits of `programs`, else 0."""
+    from flashgrpo.grpo import code_reward
+
+    return code_reward.score_programs(prompts, completions, tests, programs or code_reward.ProgramsSection())
 
 
 BUILTINS: Mapping[str, RewardFunction] = {
     "accuracy": accuracy,
+    "code": code,
     "exact_match": exact_match,
     "format": format_tags,
     "language_consistency": language_consistency,
@@ -302,83 +301,6 @@ def reasoning_of(prompt: str, completion: str) -> str:
     """What precedes `</think>` or `<answer>`, without tags; all of the completion where it has neither."""
     text = with_opening(prompt, completion)
     return text.split("</think>")[0].split("<answer>")[0].replace("<think>", "")
-
-
-def _words(text: str) -> Iterator[tuple[str, str]]:
-    """(word, script) for each word; runs of mixed scripts are split."""
-    for run in re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*", _BETWEEN_WORDS.sub(" ", text)):
-        for script, letters in itertools.groupby(run, _script):
-            if script in _UNSPACED:
-                yield from ((letter, script) for letter in letters)
-            elif len(word := "".join(letters)) > 1:
-                yield word, script
-
-
-@functools.lru_cache(maxsize=4096)
-def _script(letter: str) -> str:
-    return unicodedata.name(letter, "UNKNOWN").split()[0]
-
-
-def _share_in_language(text: str, target: str) -> float:
-    words = list(_words(text))
-    if not words:
-        return float(bool(text.strip()))
-    scripts = _scripts(target)
-    right = [word for word, script in words if script in scripts]
-    space = "" if scripts & _UNSPACED else " "
-    num_windows = max(1, len(right) // _WINDOW_WORDS)
-    bounds = [i * len(right) // num_windows for i in range(num_windows + 1)]
-    consistent = 0
-    for start, end in itertools.pairwise(bounds):
-        window = space.join(right[start:end])
-        if window and _detector(target).compute_language_confidence(window, _language(target)) >= _FOREIGN_CONFIDENCE:
-            consistent += end - start
-    return consistent / len(words)
-
-
-@functools.lru_cache(maxsize=256)
-def _scripts(target: str) -> set[str]:
-    """Unicode names of the scripts a language is written in."""
-    from lingua import Language
-
-    shared = {
-        "CYRILLIC": Language.all_with_cyrillic_script(),
-        "ARABIC": Language.all_with_arabic_script(),
-        "DEVANAGARI": Language.all_with_devanagari_script(),
-    }
-    names = [script for script, languages in shared.items() if _language(target) in languages]
-    return set(names or _OWN_SCRIPTS.get(target, "LATIN").split())
-
-
-@functools.lru_cache(maxsize=256)
-def _target_language(name: str | None, question: str) -> str:
-    """ISO 639-1 code, upper case, of a language given by name or code, or of the question."""
-    from lingua import Language
-
-    if name is not None:
-        known = {language.iso_code_639_1.name: language.name for language in Language.all()}
-        for code, full_name in known.items():
-            if name.upper() in (code, full_name):
-                return code
-        raise ValueError(f"language {name!r} is unknown{nearest(name.upper(), known.values())}; give a code such as en")
-    words = " ".join(word for word, _ in _words(question))
-    detected = _detector("EN").detect_language_of(words)
-    return detected.iso_code_639_1.name if detected else "EN"
-
-
-def _language(code: str) -> Any:
-    from lingua import IsoCode639_1, Language
-
-    return Language.from_iso_code_639_1(getattr(IsoCode639_1, code))
-
-
-@functools.lru_cache(maxsize=8)
-def _detector(target: str) -> Any:
-    """Detector among the languages that models mix, and the target; 35 MB where all of lingua takes 900."""
-    from lingua import LanguageDetectorBuilder
-
-    languages = [_language(code) for code in sorted({target, *_LANGUAGES.split()})]
-    return LanguageDetectorBuilder.from_languages(*languages).with_low_accuracy_mode().build()
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

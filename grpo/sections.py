@@ -51,6 +51,13 @@ class SourceSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
+class FileSection(SourceSection):
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError("path is missing, and it has no default")
+
+
+@dataclass(frozen=True, config=CHECKED)
 class DataSection(SourceSection):
     task: str | None = None
     """Instead of a path: a reasoning-gym task, as "reasoning_gym:chain_sum"."""
@@ -94,6 +101,22 @@ class MixedSection(DataSection):
 
 
 @dataclass(frozen=True, config=CHECKED)
+class ProgramsSection:
+    time_s: _PositiveFloat = 6.0
+    """Longest a program may run, all its test cases together; a group has that for each completion, or timeout_s."""
+    memory_mb: _Positive = 512
+    """Address space of a process, and resident memory of all processes of a program, in 2^20 bytes."""
+    processes: _Positive = 16
+    """Most processes and threads of a program."""
+    files_mb: _Positive = 16
+    """Size of its temporary folder, which is in memory."""
+    output_kb: _Positive = 64
+    """Most it may write beyond twice the expected output."""
+    isolation: Literal["bubblewrap", "none: run programs unprotected"] = "bubblewrap"
+    """none: only where bubblewrap cannot be had; programs then read and do what you may, and processes is not held."""
+
+
+@dataclass(frozen=True, config=CHECKED)
 class RewardsSection:
     functions: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])
     """accuracy, code, exact_match, format, language_consistency, overlong, repetition, a name of [reward_models], or
@@ -106,9 +129,7 @@ class RewardsSection:
     """Time limit of one call: one function on one group."""
     workers: _Positive = 2
     """Worker processes."""
-    programs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Limits of what `code` runs, as [rewards.programs]: time_s, memory_mb, output_kb, processes, files_mb; without
-    bubblewrap also isolation = "none: run programs unprotected"."""
+    programs: ProgramsSection = ProgramsSection()
 
     def __post_init__(self) -> None:
         if not self.functions:
@@ -257,15 +278,11 @@ class RunSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
-class SftDataSection(SourceSection):
+class SftDataSection(FileSection):
     completion_column: str = "completion"
     """Column with the text to learn; the end-of-sequence token is appended."""
     max_tokens: _Positive = 32_768
     """An example longer than this, prompt included, is an error."""
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            raise ValueError("path is missing, and it has no default")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -352,7 +369,7 @@ class FilterSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
-class GivenSection(SourceSection):
+class GivenSection(FileSection):
     completion_column: str = "completion"
     """Column with the completion."""
     answer_column: str | None = None
@@ -361,10 +378,6 @@ class GivenSection(SourceSection):
     """Rows for each sampled one that was kept, drawn by run.seed; 0: all rows."""
     filtered: _Bool = True
     """Whether its rows go through [filters] and [write]; what has no reasoning, as general data, should not."""
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            raise ValueError("path is missing, and it has no default")
 
 
 @dataclass(frozen=True, config=CHECKED)

@@ -7,6 +7,7 @@ import pytest
 
 from flashgrpo.bench import readme
 from flashgrpo.grpo.cli import _parser
+from flashgrpo.grpo.pipeline import load_pipeline
 from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
 
 
@@ -24,10 +25,12 @@ def test_the_commands_of_the_readme_are_understood():
     for command in commands:
         options, overrides = _parser().parse_known_args(command)
         seen.add(options.command)
-        if "recipe" in options:
+        if options.command == "pipeline":
+            assert load_pipeline(readme.ROOT / options.recipe, overrides)[1]
+        elif "recipe" in options:
             kind = SftRecipe if options.command == "sft" else Recipe
             assert load_recipe(kind, readme.ROOT / options.recipe, overrides)
-    assert seen == {"train", "sft", "eval", "plan", "serve", "sample", "report"}
+    assert seen == {"train", "sft", "pipeline", "eval", "plan", "serve", "sample", "report"}
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (readme.ROOT / "README.md").read_text(), re.DOTALL)

@@ -1,0 +1,144 @@
+"""The reward `code`: whether the program in a completion passes test cases, run in a sandbox (grpo/sandbox.py).
+
+Only inputs enter the sandbox. What comes out is compared here, so that a program can forge nothing but right answers.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from flashgrpo.grpo.sandbox import run_program
+from flashgrpo.grpo.sections import ProgramsSection
+
+_BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_TOLERANCE = 1e-6  # relative
+_TINY = 1e-9  # absolute, beside an expected 0
+
+
+class Tests(NamedTuple):
+    """Test cases of one problem; without a `function`, programs read `inputs` and write `outputs` as text."""
+
+    function: str
+    inputs: list[Any]  # [num_cases] text, or lists of arguments
+    outputs: list[Any]  # [num_cases] text, or JSON values
+
+
+def score_programs(
+    prompts: Sequence[str], completions: Sequence[str], tests: Sequence[Any], limits: ProgramsSection
+) -> list[float | None]:
+    """1 where a completion's program passes all tests, else 0; None for a row without tests.
+
+    Raises:
+        ValueError: tests that are not in one of the formats of `parse_tests`.
+    """
+    parsed = {id(row): parse_tests(row) for row in tests}  # a group shares its row
+    scores: list[float | None] = []
+    for prompt, completion, row in zip(prompts, completions, tests, strict=True):
+        if (cases := parsed[id(row)]) is None:
+            scores.append(None)
+        else:
+            program = extract_program(completion, prompt)
+            scores.append(float(program is not None and _passes(program, cases, limits)))
+    return scores
+
+
+def extract_program(completion: str, prompt: str = "") -> str | None:
+    """The last block of code marked as Python, else the last one, after the reasoning; None if there is none."""
+    _, closed, answer = completion.rpartition("</think>")
+    if not closed and ("<think>" in completion or prompt.rstrip().endswith("<think>")):
+        return None
+    blocks = _BLOCK.findall(answer)
+    marked = [code for language, code in blocks if language.lower() in ("python", "python3", "py")]
+    return (marked or [code for _, code in blocks] or [None])[-1]
+
+
+def parse_tests(tests: Any) -> Tests | None:
+    """Tests from an object or JSON text, or None where there are none.
+
+    The formats are those of APPS, TACO and LiveCodeBench: {"inputs": [..], "outputs": [..], "fn_name": optional}, or
+    [{"input": .., "output": .., "fn_name": optional}, ..]. For a function an input is a list of arguments, or text
+    with one JSON value a line. Raises ValueError for anything else.
+    """
+    if isinstance(tests, str):
+        tests = json.loads(tests) if tests.strip() else None
+    if tests is None or len(tests) == 0:
+        return None
+    try:
+        if isinstance(tests, dict):
+            function, inputs, outputs = tests.get("fn_name"), tests["inputs"], tests["outputs"]
+        else:
+            function = tests[0].get("fn_name")
+            inputs, outputs = ([case[key] for case in tests] for key in ("input", "output"))
+        if len(inputs) != len(outputs):
+            raise ValueError(f"found {len(inputs)} inputs and {len(outputs)} outputs")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        wanted = '{"inputs": [..], "outputs": [..]} or [{"input": .., "output": ..}, ..]'
+        raise ValueError(f"tests: {type(error).__name__}: {error}; wanted {wanted}, all of one length") from error
+    if not inputs:
+        return None
+    if not function:
+        return Tests("", [_text(value) for value in inputs], [_text(value) for value in outputs])
+    arguments = [[json.loads(line) for line in i.strip().split("\n")] if isinstance(i, str) else i for i in inputs]
+    return Tests(function, arguments, [json.loads(value) if isinstance(value, str) else value for value in outputs])
+
+
+def _text(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _passes(program: str, tests: Tests, limits: ProgramsSection) -> bool:
+    deadline = time.monotonic() + limits.time_s
+    spare = limits.output_kb << 10
+    if tests.function:
+        wanted = json.dumps(tests.outputs)
+        output = run_program(
+            program, json.dumps(tests.inputs), limits, max_bytes=spare + 2 * len(wanted), function=tests.function
+        )
+        return output is not None and _same_results(output, tests.outputs)
+    for given, wanted in zip(tests.inputs, tests.outputs, strict=True):
+        output = run_program(program, given, limits, max_bytes=spare + 2 * len(wanted), deadline=deadline)
+        if output is None or not _same_text(output.decode(errors="replace"), wanted):
+            return False
+    return True
+
+
+def _same_results(output: bytes, wanted: list[Any]) -> bool:
+    """Some data sets wrap what a function returns in a list."""
+    try:
+        found = json.loads(output)
+        return len(found) == len(wanted) and all(
+            _same_value(f, w) or (isinstance(w, list) and len(w) == 1 and _same_value(f, w[0]))
+            for f, w in zip(found, wanted, strict=True)
+        )
+    except (ValueError, TypeError, OverflowError, RecursionError):  # JSON that is none, no list, too long or too deep
+        return False
+
+
+def _same_value(found: Any, wanted: Any) -> bool:
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_same_value, found, wanted))
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(_same_value(found[key], wanted[key]) for key in wanted)
+    if {type(found), type(wanted)} in ({float}, {float, int}):
+        return math.isclose(found, wanted, rel_tol=_TOLERANCE, abs_tol=_TINY)  # pyright: ignore[reportArgumentType]
+    return found == wanted
+
+
+def _same_text(found: str, wanted: str) -> bool:
+    """Whether lines have the same words but for white space, empty lines and the last digits of fractions."""
+    lines = [[line.split() for line in text.split("\n") if line.strip()] for text in (found, wanted)]
+    return [len(line) for line in lines[0]] == [len(line) for line in lines[1]] and all(
+        _same_word(f, w) for pair in zip(*lines, strict=True) for f, w in zip(*pair, strict=True)
+    )
+
+
+def _same_word(found: str, wanted: str) -> bool:
+    if found == wanted or all(word.lstrip("+-").isdecimal() for word in (found, wanted)):
+        return found == wanted
+    try:
+        return math.isclose(float(found), float(wanted), rel_tol=_TOLERANCE, abs_tol=_TINY)
+    except ValueError:
+        return False

@@ -1,0 +1,99 @@
+"""Which words of a text are in a language: by their script, and within the right script by lingua."""
+
+import functools
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from flashgrpo.grpo.rewards import nearest
+
+_WINDOW_WORDS = 8  # fewer words do not show their language
+_FOREIGN_CONFIDENCE = 0.02  # words are foreign where the target language is less likely than this
+_LANGUAGES = "AR BN CS DE EL EN ES FA FR HE HI ID IT JA KO NL PL PT RU SV TH TR UK VI ZH"
+_OWN_SCRIPTS = {
+    "BN": "BENGALI", "EL": "GREEK", "GU": "GUJARATI", "HE": "HEBREW", "HY": "ARMENIAN", "JA": "CJK HIRAGANA KATAKANA",
+    "KA": "GEORGIAN", "KO": "HANGUL", "PA": "GURMUKHI", "TA": "TAMIL", "TE": "TELUGU", "TH": "THAI", "ZH": "CJK",
+}  # fmt: skip
+_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}  # written without spaces: every letter counts as a word
+_BETWEEN_WORDS = re.compile(
+    r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?\w+>|`[^`\n]*`", re.DOTALL
+)
+
+
+def _words(text: str) -> Iterator[tuple[str, str]]:
+    """(word, script) for each word; runs of mixed scripts are split."""
+    for run in re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*", _BETWEEN_WORDS.sub(" ", text)):
+        for script, letters in itertools.groupby(run, _script):
+            if script in _UNSPACED:
+                yield from ((letter, script) for letter in letters)
+            elif len(word := "".join(letters)) > 1:
+                yield word, script
+
+
+@functools.lru_cache(maxsize=4096)
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "UNKNOWN").split()[0]
+
+
+def share_in_language(text: str, target: str) -> float:
+    words = list(_words(text))
+    if not words:
+        return float(bool(text.strip()))
+    scripts = _scripts(target)
+    right = [word for word, script in words if script in scripts]
+    space = "" if scripts & _UNSPACED else " "
+    num_windows = max(1, len(right) // _WINDOW_WORDS)
+    bounds = [i * len(right) // num_windows for i in range(num_windows + 1)]
+    consistent = 0
+    for start, end in itertools.pairwise(bounds):
+        window = space.join(right[start:end])
+        if window and _detector(target).compute_language_confidence(window, _language(target)) >= _FOREIGN_CONFIDENCE:
+            consistent += end - start
+    return consistent / len(words)
+
+
+@functools.lru_cache(maxsize=256)
+def _scripts(target: str) -> set[str]:
+    """Unicode names of the scripts a language is written in."""
+    from lingua import Language
+
+    shared = {
+        "CYRILLIC": Language.all_with_cyrillic_script(),
+        "ARABIC": Language.all_with_arabic_script(),
+        "DEVANAGARI": Language.all_with_devanagari_script(),
+    }
+    names = [script for script, languages in shared.items() if _language(target) in languages]
+    return set(names or _OWN_SCRIPTS.get(target, "LATIN").split())
+
+
+@functools.lru_cache(maxsize=256)
+def target_language(name: str | None, question: str) -> str:
+    """ISO 639-1 code, upper case, of a language given by name or code, or of the question."""
+    from lingua import Language
+
+    if name is not None:
+        known = {language.iso_code_639_1.name: language.name for language in Language.all()}
+        for code, full_name in known.items():
+            if name.upper() in (code, full_name):
+                return code
+        raise ValueError(f"language {name!r} is unknown{nearest(name.upper(), known.values())}; give a code such as en")
+    words = " ".join(word for word, _ in _words(question))
+    detected = _detector("EN").detect_language_of(words)
+    return detected.iso_code_639_1.name if detected else "EN"
+
+
+def _language(code: str) -> Any:
+    from lingua import IsoCode639_1, Language
+
+    return Language.from_iso_code_639_1(getattr(IsoCode639_1, code))
+
+
+@functools.lru_cache(maxsize=8)
+def _detector(target: str) -> Any:
+    """Detector among the languages that models mix, and the target; 35 MB where all of lingua takes 900."""
+    from lingua import LanguageDetectorBuilder
+
+    languages = [_language(code) for code in sorted({target, *_LANGUAGES.split()})]
+    return LanguageDetectorBuilder.from_languages(*languages).with_low_accuracy_mode().build()

@@ -1,0 +1,282 @@
+"""The reward `code`: right programs score 1, wrong ones 0, and every attack scores 0 and leaves nothing behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flashgrpo.grpo import sandbox
+from flashgrpo.grpo.code_reward import extract_program, parse_tests, score_programs
+from flashgrpo.grpo.data import Problem
+from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards import RewardError, code
+from flashgrpo.grpo.sections import ProgramsSection
+
+LIMITS = ProgramsSection(time_s=2.0, memory_mb=128)
+UNPROTECTED = ProgramsSection(time_s=2.0, isolation="none: run programs unprotected")
+ECHO = {"inputs": ["1\n", "2\n"], "outputs": ["1\n", "2\n"]}
+CALL = {"inputs": [[1], [2]], "outputs": [1, 2], "fn_name": "same"}
+pytestmark = pytest.mark.timeout(120)
+
+
+def score(program: str, tests=ECHO, limits: ProgramsSection = LIMITS) -> float | None:
+    (found,) = score_programs([""], [f"<think>so</think>\n```python\n{program}\n```"], [tests], limits)
+    return found
+
+
+def processes_with(mark: str) -> list[psutil.Process]:
+    """Those that have `mark` in their command line, this one left out."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if mark in " ".join(process.cmdline()) and process.pid != os.getpid():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "wanted"),
+    [
+        ("print(input())", ECHO, 1),
+        ("print(input(), end='  \\n\\n')", ECHO, 1),
+        ("print(1)", ECHO, 0),
+        ("print(int(input()) / 3)", {"inputs": ["1"], "outputs": ["0.33333333"]}, 1),
+        ("print(int(input()) / 3)", {"inputs": ["1"], "outputs": ["0.3334"]}, 0),
+        ("print(12345678)", {"inputs": [""], "outputs": ["12345679"]}, 0),
+        ("import sys\nprint(sum(map(int, sys.stdin)))", [{"input": "3\n4\n", "output": "7"}], 1),
+        ("import collections, numpy", ECHO, 0),
+        ("raise SystemExit(0)", ECHO, 0),
+        ("this is no program", ECHO, 0),
+        ("def same(x):\n    return x", CALL, 1),
+        ("def same(x):\n    print('debug')\n    return x", CALL, 1),
+        ("class Solution:\n    def same(self, x: List[int]):\n        return x", CALL, 1),
+        ("def same(x):\n    return 1", CALL, 0),
+        ("def same(x):\n    return float('nan')", CALL, 0),
+        ("def other(x):\n    return x", CALL, 0),
+        ("def same(x):\n    return {'a': [x]}", {"inputs": [[1]], "outputs": [{"a": [1]}], "fn_name": "same"}, 1),
+        ("def same(a, b):\n    return a + b", {"inputs": ["1\n[2]"], "outputs": ["3"], "fn_name": "same"}, 0),
+        ("def same(a, b):\n    return a + sum(b)", {"inputs": ["1\n[2]"], "outputs": ["3"], "fn_name": "same"}, 1),
+    ],
+)
+def test_programs_are_scored_by_their_tests(program, tests, wanted):
+    assert score(program, tests) == wanted
+
+
+def test_the_program_of_a_completion_is_its_last_block_after_the_reasoning():
+    block = "```python\nprint({})\n```"
+    blocks = [block.format(i) for i in (1, 2, 3)]
+    assert extract_program("<think>{}\n</think>\n{}\nor\n{}".format(*blocks)) == "print(3)\n"
+    assert extract_program(f"<think>{block.format(1)}") is None
+    assert extract_program(block.format(1), prompt="<think>\n") is None
+    assert extract_program("```cpp\nint x;\n```\n```python\nprint(1)\n```\n```\n1\n```") == "print(1)\n"
+    assert extract_program("print(1)") is None
+
+
+def test_rows_without_tests_are_missing_and_faulty_tests_say_what_is_wanted():
+    assert code(["", ""], ["```python\nprint(1)\n```"] * 2, tests=[None, json.dumps(ECHO)]) == [None, 0.0]
+    for faulty in ({"inputs": ["1"], "outputs": []}, [{"in": 1}], {"inputs": ["1"]}):
+        with pytest.raises(ValueError, match=r"tests: .* wanted .*all of one length"):
+            parse_tests(faulty)
+
+
+ATTACKS = {
+    "fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+    "threads": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(9,)).start()",
+    "one process's memory": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))",
+    "many processes' memory": (
+        "import os, time\nfor _ in range(12):\n    if os.fork() == 0:\n        break\nx = bytearray(100 << 20)\n"
+        "for i in range(0, len(x), 4096):\n    x[i] = 1\ntime.sleep(1)\nprint(input())"
+    ),
+    "memory of no process": (
+        "import os\nfor _ in range(40):\n    f = os.memfd_create('x')\n    for _ in range(15):\n"
+        "        os.write(f, bytes(1 << 20))\nprint(input())"
+    ),
+    "endless output": "while True:\n    print('x' * 1000)",
+    "endless errors": "import sys\nwhile True:\n    sys.stderr.write('x' * 1000)",
+    "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f():\n    f()\nf()",
+    "a huge number": "print(9**9**9)",
+    "waiting": "import time\ntime.sleep(60)",
+    "ignoring signals": (
+        "import signal, time\nfor s in range(1, 32):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError):\n        pass\nwhile True:\n    pass"
+    ),
+    "closing everything": "import os, time\nos.closerange(0, 64)\ntime.sleep(60)",
+    "filling the folder": "while True:\n    open('/tmp/x', 'ab').write(bytes(1 << 20))",
+    "binary garbage": "import sys\nsys.stdout.buffer.write(bytes(range(256)) * 9)\ndef same(x):\n    return b'\\xff'",
+    "killing the parent": "import os\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)\nos.kill(1, 9)",
+    "a verdict of its own": "print('{\"score\": 1}\\npassed\\n1.0')\nimport os\nos._exit(0)",
+    "double fork": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        os.closerange(0, 64)\n"
+        "        while True:\n            time.sleep(0.1)\n    os._exit(0)\ntime.sleep(60)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("tests", [ECHO, CALL], ids=["text", "function"])
+def test_an_attack_scores_0_and_leaves_no_process(name, tests, tmp_path, monkeypatch):
+    """Within its deadline, with nothing left of it in the process table or in the folder for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mark = uuid.uuid4().hex
+    start = time.monotonic()
+    assert score(f"def same(x):\n    return x\nmark = '{mark}'\n{ATTACKS[name]}", tests) == 0
+    assert time.monotonic() - start < LIMITS.time_s + 3
+    assert processes_with(mark) == []
+    assert [*tmp_path.iterdir()] == []
+
+
+SPIES = {
+    "a file in the home": "print(open('{secret}').read())",
+    "its folder": "import os\nprint(os.listdir('{folder}'))",
+    "the environment": "import os\nprint(os.environ['SECRET_OF_TEST'])",
+    "the project": "import flashgrpo.grpo.rewards\nprint('found')",
+    "the users": "print(open('/etc/passwd').read())",
+    "the command line of the first process": "print(open('/proc/1/cmdline').read())",
+    "the root of the first process": "import os\nprint(os.listdir('/proc/1/root'))",
+    "other processes": "import os\nprint([p for p in os.listdir('/proc') if p.isdigit()])",
+    "a process's memory": ("import ctypes\nassert ctypes.CDLL(None).ptrace(16, {pid}, 0, 0) == 0\nprint('attached')"),
+    "signals to other processes": "import os\nos.kill({pid}, 0)\nprint('reached')",
+    "the local network": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\nprint('connected')",
+    "a Unix socket": "import socket\nsocket.socket(socket.AF_UNIX)\nprint('made')",
+    "names of hosts": "import socket\nprint(socket.gethostbyname('localhost'))",
+    "a user namespace": "import os\nos.unshare(0x10000000)\nprint('mine')",
+    "being root": "import os\nos.setuid(0)\nprint(os.getuid())",
+    "a new root": "import os\nos.chroot('/tmp')\nprint('changed')",
+    "mounting": "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, 0) == 0\nprint('mounted')",
+    "devices": "print(open('/dev/mem', 'rb').read(1), open('/dev/sda', 'rb').read(1))",
+    "a file outside": "open('{folder}/left', 'w').write('x')\nprint('written')",
+    "the root": "open('/left', 'w').write('x')\nprint('written')",
+    "the interpreter": "import os\nopen(os.__file__, 'a').write('#')\nprint('written')",
+    "another command": "import subprocess\nprint(subprocess.run(['/bin/sh', '-c', 'id'], capture_output=True).stdout)",
+}
+
+
+HARMLESS = ["a file in the home", "its folder", "the users", "the command line of the first process", "other processes"]
+HARMLESS += ["signals to other processes", "the local network", "a Unix socket", "names of hosts", "a file outside"]
+
+
+@pytest.mark.parametrize("name", SPIES)
+def test_a_program_reaches_nothing_outside(name, monkeypatch):
+    """It ends with an error where it tries; so its output, whatever it had been, is not even looked at."""
+    monkeypatch.setenv("SECRET_OF_TEST", "42")
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder, socket.create_server(("127.0.0.1", 0)) as listener:
+        secret = Path(folder, "secret")
+        secret.write_text("42")
+        secret.chmod(0o644)
+        Path(folder).chmod(0o777)
+        values = {"secret": secret, "folder": folder, "port": listener.getsockname()[1], "pid": os.getpid()}
+        program = SPIES[name].format(**values)
+        assert sandbox.run_program(program, "", LIMITS, max_bytes=10_000) is None
+        assert os.listdir(folder) == ["secret"]
+    ours = subprocess.run([sys.executable, "-c", "print(1)"], capture_output=True, text=True)
+    assert ours.stdout == "1\n"
+
+
+FORGERIES = {
+    "an object equal to all": "class All(int):\n    def __eq__(self, other):\n        return True\n"
+    "def same(x):\n    return All(7)",
+    "json that lies": "import json\njson.dumps = lambda *_: '[1, 2]'\ndef same(x):\n    return 7",
+    "the expected values in a frame": (
+        "import sys\ndef same(x):\n    frame = sys._getframe()\n    while frame:\n"
+        "        for key in ('outputs', 'wanted', 'expected', 'tests'):\n"
+        "            if key in frame.f_globals | frame.f_locals:\n"
+        "                return (frame.f_globals | frame.f_locals)[key]\n        frame = frame.f_back\n    return 7"
+    ),
+    "results on standard output": "print('[1, 2]', flush=True)\ndef same(x):\n    return 7",
+    "results and an early end": "import os\nos.write(1, b'[1, 2]')\nos._exit(0)\ndef same(x):\n    return 7",
+    "garbage among the objects": (
+        "import gc\ndef same(x):\n"
+        "    return next((o[x - 1] for o in gc.get_objects() if isinstance(o, list) and 913 in o), 7)"
+    ),
+    "too long a result": "def same(x):\n    return 'x' * 10**8",
+    "too deep a result": "def same(x):\n    for _ in range(10**4):\n        x = [x]\n    return x",
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_verdict_cannot_be_forged(name):
+    """What is expected never enters the sandbox; numbers are chosen that a program cannot guess."""
+    guessed = {"inputs": [[1], [2]], "outputs": [913, 548], "fn_name": "same"}
+    assert score(FORGERIES[name], guessed) == 0
+
+
+def test_without_isolation_the_same_attacks_leave_traces(tmp_path):
+    """That the tests above can fail; and what still holds: deadline, process group, output."""
+    assert score("print(input())", limits=UNPROTECTED) == 1
+    left = tmp_path / "left"
+    assert score(f"open('{left}', 'w').write('x')\nprint(input())", limits=UNPROTECTED) == 1
+    assert left.read_text() == "x"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        values = {"secret": left, "folder": tmp_path, "port": listener.getsockname()[1], "pid": os.getpid()}
+        for name in HARMLESS:
+            program = SPIES[name].format(**values)
+            assert sandbox.run_program(program, "", UNPROTECTED, max_bytes=10**6) is not None, name
+    for name in ("waiting", "endless output", "one process's memory", "ignoring signals"):
+        mark = uuid.uuid4().hex
+        assert score(f"mark = '{mark}'\n{ATTACKS[name]}", limits=UNPROTECTED) == 0
+        assert processes_with(mark) == []
+
+
+def test_isolation_that_cannot_be_had_is_refused_unless_the_recipe_says_so(monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(RewardError, match=r"there is no bwrap; wanted bubblewrap .*isolation = \"none: run"):
+        sandbox.check_isolation(LIMITS)
+    sandbox.check_isolation(UNPROTECTED)
+    problem = Problem("Echo.", {"tests": ECHO})
+    with pytest.raises(RewardError, match="there is no bwrap"):
+        RewardPool(["code"], max_new_tokens=8, example=problem, num_workers=1, programs=LIMITS)
+
+
+def test_a_bwrap_that_fails_is_told_with_its_own_words(tmp_path, monkeypatch):
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(RewardError, match="a first program failed: bwrap: No permissions to create new namespace"):
+        sandbox.check_isolation(LIMITS)
+
+
+def test_limits_are_checked_with_the_recipe(recipe_values):
+    recipe_values["rewards"] = {"functions": ["code"], "programs": {"time_s": 3}}
+    assert build_recipe(Recipe, recipe_values, overrides=["--rewards.programs.memory_mb=64"]).rewards.programs == (
+        ProgramsSection(time_s=3.0, memory_mb=64)
+    )
+    for key, value in {"time": 1, "processes": 0, "isolation": "none"}.items():
+        recipe_values["rewards"]["programs"] = {key: value}
+        with pytest.raises(RecipeError, match=rf"rewards.programs.{key}: "):
+            build_recipe(Recipe, recipe_values)
+
+
+def test_programs_are_spread_over_workers():
+    """Twenty short ones a second on two cores, the best of a few rounds; and each gets its own score."""
+    problem = Problem("Echo.", {"tests": {"inputs": ["1"], "outputs": ["1"]}})
+    texts = [f"```python\nprint({i % 2})\n```" for i in range(8)]
+    group = CompletionGroup(problem, "Echo.", texts, [[0]] * 8, ["stop"] * 8)
+    rates = []
+    with RewardPool(["code"], max_new_tokens=8, example=problem, num_workers=2, programs=LIMITS) as pool:
+        for _ in range(3):
+            start = time.monotonic()
+            scores = pool.score([group] * 5, "code")
+            rates.append(40 / (time.monotonic() - start))
+            assert scores.tolist() == [[0.0, 1.0] * 4] * 5
+    assert max(rates) > 20
+
+
+def test_attacks_beside_right_programs_do_not_change_their_scores():
+    mark = uuid.uuid4().hex
+    programs = ["print(input())", f"mark = '{mark}'\n{ATTACKS['fork bomb']}"] * 4
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(score, programs)] == [1, 0] * 4
+    assert processes_with(mark) == []
