@@ -17,6 +17,7 @@ each was made from, and hashes of its inputs' content: where they have changed s
 
 import copy
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -182,7 +183,8 @@ def _stage(
             key, equals, text = override.partition("=")
             if not (equals and key.startswith("--options.")):
                 raise RecipeError(f"{source}: {override}: wanted --stages.{name}.options.key=value")
-            values.setdefault("options", {})[key.removeprefix("--options.")] = parse_value(text)
+            *tables, last = key.removeprefix("--").split(".")
+            functools.reduce(lambda table, name: table.setdefault(name, {}), tables, values)[last] = parse_value(text)
         made_from = {"function": values["function"], "options": values.get("options", {}), "seed": settings.run.seed}
         return Stage(name, kind, folder, made_from, None, {})
     sections = {k: v for k, v in values.items() if k not in _OWN_KEYS}

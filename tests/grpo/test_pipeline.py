@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 IS_SOAK = "KILLS" in os.environ
 MINIATURE = {  # of recipes/r1_tiny.toml: every stage, with next to nothing in it
     "toy.options.sums": 300,
+    "toy.options.data.size": 1000,
+    **{f"{name}.data.size": 1000 for name in ("r1_zero", "reasoning_rl", "final_rl", "student_rl", "scores")},
+    **{f"{name}.data.size": 1000 for name in ("cold_start_data", "examples")},
     "toy.options.requests": 40,
     "base.train.epochs": 1,
     "student_base.train.epochs": 1,
