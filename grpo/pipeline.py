@@ -152,7 +152,8 @@ def _with_likeness(values: Any, earlier: dict[str, dict[str, Any]], source: str)
         base = _shared_keys(base, section_keys(kind))
     merged = copy.deepcopy(base)
     for key, value in values.items():
-        merged[key] = {**merged[key], **value} if isinstance(merged.get(key), dict) else value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
     return merged
 
 
@@ -188,14 +189,18 @@ def _stage(
         made_from = {"function": values["function"], "options": values.get("options", {}), "seed": settings.run.seed}
         return Stage(name, kind, folder, made_from, None, {})
     sections = {k: v for k, v in values.items() if k not in _OWN_KEYS}
-    sections["run"] = {"seed": settings.run.seed, "device": settings.run.device, **sections.get("run", {})}
-    sections["run"]["output"] = str(folder)
+    own = {"output": str(folder), "seed": settings.run.seed, "device": settings.run.device}
+    sections["run"] = own | sections.get("run", {})
     if kind == "eval":
         models = values.get("models")
         if not isinstance(models, dict) or not models:
             raise RecipeError(f"{source}: an evaluation wants models = {{ label = 'path' }}, found {models!r}")
         sections["model"] = {"path": next(iter(models.values())), **sections.get("model", {})}
     recipe = build_recipe(_KINDS[kind], sections, source, overrides)
+    if recipe.run.output != str(folder):
+        raise RecipeError(
+            f"{source}: run.output = {recipe.run.output}, wanted {folder}: a pipeline has one for all stages"
+        )
     models = values.get("models", {})
     made_from = {k: v for k, v in _chosen(recipe).items() if k not in _UNHASHED}
     made_from |= {"models": models, "seed": recipe.run.seed}

@@ -111,6 +111,12 @@ def test_a_likeness_of_another_kind_has_the_keys_that_both_have(pipeline):
             r"stages.second: train.stepps: unknown key; did you mean train.steps\?",
         ),
         ("train.steps = 1", "train.steps = 0", r"stages.second: train.steps: .* greater than or equal to 1"),
+        ("train.steps = 1", "data = 3", r"stages.second: data: found 3, wanted a section"),
+        (
+            "train.steps = 1",
+            "run.output = 'x'",
+            r"stages.second: run.output = x, wanted .*whole/second",
+        ),
         ("[stages.", "[stadges.", r"no \[stages.NAME\]"),
     ],
 )
