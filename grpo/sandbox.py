@@ -2,14 +2,15 @@
 
 bubblewrap gives the program namespaces of its own (processes, network, IPC, users or a user id that nobody has), a
 read-only root with the standard library and what that links to, a temporary folder in memory and no environment.
-The system calls by which it could reach other processes or memory that no limit counts are denied. Its first process
-is the first of its process namespace: with it the kernel ends all others, so that nothing outlives the deadline.
+The system calls by which it could reach other processes or memory that no limit counts are denied. With the first
+process of its namespace, which is bubblewrap's and ends with the caller, the kernel ends all others.
 
 Not covered: faults of the kernel, side channels such as time, and the CPU: there are no control groups.
 """
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import platform
@@ -43,7 +44,13 @@ _PACKAGES = sysconfig.get_path("purelib", "posix_prefix", {"base": sys.base_pref
 _HARNESS = """
 def _load():
     import builtins, os, resource, sys
-    source, uid, *limits = sys.argv[1:]
+    source, alive, uid, *limits = sys.argv[1:]
+    try:
+        os.set_blocking(int(alive), False)
+        os.read(int(alive), 1)
+        os._exit(1)  # at its end: the caller died before bubblewrap knew that it has to end with it
+    except BlockingIOError:
+        os.close(int(alive))
     for name, _, value in (limit.partition("=") for limit in limits):
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (int(value), int(value)))
     if uid != "0":
@@ -98,7 +105,7 @@ def check_isolation(limits: "ProgramsSection") -> None:
     else:
         with tempfile.TemporaryFile() as errors:
             patient = dataclasses.replace(limits, time_s=max(limits.time_s, 30.0))
-            if run_program("print(6 * 7)", "", patient, max_bytes=3, errors=errors) != b"42\n":
+            if run_program("import zoneinfo; print(6 * 7)", "", patient, max_bytes=3, errors=errors) != b"42\n":
                 errors.seek(0)
                 lines = errors.read().decode(errors="replace").split("\n")
                 found = "a first program failed: " + (" ".join(filter(None, lines[-3:])) or "no message")
@@ -134,11 +141,13 @@ def run_program(
         given.write(stdin.encode(errors="replace"))
         given.seek(0)
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)) if _bare(limits) else "/"
-        process = _start(code, function, limits, folder, stdin=given, stdout=written, stderr=errors)
+        for end in (alive := os.pipe()):
+            stack.callback(os.close, end)
+        process, first = _start(code, function, limits, folder, alive[0], stdin=given, stdout=written, stderr=errors)
         try:
             succeeded = _await(process, written, limits, max_bytes, deadline)
         finally:
-            _end(process, limits)
+            _end(process, first)
         written.seek(0)
         output = written.read(max_bytes + 1)
     return output if succeeded and len(output) <= max_bytes else None
@@ -148,37 +157,51 @@ def _bare(limits: "ProgramsSection") -> bool:
     return limits.isolation != "bubblewrap"
 
 
-def _start(code: bytes, function: str, limits: "ProgramsSection", folder: str, **streams: Any) -> Any:
+def _start(
+    code: bytes, function: str, limits: "ProgramsSection", folder: str, alive: int, **streams: Any
+) -> tuple[Any, int | None]:
+    """The process, and a descriptor of the first one of its process namespace, or None where it has none.
+
+    `alive` is at its end for the program once the caller is dead.
+    """
     uid = 0 if _bare(limits) or os.geteuid() else _TRANSIENT_UIDS[os.getpid() % len(_TRANSIENT_UIDS)]
     seconds, memory, files = math.ceil(limits.time_s) + 1, limits.memory_mb << 20, limits.files_mb << 20
-    resources = [f"CORE=0 CPU={seconds} AS={memory} FSIZE={files} NOFILE={_OPEN_FILES}"]
+    values = f"{alive} {uid} CORE=0 CPU={seconds} AS={memory} FSIZE={files} NOFILE={_OPEN_FILES}"
     if not _bare(limits):  # outside of a namespace it would count all processes of the user
-        resources.append(f"NPROC={limits.processes}")
+        values += f" NPROC={limits.processes}"
     harness = _HARNESS + (f"_NAME = {function!r}\n{_CALL}" if function else _RUN)
-    python = [_PYTHON, "-I", "-S", "-X", "utf8", "-c", harness, code, str(uid), *" ".join(resources).split()]
+    python = [_PYTHON, "-ISX", "utf8", "-c", harness, code, *values.split()]
     if _bare(limits):
-        return subprocess.Popen(python, cwd=folder, env={}, start_new_session=True, **streams)
-    read_end, write_end = os.pipe()
-    with open(read_end, "rb"):
-        with open(write_end, "wb") as pipe:
-            pipe.write(_system_call_filter())
-        command = [*_bubblewrap(limits), "--seccomp", str(read_end), *python]
-        return subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, pass_fds=[read_end], **streams)
+        process = subprocess.Popen(python, cwd=folder, env={}, start_new_session=True, pass_fds=[alive], **streams)
+        return process, None
+    (rules, rules_end), (info, info_end) = os.pipe(), os.pipe()
+    with open(rules, "rb"), open(info, "rb") as about:
+        with open(info_end, "wb"):
+            with open(rules_end, "wb") as pipe:
+                pipe.write(_system_call_filter())
+            command = [*_bubblewrap(limits), "--seccomp", str(rules), "--info-fd", str(info_end), *python]
+            process = subprocess.Popen(command, env={}, pass_fds=[rules, info_end, alive], **streams)
+        answer = about.read()
+    with contextlib.suppress(ProcessLookupError):  # gone already, and all others with it
+        return process, os.pidfd_open(json.loads(answer)["child-pid"]) if answer else None
+    return process, None
 
 
 def _bubblewrap(limits: "ProgramsSection") -> list[str]:
     """Only root counts processes of another user id by RLIMIT_NPROC, others those of a user namespace."""
+    spaces = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
     user = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID" if os.geteuid() == 0 else "--unshare-user"
+    folders = ["/usr", *map(str, reversed(Path(sys.base_prefix).parents[:-1]))]  # for all to enter; else bwrap's 0700
     libraries = [["--ro-bind-try", path, path] for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64")]
     return [
         shutil.which("bwrap") or "bwrap",
-        *["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"],
-        *f"{user} --die-with-parent --new-session --as-pid-1 --clearenv".split(),
+        *f"{spaces} {user} --die-with-parent --new-session --clearenv".split(),
+        *(part for folder in folders for part in ("--dir", folder)),
         *(part for library in libraries for part in library),
         *("--ro-bind", sys.base_prefix, sys.base_prefix),
         *(["--tmpfs", _PACKAGES, "--remount-ro", _PACKAGES] if Path(_PACKAGES).is_dir() else []),
-        *["--dev-bind", "/dev/null", "/dev/null", "--perms", "1777", "--size"],
-        *f"{limits.files_mb << 20} --tmpfs /tmp --chdir /tmp --remount-ro /".split(),
+        *("--dev-bind", os.devnull, os.devnull),
+        *f"--perms 1777 --size {limits.files_mb << 20} --tmpfs /tmp --chdir /tmp --remount-ro /".split(),
     ]
 
 
@@ -220,17 +243,14 @@ def _resident_bytes(process: "subprocess.Popen[bytes]") -> int:
     return total
 
 
-def _end(process: "subprocess.Popen[bytes]", limits: "ProgramsSection") -> None:
-    """Ends every process of the program; bwrap itself ends when its child, and with it the namespace, is gone."""
-    if _bare(limits):
-        with contextlib.suppress(ProcessLookupError):
+def _end(process: "subprocess.Popen[bytes]", first: int | None) -> None:
+    """Ends every process of the program; the first one of a namespace is gone only when all others are."""
+    with contextlib.suppress(ProcessLookupError):
+        if first is None:
             os.killpg(process.pid, signal.SIGKILL)
-    elif process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children():
-                child.kill()
-    try:
-        process.wait(timeout=1)
-    except subprocess.TimeoutExpired:  # the deadline fell before bwrap had a child
-        process.kill()
-        process.wait()
+        else:
+            signal.pidfd_send_signal(first, signal.SIGKILL)
+    if first is not None:
+        select.select([first], [], [])
+        os.close(first)
+    process.wait()
