@@ -34,6 +34,9 @@ def load_benchmark(path: str | Path, seed: int) -> list[Problem]:
             f"{path}: found the columns {', '.join(columns)}; wanted a prompt ({', '.join(_PROMPTS)}) and an answer "
             f"({', '.join(_ANSWERS)}) or {_PROGRAMS}"
         )
+    for where, row in rows:
+        if answer is None and not row.get(_PROGRAMS):
+            raise DataError(f"{where}: no answer ({', '.join(_ANSWERS)}), and {_PROGRAMS} is empty")
     return [to_problem(where, row, prompt, None if row.get(_PROGRAMS) else answer) for where, row in rows]
 
 

@@ -216,6 +216,29 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> Ite
     return _read_dataset(file if file.exists() else path, subset, split)
 
 
+def check_columns(path: str, wanted: Iterable[str]) -> None:
+    """Raises DataError where the first row of a local JSONL or Parquet file has not all of the `wanted` columns; of
+    other data nothing is known before it is loaded.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        columns = pyarrow.parquet.read_schema(file).names
+    else:
+        with file.open("rb") as lines:
+            first = next((line for line in lines if line.strip()), b"{}")
+        try:
+            columns = [*json.loads(first)]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: unreadable first line: {error}") from error
+    for column in wanted:
+        if column not in columns:
+            raise DataError(f"{path}: no column {column!r}{nearest(column, columns)}")
+
+
 def _read_jsonl(file: Path) -> Iterator[Row]:
     try:
         lines = file.read_bytes().split(b"\n")

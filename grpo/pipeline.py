@@ -19,8 +19,10 @@ import copy
 import dataclasses
 import functools
 import gc
+import inspect
 import json
 import os
+import re
 import sys
 import time
 import tomllib
@@ -33,7 +35,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashgrpo.grpo.data import is_local
+from flashgrpo.grpo.benchmarks import load_benchmark
+from flashgrpo.grpo.data import check_columns, is_local
 from flashgrpo.grpo.evaluate import evaluate_models
 from flashgrpo.grpo.pipeline_report import draw_pipeline
 from flashgrpo.grpo.progress import console
@@ -43,12 +46,13 @@ from flashgrpo.grpo.recipe import (
     PipelineRecipe,
     Recipe,
     RecipeError,
+    RewardModelRecipe,
     build_recipe,
     parse_value,
     section_keys,
 )
 from flashgrpo.grpo.report import write_report
-from flashgrpo.grpo.rewards import nearest, resolve_reward
+from flashgrpo.grpo.rewards import RewardError, nearest, resolve_reward
 from flashgrpo.grpo.scores import markdown_of, table_of
 from flashgrpo.grpo.stages import run_recipe
 from flashgrpo.grpo.world import RunInputError, open_world
@@ -59,6 +63,7 @@ _PLAIN_WIDTH = 140  # of tables that go to a file
 _OWN_KEYS = {"kind", "like", "models", "function", "options"}
 _KINDS = {**KINDS, "eval": Recipe, "function": None}
 _MAKES = {"train": "model", "sft": "model", "reward-model": "model", "collect": "data.parquet", "eval": "scores.json"}
+_UNUSED_COLUMNS = {"pairwise": ("completion_column", "label_column"), "pointwise": ("chosen_column", "rejected_column")}
 _UNHASHED = {"run", "vllm"}  # where and how fast a stage runs, not what it makes
 
 
@@ -125,10 +130,14 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     stages: dict[str, Stage] = {}
     raw: dict[str, dict[str, Any]] = {}
     for name, stage_values in found.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise RecipeError(f"{path}: stages.{name}: wanted a folder's name of letters, digits, _ and -")
         source = f"{path}: stages.{name}"
         raw[name] = _with_likeness(stage_values, raw, source)
         prefix = f"--stages.{name}."
         options = [f"--{o.removeprefix(prefix)}" for o in overrides if o.startswith(prefix)]
+        if faulty := [o for o in options if f"={_REFERENCE}" in o]:
+            raise RecipeError(f"{source}: {faulty[0]}: an override cannot name a stage; give the path of what it makes")
         stages[name] = _stage(name, raw[name], stages, settings, source, options)
     unknown = [o for o in overrides if o.startswith("--stages.") and o.split(".")[1] not in found]
     if unknown:
@@ -186,6 +195,10 @@ def _stage(
                 raise RecipeError(f"{source}: {override}: wanted --stages.{name}.options.key=value")
             *tables, last = key.removeprefix("--").split(".")
             functools.reduce(lambda table, name: table.setdefault(name, {}), tables, values)[last] = parse_value(text)
+        try:
+            inspect.signature(resolve_reward(values["function"])).bind(folder, 0, **values.get("options", {}))
+        except (RewardError, TypeError) as error:
+            raise RecipeError(f"{source}: {values['function']}: {error}") from None
         made_from = {"function": values["function"], "options": values.get("options", {}), "seed": settings.run.seed}
         return Stage(name, kind, folder, made_from, None, {})
     sections = {k: v for k, v in values.items() if k not in _OWN_KEYS}
@@ -245,8 +258,9 @@ def _inputs(values: dict[str, Any], stages: dict[str, Stage]) -> dict[str, Stage
 
 
 def _check_inputs(stage: Stage, given_only: bool) -> None:
+    """That what it reads is there; of given files, whose turn may come in days, the columns, too."""
     for path, maker in stage.inputs.items():
-        if Path(path).exists() or (given_only and maker):
+        if Path(path).expanduser().exists() or (given_only and maker):
             continue
         if maker:
             raise RunInputError(
@@ -254,6 +268,18 @@ def _check_inputs(stage: Stage, given_only: bool) -> None:
                 f"{maker.folder} to make it anew"
             )
         raise RunInputError(f"stage {stage.name} wants {path}: no such file or folder")
+    recipe: Any = stage.recipe
+    if recipe is None or not given_only:
+        return
+    for section in (recipe.data, *getattr(recipe, "sources", {}).values(), *getattr(recipe, "given", {}).values()):
+        if section.path in stage.inputs and not stage.inputs[section.path]:
+            unused = _UNUSED_COLUMNS[recipe.train.objective] if isinstance(recipe, RewardModelRecipe) else ()
+            columns = [f.name for f in dataclasses.fields(section) if f.name.endswith("_column")]
+            wanted = [getattr(section, name) for name in columns if name not in unused]
+            check_columns(section.path, filter(None, wanted))
+    if isinstance(recipe, Recipe):
+        for path in recipe.eval.benchmarks:
+            load_benchmark(path, recipe.run.seed)
 
 
 def _open(stage: Stage, output: Path) -> bool:
@@ -338,6 +364,7 @@ def _summarize(stages: list[Stage], output: Path) -> None:
     for stage in stages:
         if stage.kind == "eval":
             rows = json.loads(stage.made.read_text(encoding="utf-8"))
+            rows = [row for row in rows if row["model"] in stage.made_from["models"]]  # not those of an edited file
             printer.print(table_of(rows))
             write_text(output / f"{stage.name}.md", markdown_of(rows))
     curves = {stage.name: stage.folder for stage in stages if stage.kind == "train"}

@@ -75,7 +75,8 @@ def clustered_interval(
     """
     num_problems = len(correct)
     mean = float(correct.mean())
-    variance = float(correct.mean(axis=1).var(ddof=1)) / num_problems if num_problems > 1 else 0.0
+    solved = correct.sum(axis=1)  # whole numbers: equal means would differ in their last bits
+    variance = float(solved.var(ddof=1)) / correct.shape[1] ** 2 / num_problems if np.ptp(solved) else 0.0
     num_effective = mean * (1 - mean) / variance if variance else 0.0
     return wilson_interval(mean, min(max(num_effective, num_problems), correct.size))
 

@@ -1,6 +1,7 @@
 """Files and folders that appear under their name only when every byte of them is on the disk."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -57,13 +58,21 @@ def recover(folder: Path) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of every file in a folder with its name."""
+    """SHA-256 of a file, or of every file in a folder with its name; files are read once as long as they stay."""
+    path = path.expanduser()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        digest.update(f"{file.relative_to(path)}\n{file.stat().st_size}\n".encode())
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+    for file in files:
+        state = file.stat()
+        digest.update(f"{file.relative_to(path)}\n{state.st_size}\n".encode())
+        digest.update(_file_hash(file, state.st_size, state.st_mtime_ns))
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_hash(file: Path, size: int, mtime_ns: int) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def _set_aside(folder: Path) -> Path:

@@ -81,8 +81,9 @@ def test_programs_need_no_answer(write, tmp_path):
             [GPQA, {**GPQA, "Incorrect Answer 2": None}],
             r"rows\.jsonl:2: column 'Incorrect Answer 2' is missing or null",
         ),
+        ([{"problem": "q", "tests": None}], r"rows\.jsonl:1: no answer .*, and tests is empty"),
     ],
-    ids=["unknown columns", "no answer", "empty", "a row without", "a choice that is null"],
+    ids=["unknown columns", "no answer", "empty", "a row without", "a choice that is null", "neither"],
 )
 def test_faulty_files(write, rows, message):
     with pytest.raises(DataError, match=message):

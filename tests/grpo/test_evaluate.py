@@ -252,6 +252,8 @@ def test_intervals_at_the_ends():
     assert (low, high) == pytest.approx((0.0, 3.8415 / (256 + 3.8415)), abs=1e-5)
     assert clustered_interval(~nothing) == pytest.approx((1 - high, 1.0))
     assert clustered_interval(np.array([[True, False]])) == pytest.approx(wilson_interval(0.5, 1))
+    alike = np.tile([True, False, False], (100, 1))
+    assert clustered_interval(alike) == pytest.approx(wilson_interval(1 / 3, 100))
     agreeing = np.repeat(np.arange(100) < 30, 8).reshape(100, 8)
     assert clustered_interval(agreeing) == pytest.approx(wilson_interval(0.3, 100), abs=2e-3)
     opposed = np.tile([True, False], (100, 4))

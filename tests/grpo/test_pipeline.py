@@ -13,7 +13,8 @@ import pytest
 import ranks
 
 from flashgrpo.grpo.cli import main
-from flashgrpo.grpo.pipeline import load_pipeline, run_pipeline
+from flashgrpo.grpo.data import DataError
+from flashgrpo.grpo.pipeline import _check_inputs, load_pipeline, run_pipeline
 from flashgrpo.grpo.recipe import RecipeError
 from flashgrpo.grpo.run_folder import RunInputError, read_rows
 
@@ -117,6 +118,13 @@ def test_a_likeness_of_another_kind_has_the_keys_that_both_have(pipeline):
             "run.output = 'x'",
             r"stages.second: run.output = x, wanted .*whole/second",
         ),
+        ("[stages.second]", '[stages."../x"]', r"stages.../x: wanted a folder's name of letters, digits"),
+        (
+            "options.last = 8",
+            "options.lst = 8",
+            r"stages.data: custom_stages:sums: missing .* argument: 'last'",
+        ),
+        ("custom_stages:sums", "custom_stages:sum", r"stages.data: .*has no function 'sum'; did you mean sums\?"),
         ("[stages.", "[stadges.", r"no \[stages.NAME\]"),
     ],
 )
@@ -130,6 +138,8 @@ def test_a_fault_in_any_stage_is_found_before_the_first_one_runs(pipeline, tmp_p
 def test_an_override_of_no_stage_is_refused(pipeline):
     with pytest.raises(RecipeError, match=r"--stages.secnd.train.steps=3: no such stage; did you mean second\?"):
         load_pipeline(pipeline, ["--stages.secnd.train.steps=3"])
+    with pytest.raises(RecipeError, match="an override cannot name a stage; give the path of what it makes"):
+        load_pipeline(pipeline, ["--stages.second.model.path=stage:first"])
     with pytest.raises(RecipeError, match=r"no stage 'thrid'; known: data, first, second"):
         run_pipeline(pipeline, until="thrid")
 
@@ -138,6 +148,31 @@ def test_an_input_that_is_missing_is_found_before_the_first_stage_runs(pipeline,
     with pytest.raises(RunInputError, match="stage second wants elsewhere/model: no such file or folder"):
         run_pipeline(pipeline, ["--stages.second.model.path=elsewhere/model"])
     assert not (tmp_path / "whole").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "message"),
+    [
+        ("train", ["question", "answer"], "no column 'prompt'"),
+        ("sft", ["prompt", "answer"], "no column 'completion'"),
+        ("reward-model", ["prompt", "chosen"], "no column 'rejected'; known: prompt, chosen"),
+        ("reward-model", ["prompt", "chosen", "rejected"], None),
+    ],
+)
+def test_a_column_that_a_late_stage_misses_is_found_before_the_first_stage_runs(
+    pipeline, tmp_path, kind, columns, message
+):
+    (tmp_path / "late.jsonl").write_text(json.dumps(dict.fromkeys(columns, "text")))
+    late = f"\n[stages.late]\nkind = '{kind}'\nmodel.path = 'stage:first'\ndata.path = '{tmp_path / 'late.jsonl'}'\n"
+    pipeline.write_text(pipeline.read_text() + late)
+    if message is None:
+        run_pipeline(pipeline, until="data")
+        for stage in load_pipeline(pipeline)[1]:
+            _check_inputs(stage, given_only=True)
+    else:
+        with pytest.raises(DataError, match=message):
+            run_pipeline(pipeline)
+        assert not (tmp_path / "whole").exists()
 
 
 def test_finished_stages_stay_and_changed_ones_are_refused(pipeline, tmp_path, capsys):
