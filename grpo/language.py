@@ -38,6 +38,7 @@ def _script(letter: str) -> str:
 
 
 def share_in_language(text: str, target: str) -> float:
+    """Share of the words that are in `target`, an upper-case ISO 639-1 code; text without words 1, no text 0."""
     words = list(_words(text))
     if not words:
         return float(bool(text.strip()))
