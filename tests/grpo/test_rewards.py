@@ -212,6 +212,11 @@ def test_target_language_is_that_of_the_question_not_of_the_template():
     completion = f"<think>{CHINESE}</think>"
     assert one(language_consistency, completion, prompt=ENGLISH, questions="两个数字的和是多少") == 1.0
     assert one(language_consistency, completion, prompt=ENGLISH, questions="What is the sum?") == 0.0
+    reasoning = f"<think>{ENGLISH}</think>"
+    assert (
+        one(language_consistency, reasoning, questions="Cheer Max up.") == 1.0
+    )  # too short: lingua takes it for Dutch
+    assert one(language_consistency, reasoning, questions="Combien font deux et deux, et encore deux ?") < 1.0
     with pytest.raises(ValueError, match="'englsh' is unknown; did you mean ENGLISH"):
         one(language_consistency, completion, questions="", language="englsh")
 
