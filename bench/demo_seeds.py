@@ -1,26 +1,23 @@
 """The demo with several seeds: held-out score and response length over steps, as a table and a picture.
 
-    make bench-demo        # python -m flashgrpo.bench.demo_seeds --seeds 1 2 3
+    flashgrpo bench demo-seeds --seeds 1 2 3
 
 Each seed makes its own problems, model, cold start and run. Writes bench/results/demo.json and demo.png.
 """
 
-import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
+from flashgrpo.bench.timing import machine, option_parser, results_folder
 from flashgrpo.grpo.run_folder import read_rows
 from flashgrpo.model.files import write_text
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def run_seed(seed: int, output: Path) -> dict:
@@ -52,17 +49,17 @@ def draw(runs: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = option_parser("demo-seeds", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("runs/demo_seeds"), help="folder of the runs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     runs = [run_seed(seed, options.output / str(seed)) for seed in options.seeds]
-    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__}
-    RESULTS.mkdir(exist_ok=True)
-    write_text(RESULTS / "demo.json", json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
-    draw(runs, RESULTS / "demo.png")
+    found = {"machine": machine(torch.device("cpu")), "runs": runs}
+    write_text(results_folder() / "demo.json", json.dumps(found, indent=1) + "\n")
+    draw(runs, results_folder() / "demo.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

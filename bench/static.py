@@ -1,6 +1,6 @@
 """What the Triton kernels compile to for four chips, without a GPU: registers, spills, tensor cores, shared memory.
 
-    python -m flashgrpo.bench.static
+    flashgrpo bench static
 
 Compiles every kernel in bf16 with its launcher's configuration for sm_80, sm_90, sm_100 and gfx942, reads the machine
 code, prints a table and writes bench/results/static.json. Hot loops are the innermost ones with tensor-core
@@ -15,8 +15,9 @@ issue, 4 warp instructions a clock, part of which other programs hide; latency c
 import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
-from flashgrpo.grpo.run_folder import write_text
+from flashgrpo.bench.timing import option_parser, results_folder
 from flashgrpo.kernels import attention, attention_tiles, logprob, loss_triton, row_loss
+from flashgrpo.model.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
 TARGETS = {f"sm_{x}": GPUTarget("cuda", x, 32) for x in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -194,8 +196,9 @@ def predict(launch: Launch, row: dict[str, Any], warps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print and write."""
+    option_parser("static", __doc__).parse_args(arguments)
     console, every = Console(), [launch for target in TARGETS for launch in launches(target)]
     rows = [measure(x) for x in track(every, "compiling", console=console, disable=not console.is_terminal)]
     names = ("kernel", "chip", "dim", "regs", "stack", "spills", "shared", "matrix", "loads", "wide", "loop", "share")
@@ -206,8 +209,9 @@ def main() -> None:
         values[-1] = values[-1].get("expected_share_of_limit")
         table.add_row(row["kernel"][1:-7], *("" if x is None else str(x) for x in values))
     console.print(table)
-    write_text(RESULTS, json.dumps({"triton": __version__, "rows": rows}, indent=1) + "\n")
+    write_text(results_folder() / "static.json", json.dumps({"triton": __version__, "rows": rows}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

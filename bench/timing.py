@@ -4,6 +4,7 @@ On CUDA a call is timed by events on the device. Before each one the L2 cache is
 the call is queued, so that Python's time to launch kernels shows only where it outlasts the work, as in training.
 """
 
+import argparse
 import itertools
 import os
 import platform
@@ -113,6 +114,12 @@ def measure_limits(device: torch.device) -> Limits:
     target = torch.empty_like(source)
     found = time_turns({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, budget_s=1.0)
     return Limits(2e3 * side**3 / found["matmul"].p20_ms, 2e3 * size / found["copy"].p20_ms, dtype)
+
+
+def option_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Of the options of `flashgrpo bench NAME`; its help begins with the module's docstring."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"flashgrpo bench {name}", description=description, formatter_class=raw)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Exit codes: 2 for what is wrong before the first step, 1 for a later failure, 13
 import argparse
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import os
@@ -20,6 +21,18 @@ _RUNS = {  # commands that run a recipe; what a command needs is imported by it:
     "sft": "fine-tune on prompts and completions",
     "reward-model": "train a reward model on pairs or labels",
     "collect": "sample a model, filter what it wrote, write examples for SFT",
+}
+
+_BENCHMARKS = {  # modules of bench/, each with a `main`
+    "kernels": "each kernel against every peer that is installed, beside the machine's limits",
+    "step": "a training step of a random model of real shape, against transformers",
+    "generate": "tokens a second of each generator",
+    "sync": "seconds of a weight sync to each generator",
+    "static": "what the kernels compile to for four chips; needs no GPU",
+    "cpu-step": "a GRPO step on a CPU, against TRL",
+    "demo-seeds": "the demo with several seeds",
+    "gpu": "on a GPU: the kernels' tests, then kernels and step, within nine minutes",
+    "report": "write the README's tables from the results; --check compares",
 }
 
 # For torch's threads on a CPU, read when it is imported: how long they wait for each other awake. It should be longer
@@ -54,12 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"flashgrpo: {override}: did you mean {flag[0]}?", file=sys.stderr)
             return 2
     try:
-        options.run(options, overrides)
+        return options.run(options, overrides) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # the one place that turns the package's own errors into a line and an exit code
         return _report(error)
-    return 0
 
 
 def console() -> NoReturn:
@@ -165,6 +177,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--top-p", type=share, default=0.95, help="default 0.95")
     command.add_argument("--seed", type=int, default=0, help="default 0")
     command.set_defaults(run=_sample)
+    command = commands.add_parser(
+        "bench", help=f"measure: {', '.join(_BENCHMARKS)}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    width = max(map(len, _BENCHMARKS))
+    command.description = "\n".join(f"{name:{width}}  {text}" for name, text in _BENCHMARKS.items())
+    command.add_argument("benchmark", choices=_BENCHMARKS, metavar="BENCHMARK")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="of the benchmark; `--help` tells them")
+    command.set_defaults(run=_bench)
     command = commands.add_parser("report", help="draw RUN/report.png, print a summary and samples")
     command.add_argument("run_folder", metavar="RUN", help="a run's output folder")
     command.set_defaults(run=lambda options, _: _print_report(options.run_folder))
@@ -255,6 +275,11 @@ def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
     longest_prompt = max(1, min(longest_prompt, room))  # vLLM refuses more than the model's context
     dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     serve(EngineOptions.of(recipe, dtype, on_gpu, longest_prompt), options.host, options.port, devices)
+
+
+def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
+    module = importlib.import_module(f"flashgrpo.bench.{options.benchmark.replace('-', '_')}")  # may use everything
+    return module.main(options.arguments)
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:

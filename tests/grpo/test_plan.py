@@ -16,7 +16,7 @@ import ranks
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flashgrpo.bench.readme import PLANNED_KEYS, PLANNED_MODELS
+from flashgrpo.bench.report import PLANNED_KEYS, PLANNED_MODELS
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool

@@ -5,35 +5,35 @@ import shlex
 
 import pytest
 
-from flashgrpo.bench import readme
+from flashgrpo.bench import report
 from flashgrpo.grpo.cli import _parser
 from flashgrpo.grpo.pipeline import load_pipeline
 from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
 
 
 def test_the_readme_is_what_the_results_say():
-    text = (readme.ROOT / "README.md").read_text()
-    assert all(f"<!-- results: {name} -->" in text for name in readme.TABLES)
-    assert readme.render(text) == text, "run `make readme`"
+    text = (report.ROOT / "README.md").read_text()
+    assert all(f"<!-- results: {name} -->" in text for name in report.TABLES)
+    assert report.render(text) == text, "run `make readme`"
 
 
 def test_the_commands_of_the_readme_are_understood():
     """By the command line, and so are the recipes and keys that they name."""
-    lines = (readme.ROOT / "README.md").read_text().splitlines()
+    lines = (report.ROOT / "README.md").read_text().splitlines()
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("flashgrpo ")]
     seen = set()
     for command in commands:
         options, overrides = _parser().parse_known_args(command)
         seen.add(options.command)
         if options.command == "pipeline":
-            assert load_pipeline(readme.ROOT / options.recipe, overrides)[1]
+            assert load_pipeline(report.ROOT / options.recipe, overrides)[1]
         elif "recipe" in options:
             kind = SftRecipe if options.command == "sft" else Recipe
-            assert load_recipe(kind, readme.ROOT / options.recipe, overrides)
+            assert load_recipe(kind, report.ROOT / options.recipe, overrides)
     assert seen == {"train", "sft", "pipeline", "eval", "plan", "serve", "sample", "report"}
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (readme.ROOT / "README.md").read_text(), re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", (report.ROOT / "README.md").read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[re.findall(r"import (\w+)", code)[-1] for code in EXAMPLES])
@@ -48,7 +48,7 @@ def test_every_kernel_has_an_example():
 
 
 def test_only_what_stands_between_the_marks_is_replaced():
-    rendered = readme.render("before\n<!-- results: demo -->\nstale\n<!-- end -->\nafter")
+    rendered = report.render("before\n<!-- results: demo -->\nstale\n<!-- end -->\nafter")
     assert rendered.startswith("before\n<!-- results: demo -->\n| seed |")
     assert rendered.endswith("|\n<!-- end -->\nafter")
     assert "stale" not in rendered
@@ -56,4 +56,4 @@ def test_only_what_stands_between_the_marks_is_replaced():
 
 def test_an_unknown_table_is_an_error():
     with pytest.raises(KeyError, match="nonsense"):
-        readme.render("<!-- results: nonsense -->\n<!-- end -->")
+        report.render("<!-- results: nonsense -->\n<!-- end -->")

@@ -1,14 +1,16 @@
-"""Write the README's tables from the results files: `python -m flashgrpo.bench.readme`, or `--check` to compare only.
+"""Write the README's tables from the results files: `flashgrpo bench report`, or with `--check` compare only.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`.
 """
 
-import argparse
+import difflib
 import json
 import re
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
+from flashgrpo.bench.timing import ROOT, option_parser
 from flashgrpo.grpo.plan import plan
 from flashgrpo.grpo.plan_costs import MACHINES, Lengths
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
@@ -16,12 +18,15 @@ from flashgrpo.grpo.scores import markdown_of
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.files import write_text
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
 def demo_table() -> list[str]:
-    runs = json.loads((RESULTS / "demo.json").read_text())["runs"]
+    runs = _read("demo.json")["runs"]
     rows = ["| seed | after the cold start | after GRPO | seconds in all |", "| --- | --- | --- | --- |"]
     for run in runs:
         first, *_, last = run["pass@1"].values()
@@ -29,9 +34,10 @@ def demo_table() -> list[str]:
     return rows
 
 
-def cpu_step_table() -> list[str]:
+def cpu_step_table(found: dict[str, Any]) -> list[str]:
+    """Of the file of `flashgrpo bench cpu-step`."""
     rows = ["| prompt tokens | | seconds a step | x ours | peak MB | x ours |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in json.loads((RESULTS / "cpu_step.json").read_text())["summary"]:
+    for row in found["summary"]:
         rows.append(
             f"| {row['prompt_len']} | {row['name']} | {row['median_step_s']:.2f} | {row['step_ratio']:.2f} "
             f"| {row['peak_mb']:.0f} | {row['peak_ratio']:.2f} |"
@@ -39,9 +45,9 @@ def cpu_step_table() -> list[str]:
     return rows
 
 
-def cpu_parts_table() -> list[str]:
-    parts = json.loads((RESULTS / "cpu_step.json").read_text())["parts"]
-    generate, prefix = parts["generate"], parts["prefix"]
+def cpu_parts_table(found: dict[str, Any]) -> list[str]:
+    """Of the same file: generation, and shared prompts."""
+    generate, prefix = (found["parts"][name] for name in ("generate", "prefix"))
     return [
         "| | ours | the other | ratio |",
         "| --- | --- | --- | --- |",
@@ -52,26 +58,40 @@ def cpu_parts_table() -> list[str]:
     ]
 
 
+GENERATOR_TITLES = {
+    "native": "`native`, the trainer's decoder",
+    "bare": "vLLM's `LLM.generate` alone",
+    "wrapped": "the same engine, our groups and log-probs",
+    "vllm": "`vllm`, a process of its own",
+    "vllm_server": "`vllm_server`, HTTP",
+}
+
+
+def generate_table(found: dict[str, Any]) -> list[str]:
+    """Of a file of `flashgrpo bench generate`."""
+    rates = found["tokens_per_s"]
+    rows = ["| | tokens/s | of `LLM.generate` | spread |", "| --- | ---: | ---: | ---: |"]
+    for name, rate in rates.items():
+        share = f"{rate / rates['bare']:.2f}" if "bare" in rates else ""
+        rows.append(f"| {GENERATOR_TITLES[name]} | {rate:,.0f} | {share} | {found['spread'][name]:.0%} |")
+    return rows
+
+
+def sync_table(found: dict[str, Any]) -> list[str]:
+    """Of a file of `flashgrpo bench sync`."""
+    rows = ["| a weight sync | GB | seconds | GB/s | spread |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, seconds in found["seconds"].items():
+        rate, spread = found["gb"] / seconds, found["spread"][name]
+        rows.append(f"| `{name}` | {found['gb']:.2f} | {seconds:.2f} | {rate:.2f} | {spread:.0%} |")
+    return rows
+
+
 def vllm_table() -> list[str]:
-    """Three tables: generation, syncs, and what the demo comes to with each generator."""
-    found = json.loads((RESULTS / "vllm_cpu.json").read_text())
-    bare = found["generate"]["bare"]
-    rows = ["| | tokens/s | of bare `LLM.generate` |", "| --- | --- | --- |"]
-    titles = {
-        "bare": "bare `LLM.generate`",
-        "wrapped": "the same engine, our groups and log-probs",
-        "vllm": "`vllm`, a process of its own",
-        "vllm_server": "`vllm_server`, HTTP",
-    }
-    for name, title in titles.items():
-        rows.append(f"| {title} | {found['generate'][name]:,.0f} | {found['generate'][name] / bare:.2f} |")
-    rows += ["", "| sync through shared memory | GB | seconds | GB/s |", "| --- | --- | --- | --- |"]
-    for name in ("vllm", "vllm_server"):
-        seconds, size = found["sync"][name], found["sync"]["gb"]
-        rows.append(f"| `{name}` | {size:.2f} | {seconds:.2f} | {size / seconds:.2f} |")
-    rows += ["", "| the demo, 50 steps | held-out before | after | largest mismatch, nats | staleness |"]
+    """Generation, syncs, and what the demo comes to with each generator."""
+    rows = [*generate_table(_read("generate_amd_epyc.json")), "", *sync_table(_read("sync_amd_epyc.json")), ""]
+    rows += ["| the demo, 50 steps | held-out before | after | largest mismatch, nats | staleness |"]
     rows.append("| --- | --- | --- | --- | --- |")
-    for name, run in found["demo"].items():
+    for name, run in _read("generate_runs.json").items():
         mismatch, staleness = f"{run['mismatch']:.1e}", f"{run['staleness']:.0f}"
         rows.append(f"| `{name}` | {run['first']:.1%} | {run['last']:.1%} | {mismatch} | {staleness} |")
     return rows
@@ -122,8 +142,8 @@ def plan_table() -> list[str]:
 
 def r1_table() -> list[str]:
     """Scores of every stage, and below them what the stages took."""
-    rows = json.loads((RESULTS / "r1_tiny.json").read_text())
-    stages = json.loads((RESULTS / "r1_tiny_stages.json").read_text())
+    rows = _read("r1_tiny.json")
+    stages = _read("r1_tiny_stages.json")
     seconds = sum(stage["seconds"] for stage in stages.values())
     return [*markdown_of(rows).splitlines(), "", f"{len(stages)} stages in {seconds / 60:.1f} minutes."]
 
@@ -131,8 +151,8 @@ def r1_table() -> list[str]:
 TABLES = {
     "r1_tiny": r1_table,
     "demo": demo_table,
-    "cpu_step": cpu_step_table,
-    "cpu_parts": cpu_parts_table,
+    "cpu_step": lambda: cpu_step_table(_read("cpu_step.json")),
+    "cpu_parts": lambda: cpu_parts_table(_read("cpu_step.json")),
     "vllm": vllm_table,
     "plan": plan_table,
 }
@@ -147,14 +167,16 @@ def render(readme: str) -> str:
     return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end -->)", fill, readme, flags=re.DOTALL)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = option_parser("report", __doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 if the README is not what the results say")
     readme = ROOT / "README.md"
     text = readme.read_text()
-    if parser.parse_args().check:
-        return int(render(text) != text)
-    write_text(readme, render(text))
+    rendered = render(text)
+    if parser.parse_args(arguments).check:
+        print("\n".join(difflib.unified_diff(text.splitlines(), rendered.splitlines(), "README.md", "results", n=0)))
+        return int(rendered != text)
+    write_text(readme, rendered)
     return 0
 
 
