@@ -45,8 +45,6 @@ class Card:
     template: Template
     scores: Literal["answer", "whole"]
     objective: Literal["pairwise", "pointwise"]
-    held_out_mean: float | None = None  # of its scores, as in use; None where nothing was held out
-    held_out_std: float | None = None
 
     def as_reward(self, logits: np.ndarray) -> np.ndarray:
         """Pairwise, the raw logit, of which only differences mean anything; pointwise, the probability of "good"."""

@@ -63,7 +63,6 @@ class RewardModelTrainer(RunLoop):
     def __init__(self, recipe: RewardModelRecipe, folder: RunFolder, world: World):
         super().__init__(recipe, folder, world)
         self.recipe = recipe
-        self._scored: tuple[int, np.ndarray] | None = None  # the step, and the scores of the held-out rows after it
         self.flops = ModelFlops.of(self.policy.model.config)
         self.rows, self.held_out = load_rows(recipe, self.policy)
         self.steps_per_epoch = -(-len(self.rows) // recipe.train.batch_size)
@@ -72,7 +71,7 @@ class RewardModelTrainer(RunLoop):
     def begin(self) -> None:
         """The held-out accuracy before training."""
         if self.held_out and self.step == 0 and not self.folder.has_logged(0, "eval/accuracy"):
-            self.folder.log_more(0, self._evaluate(0))
+            self.folder.log_more(0, self._evaluate())
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
         """One optimizer update on batch_size rows; Ctrl-C waits until it is logged."""
@@ -98,7 +97,7 @@ class RewardModelTrainer(RunLoop):
         every = self.settings.checkpoint_every
         if self.held_out and (step == self.total_steps or (every and step % every == 0)):
             bar.phase("evaluate")
-            metrics |= self._evaluate(step)
+            metrics |= self._evaluate()
         self.folder.log(step, metrics)
         accuracy = f"accuracy {metrics['train/accuracy']:.3f}"
         return metrics, f"loss {metrics['loss']:.4f}, {accuracy}, {rate:,.0f} tokens/s"
@@ -106,11 +105,7 @@ class RewardModelTrainer(RunLoop):
     def model_files(self) -> dict[str, dict[str, Any]]:
         """reward_model.json."""
         train = self.recipe.train
-        card = Card(self.recipe.data.template, train.scores, train.objective)
-        if self.held_out:
-            rewards = card.as_reward(self._held_out_scores(self.step))
-            card = dataclasses.replace(card, held_out_mean=float(rewards.mean()), held_out_std=float(rewards.std()))
-        return {CARD: dataclasses.asdict(card)}
+        return {CARD: dataclasses.asdict(Card(self.recipe.data.template, train.scores, train.objective))}
 
     def _pack(self, rows: Sequence[Row]) -> tuple[PackPlan, list[PackedBatch], Tensor]:
         """The plan of an update, this rank's part of it, and the signs [num_rows, texts a row] of all."""
@@ -133,17 +128,12 @@ class RewardModelTrainer(RunLoop):
         return self.world.gather_tensor(own).sum(0).view_as(signs).double().cpu().numpy()
 
     @torch.no_grad()
-    def _held_out_scores(self, step: int) -> np.ndarray:
-        """Scores of the held-out rows by the weights after `step`, computed once."""
-        if self._scored is None or self._scored[0] != step:
-            _, batches, signs = self._pack(self.held_out)
-            scores = [self.policy.model.scores(batch) for batch in batches]
-            free_gathered(self.policy.model)
-            self._scored = step, self._gather(batches, scores, signs)
-        return self._scored[1]
-
-    def _evaluate(self, step: int) -> dict[str, float]:
-        found = row_metrics(self._held_out_scores(step), torch.tensor([row.signs for row in self.held_out]))
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of the held-out rows."""
+        _, batches, signs = self._pack(self.held_out)
+        scores = [self.policy.model.scores(batch) for batch in batches]
+        free_gathered(self.policy.model)
+        found = row_metrics(self._gather(batches, scores, signs), signs)
         return {f"eval/{name}": value for name, value in found.items()}
 
 

@@ -189,9 +189,6 @@ def test_it_learns_to_prefer_digits_and_says_so(recipe, tmp_path, objective, cap
     assert found[0] > found[1]
     if objective == "pointwise":
         assert 0 <= found[1] < 0.3 < 0.7 < found[0] <= 1
-        assert 0.2 < card["held_out_mean"] < 0.8
-    else:
-        assert card["held_out_std"] == pytest.approx(steps[-1]["eval/std"], rel=1e-6)
 
 
 def test_ctrl_c_and_resume_is_bitwise(recipe, tmp_path, monkeypatch):
