@@ -51,7 +51,7 @@ def open_for_collection(recipe: SamplingRecipe, policy: Policy, world: World, lo
         opened: list[Generator] = []
         try:
             world.everywhere(lambda: opened.append(open_for_evaluation(recipe, policy, world.device, longest_prompt)))
-        except BaseException:
+        except BaseException:  # another rank's failure is raised here, too
             for each in opened:
                 each.close()
             raise
@@ -61,7 +61,7 @@ def open_for_collection(recipe: SamplingRecipe, policy: Policy, world: World, lo
         dtype = resolve_dtype(recipe.model.dtype, world.device)
         model = open_sharded_model(recipe.model, world.device, world.mesh, stored=dtype)
         generator.load_weights(DecoderSource(dict(model.named_parameters()), model.config, dtype), 0)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, must leave no process behind
         generator.close()
         raise
     return generator

@@ -116,8 +116,12 @@ class InTurn(Scorer):
                 parameter.data = parameter.data.pin_memory()
 
     def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
-        with self._on_device():
-            return np.array([self.model.score(group) for group in groups])
+        try:
+            with self._on_device():
+                return np.array([self.model.score(group) for group in groups])
+        except torch.OutOfMemoryError as error:
+            hint = "lower its batch_tokens or train.token_budget, or give it a device of its own"
+            raise RewardFailure(f"{self.model.where}: {str(error).splitlines()[0]} Next: {hint}") from error
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -244,7 +248,7 @@ def serve(file_descriptor: int) -> None:
                 answer = None, model.score(group) if group else None
             except (CheckpointError, RewardFailure) as error:  # both are raised again in the trainer
                 answer = error, None
-            except Exception as error:
+            except Exception as error:  # of torch or a tokenizer: told to the trainer, which ends the run with it
                 answer = RewardFailure(f"{options[-1]}: {type(error).__name__}: {error}"), None
             connection.send(answer)
             group = connection.recv()

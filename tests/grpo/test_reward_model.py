@@ -309,6 +309,18 @@ def test_a_process_of_its_own_scores_as_the_trainer_does(scoring_path, policy, w
             scorer.close()
 
 
+def test_out_of_memory_is_a_failure_of_the_reward_model(scoring_path, policy, world, monkeypatch):
+    """The trainer writes a checkpoint before it ends with one."""
+    scorers = open_preferences({"a": PreferenceSection(str(scoring_path))}, policy, world, {"a": []}, 8)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(RewardModel, "score", full)
+    with pytest.raises(RewardFailure, match=r"reward_models\.a: CUDA out of memory.* Next: lower its batch_tokens"):
+        scorers["a"].score([group("1")])
+
+
 def test_a_process_that_cannot_start_is_ended(scoring_path, policy, world):
     (scoring_path / "model.safetensors").unlink()
     before = set(psutil.Process().children())
