@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", nargs="+", metavar="NAME=RUN", help="write the scores of these, and measure nothing")
     options = parser.parse_args(arguments)
     if options.runs:
-        write_text(results_folder() / "generate_runs.json", json.dumps(scores(options.runs), indent=1) + "\n")
+        write_text(results_folder() / "demo_runs.json", json.dumps(scores(options.runs), indent=1) + "\n")
         return 0
     require(options.generators)
     with random_model(options.model) as model:

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flashgrpo.bench.timing import ROOT, option_parser
@@ -23,6 +23,38 @@ RESULTS = ROOT / "bench" / "results"
 
 def _read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
+
+
+def headline_table() -> list[str]:
+    """The measured numbers that matter most."""
+    steps = {(row["prompt_len"], row["name"]): row for row in _read("cpu_step.json")["summary"]}
+    peer = steps[256, "TRL, micro-batch 64"]
+    parts = _read("cpu_step.json")["parts"]
+    scores = {row["model"]: row["pass@1"] for row in _read("r1_tiny.json")}
+    base, final, student = (scores[name] for name in ("base", "final RL", "distilled student"))
+    return [
+        "| measured on two CPU cores | |",
+        "| --- | --- |",
+        f"| a GRPO step, prompts of 256 tokens, against TRL | {peer['step_ratio']:.1f} times as fast "
+        f"in {peer['peak_ratio']:.1f} times less memory |",
+        f"| the training part of it, shared against repeated prompts | {parts['prefix']['ratio']:.1f} times as fast |",
+        f"| sampling, against `transformers.generate` | {parts['generate']['ratio']:.1f} times as fast |",
+        f"| held-out score of the toy R1 | base {base:.0%}, last stage {final:.0%}, distilled student {student:.0%} |",
+    ]
+
+
+def static_table() -> list[str]:
+    """What arithmetic says of an H200 from the compiled code: no measurement."""
+    rows = ["| kernel, compiled for sm_90 | registers | shared KB | limit, ms | share of it expected | |"]
+    rows.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    for row in _read("static.json")["rows"]:
+        found = row.get("prediction")
+        if found and found["expected_share_of_limit"]:
+            rows.append(
+                f"| `{row['kernel'].strip('_')}` | {row['registers']} | {row['shared_bytes'] / 1024:.0f} "
+                f"| {found['limit_ms']:.3g} | {found['expected_share_of_limit']:.0%} | {found['reason']} |"
+            )
+    return rows
 
 
 def demo_table() -> list[str]:
@@ -58,6 +90,10 @@ def cpu_parts_table(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def step_table(found: list[dict[str, Any]]) -> list[str]:
+    """Of a file of `flashgrpo bench step`."""
+
+
 GENERATOR_TITLES = {
     "native": "`native`, the trainer's decoder",
     "bare": "vLLM's `LLM.generate` alone",
@@ -86,15 +122,38 @@ def sync_table(found: dict[str, Any]) -> list[str]:
     return rows
 
 
-def vllm_table() -> list[str]:
-    """Generation, syncs, and what the demo comes to with each generator."""
-    rows = [*generate_table(_read("generate_amd_epyc.json")), "", *sync_table(_read("sync_amd_epyc.json")), ""]
-    rows += ["| the demo, 50 steps | held-out before | after | largest mismatch, nats | staleness |"]
+def demo_runs_table(found: dict[str, Any]) -> list[str]:
+    """Of the file of `flashgrpo bench generate --runs`."""
+    rows = ["| the demo, 50 steps | held-out before | after | largest mismatch, nats | staleness |"]
     rows.append("| --- | --- | --- | --- | --- |")
-    for name, run in _read("generate_runs.json").items():
+    for name, run in found.items():
         mismatch, staleness = f"{run['mismatch']:.1e}", f"{run['staleness']:.0f}"
         rows.append(f"| `{name}` | {run['first']:.1%} | {run['last']:.1%} | {mismatch} | {staleness} |")
     return rows
+
+
+def by_machine(benchmark: str, table: Callable[[Any], list[str]]) -> list[str]:
+    """A table for each machine that has results of a benchmark."""
+    rows = []
+    for file in sorted(RESULTS.glob(f"{benchmark}_*.json*")):
+        found = (
+            [json.loads(line) for line in file.read_text().splitlines()]
+            if file.suffix == ".jsonl"
+            else _read(file.name)
+        )
+        where = (found[0] if isinstance(found, list) else found)["machine"]
+        rows += [f"{where['device']}, {where['cores']} cores, torch {where['torch']}:", "", *table(found), ""]
+    return rows[:-1] or ["Not measured yet."]
+
+
+def vllm_table() -> list[str]:
+    """Generation, syncs, and what the demo comes to with each generator."""
+    tables = (
+        by_machine("generate", generate_table),
+        by_machine("sync", sync_table),
+        demo_runs_table(_read("demo_runs.json")),
+    )
+    return [*tables[0], "", *tables[1], "", *tables[2]]
 
 
 PLANNED_KEYS = (
@@ -149,6 +208,9 @@ def r1_table() -> list[str]:
 
 
 TABLES = {
+    "headline": headline_table,
+    "kernels": static_table,
+    "step": lambda: by_machine("step", step_table),
     "r1_tiny": r1_table,
     "demo": demo_table,
     "cpu_step": lambda: cpu_step_table(_read("cpu_step.json")),

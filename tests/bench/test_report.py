@@ -4,11 +4,15 @@ import re
 import shlex
 
 import pytest
+import torch
 
 from flashgrpo.bench import report
+from flashgrpo.bench.generate import SHAPES
 from flashgrpo.grpo.cli import _parser
 from flashgrpo.grpo.pipeline import load_pipeline
 from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
+from flashgrpo.model.checkpoint import init_decoder
+from flashgrpo.model.config import ModelConfig
 
 
 def test_the_readme_is_what_the_results_say():
@@ -30,7 +34,7 @@ def test_the_commands_of_the_readme_are_understood():
         elif "recipe" in options:
             kind = SftRecipe if options.command == "sft" else Recipe
             assert load_recipe(kind, report.ROOT / options.recipe, overrides)
-    assert seen == {"train", "sft", "pipeline", "eval", "plan", "serve", "sample", "report"}
+    assert seen == {"train", "sft", "pipeline", "eval", "plan", "serve", "sample", "report", "bench"}
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (report.ROOT / "README.md").read_text(), re.DOTALL)
@@ -38,8 +42,29 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (report.ROOT / "README.md").read_t
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[re.findall(r"import (\w+)", code)[-1] for code in EXAMPLES])
 def test_the_examples_run(example):
-    assert 5 <= example.count("\n") <= 20, "about 15 lines each"
+    lines = [line for line in example.splitlines() if line and not line.startswith(("import", "from"))]
+    assert 3 <= len(lines) <= 16, "about 15 lines each"
     exec(compile(example, "README.md", "exec"), {})
+
+
+def test_the_step_of_the_readme_trains():
+    """What it scores becomes likelier."""
+    scope: dict = {}
+    exec(compile(next(code for code in EXAMPLES if "def train_step" in code), "README.md", "exec"), scope)
+    torch.manual_seed(0)
+    config = {**SHAPES["small"], "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 20}
+    model = init_decoder(ModelConfig.from_dict(config), seed=0)
+    learner = scope["Learner"](model, scope["TrainSection"](lr=1e-2), total_steps=30)
+    shares = []
+
+    def reward(rollout) -> float:
+        shares.append(float((rollout.completion_ids == 7).mean()))
+        return shares[-1]
+
+    for step in range(1, 31):
+        learner.set_lr(step)
+        assert scope["train_step"](model, learner, [[5, 6], [8, 9, 10]], reward, step).isfinite()
+    assert sum(shares[-64:]) > 3 * sum(shares[:64])
 
 
 def test_every_kernel_has_an_example():
