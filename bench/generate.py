@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from flashgrpo.bench.report import generate_table
+from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.bench.timing import machine, option_parser, results_folder, slug, time_turns
 from flashgrpo.grpo.demo import make_model
 from flashgrpo.grpo.generators import open_generator
@@ -37,22 +38,6 @@ from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.files import write_text
 
 GENERATORS = "native", "bare", "wrapped", "vllm", "vllm_server"
-SHAPES = {  # 6 and 111 million parameters
-    name: {
-        "model_type": "qwen3",
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-        "eos_token_id": 0,
-        **changes,
-    }
-    for name, changes in {
-        "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 512},
-        "large": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 16_384},
-    }.items()
-}
 
 
 def parser_for(name: str, description: str | None, model: str, generators: Sequence[str]) -> argparse.ArgumentParser:

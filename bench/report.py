@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.bench.timing import ROOT, option_parser
 from flashgrpo.grpo.plan import plan
 from flashgrpo.grpo.plan_costs import MACHINES, Lengths
@@ -156,15 +157,7 @@ def vllm_table() -> list[str]:
     return [*tables[0], "", *tables[1], "", *tables[2]]
 
 
-PLANNED_KEYS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
-    "tie_word_embeddings",
-)  # fmt: skip
-PLANNED_MODELS = {
-    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
-    "Qwen2.5-7B": (3584, 18_944, 28, 28, 4, 152_064, False),
-    "Qwen2.5-32B": (5120, 27_648, 64, 40, 8, 152_064, False),
-}
+PLANNED_MODELS = "Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen2.5-32B"
 PLANNED_RUN = {
     "model": {"path": "", "activation_checkpointing": "full"},
     "data": {"path": ""},
@@ -182,11 +175,10 @@ def plan_table() -> list[str]:
         "| | GPUs | peak GB each | largest token budget | seconds: generate, score, train, sync | tokens/s/GPU | MFU |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, sizes in PLANNED_MODELS.items():
-        shape = dict(zip(PLANNED_KEYS, sizes, strict=True))
+    for name in PLANNED_MODELS:
         for num_gpus in (8, 64):
             try:
-                config = ModelConfig.from_dict({"model_type": "qwen2", **shape})
+                config = ModelConfig.from_dict(SHAPES[name])
                 found = plan(recipe, config, MACHINES["h200"], num_gpus, lengths)
             except RecipeError as error:
                 rows.append(f"| {name} | {num_gpus} | does not fit: {str(error).split(', ')[0]} | | | | |")

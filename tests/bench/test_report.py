@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashgrpo.bench import report
-from flashgrpo.bench.generate import SHAPES
+from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.grpo.cli import _parser
 from flashgrpo.grpo.pipeline import load_pipeline
 from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
