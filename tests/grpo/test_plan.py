@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from flashgrpo.bench.report import PLANNED_MODELS
-from flashgrpo.bench.shapes import SHAPES
+from flashgrpo.bench.shapes import SHAPES as PUBLISHED
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool
@@ -320,7 +320,7 @@ def test_the_shipped_recipes_fit_the_gpus_that_they_name():
     recipes = Path(__file__).parents[2] / "recipes"
     gsm8k, r1_zero = (load_recipe(Recipe, recipes / f"{name}.toml") for name in ("gsm8k_qwen2.5_1.5b", "r1_zero"))
     later = load_recipe(Recipe, recipes / "r1_zero.toml", ["--rollout.max_new_tokens=65536"])
-    small, seven, large = (ModelConfig.from_dict(SHAPES[name]) for name in PLANNED_MODELS)
+    small, seven, large = (ModelConfig.from_dict(PUBLISHED[name]) for name in PLANNED_MODELS)
     for recipe, config, num_gpus in [
         (gsm8k, small, 8), (r1_zero, seven, 64), (r1_zero, large, 512), (later, seven, 128)
     ]:  # fmt: skip
