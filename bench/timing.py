@@ -5,12 +5,14 @@ the call is queued, so that Python's time to launch kernels shows only where it 
 """
 
 import argparse
+import ctypes
 import itertools
 import os
 import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +21,10 @@ from typing import Any
 
 import torch
 import triton
+from rich.console import Console
 
 from flashgrpo.grpo.progress import peak_memory_mb
+from flashgrpo.model.linear import product
 
 ROOT = Path(__file__).resolve().parent.parent
 _SLEEP_CLOCKS = 1_000_000  # half a millisecond
@@ -93,12 +97,13 @@ def time_turns(
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float:
-    """Largest memory while `call` runs beyond what was there before, in 2^20 bytes; on Linux, where it is a CPU."""
+    """Largest memory while `call` runs beyond what was there before, in 2^20 bytes; of a CPU on Linux with glibc."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 1e6
     else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls have freed must not be taken again unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
         before = peak_memory_mb(device)
     call()
@@ -112,7 +117,7 @@ def measure_limits(device: torch.device) -> Limits:
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    found = time_turns({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, budget_s=1.0)
+    found = time_turns({"matmul": lambda: product(a, b), "copy": lambda: target.copy_(source)}, device, budget_s=1.0)
     return Limits(2e3 * side**3 / found["matmul"].p20_ms, 2e3 * size / found["copy"].p20_ms, dtype)
 
 
@@ -120,6 +125,11 @@ def option_parser(name: str, description: str | None) -> argparse.ArgumentParser
     """Of the options of `flashgrpo bench NAME`; its help begins with the module's docstring."""
     raw = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=f"flashgrpo bench {name}", description=description, formatter_class=raw)
+
+
+def console() -> Console:
+    """For tables: as wide as they need where there is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

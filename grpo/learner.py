@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from flashgrpo.grpo.sections import OptimizerSection
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss
 from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.decoder import Decoder
+
+if TYPE_CHECKING:  # benchmarks run where pydantic is missing
+    from flashgrpo.grpo.sections import OptimizerSection
 
 Stats = dict[str, Tensor]
 
@@ -23,7 +25,7 @@ class Learner:
     then it takes one AdamW step on the fp32 shards.
     """
 
-    def __init__(self, model: Decoder, config: OptimizerSection, total_steps: int):
+    def __init__(self, model: Decoder, config: "OptimizerSection", total_steps: int):
         self.model, self.config, self.total_steps = model, config, total_steps
         self.params = dict(model.named_parameters())  # the shards: outside of passes a module's own may be gathered
         matrices = [p for p in self.params.values() if p.dim() >= 2]
@@ -109,7 +111,7 @@ def packed_loss(model: Decoder, batch: PackedBatch, config: LossConfig, **option
     )
 
 
-def _schedule(config: OptimizerSection, step: int, total_steps: int) -> float:
+def _schedule(config: "OptimizerSection", step: int, total_steps: int) -> float:
     """Share of the peak learning rate at `step`, counted from 1."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps

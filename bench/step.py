@@ -1,0 +1,228 @@
+"""One training step of a model of real shape, with random weights: forward, loss, backward, clipping, AdamW.
+
+    flashgrpo bench step                                           # Qwen2.5-1.5B on a GPU, a small model on a CPU
+    flashgrpo bench step --model Qwen2.5-1.5B Qwen3-4B --groups 4 --prompt-tokens 512 --mean 2048 --cap 16384
+
+Our step, with prompts shared and repeated, and transformers' (with Liger's loss where that is installed) train on the
+same completions with the same weights, each in turn, twice over. Before a side is timed, its loss and gradient norm
+must be those of the first: within 1e-4 in fp32; in bf16 within 3%, for rounding moves a norm of many small gradients by
+about a percent, where a wrong mask or position moves it by tens.
+
+Tokens are counted with each completion's prompt, and useful FLOPs are those of the shared prompts, without
+recomputation, for all sides: the same work done sooner has the higher tokens/s, and MFU, in the same ratio. Shares are
+of the time of operators (on a GPU of kernels) in one step. Writes bench/results/step_<device>.jsonl, a line a side.
+
+Qwen2.5-1.5B at the defaults of a GPU: 131,000 completion tokens and 1.3e15 FLOPs, 3 seconds a step at 40% of an H200;
+with the peer at half of that, two passes of a check and two steps take about 80 seconds. Weights, gradients and moments
+take 16 bytes a parameter; micro-batches are sized for what is left.
+"""
+
+import argparse
+import gc
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
+
+from flashgrpo.bench.shapes import SHAPES
+from flashgrpo.bench.step_sides import Ours, Peer, Workload
+from flashgrpo.bench.timing import (
+    Timing,
+    call_ms,
+    console,
+    machine,
+    measure_limits,
+    option_parser,
+    peak_mib,
+    results_folder,
+    slug,
+)
+from flashgrpo.grpo.plan_costs import peak_flops
+from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.files import write_text
+from flashgrpo.model.footprint import BlockActivations, ModelSize
+
+SHARED, REPEATED = "flashgrpo, shared prompts", "flashgrpo, repeated prompts"
+PARTS = "attention", "linear", "loss", "optimizer", "other"
+_PATTERNS = {
+    "optimizer": re.compile(r"^Optimizer\.step"),
+    "loss": re.compile(r"^loss$|GRPO|grpo|SelectiveLogProb"),
+    "attention": re.compile(r"[Aa]ttention|attn"),
+}
+_PRODUCT = re.compile(r"::(add)?mm_?$|::bmm$|linear_pointwise")
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+_BACKWARD = "autograd::engine::evaluate_function"
+
+
+def shares(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Which part of a step's operator time is spent where; the parts of the backward pass count with their forward."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CPU]
+    of_loss = {event.sequence_nr for event in events if event.sequence_nr >= 0 and _part(event, set()) == "loss"}
+    totals: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        on_gpu = sum(kernel.duration for kernel in event.kernels)
+        totals[_part(event, of_loss)] += on_gpu if device.type == "cuda" else event.self_cpu_time_total
+    return {part: seconds / sum(totals.values()) for part, seconds in totals.items()}
+
+
+def _part(event: Any, of_loss: set[int]) -> str:
+    """By the innermost operator around an event that tells; `of_loss` are the forward's that belong to the loss."""
+    found, is_product = None, False
+    while event is not None:
+        is_product |= bool(_PRODUCT.search(event.name))
+        if event.name.startswith(_BACKWARD) and event.sequence_nr in of_loss:
+            return "loss"
+        found = next((part for part, pattern in _PATTERNS.items() if pattern.search(event.name)), found)
+        event = event.cpu_parent
+    return found or ("linear" if is_product else "other")
+
+
+def measure(name: str, options: argparse.Namespace, device: torch.device, peak: float) -> list[dict[str, Any]]:
+    """A row a side."""
+    shape, dtype = SHAPES[name], torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = ModelConfig.from_dict(shape)
+    work = Workload.random(
+        options.groups, options.group_size, options.prompt_tokens, options.mean, options.cap, config.vocab_size
+    )
+    longest = options.prompt_tokens + max(len(c.token_ids) for group in work.groups for c in group.completions)
+    checkpointing, budget = _room(config, options, device, longest)
+    mesh = init_device_mesh(device.type, (1,))
+    sides: dict[str, Callable[[], tuple[Any, Workload]]] = {
+        SHARED: lambda: (Ours(shape, mesh, dtype, checkpointing), work),
+        REPEATED: lambda: (Ours(shape, mesh, dtype, checkpointing), work.repeated()),
+        "transformers": lambda: (Peer(shape, device, dtype, "none" if checkpointing == "none" else "full"), work),
+    }
+    flops, rows, passes = 3 * work.forward_flops(config), {}, {side: [] for side in sides}
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=2 * len(sides))
+        for number in range(2):
+            for side, open_side in sides.items():
+                progress.update(task, description=f"{name}: {side}")
+                if "error" not in rows.setdefault(side, {"model": name, "side": side}):
+                    try:
+                        _run(rows[side], open_side, budget, options.steps, passes[side], rows[SHARED], dtype, number)
+                    except Exception as error:  # a peer's, or the device's memory: the other sides still run
+                        rows[side]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                progress.advance(task)
+    for side, row in rows.items():
+        if "error" not in row:
+            timing = Timing.of(passes[side])
+            seconds = timing.p50_ms / 1e3
+            row |= vars(timing) | {"tokens_per_s": work.num_tokens / seconds, "tflops": flops / seconds / 1e12}
+            row |= {"trained_tokens_per_s": work.num_targets / seconds, "mfu": flops / seconds / peak}
+        row |= {"checkpointing": checkpointing, "token_budget": budget, "useful_flops": flops}
+        row |= {key: getattr(options, key) for key in ("groups", "group_size", "prompt_tokens", "mean", "cap")}
+    return [*rows.values()]
+
+
+def _run(
+    row: dict[str, Any],
+    open_side: Callable[[], tuple[Any, Workload]],
+    budget: int,
+    steps: int,
+    passes: list[list[float]],
+    first: dict[str, Any],
+    dtype: torch.dtype,
+    number: int,
+) -> None:
+    """Build a side, check its first step against `first`, time `steps` more; in the first pass its shares, too."""
+    opened: list[Any] = []
+
+    def open_and_step() -> None:
+        side, work = open_side()
+        side.load(work, budget)
+        opened.append(side)
+        row["loss"], row["grad_norm"] = (float(value) for value in side.step())
+
+    device = torch.device("cuda" if dtype == torch.bfloat16 else "cpu")
+    peak = peak_mib(open_and_step, device)
+    side = opened.pop()
+    row |= {"peak_mib": max(peak, row.get("peak_mib", 0.0)), "fed_tokens": side.num_tokens}
+    row |= {"micro_batches": len(side.batches), "side": getattr(side, "name", row["side"])}
+    for key in ("loss", "grad_norm"):
+        if not math.isclose(row[key], first[key], rel_tol=_TOLERANCE[dtype], abs_tol=_TOLERANCE[dtype]):
+            raise ValueError(f"{key} is {row[key]:.6g}, wanted {first[key]:.6g}, that of {first['side']}")
+    passes.append([call_ms(side.step, device) for _ in range(steps)])
+    if not number:
+        row["shares"] = shares(side.step, device)
+
+
+def _room(config: ModelConfig, options: argparse.Namespace, device: torch.device, longest: int) -> tuple[str, int]:
+    """Activation checkpointing and tokens a micro-batch, as asked for, or the least of the first that leaves room."""
+    if device.type != "cuda":
+        return options.checkpointing or "none", options.token_budget or max(2048, longest)
+    left = 0.85 * torch.cuda.mem_get_info(device)[1] - 16 * ModelSize.of(config).total - 6e9  # chunks of logits
+
+    def fitting(checkpointing: str) -> int:
+        block = BlockActivations.of(config, checkpointing, 2)
+        return int(left / (config.num_layers * block.kept + block.recomputed + block.working))
+
+    kinds = [options.checkpointing] if options.checkpointing else ["none", "selective", "full"]
+    checkpointing = next((kind for kind in kinds if fitting(kind) >= 2 * longest), kinds[-1])
+    return checkpointing, options.token_budget or max(min(fitting(checkpointing), 65_536), longest)
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+    names = ("model", "side", "seconds", "spread", "tokens/s", "MFU", "peak GiB", *PARTS)
+    table = Table(*names, title="A training step; shares of its time", box=SIMPLE)
+    for row in (row for row in rows if "error" not in row):
+        seconds, size = f"{row['p50_ms'] / 1e3:.2f}", f"{row['peak_mib'] / 1024:.2f}"
+        parts = (f"{row['shares'][part]:.0%}" for part in PARTS)
+        rate, mfu = f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.0%}"
+        table.add_row(row["model"], row["side"], seconds, f"{row['spread']:.0%}", rate, mfu, size, *parts)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    defaults = {"groups": 4, "group_size": 16, "prompt_tokens": 512, "mean": 2048, "cap": 16_384, "steps": 2}
+    if not on_gpu:
+        defaults = {"groups": 2, "group_size": 8, "prompt_tokens": 256, "mean": 64, "cap": 256, "steps": 3}
+    parser = option_parser("step", __doc__)
+    parser.add_argument("--model", nargs="+", choices=SHAPES, default=["Qwen2.5-1.5B" if on_gpu else "small"])
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--token-budget", type=int, help="of a micro-batch; default: what fits")
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), help="default: the least that fits")
+    options = parser.parse_args(arguments)
+    store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
+    try:
+        where = machine(device)
+        limits = measure_limits(device)
+        peak = peak_flops(where["device"]) if on_gpu else None
+        header = {"machine": where, "mfu_of": peak or limits.flops_per_s, "matmul_flops_per_s": limits.flops_per_s}
+        lines: list[dict[str, Any]] = [header]
+        file = results_folder() / f"step_{slug(where['device'])}.jsonl"
+        for name in options.model:
+            lines += measure(name, options, device, header["mfu_of"])
+            write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+        failed = [f"[red]{row['model']}, {row['side']}: {row['error']}" for row in lines[1:] if "error" in row]
+        console().print(table_of(lines[1:]), *failed, f"written to {file}", sep="\n")
+    finally:
+        dist.destroy_process_group()
+    return int(any("error" in line for line in lines if line.get("side") in (SHARED, REPEATED)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,253 @@
+"""The sides of `flashgrpo bench step`: our training step, and one of transformers with Liger's loss or plain torch's.
+
+Both have the same random weights, fp32 with AdamW's moments beside them, compute in `dtype`, and clip the gradient.
+"""
+
+import importlib.util
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
+
+from flashgrpo.grpo.balance import plan_packs
+from flashgrpo.grpo.learner import Learner, Stats, packed_loss
+from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.model.batch import PackedBatch
+from flashgrpo.model.checkpoint import empty_decoder
+from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.decoder import huggingface_views
+from flashgrpo.model.flops import ModelFlops
+from flashgrpo.model.sharding import local_rows, shard
+
+LOSS = LossConfig.preset("dapo")
+_CHUNK = 1024  # rows of logits that plain torch holds at once
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """What `Learner` reads of [train]."""
+
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The completions of an update, with their advantages."""
+
+    groups: list[Group]
+    advantages: np.ndarray  # [num_completions] fp32
+
+    @classmethod
+    def random(
+        cls, num_groups: int, group_size: int, prompt_tokens: int, mean: float, cap: int, vocab_size: int, seed: int = 0
+    ) -> "Workload":
+        """Prompts of one length; completions lognormal (sigma 0.8) of about `mean` tokens, at most `cap`."""
+        rng = np.random.default_rng(seed)
+        lengths = np.exp(rng.normal(np.log(mean) - 0.32, 0.8, num_groups * group_size)).round().clip(1, cap).astype(int)
+        tokens = partial(rng.integers, 0, vocab_size)
+        completions = [Completion(tokens(size=length), i) for i, length in enumerate(lengths)]
+        groups = [
+            Group(tokens(size=prompt_tokens).tolist(), completions[i * group_size : (i + 1) * group_size])
+            for i in range(num_groups)
+        ]
+        return cls(groups, rng.standard_normal(len(lengths)).astype(np.float32))
+
+    @property
+    def num_targets(self) -> int:
+        return sum(len(completion.token_ids) for group in self.groups for completion in group.completions)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all prompts and completions, each prompt once a completion."""
+        return self.num_targets + sum(len(group.prompt_ids) * len(group.completions) for group in self.groups)
+
+    def repeated(self) -> "Workload":
+        """The same, every completion with a prompt of its own."""
+        groups = [Group(group.prompt_ids, [completion]) for group in self.groups for completion in group.completions]
+        return Workload(groups, self.advantages)
+
+    def forward_flops(self, config: ModelConfig) -> float:
+        """Of one forward pass over these groups as they are; training takes three times as many."""
+        budget = sum(group.num_tokens for group in self.groups)
+        return float(plan_packs(self.groups, budget, 1, ModelFlops.of(config)).costs.sum())
+
+
+def fill(tensors: Mapping[str, Tensor]) -> None:
+    """Random weights that depend on a tensor's name alone: matrices normal(0, 0.02), norms 1, biases 0."""
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()))
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device) * 0.02)
+        else:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+class Ours:
+    """The step of `flashgrpo train` on one rank."""
+
+    def __init__(self, shape: dict[str, Any], mesh: DeviceMesh, dtype: torch.dtype, checkpointing: Any):
+        self.config, self.device = ModelConfig.from_dict(shape), torch.device(mesh.device_type)
+        self.model = empty_decoder(self.config, torch.float32)
+        self.model.activation_checkpointing = checkpointing
+        shard(self.model, mesh, dtype)
+        self.model.to_empty(device=self.device)
+        rows = {name: local_rows(parameter.detach())[0] for name, parameter in self.model.named_parameters()}
+        fill(huggingface_views(rows, self.config))
+        self.learner = Learner(self.model, AdamW(), total_steps=1)  # pyright: ignore[reportArgumentType]
+
+    def load(self, work: Workload, token_budget: int) -> None:
+        """Pack what `step` trains on."""
+        plan = plan_packs(work.groups, token_budget, 1, ModelFlops.of(self.config))
+        self.batches = [build_batch(pack).to(self.device) for pack in plan.packs[0]]
+        self.denominator, self.advantages = float(work.num_targets), torch.from_numpy(work.advantages).to(self.device)
+        self.num_tokens = sum(batch.total_tokens for batch in self.batches)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm, of the weights before the update."""
+        stats, norm = self.learner.update(self.batches, self._loss)
+        return torch.stack([s["loss"] for s in stats]).sum(), norm
+
+    def _loss(self, batch: PackedBatch) -> tuple[Tensor, Stats]:
+        own = self.advantages[batch.sequence_ids]
+        return packed_loss(self.model, batch, LOSS, denominator=self.denominator, advantages=own)
+
+
+@dataclass
+class _Padded:
+    """A micro-batch of the peer: right-padded rows, or all in one row without padding."""
+
+    input_ids: Tensor  # [rows, longest], or [1, total_tokens]
+    options: dict[str, Tensor]  # attention_mask, or position_ids
+    predictors: Tensor  # [num_completions, longest completion], rows of the flat hidden states
+    targets: Tensor  # the same shape
+    mask: Tensor  # the same shape, 1.0 for tokens of a completion
+    advantages: Tensor  # [num_completions] fp32
+
+
+@dataclass
+class Peer:
+    """transformers' model as a trainer would use it: bf16 by autocast over fp32 weights, prompts repeated, the loss by
+    Liger's fused linear GRPO where it is installed, else from chunks of logits that are computed again backwards.
+
+    With flash-attn, sequences are packed in one row; else SDPA on right-padded rows of like lengths.
+    """
+
+    shape: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    checkpointing: str
+    packs: bool = field(default_factory=lambda: importlib.util.find_spec("flash_attn") is not None)
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        has_liger = importlib.util.find_spec("liger_kernel") is not None
+        attention = self.attention or ("flash_attention_2" if self.packs else "sdpa")
+        self.name = f"transformers, {attention}{'' if self.packs else ' on padded rows'}, "
+        self.name += "Liger's loss" if has_liger else "plain torch's loss"
+        kind, values = self.shape["model_type"], {k: v for k, v in self.shape.items() if k != "model_type"}
+        values |= {"attn_implementation": attention, "use_cache": False}
+        with self.device:
+            self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), dtype=torch.float32)
+        fill({name: parameter.detach() for name, parameter in self.model.named_parameters()})
+        if self.checkpointing == "full":
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        settings = AdamW()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.loss = self._liger if has_liger else self._plain
+
+    def load(self, work: Workload, token_budget: int) -> None:
+        """Micro-batches of at most `token_budget` tokens, padding included, the longest sequences first."""
+        self.batches, rows, lengths = [], [], []
+        for group in sorted(work.repeated().groups, key=lambda group: -len(group.completions[0].token_ids)):
+            lengths.append(len(group.prompt_ids) + len(group.completions[0].token_ids))
+            if rows and (sum(lengths) if self.packs else lengths[0] * len(lengths)) > token_budget:
+                self.batches.append(self._build(rows, work.advantages))
+                rows, lengths = [], lengths[-1:]
+            rows.append(group)
+        self.batches.append(self._build(rows, work.advantages))
+        self.num_targets = work.num_targets
+        self.num_tokens = sum(batch.input_ids.numel() for batch in self.batches)
+
+    def _build(self, rows: Sequence[Group], advantages: np.ndarray) -> _Padded:
+        texts = [[*group.prompt_ids, *group.completions[0].token_ids.tolist()] for group in rows]
+        prompts, longest = [len(group.prompt_ids) for group in rows], max(map(len, texts))
+        width = max(len(text) - prompt for text, prompt in zip(texts, prompts, strict=True))
+        if self.packs:
+            starts = np.cumsum([0, *map(len, texts)])[:-1]
+            ids = torch.tensor([[token for text in texts for token in text]])
+            options = {"position_ids": torch.cat([torch.arange(len(text)) for text in texts])[None]}
+        else:
+            starts = np.arange(len(texts)) * longest
+            ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+            options = {"attention_mask": (torch.arange(longest) < torch.tensor([[len(text)] for text in texts])).long()}
+        columns = torch.arange(width)
+        lengths = torch.tensor([[len(text) - prompt] for text, prompt in zip(texts, prompts, strict=True)])
+        mask = columns < lengths
+        first = torch.tensor(starts)[:, None] + torch.tensor(prompts)[:, None]  # of each completion
+        predictors = torch.where(mask, first - 1 + columns, 0)
+        targets = torch.where(mask, ids.flatten()[torch.where(mask, first + columns, 0)], 0)
+        own = torch.from_numpy(advantages[[group.completions[0].sequence_id for group in rows]])
+        put = partial(torch.Tensor.to, device=self.device)
+        options = {name: put(value) for name, value in options.items()}
+        return _Padded(put(ids), options, put(predictors), put(targets), put(mask.float()), put(own))
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """As `Ours.step`."""
+        losses = []
+        for batch in self.batches:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                hidden = self.model.model(batch.input_ids, **batch.options).last_hidden_state
+                with record_function("loss"):
+                    loss = self.loss(hidden.flatten(0, 1)[batch.predictors], batch)
+            loss.backward()
+            losses.append(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), AdamW().grad_clip, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(losses).sum(), norm
+
+    def _liger(self, hidden: Tensor, batch: _Padded) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # pyright: ignore[reportMissingImports]
+
+        loss = LigerFusedLinearGRPOLoss(
+            beta=0.0,
+            compiled=self.device.type == "cuda",
+            use_ref_model=False,
+            epsilon_low=LOSS.clip_low,
+            epsilon_high=LOSS.clip_high,
+            loss_type="dapo",
+        )
+        weight = self.model.lm_head.weight.to(hidden.dtype)
+        return loss(hidden, weight, batch.targets, batch.mask, batch.advantages, num_items_in_batch=self.num_targets)[0]
+
+    def _plain(self, hidden: Tensor, batch: _Padded) -> Tensor:
+        """On policy the ratio is 1, and the loss has the gradient of -advantage x log-prob."""
+        rows = batch.mask.flatten().nonzero().squeeze(1)
+        hidden, targets = hidden.flatten(0, 1)[rows], batch.targets.flatten()[rows]
+        advantages = batch.advantages[rows // batch.mask.shape[1]]
+
+        def chunk_loss(hidden: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
+            logits = (hidden @ self.model.lm_head.weight.T.to(hidden.dtype)).float()
+            logprobs = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+            return -(torch.exp(logprobs - logprobs.detach()) * advantages).sum()
+
+        chunks = zip(hidden.split(_CHUNK), targets.split(_CHUNK), advantages.split(_CHUNK), strict=True)
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum() / self.num_targets  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,138 @@
+"""The step's benchmark compares equal work, and says so where it does not."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+
+from flashgrpo.bench import step, step_sides
+from flashgrpo.bench.shapes import SHAPES
+from flashgrpo.bench.step import PARTS, REPEATED, SHARED, main, measure, shares
+from flashgrpo.bench.step_sides import Ours, Peer, Workload
+from flashgrpo.model.decoder import huggingface_views
+
+CPU = torch.device("cpu")
+TINY = SHAPES["small"] | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 97}
+SIZES = {"groups": 2, "group_size": 3, "prompt_tokens": 9, "mean": 12, "cap": 30, "steps": 2}
+OPTIONS = argparse.Namespace(**SIZES, token_budget=120, checkpointing=None)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(SHAPES, "small", TINY)
+
+
+def gradients(side, parameters) -> dict[str, torch.Tensor]:
+    """Of a step, caught before the optimizer takes them."""
+    optimizer, found = getattr(side, "learner", side).optimizer, {}
+    optimizer.step = lambda: found.update({name: p.grad.clone() for name, p in parameters})
+    side.step()
+    return found
+
+
+@pytest.mark.parametrize("family", ["Qwen2.5-0.5B", "Qwen3-4B", "Llama-3.1-8B"])
+def test_every_side_has_the_same_gradients(mesh, family):
+    shape = SHAPES[family] | {
+        k: v for k, v in TINY.items() if k not in ("model_type", "tie_word_embeddings", "head_dim")
+    }
+    work = Workload.random(3, 4, 7, 10, 25, vocab_size=97)
+    ours = Ours(shape, mesh, torch.float32, "selective")
+    ours.load(work, 100)
+    wanted = huggingface_views(gradients(ours, ours.model.named_parameters()), ours.config)
+    repeated = Ours(shape, mesh, torch.float32, "none")
+    repeated.load(work.repeated(), 100)
+    sides = {"repeated": huggingface_views(gradients(repeated, repeated.model.named_parameters()), ours.config)}
+    for packs in (False, True):
+        peer = Peer(shape, CPU, torch.float32, "full", packs=packs, attention="sdpa")
+        peer.load(work, 100)
+        assert len(peer.batches) > 1
+        sides[f"packs={packs}"] = gradients(peer, peer.model.named_parameters())
+    for name, found in sides.items():
+        assert found.keys() == wanted.keys()
+        for key, gradient in found.items():
+            torch.testing.assert_close(gradient, wanted[key], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_rows_say_how_fast_each_side_was(tiny, mesh):
+    rows = {row["side"]: row for row in measure("small", OPTIONS, CPU, peak=1e12)}
+    assert [*rows][:2] == [SHARED, REPEATED]
+    assert "transformers" in [*rows][2]
+    for row in rows.values():
+        assert "error" not in row
+        assert row["rounds"] == 4
+        assert row["mfu"] == pytest.approx(row["useful_flops"] / (row["p50_ms"] / 1e3) / 1e12)
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert min(row["shares"].values()) > 0
+    assert rows[SHARED]["fed_tokens"] < rows[REPEATED]["fed_tokens"]
+    assert rows[SHARED]["tokens_per_s"] * rows[SHARED]["p50_ms"] == pytest.approx(
+        rows[REPEATED]["tokens_per_s"] * rows[REPEATED]["p50_ms"]
+    )
+
+
+def test_a_peer_that_does_other_work_is_not_timed(tiny, mesh, monkeypatch):
+    plain = Peer._plain
+    monkeypatch.setattr(step_sides.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(Peer, "_plain", lambda self, hidden, batch: 1.01 * plain(self, hidden, batch))
+    *ours, peer = measure("small", OPTIONS, CPU, peak=1e12)
+    assert "p50_ms" not in peer
+    assert peer["error"].startswith("ValueError: loss is ")
+    assert all("p50_ms" in row for row in ours)
+
+
+def test_what_does_not_fit_is_a_row_and_ends_nothing(tiny, monkeypatch, tmp_path, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB.\nmore")
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(step, "Peer", full)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+    assert main(flags) == 0
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 99 GiB." in capsys.readouterr().out
+    (file,) = tmp_path.glob("step_*.jsonl")
+    header, *rows = map(json.loads, file.read_text().splitlines())
+    assert header["machine"]["torch"] == torch.__version__
+    assert [("p50_ms" in row) for row in rows] == [True, True, False]
+    monkeypatch.setattr(step, "Ours", full)
+    assert main(flags) == 1
+
+
+@pytest.mark.parametrize("slow", ["attention", "linear", "optimizer", "other"])
+def test_shares_find_the_slow_part(slow):
+    q, a, vector = torch.randn(1, 4, 700, 32, requires_grad=True), torch.randn(600, 600), torch.randn(10**6)
+    parameter = torch.nn.Parameter(torch.randn(3_000_000))
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    work = {
+        "attention": lambda: F.scaled_dot_product_attention(q, q, q).sum().backward(),
+        "linear": lambda: a @ a,
+        "optimizer": optimizer.step,
+        "other": vector.sin,
+    }
+    optimizer.step()
+    found = shares(work[slow], CPU)
+    assert found.keys() == set(PARTS)
+    assert found[slow] > 0.7
+
+
+def test_lengths_follow_the_mean_and_the_cap():
+    work = Workload.random(100, 16, 5, mean=300, cap=900, vocab_size=50)
+    lengths = np.array([len(c.token_ids) for group in work.groups for c in group.completions])
+    assert 250 < lengths.mean() < 320  # the cap takes a little
+    assert lengths.max() == 900
+    assert lengths.min() >= 1
+    assert work.num_targets == lengths.sum()
+    assert work.num_tokens == lengths.sum() + 1600 * 5
+    again = Workload.random(100, 16, 5, mean=300, cap=900, vocab_size=50)
+    np.testing.assert_array_equal(again.groups[99].completions[15].token_ids, work.groups[99].completions[15].token_ids)
