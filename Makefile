@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export GOMP_SPINCOUNT ?= 50000# grpo/cli.py has the reason
 
-.PHONY: setup vllm-cpu sandbox demo test soak gpu-test gpu mutations lint format bench-cpu bench-demo bench-vllm bench-r1 readme clean
+.PHONY: setup vllm-cpu sandbox demo test soak gpu-test gpu mutations lint format bench-check bench-cpu bench-demo bench-vllm bench-r1 readme clean
 
 setup: .venv/.done
 
@@ -17,7 +17,7 @@ setup: .venv/.done
 		|| { echo "Python 3.11 to 3.13 is wanted, found $$($(PYTHON) --version); try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev,bench]"
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
 	touch $@
 
@@ -80,6 +80,14 @@ format: setup
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 transformers
 	touch $@
+
+# That every benchmark runs, small, and that the README says what the results say; three minutes.
+bench-check: setup
+	mkdir -p runs/bench
+	OUT=runs/bench $(BIN)/flashgrpo bench kernels
+	OUT=runs/bench $(BIN)/flashgrpo bench step
+	$(BIN)/pytest bench --benchmark-only --benchmark-disable-gc
+	$(BIN)/flashgrpo bench report --check
 
 bench-cpu: setup .venv-trl/.done
 	$(BIN)/flashgrpo bench cpu-step

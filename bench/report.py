@@ -46,7 +46,8 @@ def headline_table() -> list[str]:
 
 def static_table() -> list[str]:
     """What arithmetic says of an H200 from the compiled code: no measurement."""
-    rows = ["| kernel, compiled for sm_90 | registers | shared KB | limit, ms | share of it expected | |"]
+    rows = ["Predicted for an H200, from the compiled code and the bytes and FLOPs of a shape:", ""]
+    rows += ["| kernel, compiled for sm_90 | registers | shared KB | limit, ms | share of it expected | |"]
     rows.append("| --- | ---: | ---: | ---: | ---: | --- |")
     for row in _read("static.json")["rows"]:
         found = row.get("prediction")
@@ -91,8 +92,39 @@ def cpu_parts_table(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def kernels_table(found: list[dict[str, Any]]) -> list[str]:
+    """Of a file of `flashgrpo bench kernels`: the first shape of each operation, and the fastest peer at it."""
+    rows = [
+        "| operation | ms | of the limit | fastest peer | its ms | x ours |",
+        "| --- | ---: | ---: | --- | ---: | ---: |",
+    ]
+    timed = [row for row in found[1:] if row["status"] == "ok" and "p50_ms" in row]
+    first = {(row["op"], row["variant"]): row["case"] for row in reversed(timed)}
+    for case in dict.fromkeys(row["case"] for row in timed if first[row["op"], row["variant"]] == row["case"]):
+        same = {row["provider"]: row for row in timed if row["case"] == case}
+        peers = [row for name, row in same.items() if not name.startswith("flashgrpo") and "error" in row]
+        if ours := same.get("flashgrpo"):
+            peer = min(peers, key=lambda row: row["p50_ms"], default=None)
+            theirs = f" {peer['provider']} | {peer['p50_ms']:.3g} | {peer['ratio']:.2f} |" if peer else " | | |"
+            rows.append(f"| `{case}` | {ours['p50_ms']:.3g} | {ours['share_of_limit']:.0%} |{theirs}")
+    return rows
+
+
 def step_table(found: list[dict[str, Any]]) -> list[str]:
     """Of a file of `flashgrpo bench step`."""
+    parts = "attention, linear, loss, optimizer, other"
+    rows = [f"| model | | seconds | tokens/s | MFU | peak GiB | {parts} |"]
+    rows.append("| --- | --- | ---: | ---: | ---: | ---: | --- |")
+    for row in found[1:]:
+        if "error" in row:
+            rows.append(f"| {row['model']} | {row['side']} | {row['error']} | | | | |")
+            continue
+        shares = ", ".join(f"{share:.0%}" for share in row["shares"].values())
+        rows.append(
+            f"| {row['model']} | {row['side']} | {row['p50_ms'] / 1e3:.2f} | {row['tokens_per_s']:,.0f} "
+            f"| {row['mfu']:.0%} | {row['peak_mib'] / 1024:.2f} | {shares} |"
+        )
+    return rows
 
 
 GENERATOR_TITLES = {
@@ -201,7 +233,7 @@ def r1_table() -> list[str]:
 
 TABLES = {
     "headline": headline_table,
-    "kernels": static_table,
+    "kernels": lambda: [*by_machine("kernels_nvidia", kernels_table), "", *static_table()],
     "step": lambda: by_machine("step", step_table),
     "r1_tiny": r1_table,
     "demo": demo_table,
