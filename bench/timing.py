@@ -103,7 +103,7 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 1e6
     else:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls have freed must not be taken again unseen
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed must not be taken again unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
         before = peak_memory_mb(device)
     call()

@@ -1,0 +1,348 @@
+"""Who offers an operation of cases.py: flashgrpo first, then torch, then what others have published, where installed.
+
+A provider prepares inputs (layout, masks, offsets: not timed) and gives the call that is timed. Those that know no
+prefixes attend over repeated prompts. Those that have log-probs but no loss get torch's loss and its gradient behind
+them. Gradients of logits are written beside the logits, which a benchmark needs again, by all.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashgrpo.bench.cases import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    Case,
+    Inputs,
+    Results,
+    plain_logprobs,
+    plain_loss,
+    repeat_prompts,
+    segments,
+)
+from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.kernels.grpo_loss import LossConfig, grpo_loss, logits_grpo_loss
+from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
+from flashgrpo.kernels.logprob import gather_logprobs
+
+Call = Callable[[], Results]
+_CONFIG = LossConfig.preset("dapo", clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`prepare` raises ImportError where the package is missing, and whatever the package raises."""
+
+    name: str
+    prepare: Callable[[Case, Inputs], Call]
+    is_repeated: bool = False  # takes the inputs of `repeat_prompts`
+    is_bound: bool = False  # not the operation: nothing to check
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("flashgrpo")
+
+    def call(self, case: Case, inputs: Inputs) -> Call:
+        return self.prepare(case, repeat_prompts(case, inputs) if self.repeats(case) else inputs)
+
+    def repeats(self, case: Case) -> bool:
+        return self.is_repeated and bool(case.shape["group"])
+
+    def offers(self, case: Case) -> bool:
+        """Whether it stands beside the others: ours on repeated prompts only where there are prompts to share."""
+        return not (self.is_ours and self.is_repeated) or self.repeats(case)
+
+
+def providers(case: Case, names: Iterable[str] | None = None) -> list[Provider]:
+    """Those of an operation, or of them those of the names given."""
+    return [x for x in PROVIDERS[case.op] if x.offers(case) and (names is None or x.name in names)]
+
+
+def _attend(load: Callable[[Case, Inputs], Callable[[], Tensor]]) -> Callable[[Case, Inputs], Call]:
+    """From what attends to what also gives gradients."""
+
+    def prepare(case: Case, inputs: Inputs) -> Call:
+        attend = load(case, inputs)
+        return lambda: case.gradients({"out": attend()}, inputs)
+
+    return prepare
+
+
+def _score(load: Callable[[Inputs], Callable[[], Tensor]]) -> Callable[[Case, Inputs], Call]:
+    """From log-probs to the operation: themselves, or torch's loss of them and its gradients."""
+
+    def prepare(case: Case, inputs: Inputs) -> Call:
+        score = load(inputs)
+        if not case.wanted:
+            return lambda: {"logprobs": score()}
+        return lambda: case.gradients({"loss": plain_loss(score(), inputs)[0]}, inputs)
+
+    return prepare
+
+
+def _loss(make: Callable[[Inputs], tuple[Tensor, object]]) -> Callable[[Case, Inputs], Call]:
+    """From a function that gives (loss, anything else)."""
+    return lambda case, inputs: lambda: case.gradients({"loss": make(inputs)[0]}, inputs)
+
+
+def _own(backend: str) -> Callable[[Case, Inputs], Call]:
+    return _attend(
+        lambda case, x: (
+            lambda: packed_attention(
+                x["q"], x["k"], x["v"], x["cu_seqlens"], x["prefix"], max_seqlen=x["max_seqlen"], backend=backend
+            )
+        )
+    )
+
+
+def _heads_first(x: Inputs, rows: slice = slice(None)) -> list[Tensor]:
+    return [x[name][rows].transpose(0, 1)[None] for name in ("q", "k", "v")]
+
+
+def _sdpa(case: Case, x: Inputs) -> Callable[[], Tensor]:
+    spans = [slice(*span) for span in pairwise(x["cu_seqlens"].tolist())]
+
+    def attend() -> Tensor:
+        outs = (
+            F.scaled_dot_product_attention(*_heads_first(x, rows), is_causal=True, enable_gqa=True) for rows in spans
+        )
+        return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+    return attend
+
+
+def _varlen(case: Case, x: Inputs) -> Callable[[], Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters  # releases differ in how they are told to be causal
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    options |= {"enable_gqa": True} if "enable_gqa" in known else {}
+    offsets, most = x["cu_seqlens"], x["max_seqlen"]
+    return lambda: varlen_attn(x["q"], x["k"], x["v"], offsets, offsets, most, most, **options)
+
+
+def _flash(module: str) -> Callable[[Case, Inputs], Call]:
+    def load(case: Case, x: Inputs) -> Callable[[], Tensor]:
+        attend = importlib.import_module(module).flash_attn_varlen_func
+        options = {f"cu_seqlens_{side}": x["cu_seqlens"] for side in "qk"} | {"causal": True}
+        options |= {f"max_seqlen_{side}": x["max_seqlen"] for side in "qk"}
+
+        def call() -> Tensor:
+            out = attend(x["q"], x["k"], x["v"], **options)
+            return out[0] if isinstance(out, tuple) else out
+
+        return call
+
+    return _attend(load)
+
+
+def _flex(case: Case, x: Inputs) -> Callable[[], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    segment = segments(x)
+    parent = torch.full_like(segment, -1) if x["prefix"] is None else x["prefix"].long()[segment]
+
+    def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return ((segment[i] == segment[j]) & (i >= j)) | (parent[i] == segment[j])
+
+    mask = create_block_mask(sees, None, None, case.tokens, case.tokens, device=str(x["q"].device))
+    attend = _compiled(flex_attention)
+    return lambda: attend(*_heads_first(x), block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, fullgraph=True)  # which also makes it raise, not run eagerly, after 8 compilations
+
+
+def _first_loss(logprobs: Tensor, inputs: Inputs) -> Tensor:
+    return plain_loss(logprobs, inputs)[0]
+
+
+def _loss_of_head(inputs: Inputs) -> Tensor:
+    return plain_loss(plain_logprobs(inputs), inputs)[0]
+
+
+def _torch_compile(case: Case, inputs: Inputs) -> Call:
+    if not case.wanted:
+        score = _compiled(plain_logprobs)
+        return lambda: {"logprobs": score(inputs)}
+    if case.op == "grpo_loss":
+        loss = _compiled(_first_loss)
+        return lambda: case.gradients({"loss": loss(inputs["logprobs"], inputs)}, inputs)
+    loss = _compiled(_loss_of_head)
+    return lambda: case.gradients({"loss": loss(inputs)}, inputs)
+
+
+def _plain(case: Case, inputs: Inputs) -> Call:
+    return lambda: case.plain(inputs)
+
+
+def _own_arguments(x: Inputs) -> dict[str, object]:
+    name = "rewards" if "rewards" in x else "advantages"
+    return {name: x[name], "old_logprobs": x["old_logprobs"], "denominator": float(len(x["old_logprobs"]))}
+
+
+def _own_gather_loss(x: Inputs) -> tuple[Tensor, object]:
+    logprobs, _ = gather_logprobs(x["logits"], x["targets"])
+    return grpo_loss(logprobs, x["target_cu_seqlens"], _CONFIG, **_own_arguments(x))
+
+
+def _own_linear_loss(x: Inputs) -> tuple[Tensor, object]:
+    fixed = x["hidden"], x["weight"], x["targets"], x["target_cu_seqlens"], _CONFIG
+    return linear_grpo_loss(*fixed, **_own_arguments(x))
+
+
+def _padded(inputs: Inputs) -> Tensor:  # [completions, length + 1, vocab]
+    """Logits with the row after each completion that Liger's Triton kernels skip."""
+    completions = len(inputs["target_cu_seqlens"]) - 1
+    return F.pad(inputs["logits"].detach().unflatten(0, (completions, -1)), (0, 0, 0, 1))
+
+
+def _liger_logprobs(inputs: Inputs) -> Callable[[], Tensor]:
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+    logits = _padded(inputs)
+    targets = inputs["targets"].view(logits.shape[0], -1)
+    return lambda: fused_selective_log_softmax(logits, targets, temperature=1.0).flatten()
+
+
+def _liger_logits_loss(case: Case, inputs: Inputs) -> Call:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    logits = _padded(inputs).requires_grad_()
+    targets, old = (inputs[name].view(logits.shape[0], -1) for name in ("targets", "old_logprobs"))
+
+    def call() -> Results:
+        loss, _ = triton_grpo_loss(
+            logits, old, None, targets, inputs["advantages"], temperature=1.0, beta=0.0, eps_low=CLIP_LOW,
+            eps_high=CLIP_HIGH, inplace=False, loss_type="bnpo", reduce=True,
+        )  # fmt: skip
+        (d_logits,) = torch.autograd.grad(loss, logits)
+        return {"loss": loss.detach(), "d_logits": d_logits[:, :-1]}
+
+    return call
+
+
+def _liger_linear_logprobs(inputs: Inputs) -> Callable[[], Tensor]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    head = inputs["hidden"], inputs["weight"], inputs["targets"]
+    return lambda: -liger_fused_linear_cross_entropy(*head, reduction="none")
+
+
+def _liger_linear_loss(case: Case, inputs: Inputs) -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss_of = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH, loss_type="bnpo"
+    )
+    completions = len(inputs["advantages"])
+    targets, old = (inputs[name].view(completions, -1) for name in ("targets", "old_logprobs"))
+    hidden, mask = inputs["hidden"].view(completions, -1, inputs["hidden"].shape[1]), torch.ones_like(old)
+
+    def call() -> Results:
+        loss, _ = loss_of(hidden, inputs["weight"], targets, mask, inputs["advantages"], old_per_token_logps=old)
+        return case.gradients({"loss": loss}, inputs)
+
+    return call
+
+
+def _cut_cross_entropy(inputs: Inputs) -> Callable[[], Tensor]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda: -linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["targets"], reduction="none")
+
+
+def _quack(inputs: Inputs) -> Callable[[], Tensor]:
+    from quack.cross_entropy import cross_entropy
+
+    return lambda: -cross_entropy(inputs["logits"], inputs["targets"], reduction="none")
+
+
+def _quack_linear(inputs: Inputs) -> Callable[[], Tensor]:
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    head = inputs["hidden"], inputs["weight"], None, inputs["targets"]
+    return lambda: -linear_cross_entropy_func(*head, reduction="none")
+
+
+def _trl(inputs: Inputs) -> Callable[[], Tensor]:
+    from trl.trainer.utils import selective_log_softmax
+
+    return lambda: selective_log_softmax(inputs["logits"], inputs["targets"])
+
+
+def _trl_kernel(inputs: Inputs) -> Callable[[], Tensor]:
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    return lambda: selective_log_softmax_and_entropy(inputs["logits"], inputs["targets"])[0]
+
+
+def _three_gemms(case: Case, inputs: Inputs) -> Call:
+    hidden, weight = (inputs[name].detach() for name in ("hidden", "weight"))
+    wide = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
+
+    def call() -> Results:
+        logits = hidden @ weight.T
+        return {"d_hidden": logits @ weight, "d_weight": torch.mm(logits.T, hidden, **wide).to(weight.dtype)}
+
+    return call
+
+
+_ATTENTION = [
+    Provider("flashgrpo", _own("triton")),
+    Provider("flashgrpo, prompt repeated", _own("triton"), is_repeated=True),
+    Provider("flash-attn 2, prompt shared", _own("flash_attn")),
+    Provider("torch SDPA", _attend(_sdpa), is_repeated=True),
+    Provider("torch varlen_attn", _attend(_varlen), is_repeated=True),
+    Provider("torch FlexAttention", _attend(_flex)),
+    Provider("flash-attn 2", _flash("flash_attn"), is_repeated=True),
+    Provider("flash-attn 3", _flash("flash_attn_interface"), is_repeated=True),
+    Provider("flash-attn 4", _flash("flash_attn.cute"), is_repeated=True),
+]
+_TORCH = [Provider("torch", _plain), Provider("torch.compile", _torch_compile)]
+_OF_LOGITS = [
+    Provider("QuACK", _score(_quack)),
+    Provider("TRL", _score(_trl)),
+    Provider("TRL kernel", _score(_trl_kernel)),
+]
+_OF_HIDDEN = [Provider("Cut Cross-Entropy", _score(_cut_cross_entropy)), Provider("QuACK", _score(_quack_linear))]
+PROVIDERS = {
+    "attention_fwd": _ATTENTION,
+    "attention": _ATTENTION,
+    "gather_logprobs": [
+        Provider("flashgrpo", _score(lambda x: lambda: gather_logprobs(x["logits"], x["targets"])[0])),
+        *_TORCH, Provider("Liger", _score(_liger_logprobs)), *_OF_LOGITS,
+    ],
+    "gather_grpo_loss": [Provider("flashgrpo", _loss(_own_gather_loss)), *_TORCH, *_OF_LOGITS],
+    "logits_grpo_loss": [
+        Provider("flashgrpo", _loss(lambda x: logits_grpo_loss(
+            x["logits"], x["targets"], x["target_cu_seqlens"], _CONFIG, **_own_arguments(x)
+        ))),
+        *_TORCH, Provider("Liger", _liger_logits_loss),
+    ],
+    "linear_logprobs": [
+        Provider("flashgrpo", _score(lambda x: lambda: linear_logprobs(x["hidden"], x["weight"], x["targets"])[0])),
+        *_TORCH, Provider("Liger", _score(_liger_linear_logprobs)), *_OF_HIDDEN,
+    ],
+    "linear_grpo_loss": [
+        Provider("flashgrpo", _loss(_own_linear_loss)),
+        Provider("three GEMMs (bound)", _three_gemms, is_bound=True),
+        *_TORCH, Provider("Liger", _liger_linear_loss), *_OF_HIDDEN,
+    ],
+    "grpo_loss": [
+        Provider("flashgrpo", _loss(lambda x: grpo_loss(
+            x["logprobs"], x["target_cu_seqlens"], _CONFIG, **_own_arguments(x)
+        ))),
+        *_TORCH,
+    ],
+}  # fmt: skip
+PROVIDERS["memory"] = [x for x in PROVIDERS["linear_grpo_loss"] if not x.is_bound]
