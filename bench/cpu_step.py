@@ -7,12 +7,11 @@ A step is one rollout of 8 prompts x 8 completions of 64 tokens each, their rewa
 line. Both sides run as processes of their own with 2 threads, in turns, so that a slow spell of the machine meets both.
 TRL runs with all completions in one backward pass, as ours does, and with fewer, which is as fast or faster and needs
 less memory. The machine should be idle: on 2 busy cores a step takes up to ten times as long, by chance.
-Prints the README's tables and writes every run to bench/results/cpu_step.json. Times are seconds, memory is in units of
+Prints the README's table and writes every run to bench/results/cpu_step.json. Times are seconds, memory is in units of
 10^6 bytes.
 """
 
 import json
-import math
 import os
 import random
 import statistics
@@ -33,11 +32,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from flashgrpo.bench.report import cpu_parts_table, cpu_step_table
+from flashgrpo.bench.report import cpu_step_table
 from flashgrpo.bench.timing import ROOT, machine, option_parser, results_folder
-from flashgrpo.grpo.data import load_problems, render_text
-from flashgrpo.grpo.demo import make_model
-from flashgrpo.grpo.recipe import Recipe, load_recipe
 from flashgrpo.model.files import write_text
 
 PEER_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
@@ -45,7 +41,6 @@ THREADS = 2
 SIZES = {"num_prompts": 8, "group_size": 8, "max_new_tokens": 64}  # of a step
 STEPS = 5  # of a run; the first two are not timed
 ROUNDS = 2
-TURNS = 42  # of the two generators: half a second each
 PROMPT_LENGTHS = (64, 256)
 PEER_MICRO_BATCHES = (64, 8)
 OURS = "flashgrpo"
@@ -103,9 +98,9 @@ def run_process(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def flags(inputs: Inputs, what: str = "step", steps: int = STEPS) -> list[str]:
+def flags(inputs: Inputs) -> list[str]:
     """What both sides are called with."""
-    values = {"what": what, "model": inputs.model, "prompts": inputs.prompts, "steps": steps, "threads": THREADS}
+    values = {"model": inputs.model, "prompts": inputs.prompts, "steps": STEPS, "threads": THREADS}
     return [f"--{name.replace('_', '-')}={value}" for name, value in (values | SIZES).items()]
 
 
@@ -116,9 +111,9 @@ def run_peer(inputs: Inputs, micro_batch: int) -> dict[str, Any]:
     return run_process([str(PEER_PYTHON), "bench/peer_trl.py", f"--micro-batch={micro_batch}", *flags(inputs)])
 
 
-def run_ours(inputs: Inputs, what: str = "step", steps: int = STEPS) -> dict[str, Any]:
+def run_ours(inputs: Inputs) -> dict[str, Any]:
     """Our side, in a process of its own."""
-    return run_process([sys.executable, "-m", "flashgrpo.bench.own_step", *flags(inputs, what, steps)])
+    return run_process([sys.executable, "-m", "flashgrpo.bench.own_step", *flags(inputs)])
 
 
 def measure(prompt_len: int, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
@@ -135,26 +130,6 @@ def measure(prompt_len: int, inputs: Inputs, progress: Progress) -> list[dict[st
             runs.append(row | SIZES | {"steps": STEPS} | run())
             progress.advance(task)
     return runs
-
-
-def measure_parts(folder: Path, prefix_inputs: Inputs) -> dict[str, dict[str, float]]:
-    """Generation on the demo's model against transformers', and the training step with shared and repeated prompts."""
-    generate = run_ours(make_demo_inputs(folder), "generate", TURNS)
-    prefix = run_ours(prefix_inputs, "prefix")
-    num_tokens = math.prod(SIZES.values())
-    rates = {name: num_tokens / statistics.median(generate[f"{name}_s"]) for name in ("transformers", "ours")}
-    seconds = {name: statistics.median(prefix[name]) for name in ("shared_s", "repeated_s")}
-    return {"generate": rates | {"ratio": generate["ratio"]}, "prefix": seconds | {"ratio": prefix["ratio"]}}
-
-
-def make_demo_inputs(folder: Path) -> Inputs:
-    """The demo's untrained model and 64 of its prompts."""
-    recipe = load_recipe(Recipe, ROOT / "recipes" / "demo.toml")
-    problems, _ = load_problems(recipe.data, recipe.run.seed)
-    texts = [render_text(problem.prompt, recipe.data.template) for problem in problems[:500]]
-    inputs = Inputs(make_model(folder / "demo", texts, recipe.run.seed), folder / "demo.jsonl")
-    inputs.prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts[:64]))
-    return inputs
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,7 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = []
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
         inputs = {length: make_inputs(Path(folder) / str(length), length) for length in PROMPT_LENGTHS}
-        parts = measure_parts(Path(folder), inputs[256])
         for prompt_len in PROMPT_LENGTHS:
             runs += measure(prompt_len, inputs[prompt_len], progress)
     summary = summarize(runs)
@@ -192,11 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine(torch.device("cpu")),
         "threads": THREADS,
         "summary": summary,
-        "parts": parts,
         "runs": runs,
     }
     write_text(results_folder() / "cpu_step.json", json.dumps(results, indent=1) + "\n")
-    print(*cpu_parts_table(results), "", *cpu_step_table(results), sep="\n")
+    print(*cpu_step_table(results), sep="\n")
     busiest = max(run["load_average"] for run in runs)
     print(f"load average before a run: up to {busiest:.1f}, about {THREADS} if idle otherwise")
     return 0

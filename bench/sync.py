@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markdown import Markdown
 
 from flashgrpo.bench.generate import opened, parser_for, random_model, recipe_for, require
 from flashgrpo.bench.report import sync_table
-from flashgrpo.bench.timing import machine, results_folder, slug, time_turns
+from flashgrpo.bench.timing import console, machine, results_folder, slug, time_turns
 from flashgrpo.grpo.world import open_world
 from flashgrpo.model.files import write_text
 
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = measure(options, model)
     file = results_folder() / f"sync_{slug(found['machine']['device'])}.json"
     write_text(file, json.dumps(found, indent=1) + "\n")
-    Console().print(Markdown("\n".join(sync_table(found))), f"written to {file}")
+    console().print(Markdown("\n".join(sync_table(found))), f"written to {file}")
     return 0
 
 
