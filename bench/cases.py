@@ -30,7 +30,7 @@ Results = dict[str, Tensor]
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 _LOGITS_STD = 4.0  # about 4 nats of entropy at a vocabulary of 128k
 _GROUP = 8
-_GATE_TOKENS = 256
+_GATE_TOKENS = 128
 _WANTED = {
     "attention": ("q", "k", "v"),
     "gather_grpo_loss": ("logits",),

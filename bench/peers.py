@@ -146,6 +146,8 @@ def _flash(module: str) -> Callable[[Case, Inputs], Call]:
 def _flex(case: Case, x: Inputs) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if not x["q"].is_cuda:
+        raise NotImplementedError("on a CPU it has no backward pass, and compiles for 10 s; measured on CUDA alone")
     segment = segments(x)
     parent = torch.full_like(segment, -1) if x["prefix"] is None else x["prefix"].long()[segment]
 
@@ -238,11 +240,11 @@ def _liger_linear_logprobs(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: -liger_fused_linear_cross_entropy(*head, reduction="none")
 
 
-def _liger_linear_loss(case: Case, inputs: Inputs) -> Call:
+def _liger_linear_loss(case: Case, inputs: Inputs, compiled: bool = True) -> Call:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss_of = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH, loss_type="bnpo"
+        beta=0.0, use_ref_model=False, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH, loss_type="bnpo", compiled=compiled
     )
     completions = len(inputs["advantages"])
     targets, old = (inputs[name].view(completions, -1) for name in ("targets", "old_logprobs"))
@@ -336,7 +338,8 @@ PROVIDERS = {
     "linear_grpo_loss": [
         Provider("flashgrpo", _loss(_own_linear_loss)),
         Provider("three GEMMs (bound)", _three_gemms, is_bound=True),
-        *_TORCH, Provider("Liger", _liger_linear_loss), *_OF_HIDDEN,
+        *_TORCH, Provider("Liger", _liger_linear_loss),
+        Provider("Liger, compiled=False", functools.partial(_liger_linear_loss, compiled=False)), *_OF_HIDDEN,
     ],
     "grpo_loss": [
         Provider("flashgrpo", _loss(lambda x: grpo_loss(

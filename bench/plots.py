@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from flashgrpo.model.files import whole_file
 
@@ -61,5 +61,8 @@ def _panel(panel: Axes, op: str, lines: dict[str, list[dict[str, Any]]], colours
     panel.set(xscale="log", yscale="log", xlabel="targets" if is_memory else "tokens")
     panel.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks])
     panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_title("linear_grpo_loss: peak MiB" if is_memory else f"{op}: ms", fontsize=10)
     panel.grid(True, which="major", alpha=0.3)
