@@ -33,6 +33,7 @@ from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
 
 Call = Callable[[], Results]
+_UNCOMPILED = "Liger, compiled=False"  # its compilation may fail where shapes change
 _CONFIG = LossConfig.preset("dapo", clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
 
 
@@ -55,14 +56,11 @@ class Provider:
     def repeats(self, case: Case) -> bool:
         return self.is_repeated and bool(case.shape["group"])
 
-    def offers(self, case: Case) -> bool:
-        """Whether it stands beside the others: ours on repeated prompts only where there are prompts to share."""
-        return not (self.is_ours and self.is_repeated) or self.repeats(case)
-
 
 def providers(case: Case, names: Iterable[str] | None = None) -> list[Provider]:
-    """Those of an operation, or of them those of the names given."""
-    return [x for x in PROVIDERS[case.op] if x.offers(case) and (names is None or x.name in names)]
+    """Those of an operation and of these names; ours on repeated prompts only where there are prompts to share."""
+    fit = [x for x in PROVIDERS[case.op] if not (x.is_ours and x.is_repeated) or x.repeats(case)]
+    return [x for x in fit if names is None or x.name in names]
 
 
 def _attend(load: Callable[[Case, Inputs], Callable[[], Tensor]]) -> Callable[[Case, Inputs], Call]:
@@ -80,9 +78,9 @@ def _score(load: Callable[[Inputs], Callable[[], Tensor]]) -> Callable[[Case, In
 
     def prepare(case: Case, inputs: Inputs) -> Call:
         score = load(inputs)
-        if not case.wanted:
-            return lambda: {"logprobs": score()}
-        return lambda: case.gradients({"loss": plain_loss(score(), inputs)[0]}, inputs)
+        if case.wanted:
+            return lambda: case.gradients({"loss": plain_loss(score(), inputs)[0]}, inputs)
+        return lambda: {"logprobs": score()}
 
     return prepare
 
@@ -164,23 +162,16 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True)  # which also makes it raise, not run eagerly, after 8 compilations
 
 
-def _first_loss(logprobs: Tensor, inputs: Inputs) -> Tensor:
-    return plain_loss(logprobs, inputs)[0]
-
-
-def _loss_of_head(inputs: Inputs) -> Tensor:
-    return plain_loss(plain_logprobs(inputs), inputs)[0]
+def _compiled_loss(inputs: Inputs) -> Tensor:
+    return plain_loss(inputs["logprobs"] if "logprobs" in inputs else plain_logprobs(inputs), inputs)[0]
 
 
 def _torch_compile(case: Case, inputs: Inputs) -> Call:
-    if not case.wanted:
-        score = _compiled(plain_logprobs)
-        return lambda: {"logprobs": score(inputs)}
-    if case.op == "grpo_loss":
-        loss = _compiled(_first_loss)
-        return lambda: case.gradients({"loss": loss(inputs["logprobs"], inputs)}, inputs)
-    loss = _compiled(_loss_of_head)
-    return lambda: case.gradients({"loss": loss(inputs)}, inputs)
+    for name, value in inputs.items():
+        if name != "weight":
+            torch._dynamo.maybe_mark_dynamic(value, 0)  # one compilation for every number of tokens
+    call = _compiled(_compiled_loss if case.wanted else plain_logprobs)
+    return lambda: case.gradients({"loss" if case.wanted else "logprobs": call(inputs)}, inputs)
 
 
 def _plain(case: Case, inputs: Inputs) -> Call:
@@ -339,7 +330,7 @@ PROVIDERS = {
         Provider("flashgrpo", _loss(_own_linear_loss)),
         Provider("three GEMMs (bound)", _three_gemms, is_bound=True),
         *_TORCH, Provider("Liger", _liger_linear_loss),
-        Provider("Liger, compiled=False", functools.partial(_liger_linear_loss, compiled=False)), *_OF_HIDDEN,
+        Provider(_UNCOMPILED, functools.partial(_liger_linear_loss, compiled=False)), *_OF_HIDDEN,
     ],
     "grpo_loss": [
         Provider("flashgrpo", _loss(lambda x: grpo_loss(
@@ -348,4 +339,4 @@ PROVIDERS = {
         *_TORCH,
     ],
 }  # fmt: skip
-PROVIDERS["memory"] = [x for x in PROVIDERS["linear_grpo_loss"] if not x.is_bound]
+PROVIDERS["memory"] = [x for x in PROVIDERS["linear_grpo_loss"] if x.name not in ("three GEMMs (bound)", _UNCOMPILED)]
