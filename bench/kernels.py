@@ -53,7 +53,7 @@ _INPUT_SETS = 2
 _ROOM, _FLOOR = 1.1, 1e-6  # of plain torch's error; of the values
 _NOTE_LENGTH = 120
 _SLOW = 20  # times the fastest
-_BUDGETS_S = {"small": 90.0, "full": 165.0}
+_BUDGETS_S = {"small": 150.0, "full": 165.0}
 _COLUMNS = (
     "shape",
     "provider",

@@ -52,7 +52,7 @@ def _panel(panel: Axes, op: str, lines: dict[str, list[dict[str, Any]]], colours
     for name, rows in lines.items():
         rows.sort(key=lambda row: row["tokens"])
         values = [max(row["peak_mib"], 1) if is_memory else row["p50_ms"] for row in rows]
-        style = {"lw": 2.4, "zorder": 3} if name == _OURS else {"lw": 1.2}
+        style: dict[str, Any] = {"lw": 2.4, "zorder": 3} if name == _OURS else {"lw": 1.2}
         panel.plot([row["tokens"] for row in rows], values, "o-", ms=3.5, color=colours[name], label=name, **style)
     if not is_memory:
         limits = sorted({(row["tokens"], row["limit_ms"]) for rows in lines.values() for row in rows})
