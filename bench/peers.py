@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
 
 Call = Callable[[], Results]
+_UNCOMPILED = "Liger, compiled=False"  # its compilation may fail where shapes change
 _CONFIG = LossConfig.preset("dapo", clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
 
 
@@ -55,14 +57,11 @@ class Provider:
     def repeats(self, case: Case) -> bool:
         return self.is_repeated and bool(case.shape["group"])
 
-    def offers(self, case: Case) -> bool:
-        """Whether it stands beside the others: ours on repeated prompts only where there are prompts to share."""
-        return not (self.is_ours and self.is_repeated) or self.repeats(case)
-
 
 def providers(case: Case, names: Iterable[str] | None = None) -> list[Provider]:
-    """Those of an operation, or of them those of the names given."""
-    return [x for x in PROVIDERS[case.op] if x.offers(case) and (names is None or x.name in names)]
+    """Those of an operation and of these names; ours on repeated prompts only where there are prompts to share."""
+    fit = [x for x in PROVIDERS[case.op] if not (x.is_ours and x.is_repeated) or x.repeats(case)]
+    return [x for x in fit if names is None or x.name in names]
 
 
 def _attend(load: Callable[[Case, Inputs], Callable[[], Tensor]]) -> Callable[[Case, Inputs], Call]:
@@ -80,11 +79,27 @@ def _score(load: Callable[[Inputs], Callable[[], Tensor]]) -> Callable[[Case, In
 
     def prepare(case: Case, inputs: Inputs) -> Call:
         score = load(inputs)
-        if not case.wanted:
-            return lambda: {"logprobs": score()}
-        return lambda: case.gradients({"loss": plain_loss(score(), inputs)[0]}, inputs)
+        if case.wanted:
+            return lambda: case.gradients({"loss": plain_loss(score(), inputs)[0]}, inputs)
+        return lambda: {"logprobs": score()}
 
     return prepare
+
+
+def _published(
+    module: str, name: str, use: Callable[[Callable[..., Any], Inputs], Tensor]
+) -> Callable[[Case, Inputs], Call]:
+    """The operation from the log-probs that a published function gives."""
+
+    def load(inputs: Inputs) -> Callable[[], Tensor]:
+        function = _peer(module, name)
+        return lambda: use(function, inputs)
+
+    return _score(load)
+
+
+def _peer(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 def _loss(make: Callable[[Inputs], tuple[Tensor, object]]) -> Callable[[Case, Inputs], Call]:
@@ -102,8 +117,9 @@ def _own(backend: str) -> Callable[[Case, Inputs], Call]:
     )
 
 
-def _heads_first(x: Inputs, rows: slice = slice(None)) -> list[Tensor]:
-    return [x[name][rows].transpose(0, 1)[None] for name in ("q", "k", "v")]
+def _heads_first(x: Inputs, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:  # [1, heads, rows, head_dim]
+    q, k, v = (x[name][rows].transpose(0, 1)[None] for name in ("q", "k", "v"))
+    return q, k, v
 
 
 def _sdpa(case: Case, x: Inputs) -> Callable[[], Tensor]:
@@ -119,8 +135,7 @@ def _sdpa(case: Case, x: Inputs) -> Callable[[], Tensor]:
 
 
 def _varlen(case: Case, x: Inputs) -> Callable[[], Tensor]:
-    from torch.nn.attention.varlen import varlen_attn
-
+    varlen_attn = _peer("torch.nn.attention.varlen", "varlen_attn")
     known = inspect.signature(varlen_attn).parameters  # releases differ in how they are told to be causal
     options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     options |= {"enable_gqa": True} if "enable_gqa" in known else {}
@@ -130,7 +145,7 @@ def _varlen(case: Case, x: Inputs) -> Callable[[], Tensor]:
 
 def _flash(module: str) -> Callable[[Case, Inputs], Call]:
     def load(case: Case, x: Inputs) -> Callable[[], Tensor]:
-        attend = importlib.import_module(module).flash_attn_varlen_func
+        attend = _peer(module, "flash_attn_varlen_func")
         options = {f"cu_seqlens_{side}": x["cu_seqlens"] for side in "qk"} | {"causal": True}
         options |= {f"max_seqlen_{side}": x["max_seqlen"] for side in "qk"}
 
@@ -146,6 +161,8 @@ def _flash(module: str) -> Callable[[Case, Inputs], Call]:
 def _flex(case: Case, x: Inputs) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if not x["q"].is_cuda:
+        raise NotImplementedError("on a CPU it has no backward pass, and compiles for 10 s; measured on CUDA alone")
     segment = segments(x)
     parent = torch.full_like(segment, -1) if x["prefix"] is None else x["prefix"].long()[segment]
 
@@ -162,30 +179,23 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True)  # which also makes it raise, not run eagerly, after 8 compilations
 
 
-def _first_loss(logprobs: Tensor, inputs: Inputs) -> Tensor:
-    return plain_loss(logprobs, inputs)[0]
-
-
-def _loss_of_head(inputs: Inputs) -> Tensor:
-    return plain_loss(plain_logprobs(inputs), inputs)[0]
+def _compiled_loss(inputs: Inputs) -> Tensor:
+    return plain_loss(inputs["logprobs"] if "logprobs" in inputs else plain_logprobs(inputs), inputs)[0]
 
 
 def _torch_compile(case: Case, inputs: Inputs) -> Call:
-    if not case.wanted:
-        score = _compiled(plain_logprobs)
-        return lambda: {"logprobs": score(inputs)}
-    if case.op == "grpo_loss":
-        loss = _compiled(_first_loss)
-        return lambda: case.gradients({"loss": loss(inputs["logprobs"], inputs)}, inputs)
-    loss = _compiled(_loss_of_head)
-    return lambda: case.gradients({"loss": loss(inputs)}, inputs)
+    for name, value in inputs.items():
+        if name != "weight":
+            torch._dynamo.maybe_mark_dynamic(value, 0)  # one compilation for every number of tokens
+    call = _compiled(_compiled_loss if case.wanted else plain_logprobs)
+    return lambda: case.gradients({"loss" if case.wanted else "logprobs": call(inputs)}, inputs)
 
 
 def _plain(case: Case, inputs: Inputs) -> Call:
     return lambda: case.plain(inputs)
 
 
-def _own_arguments(x: Inputs) -> dict[str, object]:
+def _own_arguments(x: Inputs) -> dict[str, Any]:
     name = "rewards" if "rewards" in x else "advantages"
     return {name: x[name], "old_logprobs": x["old_logprobs"], "denominator": float(len(x["old_logprobs"]))}
 
@@ -207,21 +217,17 @@ def _padded(inputs: Inputs) -> Tensor:  # [completions, length + 1, vocab]
 
 
 def _liger_logprobs(inputs: Inputs) -> Callable[[], Tensor]:
-    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-    logits = _padded(inputs)
+    score, logits = _peer("liger_kernel.ops.grpo_loss", "fused_selective_log_softmax"), _padded(inputs)
     targets = inputs["targets"].view(logits.shape[0], -1)
-    return lambda: fused_selective_log_softmax(logits, targets, temperature=1.0).flatten()
+    return lambda: score(logits, targets, temperature=1.0).flatten()
 
 
 def _liger_logits_loss(case: Case, inputs: Inputs) -> Call:
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-    logits = _padded(inputs).requires_grad_()
+    loss_of, logits = _peer("liger_kernel.transformers.grpo_loss", "triton_grpo_loss"), _padded(inputs).requires_grad_()
     targets, old = (inputs[name].view(logits.shape[0], -1) for name in ("targets", "old_logprobs"))
 
     def call() -> Results:
-        loss, _ = triton_grpo_loss(
+        loss, _ = loss_of(
             logits, old, None, targets, inputs["advantages"], temperature=1.0, beta=0.0, eps_low=CLIP_LOW,
             eps_high=CLIP_HIGH, inplace=False, loss_type="bnpo", reduce=True,
         )  # fmt: skip
@@ -231,18 +237,9 @@ def _liger_logits_loss(case: Case, inputs: Inputs) -> Call:
     return call
 
 
-def _liger_linear_logprobs(inputs: Inputs) -> Callable[[], Tensor]:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    head = inputs["hidden"], inputs["weight"], inputs["targets"]
-    return lambda: -liger_fused_linear_cross_entropy(*head, reduction="none")
-
-
-def _liger_linear_loss(case: Case, inputs: Inputs) -> Call:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    loss_of = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH, loss_type="bnpo"
+def _liger_linear_loss(case: Case, inputs: Inputs, compiled: bool = True) -> Call:
+    loss_of = _peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(
+        beta=0.0, use_ref_model=False, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH, loss_type="bnpo", compiled=compiled
     )
     completions = len(inputs["advantages"])
     targets, old = (inputs[name].view(completions, -1) for name in ("targets", "old_logprobs"))
@@ -255,40 +252,9 @@ def _liger_linear_loss(case: Case, inputs: Inputs) -> Call:
     return call
 
 
-def _cut_cross_entropy(inputs: Inputs) -> Callable[[], Tensor]:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return lambda: -linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["targets"], reduction="none")
-
-
-def _quack(inputs: Inputs) -> Callable[[], Tensor]:
-    from quack.cross_entropy import cross_entropy
-
-    return lambda: -cross_entropy(inputs["logits"], inputs["targets"], reduction="none")
-
-
-def _quack_linear(inputs: Inputs) -> Callable[[], Tensor]:
-    from quack.linear_cross_entropy import linear_cross_entropy_func
-
-    head = inputs["hidden"], inputs["weight"], None, inputs["targets"]
-    return lambda: -linear_cross_entropy_func(*head, reduction="none")
-
-
-def _trl(inputs: Inputs) -> Callable[[], Tensor]:
-    from trl.trainer.utils import selective_log_softmax
-
-    return lambda: selective_log_softmax(inputs["logits"], inputs["targets"])
-
-
-def _trl_kernel(inputs: Inputs) -> Callable[[], Tensor]:
-    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
-
-    return lambda: selective_log_softmax_and_entropy(inputs["logits"], inputs["targets"])[0]
-
-
 def _three_gemms(case: Case, inputs: Inputs) -> Call:
     hidden, weight = (inputs[name].detach() for name in ("hidden", "weight"))
-    wide = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
+    wide: dict[str, Any] = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
 
     def call() -> Results:
         logits = hidden @ weight.T
@@ -310,11 +276,19 @@ _ATTENTION = [
 ]
 _TORCH = [Provider("torch", _plain), Provider("torch.compile", _torch_compile)]
 _OF_LOGITS = [
-    Provider("QuACK", _score(_quack)),
-    Provider("TRL", _score(_trl)),
-    Provider("TRL kernel", _score(_trl_kernel)),
-]
-_OF_HIDDEN = [Provider("Cut Cross-Entropy", _score(_cut_cross_entropy)), Provider("QuACK", _score(_quack_linear))]
+    Provider("QuACK", _published("quack.cross_entropy", "cross_entropy",
+                                 lambda f, x: -f(x["logits"], x["targets"], reduction="none"))),
+    Provider("TRL", _published("trl.trainer.utils", "selective_log_softmax",
+                               lambda f, x: f(x["logits"], x["targets"]))),
+    Provider("TRL kernel", _published("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy",
+                                      lambda f, x: f(x["logits"], x["targets"])[0])),
+]  # fmt: skip
+_OF_HIDDEN = [
+    Provider("Cut Cross-Entropy", _published("cut_cross_entropy", "linear_cross_entropy",
+             lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none"))),
+    Provider("QuACK", _published("quack.linear_cross_entropy", "linear_cross_entropy_func",
+             lambda f, x: -f(x["hidden"], x["weight"], None, x["targets"], reduction="none"))),
+]  # fmt: skip
 PROVIDERS = {
     "attention_fwd": _ATTENTION,
     "attention": _ATTENTION,
@@ -331,12 +305,15 @@ PROVIDERS = {
     ],
     "linear_logprobs": [
         Provider("flashgrpo", _score(lambda x: lambda: linear_logprobs(x["hidden"], x["weight"], x["targets"])[0])),
-        *_TORCH, Provider("Liger", _score(_liger_linear_logprobs)), *_OF_HIDDEN,
+        *_TORCH, *_OF_HIDDEN,
+        Provider("Liger", _published("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy",
+                 lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none"))),
     ],
     "linear_grpo_loss": [
         Provider("flashgrpo", _loss(_own_linear_loss)),
         Provider("three GEMMs (bound)", _three_gemms, is_bound=True),
-        *_TORCH, Provider("Liger", _liger_linear_loss), *_OF_HIDDEN,
+        *_TORCH, Provider("Liger", _liger_linear_loss),
+        Provider(_UNCOMPILED, functools.partial(_liger_linear_loss, compiled=False)), *_OF_HIDDEN,
     ],
     "grpo_loss": [
         Provider("flashgrpo", _loss(lambda x: grpo_loss(
@@ -345,4 +322,4 @@ PROVIDERS = {
         *_TORCH,
     ],
 }  # fmt: skip
-PROVIDERS["memory"] = [x for x in PROVIDERS["linear_grpo_loss"] if not x.is_bound]
+PROVIDERS["memory"] = [x for x in PROVIDERS["linear_grpo_loss"] if x.name not in ("three GEMMs (bound)", _UNCOMPILED)]

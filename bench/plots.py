@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from flashgrpo.model.files import whole_file
 
@@ -52,7 +52,7 @@ def _panel(panel: Axes, op: str, lines: dict[str, list[dict[str, Any]]], colours
     for name, rows in lines.items():
         rows.sort(key=lambda row: row["tokens"])
         values = [max(row["peak_mib"], 1) if is_memory else row["p50_ms"] for row in rows]
-        style = {"lw": 2.4, "zorder": 3} if name == _OURS else {"lw": 1.2}
+        style: dict[str, Any] = {"lw": 2.4, "zorder": 3} if name == _OURS else {"lw": 1.2}
         panel.plot([row["tokens"] for row in rows], values, "o-", ms=3.5, color=colours[name], label=name, **style)
     if not is_memory:
         limits = sorted({(row["tokens"], row["limit_ms"]) for rows in lines.values() for row in rows})
@@ -61,5 +61,8 @@ def _panel(panel: Axes, op: str, lines: dict[str, list[dict[str, Any]]], colours
     panel.set(xscale="log", yscale="log", xlabel="targets" if is_memory else "tokens")
     panel.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks])
     panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_title("linear_grpo_loss: peak MiB" if is_memory else f"{op}: ms", fontsize=10)
     panel.grid(True, which="major", alpha=0.3)

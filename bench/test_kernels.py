@@ -1,0 +1,50 @@
+"""The cases of `flashgrpo bench kernels` under pytest-benchmark, to compare one commit with another (no sweeps):
+
+pytest bench/ --benchmark-only --benchmark-save=before
+pytest bench/ --benchmark-only --benchmark-compare
+"""
+
+import pytest
+import torch
+
+from flashgrpo.bench.cases import cases
+from flashgrpo.bench.kernels import check
+from flashgrpo.bench.peers import providers
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES, DTYPE = ("full", torch.bfloat16) if DEVICE.type == "cuda" else ("small", torch.float32)
+FIRST = {(case.op, case.variant): case for case in reversed(list(cases(SIZES, DTYPE))) if case.op != "memory"}
+CHOSEN = [
+    pytest.param(case, provider, id=f"{case.name}, {provider.name}")
+    for case in reversed(FIRST.values())
+    for provider in providers(case)
+]
+GATES = {}
+
+
+@pytest.mark.parametrize(("case", "provider"), CHOSEN)
+def test_kernel(benchmark, case, provider):
+    gate = case.reduced()
+    if gate.name not in GATES:
+        GATES[gate.name] = check(gate, DEVICE, providers(case))
+    found = GATES[gate.name][provider.name]
+    if found["status"] not in ("ok", "wrong"):
+        assert not provider.is_ours, found["note"]
+        pytest.skip(f"{found['status']}: {found['note']}")
+    assert found["status"] == "ok" or not provider.is_ours, found["note"]
+    call = provider.call(case, case.make(0, DEVICE))
+    try:
+        call()
+    except Exception as error:
+        if provider.is_ours:
+            raise
+        pytest.skip(f"failed: {error}")
+
+    def timed() -> None:
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = case.name
+    benchmark.extra_info.update(found, flops=case.flops, bytes=case.bytes)
+    benchmark.pedantic(timed, rounds=5)

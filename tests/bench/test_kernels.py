@@ -1,0 +1,255 @@
+"""`flashgrpo bench kernels`: what its table says is true, and it survives whatever a peer does."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashgrpo.bench import kernels, peers
+from flashgrpo.bench.cases import Case, as_float64, attention_mask, cases
+from flashgrpo.bench.peers import Provider, providers
+from flashgrpo.bench.timing import Limits
+
+CPU = torch.device("cpu")
+ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 8}
+LAYOUTS = {
+    "one": {"sequences": 1, "length": 11, "group": 0, "completion": 0},
+    "many": {"sequences": 3, "length": 5, "group": 0, "completion": 0},
+    "prefix": {"sequences": 2, "length": 7, "group": 4, "completion": 3},
+}
+LOSS = {"n": 24, "vocab": 37, "completions": 4, "dead": 0}
+OF_HIDDEN = ("linear_logprobs", "linear_grpo_loss")
+OF_LOGITS = ("gather_logprobs", "gather_grpo_loss", "logits_grpo_loss")
+
+
+def tiny(op: str, **changes: int) -> Case:
+    if op.startswith("attention"):
+        return Case(op, torch.float32, LAYOUTS["one"] | ATTENTION | changes)
+    shape = LOSS | ({"hidden": 16} if op in (*OF_HIDDEN, "memory") else {}) | changes
+    return Case(op, torch.float32, shape)
+
+
+TINY = {
+    **{f"{op} {name}": tiny(op, **x) for op in ("attention_fwd", "attention") for name, x in LAYOUTS.items()},
+    **{op: tiny(op) for op in (*OF_LOGITS, *OF_HIDDEN, "grpo_loss")},
+    "half dead": tiny("linear_grpo_loss", dead=1),
+    "one completion": tiny("grpo_loss", completions=1),
+    "groups": tiny("grpo_loss", completions=8),
+}
+
+
+@pytest.mark.parametrize("case", TINY.values(), ids=TINY)
+def test_flops_are_those_of_a_count(case):
+    inputs = case.make(0, CPU)
+    with FlopCounterMode(display=False) as counter:
+        case.plain(inputs)
+    counted = counter.get_total_flops()
+    if case.is_attention:  # dense: every pair, and a backward pass of 4 matmuls that keeps the scores
+        mask = attention_mask(inputs)
+        counted = counted * mask.sum().item() * (7 if case.wanted else 2) // (mask.numel() * (6 if case.wanted else 2))
+    if case.shape.get("dead"):
+        counted = counted // 3 * 2  # the gradients' two matmuls on half of the rows
+    assert case.flops == counted
+
+
+@pytest.mark.parametrize("case", TINY.values(), ids=TINY)
+def test_bytes_are_those_of_the_tensors_that_must_move(case):
+    inputs = case.make(0, CPU)
+    results = case.plain(inputs)
+    moved = [x for name, x in inputs.items() if name in ("q", "k", "v", "logits", "hidden", "weight", "logprobs")]
+    if case.op == "grpo_loss":
+        moved += [inputs["old_logprobs"], results["d_logprobs"]]
+    elif case.is_attention:
+        moved.append(results["out"])
+        if case.wanted:  # backward reads them all again, and the gradient of the output
+            moved += [*moved, inputs["d_out"], *(results[f"d_{x}"] for x in "qkv")]
+    else:
+        moved += [results[f"d_{name}"] for name in case.wanted]
+        if case.op == "gather_grpo_loss":  # once for log-probs, once for their gradient
+            moved.append(inputs["logits"])
+    assert case.bytes == sum(x.nbytes for x in moved)
+
+
+@pytest.mark.parametrize("case", TINY.values(), ids=TINY)
+def test_every_provider_gives_the_results_of_float64(case):
+    """A peer that is called wrongly is fast and worthless; what a CPU cannot run must say so."""
+    offered = [x for x in providers(case) if x.name not in ("torch.compile", "Liger")]  # they compile for seconds
+    found = kernels.check(case, CPU, offered)
+    assert found["flashgrpo"]["status"] == "ok", found
+    ran = {name for name, row in found.items() if row["status"] in ("ok", "wrong")}
+    assert ran >= {x.name for x in offered if x.name in ("torch", "torch SDPA", "flashgrpo, prompt repeated")}
+    for name in ran - {"three GEMMs (bound)"}:
+        assert found[name]["error"] < 5e-6, found
+    for name in found.keys() - ran:
+        assert found[name]["note"], found
+
+
+def test_a_compiled_peer_gives_the_results_of_float64():
+    case = tiny("grpo_loss")
+    assert kernels.check(case, CPU, providers(case, ["torch.compile"]))["torch.compile"]["status"] == "ok"
+
+
+def test_ratios_are_near_1_and_some_are_clipped():
+    case = tiny("linear_grpo_loss", n=2000, completions=20)
+    inputs = case.make(0, CPU)
+    exact = case.plain(as_float64(inputs))
+    alive = exact["d_hidden"].abs().sum(1) > 0
+    assert 0.95 <= alive.float().mean() < 1
+    assert inputs["advantages"].count_nonzero() == 20
+    dead = tiny("linear_grpo_loss", n=2000, completions=20, dead=1)
+    rows = dead.plain(dead.make(0, CPU))["d_hidden"].abs().sum(1).view(20, -1)
+    assert not rows[1::2].any()
+    assert rows[::2].any(1).all()
+
+
+def test_the_targets_shapes_are_measured_and_every_plot_has_a_sweep():
+    every = list(cases("full", torch.bfloat16))
+    shapes = [(x.op, x.variant, x.tokens, x.shape.get("vocab"), x.shape.get("hidden")) for x in every]
+    for wanted in [
+        *((op, "", 8192, 151_936, None) for op in OF_LOGITS),
+        ("linear_logprobs", "", 8192, 131_072, 4096),
+        ("linear_grpo_loss", "", 4096, 128_256, 4096),
+        ("linear_grpo_loss", "half dead", 4096, 128_256, 4096),
+        ("attention", "", 8192, None, None),
+        ("attention", "shared prefix", 12_288, None, None),
+        ("grpo_loss", "", 65_536, None, None),
+        ("grpo_loss", "one completion", 65_536, None, None),
+        ("memory", "", 262_144, 128_256, 4096),
+    ]:
+        assert wanted in shapes
+    for sizes in ("small", "full"):
+        for op in peers.PROVIDERS:
+            assert sum(x.op == op and not x.variant for x in cases(sizes, torch.float32)) >= 2
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs the command on tiny cases with given providers; gives the exit code and what the file holds."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(kernels, "measure_limits", lambda device: Limits(1e11, 1e10, torch.float32))
+    shapes = [tiny("grpo_loss", n=n) for n in (24, 48)] + [tiny("memory")]
+    monkeypatch.setattr(kernels, "cases", lambda sizes, dtype: iter(shapes))
+
+    def run(offered: list[Provider] | None = None, *arguments: str):
+        if offered is not None:
+            monkeypatch.setitem(peers.PROVIDERS, "grpo_loss", offered)
+        code = kernels.main(["--ops", "grpo_loss", "--budget", "5", *arguments])
+        return code, read(tmp_path)
+
+    return run
+
+
+def read(folder):
+    (path,) = folder.glob("kernels_*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+OURS, TORCH = peers.PROVIDERS["grpo_loss"][:2]
+
+
+def doubled(case, inputs):
+    call = TORCH.prepare(case, inputs)
+    return lambda: {name: 2 * value for name, value in call().items()}
+
+
+def missing(case, inputs):
+    raise ModuleNotFoundError("No module named 'peer'")
+
+
+def failing(case, inputs):
+    raise RuntimeError("no kernel\nfor this [architecture]")
+
+
+def full(case, inputs):
+    if case.tokens == 48:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+    return TORCH.prepare(case, inputs)
+
+
+def test_a_peer_that_is_wrong_missing_or_raises_is_a_row_and_ends_nothing(bench, capsys):
+    wrong, absent, broken = Provider("wrong", doubled), Provider("absent", missing), Provider("broken", failing)
+    code, (header, *rows) = bench([OURS, TORCH, wrong, absent, broken, Provider("large", full)])
+    assert code == 0
+    assert header["machine"]["device"]
+    assert header["limits"]["bytes_per_s"] == 1e10
+    found = {(row["provider"], row["tokens"]): row for row in rows}
+    assert len(found) == 12
+    for n in (24, 48):
+        assert found["flashgrpo", n]["ratio"] == 1
+        assert found["wrong", n]["status"] == "wrong"
+        assert found["wrong", n]["error"] > 0.9
+        assert found["wrong", n]["p50_ms"] > 0
+        assert (found["absent", n]["status"], found["absent", n]["note"]) == ("not installed", "No module named 'peer'")
+        assert found["broken", n]["note"] == "RuntimeError: no kernel"
+        row = found["torch", n]
+        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["gb_per_s"] == pytest.approx(12 * n / row["p50_ms"] / 1e6)
+        assert row["share_of_limit"] == pytest.approx(row["gb_per_s"] / 10)
+    assert found["large", 24]["p50_ms"] > 0
+    assert found["large", 48]["status"] == "out of memory"
+    out = capsys.readouterr().out
+    assert "absent: not installed: No module named 'peer'" in out
+    assert "RuntimeError: no kernel" in out
+
+
+def test_a_wrong_kernel_of_ours_is_not_timed_and_the_exit_code_is_1(bench, capsys):
+    code, (_, *rows) = bench([Provider("flashgrpo", doubled), TORCH])
+    assert code == 1
+    ours, torchs = rows[:2]
+    assert ours["status"] == "wrong"
+    assert "p50_ms" not in ours
+    assert torchs["p50_ms"] > 0
+    assert "not timed" in capsys.readouterr().out
+
+
+def test_a_kernel_of_ours_that_raises_gives_1(bench):
+    assert bench([Provider("flashgrpo", failing), TORCH])[0] == 1
+
+
+def test_a_gradient_of_zero_is_wrong():
+    def without_gradient(case, inputs):
+        call = TORCH.prepare(case, inputs)
+        return lambda: (made := call()) | {"d_logprobs": made["d_logprobs"] * 0}
+
+    found = kernels.check(tiny("grpo_loss"), CPU, [Provider("zero", without_gradient)])["zero"]
+    assert found["status"] == "wrong"
+    assert found["error"] == pytest.approx(1)
+
+
+def test_nan_is_wrong():
+    def poisoned(case, inputs):
+        call = TORCH.prepare(case, inputs)
+        return lambda: {name: value * float("nan") for name, value in call().items()}
+
+    found = kernels.check(tiny("grpo_loss"), CPU, [Provider("nan", poisoned)])["nan"]
+    assert (found["status"], found["error"]) == ("wrong", None)
+
+
+def test_an_interrupted_run_leaves_what_was_measured(bench, tmp_path):
+    def interrupted(case, inputs):
+        if case.tokens == 48:
+            raise KeyboardInterrupt
+        return TORCH.prepare(case, inputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        bench([OURS, Provider("peer", interrupted)])
+    _, *rows = read(tmp_path)
+    assert [(row["provider"], row["tokens"]) for row in rows] == [("flashgrpo", 24), ("peer", 24)]
+    assert all(row["p50_ms"] > 0 for row in rows)
+    assert [x.suffix for x in tmp_path.iterdir()] == [".jsonl"]
+
+
+def test_a_spent_budget_is_said_of_every_row(bench):
+    code, (_, *rows) = bench([OURS, TORCH], "--budget", "0")
+    assert code == 0
+    assert {row["status"] for row in rows} == {"not measured"}
+    assert all("--budget" in row["note"] for row in rows)
+
+
+def test_peers_may_be_chosen_and_memory_is_measured_without_times(bench, tmp_path):
+    _, (_, *rows) = bench(None, "--ops", "memory", "--providers", "flashgrpo", "torch")
+    assert [row["provider"] for row in rows] == ["flashgrpo", "torch"]
+    assert all(row["peak_mib"] >= 0 and "p50_ms" not in row for row in rows)
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.read_bytes()[:4] == b"\x89PNG"
