@@ -140,7 +140,8 @@ def transformers_sampler(model: Path, requests: Sequence[Request], max_new_token
     """What samples the same prompts, and as many completions of each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    causal: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    causal: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    causal.to(device).eval()
     ids = torch.tensor([request.prompt_ids for request in requests], device=device)
     lengths = {"min_new_tokens": max_new_tokens, "max_new_tokens": max_new_tokens}
 

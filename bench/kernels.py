@@ -45,6 +45,7 @@ from flashgrpo.bench.timing import (
     slug,
     time_turns,
 )
+from flashgrpo.bench.timing import console as open_console
 from flashgrpo.model.files import write_text
 
 Row = dict[str, Any]
@@ -199,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = [case for case in cases(options.sizes, dtype) if case.op in options.ops]
-    console = Console()
+    console = open_console()
     budget_s = _BUDGETS_S[options.sizes] if options.budget is None else options.budget
     rows = run(chosen, options.providers, device, budget_s, console)
     show(rows, console)
