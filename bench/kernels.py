@@ -13,6 +13,7 @@ whole after each case; and a plot of time and memory beside it.
 """
 
 import contextlib
+import importlib
 import itertools
 import json
 import math
@@ -33,7 +34,6 @@ from torch import Tensor
 
 from flashgrpo.bench.cases import Case, Results, as_float64, cases, fold_prompts
 from flashgrpo.bench.peers import PROVIDERS, Call, Provider, providers
-from flashgrpo.bench.plots import draw
 from flashgrpo.bench.timing import (
     Limits,
     call_ms,
@@ -52,6 +52,7 @@ _PACKAGES = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "trl", "flash
 _INPUT_SETS = 2
 _ROOM, _FLOOR = 1.1, 1e-6  # of plain torch's error; of the values
 _NOTE_LENGTH = 120
+_WIDTH = 170  # of the tables in a log
 _SLOW = 20  # times the fastest
 _BUDGETS_S = {"small": 150.0, "full": 165.0}
 _COLUMNS = (
@@ -162,8 +163,11 @@ def run(
             measure(case, device, limits, offered, rows, budget_s=budget, deadline=deadline)
         lines += rows.values()
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    draw(path, path.with_suffix(".png"))
     console.print(f"results: {path}", soft_wrap=True)
+    try:
+        importlib.import_module("flashgrpo.bench.plots").draw(path, path.with_suffix(".png"))
+    except ImportError as error:  # a bare machine may lack matplotlib
+        console.print(f"no plot: {error}")
     return lines[1:]
 
 
@@ -199,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = [case for case in cases(options.sizes, dtype) if case.op in options.ops]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     budget_s = _BUDGETS_S[options.sizes] if options.budget is None else options.budget
     rows = run(chosen, options.providers, device, budget_s, console)
     show(rows, console)
