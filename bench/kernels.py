@@ -124,7 +124,7 @@ def measure(
                 calls[provider.name] = call
     slow = [name for name, ms in once.items() if ms > _SLOW * min(once.values())]
     turns = [([name for name in calls if name not in slow], None), *(([name], 1) for name in slow)]
-    for together, rounds in turns:
+    for together, rounds in turns if calls else []:
         with _noted(*(rows[name] for name in together)):
             timings = time_turns({x: calls[x] for x in together}, device, budget_s=budget_s, rounds=rounds)
             for name, timing in timings.items():
