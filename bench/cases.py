@@ -285,10 +285,11 @@ def cases(sizes: str, dtype: torch.dtype) -> Iterator[Case]:
         yield from (attention(op, 1, tokens // smaller) for op in ("attention_fwd", "attention"))
         yield from (rows(op, n // smaller, logits) for op in of_logits)
         yield rows("linear_logprobs", n // smaller, scored)
-        yield rows("linear_grpo_loss", 4 * n // smaller, hidden)
+        yield rows("linear_grpo_loss", n // smaller, hidden)
         yield rows("grpo_loss", many // smaller, {}, completions=64)
     if full:
         yield from (attention(op, 1, 4 * tokens) for op in ("attention_fwd", "attention"))
+        yield rows("linear_grpo_loss", 2 * n, hidden)
         yield rows("memory", 256 * 1024, hidden)  # last: some peers take many seconds
 
 

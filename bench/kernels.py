@@ -13,6 +13,7 @@ whole after each case; and a plot of time and memory beside it.
 """
 
 import contextlib
+import importlib
 import itertools
 import json
 import math
@@ -33,7 +34,6 @@ from torch import Tensor
 
 from flashgrpo.bench.cases import Case, Results, as_float64, cases, fold_prompts
 from flashgrpo.bench.peers import PROVIDERS, Call, Provider, providers
-from flashgrpo.bench.plots import draw
 from flashgrpo.bench.timing import (
     Limits,
     call_ms,
@@ -124,7 +124,7 @@ def measure(
                 calls[provider.name] = call
     slow = [name for name, ms in once.items() if ms > _SLOW * min(once.values())]
     turns = [([name for name in calls if name not in slow], None), *(([name], 1) for name in slow)]
-    for together, rounds in turns:
+    for together, rounds in turns if calls else []:
         with _noted(*(rows[name] for name in together)):
             timings = time_turns({x: calls[x] for x in together}, device, budget_s=budget_s, rounds=rounds)
             for name, timing in timings.items():
@@ -163,8 +163,11 @@ def run(
             measure(case, device, limits, offered, rows, budget_s=budget, deadline=deadline)
         lines += rows.values()
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    draw(path, path.with_suffix(".png"))
     console.print(f"results: {path}", soft_wrap=True)
+    try:
+        importlib.import_module("flashgrpo.bench.plots").draw(path, path.with_suffix(".png"))
+    except ImportError as error:  # a bare machine may lack matplotlib
+        console.print(f"no plot: {error}")
     return lines[1:]
 
 

@@ -176,7 +176,8 @@ def _flex(case: Case, x: Inputs) -> Callable[[], Tensor]:
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, fullgraph=True)  # which also makes it raise, not run eagerly, after 8 compilations
+    torch._dynamo.config.recompile_limit = 64  # many shapes; beyond it fullgraph raises where else it would run eagerly
+    return torch.compile(function, fullgraph=True)
 
 
 def _compiled_loss(inputs: Inputs) -> Tensor:

@@ -1,6 +1,7 @@
 """`flashgrpo bench kernels`: what its table says is true, and it survives whatever a peer does."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -119,6 +120,8 @@ def test_the_targets_shapes_are_measured_and_every_plot_has_a_sweep():
     ]:
         assert wanted in shapes
     for sizes in ("small", "full"):
+        names = [x.name for x in cases(sizes, torch.float32)]
+        assert len(set(names)) == len(names)
         for op in peers.PROVIDERS:
             assert sum(x.op == op and not x.variant for x in cases(sizes, torch.float32)) >= 2
 
@@ -238,6 +241,14 @@ def test_an_interrupted_run_leaves_what_was_measured(bench, tmp_path):
     assert [(row["provider"], row["tokens"]) for row in rows] == [("flashgrpo", 24), ("peer", 24)]
     assert all(row["p50_ms"] > 0 for row in rows)
     assert [x.suffix for x in tmp_path.iterdir()] == [".jsonl"]
+
+
+def test_a_machine_without_matplotlib_gets_its_numbers(bench, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flashgrpo.bench.plots", None)
+    code, rows = bench([OURS, TORCH])
+    assert code == 0
+    assert len(rows) == 5
+    assert "no plot" in capsys.readouterr().out
 
 
 def test_a_spent_budget_is_said_of_every_row(bench):
