@@ -39,12 +39,12 @@ def headline_table() -> list[str]:
     lines = (RESULTS / "step_amd_epyc.jsonl").read_text().splitlines()
     shared, repeated, peer = (json.loads(line)["p50_ms"] for line in lines[1:4])
     rows.append(
-        f"| its training part, prompts shared | {repeated / shared:.1f} times as fast as with repeated ones, "
+        f"| a training step, prompts shared | {repeated / shared:.1f} times as fast as with repeated ones, "
         f"{peer / shared:.1f} times as transformers with Liger's loss |"
     )
     rates = _read("generate_amd_epyc.json")["tokens_per_s"]
     rows.append(
-        f"| its sampling | {rates['native'] / rates['transformers']:.1f} times as fast as `transformers.generate`, "
+        f"| sampling, 8 completions a prompt | {rates['native'] / rates['transformers']:.1f} times as fast as `transformers.generate`, "
         f"{rates['native'] / rates['bare']:.1f} times as vLLM's CPU build |"
     )
     scores = {row["model"]: row["pass@1"] for row in _read("r1_tiny.json")}
