@@ -12,8 +12,9 @@ from typing import Any
 
 from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.bench.timing import ROOT, option_parser
+from flashgrpo.grpo.machines import MACHINES
 from flashgrpo.grpo.plan import plan
-from flashgrpo.grpo.plan_costs import MACHINES, Lengths
+from flashgrpo.grpo.plan_costs import Lengths
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
 from flashgrpo.grpo.scores import markdown_of
 from flashgrpo.model.config import ModelConfig
@@ -44,7 +45,8 @@ def headline_table() -> list[str]:
     )
     rates = _read("generate_amd_epyc.json")["tokens_per_s"]
     rows.append(
-        f"| sampling, 8 completions a prompt | {rates['native'] / rates['transformers']:.1f} times as fast as `transformers.generate`, "
+        f"| sampling, 8 completions a prompt | {rates['native'] / rates['transformers']:.1f} times as fast as "
+        "`transformers.generate`, "
         f"{rates['native'] / rates['bare']:.1f} times as vLLM's CPU build |"
     )
     scores = {row["model"]: row["pass@1"] for row in _read("r1_tiny.json")}

@@ -48,7 +48,7 @@ from flashgrpo.bench.timing import (
     results_folder,
     slug,
 )
-from flashgrpo.grpo.plan_costs import peak_flops
+from flashgrpo.grpo.machines import peak_flops
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.files import write_text
 from flashgrpo.model.footprint import BlockActivations, ModelSize
@@ -153,7 +153,7 @@ def _run(
         opened.append(side)
         row["loss"], row["grad_norm"] = (float(value) for value in side.step())
 
-    device = torch.device("cuda" if dtype == torch.bfloat16 else "cpu")
+    device = torch.device("cuda", 0) if dtype == torch.bfloat16 else torch.device("cpu")
     peak = peak_mib(open_and_step, device)
     side = opened.pop()
     row |= {"peak_mib": max(peak, row.get("peak_mib", 0.0)), "fed_tokens": side.num_tokens}
@@ -174,10 +174,11 @@ def _room(config: ModelConfig, options: argparse.Namespace, device: torch.device
 
     def fitting(checkpointing: str) -> int:
         block = BlockActivations.of(config, checkpointing, 2)
-        return int(left / (config.num_layers * block.kept + block.recomputed + block.working))
+        room = left / 2 if checkpointing == "none" else left  # transformers' layers keep about twice as much as ours
+        return int(room / (config.num_layers * block.kept + block.recomputed + block.working))
 
     kinds = [options.checkpointing] if options.checkpointing else ["none", "selective", "full"]
-    checkpointing = next((kind for kind in kinds if fitting(kind) >= 2 * longest), kinds[-1])
+    checkpointing = next((kind for kind in kinds if fitting(kind) >= longest), kinds[-1])
     return checkpointing, options.token_budget or max(min(fitting(checkpointing), 65_536), longest)
 
 
@@ -193,8 +194,8 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     defaults = {"groups": 4, "group_size": 16, "prompt_tokens": 512, "mean": 2048, "cap": 16_384, "steps": 2}
     if not on_gpu:
         defaults = {"groups": 2, "group_size": 8, "prompt_tokens": 256, "mean": 64, "cap": 256, "steps": 3}
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), help="default: the least that fits")
     options = parser.parse_args(arguments)
     store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
     try:
         where = machine(device)
         limits = measure_limits(device)

@@ -10,6 +10,7 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -135,16 +136,16 @@ def console() -> Console:
 def machine(device: torch.device) -> dict[str, Any]:
     """What a row of results was measured on: device, versions, commit (or COMMIT, where there is no git)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    git = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    describe, commit = ["git", "describe", "--always", "--abbrev=40", "--dirty"], ""
+    if shutil.which("git"):
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": name,
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
+        "commit": commit or os.environ.get("COMMIT", "unknown"),
     }
 
 

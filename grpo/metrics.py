@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flashgrpo.grpo.balance import PackPlan
 from flashgrpo.grpo.learner import Learner, Stats
+from flashgrpo.grpo.machines import peak_flops
 from flashgrpo.grpo.mixture import Position
 from flashgrpo.grpo.packing import is_dead
-from flashgrpo.grpo.plan_costs import peak_flops
 from flashgrpo.grpo.progress import Clock, peak_memory_mb
 from flashgrpo.grpo.reward_table import RewardTable
 from flashgrpo.grpo.rollout import Rollout

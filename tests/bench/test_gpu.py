@@ -1,6 +1,7 @@
 """One command for a bare machine with a GPU: no part takes the others along."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -31,6 +32,14 @@ def test_a_part_that_fails_or_hangs_is_told_and_the_next_one_runs(tmp_path, caps
     for text in ("out of memory", "begun", "all is well"):
         assert text in printed
     assert (tmp_path / "gpu_hangs.log").read_text() == "begun\n"
+
+
+def test_a_bare_machine_is_enough():
+    """What the kernels' and the step's benchmarks import, directly or not."""
+    missing = "pydantic", "tomli_w", "datasets", "lingua", "math_verify", "reasoning_gym", "tensorboard", "vllm"
+    code = f"import sys; sys.modules |= dict.fromkeys({missing})\nimport flashgrpo.bench.gpu, flashgrpo.bench.kernels"
+    ended = subprocess.run(python(f"{code}, flashgrpo.bench.step"), capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_all_parts_fit_nine_minutes():

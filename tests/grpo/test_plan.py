@@ -21,9 +21,10 @@ from flashgrpo.bench.shapes import SHAPES as PUBLISHED
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool
+from flashgrpo.grpo.machines import MACHINES, Machine, peak_flops
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.plan import plan, plan_recipe
-from flashgrpo.grpo.plan_costs import MACHINES, MATMUL_SHARE, Costs, Lengths, Machine, peak_flops
+from flashgrpo.grpo.plan_costs import MATMUL_SHARE, Costs, Lengths
 from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, load_recipe, recipe_to_toml
 from flashgrpo.grpo.run_folder import RunFolder
