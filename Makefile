@@ -53,7 +53,7 @@ soak: setup
 gpu-test:
 	@python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU")'
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
-	PYTHONPATH=.types python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib -q --durations 10 tests/kernels
+	PYTHONPATH=.types:$$PYTHONPATH python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib -q --durations 10 tests/kernels
 
 # All benchmarks of one GPU, within nine minutes, on the same machine with transformers and rich; WHEELS is a folder of
 # peers' wheels, COMMIT what the results should name where there is no git.

@@ -31,6 +31,7 @@ CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 _LOGITS_STD = 4.0  # about 4 nats of entropy at a vocabulary of 128k
 _GROUP = 8
 _GATE_TOKENS = 128
+_GATE_CHUNKED = 6144 + 128  # from hidden states on a GPU: more than `linear_grpo` takes at once
 _WANTED = {
     "attention": ("q", "k", "v"),
     "gather_grpo_loss": ("logits",),
@@ -104,7 +105,8 @@ class Case:
         if self.is_attention:
             s |= {key: min(s[key], most) for key, most in (("sequences", 4), ("length", 512), ("completion", 128))}
         else:
-            s["n"] = min(s["n"], _GATE_TOKENS)
+            most = _GATE_CHUNKED if "hidden" in s and self.dtype == torch.bfloat16 else _GATE_TOKENS
+            s["n"] = min(s["n"], most)
             s["completions"] = min(s["completions"], _GROUP)
         return Case("linear_grpo_loss" if self.op == "memory" else self.op, self.dtype, s, self.variant)
 

@@ -147,7 +147,12 @@ def transformers_sampler(model: Path, requests: Sequence[Request], max_new_token
 
     def sample() -> None:
         output = causal.generate(
-            input_ids=ids, do_sample=True, num_return_sequences=len(requests[0].seeds), pad_token_id=0, **lengths
+            input_ids=ids,
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=len(requests[0].seeds),
+            pad_token_id=0,
+            **lengths,
         )
         assert output.shape[1] == ids.shape[1] + max_new_tokens
 

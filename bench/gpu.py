@@ -23,9 +23,9 @@ from rich.table import Table
 from flashgrpo.bench.timing import ROOT, option_parser, results_folder
 
 PARTS = {  # command, seconds
-    "tests": (["make", "gpu-test"], 200),
-    "kernels": ([sys.executable, "-m", "flashgrpo.bench.kernels"], 200),
-    "step": ([sys.executable, "-m", "flashgrpo.bench.step"], 130),
+    "tests": (["make", "gpu-test"], 180),
+    "kernels": ([sys.executable, "-m", "flashgrpo.bench.kernels"], 190),
+    "step": ([sys.executable, "-m", "flashgrpo.bench.step"], 140),
 }
 
 
@@ -64,26 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("flashgrpo: torch finds no GPU; on a CPU run `flashgrpo bench kernels` and `bench step`", file=sys.stderr)
         return 2
+    folder = results_folder()
+    folder.mkdir(parents=True, exist_ok=True)
     paths = [path] if (path := os.environ.get("PYTHONPATH")) else []
     if options.wheels:
-        site = ROOT / ".wheels"
-        install = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-index",
-            "--no-deps",
-            "--upgrade",
-            "--target",
-            site,
-        ]
-        installed = subprocess.run([*install, *sorted(options.wheels.glob("*.whl"))], check=False)
-        print(f"wheels of {options.wheels}: {'installed' if installed.returncode == 0 else 'NOT installed'}")
-        paths.insert(0, str(site))
+        site, wheels = str(ROOT / ".wheels"), [str(wheel) for wheel in sorted(options.wheels.glob("*.whl"))]
+        install = f"{sys.executable} -m pip install -q --no-index --no-deps --upgrade --target".split()
+        run_parts({"wheels": ([*install, site, *wheels], 30)}, folder, os.environ)
+        paths.insert(0, site)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
-    folder = results_folder()
     outcomes = run_parts({name: PARTS[name] for name in options.parts}, folder, environment)
     table = Table("part", "outcome", "seconds", box=SIMPLE)
     for name, (outcome, seconds) in outcomes.items():

@@ -124,9 +124,17 @@ def measure(
                 calls[provider.name] = call
     slow = [name for name, ms in once.items() if ms > _SLOW * min(once.values())]
     turns = [([name for name in calls if name not in slow], None), *(([name], 1) for name in slow)]
-    for together, rounds in turns if calls else []:
-        with _noted(*(rows[name] for name in together)):
+    while turns and calls:
+        together, rounds = turns.pop(0)
+        try:
             timings = time_turns({x: calls[x] for x in together}, device, budget_s=budget_s, rounds=rounds)
+        except Exception:  # one of them: it alone shall be told
+            if len(together) > 1:
+                turns += [([name], rounds) for name in together]
+                continue
+            with _noted(rows[together[0]]):
+                raise
+        else:
             for name, timing in timings.items():
                 seconds = timing.p50_ms / 1e3
                 rows[name] |= asdict(timing) | {
@@ -262,7 +270,7 @@ def _describe(case: Case, limits: Limits) -> Row:
 
 
 def _is_fault(row: Row) -> bool:
-    return row["provider"].startswith("flashgrpo") and row["status"] in ("wrong", "failed")
+    return row["provider"].startswith("flashgrpo") and row["status"] in ("wrong", "failed", "out of memory")
 
 
 def _cells(row: Row) -> list[str]:

@@ -21,15 +21,15 @@ from flashgrpo.grpo.balance import plan_packs
 from flashgrpo.grpo.learner import Learner, Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.kernels.grpo_loss import LossConfig
-from flashgrpo.model.batch import PackedBatch
+from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import empty_decoder
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.decoder import huggingface_views
 from flashgrpo.model.flops import ModelFlops
-from flashgrpo.model.sharding import local_rows, shard
+from flashgrpo.model.sharding import free_gathered, local_rows, shard
 
 LOSS = LossConfig.preset("dapo")
-_CHUNK = 1024  # rows of logits that plain torch holds at once
+_CHUNK = 4096  # rows of logits that plain torch holds at once
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,12 @@ class Workload:
         """Of all prompts and completions, each prompt once a completion."""
         return self.num_targets + sum(len(group.prompt_ids) * len(group.completions) for group in self.groups)
 
+    def first(self) -> list[Group]:
+        """Two completions."""
+        if len(self.groups[0].completions) > 1:
+            return [Group(self.groups[0].prompt_ids, self.groups[0].completions[:2])]
+        return self.groups[:2]
+
     def repeated(self) -> "Workload":
         """The same, every completion with a prompt of its own."""
         groups = [Group(group.prompt_ids, [completion]) for group in self.groups for completion in group.completions]
@@ -114,6 +120,14 @@ class Ours:
         self.denominator, self.advantages = float(work.num_targets), torch.from_numpy(work.advantages).to(self.device)
         self.num_tokens = sum(batch.total_tokens for batch in self.batches)
 
+    @torch.no_grad()
+    def probe(self, work: Workload) -> Tensor:
+        """Hidden states that predict the first two completions, [num_targets, hidden_size]."""
+        batch = build_batch(work.first()).to(self.device)
+        hidden = gather_predictors(self.model(batch), batch).float()
+        free_gathered(self.model)
+        return hidden
+
     def step(self) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm, of the weights before the update."""
         stats, norm = self.learner.update(self.batches, self._loss)
@@ -129,7 +143,7 @@ class _Padded:
     """A micro-batch of the peer: right-padded rows, or all in one row without padding."""
 
     input_ids: Tensor  # [rows, longest], or [1, total_tokens]
-    options: dict[str, Tensor]  # attention_mask, or position_ids
+    options: dict[str, Tensor]  # position_ids, where all are in one row
     predictors: Tensor  # [num_completions, longest completion], rows of the flat hidden states
     targets: Tensor  # the same shape
     mask: Tensor  # the same shape, 1.0 for tokens of a completion
@@ -196,7 +210,7 @@ class Peer:
         else:
             starts = np.arange(len(texts)) * longest
             ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
-            options = {"attention_mask": (torch.arange(longest) < torch.tensor([[len(text)] for text in texts])).long()}
+            options = {}  # causal, so that no token sees the padding behind it: a mask would only slow attention down
         columns = torch.arange(width)
         lengths = torch.tensor([[len(text) - prompt] for text, prompt in zip(texts, prompts, strict=True)])
         mask = columns < lengths
@@ -208,14 +222,24 @@ class Peer:
         options = {name: put(value) for name, value in options.items()}
         return _Padded(put(ids), options, put(predictors), put(targets), put(mask.float()), put(own))
 
+    @torch.no_grad()
+    def probe(self, work: Workload) -> Tensor:
+        """As `Ours.probe`."""
+        batch = self._build(Workload(work.first(), work.advantages).repeated().groups, work.advantages)
+        return self._hidden(batch)[batch.mask.bool()].float()
+
+    def _hidden(self, batch: _Padded) -> Tensor:  # [num_completions, longest completion, hidden_size]
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.model.model(batch.input_ids, **batch.options).last_hidden_state
+        return hidden.to(self.dtype).flatten(0, 1)[batch.predictors]
+
     def step(self) -> tuple[Tensor, Tensor]:
         """As `Ours.step`."""
         losses = []
         for batch in self.batches:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                hidden = self.model.model(batch.input_ids, **batch.options).last_hidden_state
-                with record_function("loss"):
-                    loss = self.loss(hidden.flatten(0, 1)[batch.predictors], batch)
+            hidden = self._hidden(batch)
+            with record_function("loss"):
+                loss = self.loss(hidden, batch)
             loss.backward()
             losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), AdamW().grad_clip, foreach=True)
@@ -243,8 +267,10 @@ class Peer:
         hidden, targets = hidden.flatten(0, 1)[rows], batch.targets.flatten()[rows]
         advantages = batch.advantages[rows // batch.mask.shape[1]]
 
+        weight = self.model.lm_head.weight.to(hidden.dtype)
+
         def chunk_loss(hidden: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
-            logits = (hidden @ self.model.lm_head.weight.T.to(hidden.dtype)).float()
+            logits = (hidden @ weight.T).float()
             logprobs = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
             return -(torch.exp(logprobs - logprobs.detach()) * advantages).sum()
 

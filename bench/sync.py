@@ -30,8 +30,13 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
         for name in options.generators:
             generator, source = opened(recipe_for(model, name, 64, options.devices), world, 64)
             try:
-                sync = {name: lambda own=generator, weights=source: own.load_weights(weights, 1)}
-                timing = time_turns(sync, torch.device("cpu"), rounds=-(-options.rounds // 2))[name]
+
+                def sync(own: Any = generator, weights: Any = source) -> None:
+                    own.load_weights(weights, 1)
+                    if torch.cuda.is_available():  # native, it is only queued
+                        torch.cuda.synchronize()
+
+                timing = time_turns({name: sync}, torch.device("cpu"), rounds=-(-options.rounds // 2))[name]
             finally:
                 generator.close()
             found[name], spread[name], size = timing.p50_ms / 1e3, timing.spread, source.num_bytes

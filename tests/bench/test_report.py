@@ -104,12 +104,13 @@ def test_the_kernels_table_has_the_fastest_peer_that_is_right():
 
 
 def test_a_side_that_failed_stands_in_the_step_table():
-    row = {"model": "m", "side": "s", "p50_ms": 500.0, "tokens_per_s": 2e3, "mfu": 0.5, "peak_mib": 1024.0}
+    row = {"model": "m", "side": "s", "p50_ms": 500.0, "tokens_per_s": 2e3, "useful_mfu": 0.5, "peak_mib": 1024.0}
+    row |= {"trained_tokens_per_s": 500.0, "checkpointing": "full"}
     failed = {"model": "m", "side": "t", "error": "OutOfMemoryError: full"}
     rows = report.step_table([{}, row | {"shares": {"attention": 0.25, "linear": 0.75}}, failed])
     assert rows[2:] == [
-        "| m | s | 0.50 | 2,000 | 50% | 1.00 | 25%, 75% |",
-        "| m | t | OutOfMemoryError: full | | | | |",
+        "| m | s, full activation checkpointing | 0.50 | 2,000 | 500 | 50% | 1.00 | 25%, 75% |",
+        "| m | t | OutOfMemoryError: full | | | | | |",
     ]
 
 

@@ -1,7 +1,9 @@
 """The step's benchmark compares equal work, and says so where it does not."""
 
 import argparse
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_rows_say_how_fast_each_side_was(tiny, mesh):
     for row in rows.values():
         assert "error" not in row
         assert row["rounds"] == 4
-        assert row["mfu"] == pytest.approx(row["useful_flops"] / (row["p50_ms"] / 1e3) / 1e12)
+        assert row["useful_mfu"] == pytest.approx(row["useful_flops"] / (row["p50_ms"] / 1e3) / 1e12)
         assert sum(row["shares"].values()) == pytest.approx(1)
         assert min(row["shares"].values()) > 0
     assert rows[SHARED]["fed_tokens"] < rows[REPEATED]["fed_tokens"]
@@ -87,8 +89,68 @@ def test_a_peer_that_does_other_work_is_not_timed(tiny, mesh, monkeypatch):
     monkeypatch.setattr(Peer, "_plain", lambda self, hidden, batch: 1.01 * plain(self, hidden, batch))
     *ours, peer = measure("small", OPTIONS, CPU, peak=1e12)
     assert "p50_ms" not in peer
-    assert peer["error"].startswith("ValueError: loss is ")
+    assert peer["error"].startswith("ValueError: grad_norm is ")
     assert all("p50_ms" in row for row in ours)
+
+
+@pytest.mark.parametrize("fault", ["positions", "prompts", "order"])
+def test_a_side_of_other_positions_or_masks_is_not_timed(tiny, mesh, monkeypatch, fault):
+    """At the tolerance of bf16, too."""
+    build = step_sides.build_batch
+
+    def faulty(groups):
+        batch = build(groups)
+        if len(batch.completions_per_prompt) == 1 and fault != "order":  # the side with shared prompts is the reference
+            return batch
+        changes = {
+            "positions": {"position_ids": torch.zeros_like(batch.position_ids)},
+            "prompts": {"prefix": torch.full_like(batch.prefix, -1)},
+            "order": {"position_ids": torch.arange(batch.total_tokens)},
+        }[fault]
+        return dataclasses.replace(batch, **changes)
+
+    monkeypatch.setattr(step_sides, "build_batch", faulty)
+    monkeypatch.setitem(step._TOLERANCE, torch.float32, step._TOLERANCE[torch.bfloat16])
+    rows = measure("small", OPTIONS, CPU, peak=1e12)
+    assert any(row.get("error", "").startswith("ValueError: hidden states are ") for row in rows)
+
+
+def test_one_side_that_fails_leaves_the_others(tiny, mesh, monkeypatch):
+    """Also the first, to which the others are compared, and an error without a message."""
+
+    probe = Ours.probe
+
+    def failing(self, work):
+        if len(work.groups) == SIZES["groups"]:
+            raise AssertionError
+        return probe(self, work)
+
+    monkeypatch.setattr(Ours, "probe", failing)
+    written = []
+    rows = measure("small", OPTIONS, CPU, 1e12, lambda rows: written.append([dict(row) for row in rows]))
+    assert rows[0]["error"].startswith("AssertionError")
+    assert all("p50_ms" in row for row in rows[1:])
+    assert ["p50_ms" in row for row in written[1]] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("flashgrpo::packed_attention", "attention"),
+        ("flashgrpo::packed_attention_backward", "attention"),
+        ("GeneratedBackwardFor_flashgrpo_packed_attention_default", "attention"),
+        ("_LinearGRPOLoss", "loss"),
+        ("flashgrpo::linear_grpo_loss", "loss"),
+        ("LigerFusedLinearGRPOFunction", "loss"),
+        ("Optimizer.step#AdamW.step", "optimizer"),
+        ("aten::silu", "other"),
+    ],
+)
+def test_operators_are_told_apart_by_name(name, part):
+    """The Triton operators run on a GPU alone; a kernel counts with the operator around it."""
+    outer = SimpleNamespace(name=name, sequence_nr=-1, cpu_parent=None)
+    inner = SimpleNamespace(name="aten::copy_", sequence_nr=-1, cpu_parent=outer)
+    assert step._part(inner, set()) == part
 
 
 def test_what_does_not_fit_is_a_row_and_ends_nothing(tiny, monkeypatch, tmp_path, capsys):
