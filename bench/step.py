@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     defaults = {"groups": 4, "group_size": 16, "prompt_tokens": 512, "mean": 2048, "cap": 16_384, "steps": 1}
     if not on_gpu:
-        defaults = {"groups": 2, "group_size": 8, "prompt_tokens": 256, "mean": 64, "cap": 256, "steps": 3}
+        defaults = {"groups": 2, "group_size": 8, "prompt_tokens": 256, "mean": 64, "cap": 256, "steps": 6}
     parser = option_parser("step", __doc__)
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=["Qwen2.5-1.5B" if on_gpu else "small"])
     for name, default in defaults.items():
