@@ -36,9 +36,8 @@ _BENCHMARKS = {  # modules of bench/, each with a `main`
 }
 
 # For torch's threads on a CPU, read when it is imported: how long they wait for each other awake. It should be longer
-# than the Python between two operators of a decoding step, or each of them must wake a thread, and far shorter than a
-# turn of the scheduler, or where another process wants a core, waiting for the thread that lost it takes most of a
-# step. Sampling on 2 cores is 1.6 times as fast as with 2,000, both idle and beside two busy processes.
+# than the Python between two operators of a decoding step, or each of them must wake a thread: sampling on 2 cores is
+# 1.6 times as fast as with 2,000. Beside a busy process no thread should wait so: model/threads.py takes it away.
 _SPIN_COUNT = "50000"
 
 

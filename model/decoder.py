@@ -23,6 +23,7 @@ from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.linear import ONEDNN_PRODUCT, Linear, padded_rows, product, weight_gradient
 from flashgrpo.model.rope import apply_rope, rotary_cos_sin
+from flashgrpo.model.threads import fit_threads
 
 # (layer index, q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim]) -> [n, num_heads, head_dim];
 # q and k come after QK norm and RoPE
@@ -100,6 +101,8 @@ class Decoder(nn.Module):
         if self.activation_checkpointing not in get_args(ActivationCheckpointing):
             wanted = ", ".join(get_args(ActivationCheckpointing))
             raise ValueError(f"activation_checkpointing is {self.activation_checkpointing!r}; wanted one of {wanted}")
+        if input_ids.is_cpu:
+            fit_threads()
         cos, sin = rotary_cos_sin(self.config.rope, self.config.head_dim, position_ids)
         hidden = self.model.embed_tokens(input_ids)
         for index, block in enumerate(self.model.layers):

@@ -1,0 +1,61 @@
+"""How many threads torch takes on a CPU: as many as other processes leave it processors, measured as it computes.
+
+The threads of an operator wait for the slowest of them, and wait awake (GOMP_SPINCOUNT, see grpo/cli.py): where another
+process has taken the processor of one, the others burn theirs until the scheduler comes round, at every operator. With
+a thread on each of two processors and one busy process beside them, SFT falls to a fifteenth; a single thread has a
+processor to itself and keeps three quarters.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+
+import torch
+
+_INTERVAL_S = 0.5  # long for the clock ticks that processor time is counted in, short beside a step
+_REMEMBERED = 4  # intervals: a thread too many costs far more than one too few, so it comes back late
+_TOLERATED = 0.35  # of a processor: with more of it taken, a thread costs more than it gives
+
+
+class _Threads:
+    def __init__(self) -> None:
+        self.most = self.given = 0  # that somebody asked for, and that torch has been given since
+        self.taken: deque[float] = deque(maxlen=_REMEMBERED)  # processors that others took, of late
+        self.measured_at = self.own_s = 0.0
+
+    def fit(self) -> None:
+        now = time.monotonic()
+        is_main = threading.current_thread() is threading.main_thread()  # torch counts each thread's own
+        if now - self.measured_at < _INTERVAL_S or not is_main:
+            return
+        if torch.get_num_threads() != self.given:  # changed by OMP_NUM_THREADS, torchrun or torch.set_num_threads
+            self.most = self.given = torch.get_num_threads()
+        if self.most == 1:
+            return
+        import psutil  # not where kernels alone are installed
+
+        shares, own_s = psutil.cpu_percent(percpu=True), time.process_time()  # shares: since the last call
+        cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
+        busy = sum(share / 100 for cpu, share in enumerate(shares) if cpu in cpus)
+        own = (own_s - self.own_s) / (now - self.measured_at)
+        is_first, self.measured_at, self.own_s = not self.measured_at, now, own_s
+        if is_first:
+            return
+        self.taken.append(busy - own)
+        self.given = max(1, min(self.most, int(len(cpus) - max(self.taken) + _TOLERATED)))
+        if self.given != torch.get_num_threads():
+            torch.set_num_threads(self.given)
+
+
+_threads = _Threads()
+
+
+@torch.compiler.disable
+def fit_threads() -> None:
+    """Give torch the threads that have a processor to themselves: one or more, at most those that were asked for.
+
+    Called at every pass through a decoder on a CPU; measures twice a second. A thread that was taken away comes back
+    after two quiet seconds.
+    """
+    _threads.fit()

@@ -1,0 +1,74 @@
+import itertools
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from flashgrpo.model import threads
+
+CPUS = 4
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(threads, "_threads", threads._Threads())
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """A machine of four processors: half a second passes at each call, in which others take so many of them."""
+    clock = itertools.count(100.0, 0.5)
+    monkeypatch.setattr(threads.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(threads.time, "process_time", lambda: 0.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(CPUS)), raising=False)
+
+    def measured(taken: float, times: int = 1) -> int:
+        monkeypatch.setattr(psutil, "cpu_percent", lambda percpu: [100 * taken / CPUS] * CPUS)
+        for _ in range(times):
+            threads.fit_threads()
+        return torch.get_num_threads()
+
+    measured(0.0)  # the first one only begins to count
+    return measured
+
+
+def test_threads_leave_the_processors_that_others_use_and_come_back_when_those_are_done(measure):
+    torch.set_num_threads(4)
+    assert measure(0.2) == 4
+    assert measure(1.0) == 3
+    assert measure(2.6) == 1
+    assert measure(9.0) == 1
+    assert measure(0.0, times=threads._REMEMBERED - 1) == 1  # a pause of a busy process is not its end
+    assert measure(0.0) == 4
+
+
+def test_never_more_threads_than_were_asked_for(measure):
+    assert measure(0.0) == 2
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does, and torchrun
+    assert measure(0.0, times=8) == 1
+    torch.set_num_threads(3)
+    assert measure(0.0) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_beside_a_real_busy_process_a_thread_less_computes():
+    """Otherwise `make demo` beside a build takes ten times as long."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        deadline = time.monotonic() + 60
+        while torch.get_num_threads() == 2 and time.monotonic() < deadline:
+            threads.fit_threads()
+            time.sleep(0.05)
+        assert torch.get_num_threads() == 1
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
