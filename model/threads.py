@@ -51,11 +51,11 @@ class _Threads:
 _threads = _Threads()
 
 
-@torch.compiler.disable
 def fit_threads() -> None:
     """Give torch the threads that have a processor to themselves: one or more, at most those that were asked for.
 
     Called at every pass through a decoder on a CPU; measures twice a second. A thread that was taken away comes back
     after two quiet seconds.
     """
-    _threads.fit()
+    if not torch.compiler.is_compiling():
+        _threads.fit()
