@@ -1,11 +1,15 @@
 """Processes of the trainer's own: fresh interpreters at the other end of a pipe, which end when it closes."""
 
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
+
+from flashgrpo.grpo.interrupts import SIGNALS
 
 _START_LIMIT_S = 1800.0
 
@@ -15,12 +19,13 @@ def start_child(
 ) -> tuple[subprocess.Popen, Connection]:
     """A process that runs `serve`, a function of a module, with the file descriptor of its end of a pipe; and our end.
 
-    The process hears no Ctrl-C and does not import the main script.
+    The process hears neither Ctrl-C nor the signals that ask for the same, which a terminal or a scheduler sends to
+    every process, and does not import the main script.
     """
     ours, theirs = multiprocessing.Pipe()
-    command = (  # Ctrl-C is ignored before anything that takes time is imported
-        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-        f"sys.path[:] = {sys.path!r}; from {serve.__module__} import serve; serve({theirs.fileno()})"
+    command = (  # before anything that takes time is imported
+        f"import sys; sys.path[:] = {sys.path!r}; import {__name__}; {__name__}.ignore_signals(); "
+        f"from {serve.__module__} import serve; serve({theirs.fileno()})"
     )
     with theirs:
         process = subprocess.Popen(
@@ -31,6 +36,19 @@ def start_child(
             process_group=process_group,
         )
     return process, ours
+
+
+def ignore_signals() -> None:
+    """By this process alone: a function of a user's that ends a process of its own by SIGTERM can do so."""
+
+    def restore() -> None:
+        for number in SIGNALS[1:]:
+            signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS[1:]:
+        signal.signal(number, lambda *_: None)  # unlike SIG_IGN, what is started by exec does not inherit it
+    os.register_at_fork(after_in_child=restore)
 
 
 class Child:

@@ -1,6 +1,6 @@
 """The `flashgrpo` command.
 
-Exit codes: 2 for what is wrong before the first step, 1 for a later failure, 130 for Ctrl-C.
+Exit codes: 2 for what is wrong before the first step, 1 for a later failure, 130 for Ctrl-C, 128 + n for signal n.
 """
 
 import argparse
@@ -10,11 +10,14 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from flashgrpo.grpo.interrupts import Interrupts
 
 _RUNS = {  # commands that run a recipe; what a command needs is imported by it: --help must not wait for torch
     "train": "train a policy by GRPO",
@@ -65,10 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
         if "." not in override and (flag := difflib.get_close_matches(override, flags, n=1)):
             print(f"flashgrpo: {override}: did you mean {flag[0]}?", file=sys.stderr)
             return 2
+    interrupts = Interrupts()
     try:
-        return options.run(options, overrides) or 0
-    except KeyboardInterrupt:
-        return 130
+        with interrupts, interrupts.allowed():
+            return options.run(options, overrides) or 0
+    except KeyboardInterrupt as stop:
+        return 128 + getattr(stop, "signum", signal.SIGINT)
     except Exception as error:  # the one place that turns the package's own errors into a line and an exit code
         return _report(error)
 

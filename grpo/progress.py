@@ -1,15 +1,11 @@
-"""What a person sees while a run works: progress bar, phase clock, and a Ctrl-C that never tears an update apart."""
+"""What a person sees while a run works: progress bar and phase clock."""
 
-import contextlib
-import os
-import signal
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -64,47 +60,6 @@ class StepBar:
         is_shown = step == 1 or step * _LINES // self.total > (step - 1) * _LINES // self.total
         if is_shown and not (console.is_terminal or console.quiet):
             print(f"{self.title} {step}: {values}", file=sys.stderr, flush=True)
-
-
-class Interrupts:
-    """Ctrl-C while a run works: held back, but for blocks that are `allowed` to be torn apart.
-
-    A second one ends the process at once, with nothing saved.
-    """
-
-    def __init__(self) -> None:
-        self.received = self._raises = False
-        self._before: Any = signal.SIG_DFL
-
-    def __enter__(self) -> "Interrupts":
-        with contextlib.suppress(ValueError):  # not the main thread: signals never arrive here
-            self._before = signal.signal(signal.SIGINT, self._hold)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, self._before)
-
-    @contextmanager
-    def allowed(self) -> Iterator[None]:
-        """Within the block, and for one that came before it, Ctrl-C raises KeyboardInterrupt."""
-        self._raises = True
-        try:
-            if self.received:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self._raises = False
-
-    def _hold(self, signum, frame) -> None:
-        if self.received:  # an exception here would save what is half updated
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        self.received = True
-        if self._raises:
-            raise KeyboardInterrupt
-        if not console.quiet:
-            os.write(2, b"\nCtrl-C: finishing this update, then a checkpoint; again to stop at once\n")
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -75,7 +75,7 @@ class RunLoop(abc.ABC):
     def run(self) -> Path:
         """Every step that is left, then the final model; returns its folder.
 
-        Ctrl-C and a reward or generator that fails leave a checkpoint of the last whole step.
+        Ctrl-C, a signal and a reward or generator that fails leave a checkpoint of the last whole step.
         """
         self.folder.start()
         with self.world.interrupts:

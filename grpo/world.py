@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from flashgrpo.grpo.interrupts import Interrupts
 from flashgrpo.grpo.policy import resolve_device
-from flashgrpo.grpo.progress import Interrupts, console
+from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import AnyRecipe, CollectRecipe, PipelineRecipe, RecipeError, recipe_to_toml
 from flashgrpo.grpo.rewards import RewardFailure
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool
-from flashgrpo.grpo.progress import Interrupts
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, recipe_to_toml
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder, RunInputError, newest_checkpoint, read_rows
@@ -314,38 +313,6 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(recipe_values, custom_reward
     assert process.returncode == 1, errors
     assert "step_1 is kept: free some space and continue with --resume" in errors
     assert [p.name for p in Path(tmp_path, "run/checkpoints").iterdir()] == ["step_1"]
-
-
-def test_interrupts_wait_for_a_block_that_allows_them():
-    order = []
-    with Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
-        order.append("update finished")
-        with pytest.raises(KeyboardInterrupt), interrupts.allowed():
-            order.append("the next rollout began")
-    assert order == ["update finished"]
-
-
-def test_an_allowed_block_is_interrupted_at_once():
-    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt), interrupts.allowed():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
-
-
-def test_a_second_interrupt_ends_the_process_with_nothing_saved():
-    code = (
-        "import os, signal\n"
-        "from flashgrpo.grpo.progress import Interrupts\n"
-        "try:\n"
-        "    with Interrupts():\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "finally:\n"
-        "    print('saved what was half updated')\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ended.returncode == -signal.SIGINT
-    assert ended.stdout == ""
 
 
 def test_ctrl_c_in_an_evaluation_is_made_up_for(recipe, tmp_path, monkeypatch):
