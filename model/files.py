@@ -1,12 +1,22 @@
-"""Files and folders that appear under their name only when every byte of them is on the disk."""
+"""Files and folders that appear under their name only when every byte of them is on the disk; what is in them."""
 
 import contextlib
+import errno
+import fcntl
 import functools
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import tomllib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+LOCK = ".lock"
+_INTEGER_BITS = 63
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,21 +68,101 @@ def recover(folder: Path) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of every file in a folder with its name; files are read once as long as they stay."""
+    """SHA-256 of a file, or of every file in a folder, but hidden ones, with its name; files are read once as long as
+    they stay.
+    """
     path = path.expanduser()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p.relative_to(path))]
     digest = hashlib.sha256()
-    for file in files:
-        state = file.stat()
+    states = [file.stat() for file in files]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(_known_hash, files, [s.st_size for s in states], [s.st_mtime_ns for s in states])
+    for file, state, found in zip(files, states, hashes, strict=True):
         digest.update(f"{file.relative_to(path)}\n{state.st_size}\n".encode())
-        digest.update(_file_hash(file, state.st_size, state.st_mtime_ns))
+        digest.update(bytes.fromhex(found))
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=1024)
-def _file_hash(file: Path, size: int, mtime_ns: int) -> bytes:
+def is_hidden(path: Path) -> bool:
+    """Whether a relative path is, or leads through, one whose name begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def hash_files(files: Sequence[Path]) -> list[str]:
+    """The SHA-256 of each, read now, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        return [*pool.map(_hash, files)]
+
+
+def _hash(file: Path) -> str:
     with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_hash(file: Path, size: int, mtime_ns: int) -> str:
+    return _hash(file)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What the JSON in `text` holds; raises ValueError, with one line, for whatever is wrong with it."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """What the TOML in `text` holds; raises ValueError, with one line, for whatever is wrong with it."""
+    try:
+        values = tomllib.loads(text)
+        _refuse_long_integers(values)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return values
+
+
+def _refuse_long_integers(value: Any, key: str = "") -> None:
+    """TOML's have 64 bits, and Python's parser does not say so."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_long_integers(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_long_integers(item, key)
+    elif isinstance(value, int) and value.bit_length() > _INTEGER_BITS:
+        raise ValueError(f"{key} is an integer of {value.bit_length()} bits, wanted at most {_INTEGER_BITS}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, which is made where it is missing, against other processes, until the block or this process ends.
+
+    Nothing stays of a folder in which the block has left nothing. Raises BlockingIOError, which says who holds it, and
+    OSError where it cannot be written.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BlockingIOError(f"{folder} is in use by {file.read().strip() or 'another process'}") from None
+        except OSError as error:  # a file system without locks
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.glob("*")] == [LOCK]:
+                (folder / LOCK).unlink()
+                for path in missing:
+                    path.rmdir()
 
 
 def _set_aside(folder: Path) -> Path:
