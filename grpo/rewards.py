@@ -13,24 +13,20 @@ import difflib
 import functools
 import importlib
 import json
-import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from flashgrpo.grpo.answers import answers_match
+
 RewardFunction = Callable[..., Sequence[float | None]]
 
 REASONING_GYM = "reasoning_gym:"  # a row whose `task` starts so is scored by that task's own scorer
 _CORRECT = 1 - 1e-6
-_MAX_MATH_CHARS = 1000  # an answer longer than this is no final answer
-_MAX_EXPONENT = 10_000  # beyond it a power or factorial may take for ever to evaluate
 _OVERLONG_CACHE = 0.2  # L_cache as a share of L_max
 _NGRAM = 8  # tokens; shorter phrases recur in sound reasoning
-_INTEGER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)")
-_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
-_PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019][^\W\d_]+)*")
 
 
 class RewardError(ValueError):
@@ -192,53 +188,6 @@ def resolve_reward(name: str) -> RewardFunction:
     return function
 
 
-def answers_match(found: str, gold: str) -> bool:
-    """Whether an answer equals the expected one: as text, or as mathematics by math-verify.
-
-    Expected plain words are compared as text alone: as mathematics "listen" would equal "silent".
-    """
-    if _plain(found) == _plain(gold):
-        return True
-    if _PLAIN_WORDS.fullmatch(_plain(gold)) or len(found) > _MAX_MATH_CHARS:
-        return False
-    if _INTEGER.fullmatch(found) and _INTEGER.fullmatch(gold):
-        return int(found.replace(",", "")) == int(gold.replace(",", ""))
-    from math_verify import verify
-
-    target = _parse_math(found)
-    if any(_is_intractable(expression) for expression in target):
-        return False
-    # Its own limits are alarm signals, which the pool's limit replaces.
-    return verify(list(_parse_gold(gold)), target, timeout_seconds=None)
-
-
-def _parse_math(text: str) -> list[Any]:
-    from math_verify import parse
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    has_delimiters = any(mark in text for mark in ("$", r"\(", r"\[", r"\boxed"))
-    has_prose = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z(])", _LATEX_TEXT.sub("", text))
-    if not (has_delimiters or has_prose):
-        text = f"${text.rstrip('.')}$"
-    return parse(text, parsing_timeout=0)
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse_gold(gold: str) -> tuple[Any, ...]:
-    return tuple(_parse_math(gold))
-
-
-def _is_intractable(expression: Any) -> bool:
-    """Whether the expression holds a power or factorial such as 10^(10^10), which no verifier survives."""
-    if isinstance(expression, str):
-        return False
-    import sympy
-
-    nodes = sympy.postorder_traversal(expression)
-    sizes: list[Any] = [node.args[-1] for node in nodes if isinstance(node, sympy.Pow | sympy.factorial)]
-    return any(size.is_number and not abs(size.evalf(5)) <= _MAX_EXPONENT for size in sizes)
-
-
 def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict[str, Any]) -> float:
     if found is None:
         return 0.0
@@ -262,13 +211,6 @@ def _gold(answer: Any) -> str:
     if "####" in text:
         text = text.rsplit("####", 1)[1].replace(",", "")
     return (_last_boxed(text) or text).strip()
-
-
-def _plain(text: str) -> str:
-    """The text for comparison: no case, no mark-up, and around words, such as the letter of a choice, no brackets."""
-    text = " ".join(_LATEX_TEXT.sub(r"\1", text).strip(" \t\n$").rstrip(".").casefold().split())
-    word = text.strip("()[]")
-    return word if _PLAIN_WORDS.fullmatch(word) else text
 
 
 def _last_boxed(text: str) -> str | None:

@@ -1,0 +1,307 @@
+r"""Whether two final answers are equal: in one notation, as text, as numbers, and only then as math-verify's formulas.
+
+    answers_match("32348", r"\$32{,}348")  # True
+    answers_match("3-2", "2-1")            # False: scores, which mathematics takes for differences
+
+math-verify decides the equality of formulas. What it does not know stands here: which marks are decoration, which texts
+name something (a date, a time, a score, an address, a version) and measure nothing, and what it would never finish.
+"""
+
+import functools
+import logging
+import re
+import unicodedata
+from fractions import Fraction
+from typing import Any
+
+_MAX_CHARS = 1000  # an answer longer than this is no final answer
+_MAX_DEPTH = 20  # of brackets, beyond which the parser takes for ever
+_MAX_EXPONENT = 10_000  # beyond it a power or factorial may take for ever to evaluate
+_MAX_TERMS = 500  # of a polynomial that is multiplied out
+_ROUNDING = Fraction(1, 10**6), Fraction(1, 10**5)  # of decimals: absolute, as math-verify has it, and relative
+
+_SYMBOLS = str.maketrans(
+    {
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
+        **dict.fromkeys("\u2018\u2019", "'"),
+        **dict.fromkeys("\u201c\u201d", '"'),
+        **dict.fromkeys("\u00b7\u22c5", r"\cdot "),
+        **dict.fromkeys("\u00f7\u2044", "/"),
+        "\u200b": None,
+        "\u00d7": r"\times ",
+        "\u00b1": r"\pm ",
+        "\u03c0": r"\pi ",
+        "\u221e": r"\infty ",
+        "\u2264": r"\le ",
+        "\u2265": r"\ge ",
+        "\u2260": r"\ne ",
+        "\u2208": r"\in ",
+        "\u222a": r"\cup ",
+        "\u2229": r"\cap ",
+        "\u2205": r"\emptyset ",
+        "\u00b0": r"^\circ ",
+        "\u221a": r"\sqrt ",
+    }
+)
+_MATRIX = r"(?:array|(?:small)?matrix|[pb]matrix)"
+_FONTS = r"text(?:bf|it|rm|sf|tt|sc|up|normal)?|mbox|emph|underline|math(?:bf|it|rm|sf|tt)|boldsymbol|bm"
+_NOTATION = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\sqrt (\d+)", r"\\sqrt{\1}"),
+        (r"(?<![\w)*])(\*\*|__|`)(?=\S)(.+?)(?<=\S)\1(?![\w(*])", r"\2"),  # Markdown
+        (r"\\(?:displaystyle|textstyle|limits|hfill|[bB]igg?[lrm]?|left|right)(?![A-Za-z])\.?", ""),
+        (r"\\[hv]?(?:phantom|space)\*?\s*\{[^{}]*\}", ""),
+        (r"\\[dtc](?=frac|binom)", r"\\"),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+        (r"\{\\(?:bf|it|rm|tt|sf)\s+([^{}]*)\}", r"\\text{\1}"),
+        (rf"\\(?:{_FONTS})\s*\{{([^{{}}]*)\}}", r"\\text{\1}"),
+        (rf"\\(?:{_FONTS})\s*(?=\{{[^{{}}]*\{{)", ""),
+        (r"\\text\{(\w|[-\d.,]+)\}", r"\1"),
+        (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),
+        (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<=\d)(?:\{,\}|,\\!|\\[,;:! ]|\\thinspace|~)\s*(?=\d{3}(?!\d))", ","),  # thousands
+        (r"\{([,:])\}", r"\1"),
+        (r"(?<!\\)\\!", ""),
+        (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
+        (r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![\w\\])(?:and|or)(?!\w))", ","),
+        (r"\\\$", "$"),
+        (r"(?<=\d)\s*(?:\\cdot|\*)?\s*i(?![A-Za-z])", " i"),  # else math-verify takes it for a variable
+        # Which brackets a matrix has is a matter of taste, and so is the space between its rows.
+        (rf"(?:\\?[(\[]\s*)?\\begin\{{{_MATRIX}\}}(?:\s*\{{[lcr| ]*\}})?", r"\\begin{pmatrix}"),
+        (rf"(?:\s*\\\\)*\s*\\end\{{{_MATRIX}\}}(?:\s*\\?[)\]])?", r"\\end{pmatrix}"),
+        (r"\\\\(?:\\\\)?(?:\s*\[\s*[\d.]+\s*[a-z]{2}\s*\])?", r"\\\\ "),
+        (r"\s+", " "),
+        (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,4})(?!\w)", r"\1 \\times 10^{\2}"),  # as JSON writes numbers
+        (r"(?<![\d.])(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+        (r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d ])", lambda match: match[1].replace(" ", ",")),
+    )
+]
+_WRAPPED = re.compile(
+    r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]|\"([^\"]*)\""
+    r"|\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+)
+_PREAMBLE = re.compile(r"(?:.*\b)?answer(?: is:?|:)\s*", re.IGNORECASE)
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
+_PRODUCT = re.compile(r"[^\W\d_]|[^\W\d_eiou]{2,3}")  # of variables, which is as likely as a word
+_PROSE = re.compile(
+    r"(?<![\\{a-z_])(?!arc|sin|cos|sqrt|exp|log|mod|lim|min|max|det|gcd|lcm)(?![^eiou]{3}(?![a-z]))[a-z]{3,}(?![a-z(])",
+    re.IGNORECASE,
+)
+_CHOICE = re.compile(
+    r"(?:(?:option|choice) )?(?:\(([a-j])\)[.:]?|([a-j])(?:[).:]|$))"
+    r"(?:$|(?=\d)|\s+(?![-+*/^=,(&] ))((?!.*\([a-j]\)).*)",
+    re.IGNORECASE,
+)
+# What names and does not measure: `2-1` is no difference, `04/08/2020` no quotient, `7:30` no ratio, `1.2.3` no number.
+_NAME = re.compile(
+    r"""(?<![\w.,/:^-])(?:
+      \d{1,2}(?::\d\d)?\ ?[ap]\.?\ ?m\b       # a time of day
+    | \d{1,2}:[0-5]\d(?::[0-5]\d)?
+    | \d+/\d+/\d+ | 0\d/\d+ | \d+/0\d         # a date
+    | v(?:ersion\ )?\d+(?:\.\d+)*             # a version, an address
+    | \d+(?:\.\d+){2,}
+    | \d[\d.,]*(?:-\d[\d.,]*)+                # a score, a range, a date, a telephone number
+    )(?![\w/:^-])""",
+    re.VERBOSE,
+)
+_MONTH = re.compile(r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b")
+_FORMULA = re.compile(r"[\\^=+*<>{}()\[\]]")
+_DECIMAL = re.compile(
+    r"([-+]?)\s*(\d+(?:,\d{3})*)?(?:\.(\d*)(?:\\overline\s*(?:\{(\d+)\}|(\d)))?)?(?:\s*(?:\\times|\\cdot|\*)\s*(10\^.*))?"
+)
+_POWER_OF_TEN = re.compile(r"10\^\s*(?:(\d{1,4})|\{\s*([-+]?\d{1,4})\s*\})")
+_UNITS = {
+    alias: line.split()[0]
+    for line in (
+        *("dollar $ usd", "euro \u20ac eur", "pound \u00a3 lb", "yen \u00a5", "cent \u00a2", "percent %"),
+        *("degree circ deg", "meter m metre", "kilometer km kilometre", "centimeter cm centimetre"),
+        *("millimeter mm millimetre", "inch inche", "foot ft feet", "yard yd", "mile mi mph", "second sec s"),
+        *("minute min", "hour hr h", "day", "week", "month", "year yr", "gram g", "kilogram kg", "milligram mg"),
+        *("ounce oz", "liter l litre", "milliliter ml millilitre"),
+    )
+    for alias in line.split()
+}
+_AMOUNT = re.compile(r"(-?)\s*([$\u20ac\u00a3\u00a5])\s*(-?[\d.,]+)")
+_QUANTITY = re.compile(
+    r"(.*[\d)}]|.+(?=\\text))\s*(\^\s*\{?\\circ\s*\}?|\\?%|[$\u20ac\u00a3\u00a5\u00a2]|(?<=\d)_\{?\d+\}?"
+    r"|(?:\\text\{[^{}]*\}|(?:(?<=\s)[a-z]|[a-z]{2}|[a-z]/)[a-z/. -]*)(?:\^\{?\d\}?)?)",
+    re.IGNORECASE,
+)
+
+
+def answers_match(found: str, gold: str) -> bool:
+    """Whether an answer equals the expected one.
+
+    A choice is its letter. Expected words, and what names and does not measure, are compared as text alone: as
+    mathematics "listen" would equal "silent". Units may be left out, but 3 hours are not 3 minutes.
+    """
+    if max(len(found), len(gold)) > _MAX_CHARS:
+        return found.split() == gold.split()
+    found, gold = _notation(found), _notation(gold)
+    text, wanted = _text(found), _text(gold)
+    if _squeezed(text) == _squeezed(wanted):
+        return bool(text)
+    choice, given = _CHOICE.fullmatch(wanted), _CHOICE.fullmatch(text)
+    if choice and given:
+        return (choice[1] or choice[2]) == (given[1] or given[2])
+    if choice and choice[3]:
+        return answers_match(found, choice[3])
+    if _is_words(value := wanted.rpartition("=")[2].strip()):
+        return text.rpartition("=")[2].strip() == value
+    if names := _names(wanted):
+        return _names(text, anywhere=True)[-len(names) :] == names
+    if facts := _facts(wanted):
+        given_facts = iter(_facts(text, anywhere=True))
+        return all(fact in given_facts for fact in facts)  # in their order
+    return _same_quantity(found, gold)
+
+
+def _notation(text: str) -> str:
+    """The text in one notation, without what decorates it."""
+    text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+", r"^{\g<0>}", text)
+    text = re.sub("[\u00bc-\u00be\u2150-\u215e]", r" \g<0>", text)
+    text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
+    for pattern, replacement in _NOTATION:
+        text = pattern.sub(replacement, text)
+    while True:
+        stripped = _PREAMBLE.sub("", text.strip(" ").rstrip(".;,"), count=1)
+        if match := _WRAPPED.fullmatch(stripped):
+            stripped = next(part for part in match.groups() if part is not None)
+        if stripped == text:
+            return text
+        text = stripped
+
+
+def _text(text: str) -> str:
+    """For comparison as text: no case, no mark-up, and around words, such as the letter of a choice, no brackets."""
+    text = " ".join(_TEXT.sub(r"\1", text).casefold().split()).rstrip(".")
+    word = text.strip("()[]' ")
+    return word if _WORDS.fullmatch(word) else text
+
+
+def _is_words(text: str) -> bool:
+    return bool(_WORDS.fullmatch(text)) and not all(map(_PRODUCT.fullmatch, re.split(r"\W", text)))
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", text)
+
+
+def _names(text: str, anywhere: bool = False) -> list[str]:
+    """Dates, times, scores, versions and so on, without leading zeros; none where numbers or a formula stand beside."""
+    text = re.sub(r"\s*(-+|:)\s*", lambda match: match[1][0], text)
+    rest = _NAME.sub("", text)
+    if not anywhere and (_FORMULA.search(rest) or re.search(r"\d|\b[a-z]\b", rest)):
+        return []
+    names = [name.strip(".,").removeprefix("version").removeprefix("v").strip() for name in _NAME.findall(text)]
+    names = [re.sub(r"(?::00)?\s*([ap])\.?\s*m", r"\1m", name) for name in names]
+    return [re.sub(r"(?<!\d)0+(?=\d)", "", name) for name in names]
+
+
+def _facts(text: str, anywhere: bool = False) -> list[str]:
+    """The numbers and words of a date or of several quantities, `5 feet 6 inches`; none for anything else."""
+    words = re.findall(r"\d+(?:[.,]\d+)*|[^\W\d_]+", text)
+    has_month = bool(_MONTH.search(text))
+    numbers = sum(word[0].isdigit() for word in words)
+    is_fact = _PROSE.search(text) and not _FORMULA.search(text) and numbers > (not has_month)
+    if not (is_fact or anywhere):
+        return []
+    facts = [_canonical(word) for word in words if word not in ("st", "nd", "rd", "th", "of", "the")]
+    return sorted(facts) if has_month else facts
+
+
+def _canonical(word: str) -> str:
+    singular = word.removesuffix("s") if len(word) > 2 else word
+    month = _MONTH.fullmatch(word)
+    return word[:3] if month else _UNITS.get(word) or _UNITS.get(singular) or singular
+
+
+def _same_quantity(found: str, gold: str) -> bool:
+    (amount, unit), (wanted, wanted_unit) = _split_unit(found), _split_unit(gold)
+    if unit and wanted_unit and unit != wanted_unit:
+        return False
+    one_is_share = (unit == "percent") != (wanted_unit == "percent")
+    number, wanted_number = _number(amount), _number(wanted)
+    if number is not None and wanted_number is not None:
+        shares = (1, 100, Fraction(1, 100)) if one_is_share else (1,)
+        return any(_is_close(number * share, wanted_number) for share in shares)
+    from math_verify import verify
+
+    golds, target = _parse_gold(gold if one_is_share else wanted), _parse(found if one_is_share else amount)
+    if any(map(_is_intractable, (*golds, *target))):
+        return False
+    # Its own limits are alarm signals, which the pool's limit replaces.
+    return verify(list(golds), target, timeout_seconds=None)
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    """(what is before the unit, the unit or the base of a number, "" for one that is not known)."""
+    if match := _AMOUNT.fullmatch(text):
+        return match[1] + match[3], _UNITS[match[2]]
+    match = _QUANTITY.fullmatch(text)
+    if not match:
+        return text, ""
+    if match[2].startswith("_"):
+        return match[1], match[2].strip("_{}")
+    words = re.findall(r"[a-z]+|[^\w\s]", match[2].replace(r"\text", "").casefold())
+    units = [unit for unit in map(_canonical, words) if unit in _UNITS]
+    is_unit = units or _PROSE.search(match[2]) or not match[2][0].isalpha()
+    return (match[1].strip(), units[0] if units else "") if is_unit else (text, "")
+
+
+def _number(text: str) -> Fraction | None:
+    """The value of a decimal number, also of `3 \\times 10^8` and `0.\\overline{36}`."""
+    if power := _POWER_OF_TEN.fullmatch(text):
+        return Fraction(10) ** int(power[1] or power[2])
+    match = _DECIMAL.fullmatch(text)
+    if not match or not (match[2] or match[3] or match[4] or match[5]):
+        return None
+    sign, whole, decimals, *period, factor = match.groups(default="")
+    value = Fraction(f"{whole.replace(',', '') or 0}.{decimals or 0}")
+    if period := "".join(period):
+        value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(decimals))
+    scale = _number(factor) if factor else 1
+    return None if scale is None else (-value if sign == "-" else value) * scale
+
+
+def _is_close(a: Fraction, b: Fraction) -> bool:
+    return a == b or (abs(a - b) < _ROUNDING[0] and abs(a - b) <= _ROUNDING[1] * max(abs(a), abs(b)))
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    if _depth(text) > _MAX_DEPTH:
+        return []
+    if not _PROSE.search(_TEXT.sub("", text)):
+        if r"\overline" in text and (value := _number(text)) is not None:
+            text = str(value)
+        text = r"\boxed{" + re.sub(r"\$|\\[()]", "", text) + "}"
+    return parse(text, parsing_timeout=0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_gold(gold: str) -> tuple[Any, ...]:
+    return tuple(_parse(gold))
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for bracket in re.findall(r"[({\[\]})]", text):
+        depth += 1 if bracket in "({[" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _is_intractable(expression: Any) -> bool:
+    """Whether the expression holds a power or factorial such as 10^(10^10), which no verifier survives."""
+    if isinstance(expression, str):
+        return False
+    import sympy
+
+    nodes = sympy.postorder_traversal(expression)
+    sizes: list[Any] = [node.args[-1] for node in nodes if isinstance(node, sympy.Pow | sympy.factorial)]
+    return any(size.is_number and not abs(size.evalf(5)) <= _MAX_EXPONENT for size in sizes)
