@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashgrpo.grpo.rewards import REASONING_GYM, nearest
+from flashgrpo.grpo.rewards import REASONING_GYM, fault_of_answer, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,7 +148,7 @@ def _render_chat(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[i
 
 
 def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
-    """The problem in a row. Raises DataError for a missing column, an empty prompt or an answer that is null."""
+    """The problem in a row. Raises DataError for a missing column, no prompt, or an answer that nothing can equal."""
     _check_columns(where, row, prompt_column, answer_column)
     prompt = row[prompt_column]
     is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
@@ -159,8 +159,8 @@ def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_co
     columns = {name: value for name, value in row.items() if name != prompt_column}
     if answer_column:
         columns["answer"] = row[answer_column]
-        if columns["answer"] is None:
-            raise DataError(f"{where}: column {answer_column!r} is null")
+        if fault := fault_of_answer(columns["answer"]):
+            raise DataError(f"{where}: column {answer_column!r} {fault}")
     problem = Problem(prompt, columns)
     if not problem.question.strip():
         raise DataError(f"{where}: the prompt in column {prompt_column!r} is empty")
@@ -170,7 +170,7 @@ def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_co
 def _check_columns(where: str, row: Mapping[str, Any], *columns: str | None) -> None:
     for column in filter(None, columns):
         if column not in row:
-            raise DataError(f"{where}: no column {column!r}{nearest(column, row)}")
+            raise DataError(f"{where}: no column {column!r}{nearest(column, row, with_all=True)}")
 
 
 def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) -> list[Problem]:
@@ -236,7 +236,7 @@ def check_columns(path: str, wanted: Iterable[str]) -> None:
             raise DataError(f"{path}: unreadable first line: {error}") from error
     for column in wanted:
         if column not in columns:
-            raise DataError(f"{path}: no column {column!r}{nearest(column, columns)}")
+            raise DataError(f"{path}: no column {column!r}{nearest(column, columns, with_all=True)}")
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:

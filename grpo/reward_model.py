@@ -163,7 +163,7 @@ def load_rows(recipe: RewardModelRecipe, policy: Policy) -> tuple[list[Row], lis
     def row(problem: Problem, where: str) -> Row:
         for name in columns if is_pair else [*columns, data.label_column]:
             if name not in problem.columns:
-                raise DataError(f"{where}: no column {name!r}{nearest(name, problem.columns)}")
+                raise DataError(f"{where}: no column {name!r}{nearest(name, problem.columns, with_all=True)}")
         for name in columns:
             if not isinstance(text := problem.columns[name], str):
                 raise DataError(f"{where}: column {name!r} holds {type(text).__name__}, wanted text")

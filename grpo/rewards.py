@@ -13,6 +13,7 @@ import difflib
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ RewardFunction = Callable[..., Sequence[float | None]]
 REASONING_GYM = "reasoning_gym:"  # a row whose `task` starts so is scored by that task's own scorer
 _CORRECT = 1 - 1e-6
 _OVERLONG_CACHE = 0.2  # L_cache as a share of L_max
+_NEAR = 0.7  # as difflib measures; at 0.5 it takes a "solution" for a "question"
 _NGRAM = 8  # tokens; shorter phrases recur in sound reasoning
 
 
@@ -188,6 +190,18 @@ def resolve_reward(name: str) -> RewardFunction:
     return function
 
 
+def fault_of_answer(answer: Any) -> str | None:
+    """Why no completion can equal an expected answer, or None."""
+    if answer is None:
+        return "is null"
+    if isinstance(answer, float) and math.isnan(answer):
+        return "is NaN"
+    if isinstance(answer, Mapping | list | tuple | bytes):
+        inside = f" of {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
+        return f"holds {type(answer).__name__}{inside}, wanted text or a number"
+    return None if _gold(answer) else "is empty"
+
+
 def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict[str, Any]) -> float:
     if found is None:
         return 0.0
@@ -246,8 +260,9 @@ def reasoning_of(prompt: str, completion: str) -> str:
     return text.split("</think>")[0].split("<answer>")[0].replace("<think>", "")
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The tail of an error message: the likeliest of the `known` names, or else all of them, behind `prefix`."""
+def nearest(name: str, known: Iterable[str], prefix: str = "", *, with_all: bool = False) -> str:
+    """The tail of an error message: a name so near that it was meant, or else (`with_all`: too) all that are known."""
     known = list(known)
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{matches[0]}?" if matches else f"; known: {', '.join(prefix + k for k in known)}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
+    guess = f"; did you mean {prefix}{near[0]}?" if near else ";"
+    return guess if near and not with_all else f"{guess} known: {', '.join(prefix + each for each in known)}"

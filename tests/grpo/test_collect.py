@@ -369,7 +369,7 @@ def test_chat_messages_are_read_back(values, tmp_path):
     [
         ({"prompt": "a", "completion": ""}, r"given\.jsonl:2: column 'completion' is empty, wanted the text"),
         ({"prompt": "a", "completion": None}, r"given\.jsonl:2: column 'completion' is empty"),
-        ({"prompt": "a"}, r"given\.jsonl:2: no column 'completion'; did you mean prompt"),
+        ({"prompt": "a"}, r"given\.jsonl:2: no column 'completion'; known: prompt"),
     ],
 )
 def test_a_row_without_a_completion_is_named(values, tmp_path, row, message):
