@@ -16,7 +16,7 @@ _PROGRAMS = "tests"  # what is asked for is a program that passes them
 _GPQA = "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"
 _CHOICES = "choices", "options"
 _RIGHT_CHOICES = "answer", "answerKey", "answer_idx", "answer_index", "label"
-_LIKE_CHOICES = re.compile(r"choice|option|distractor|ending|incorrect|^(op)?[a-d]$|^mc\d", re.IGNORECASE)
+_LIKE_CHOICES = re.compile(r"(choice|option|distractor|ending|incorrect|mc\d)|(op)?[a-d]$", re.IGNORECASE)
 _LABEL = re.compile(r"\s*\(?([A-Z])[).:]\s*")  # which some files write before the text of a choice
 
 
@@ -32,27 +32,35 @@ def load_benchmark(path: str | Path, seed: int) -> list[Problem]:
     rows = list(read_rows(str(path)))
     if not rows:
         raise DataError(f"{path}: no rows, wanted one a problem")
-    columns = rows[0][1]
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
     if _GPQA[1] in columns:
         return [_shuffled_choices(row, seed, number) for number, row in enumerate(rows)]
     prompt = next((name for name in _PROMPTS if name in columns), None)
-    if prompt and (choices := next((name for name in _CHOICES if name in columns), None)):
-        return [_given_choices(row, prompt, choices) for row in rows]
-    if unread := [name for name in columns if _LIKE_CHOICES.search(name)]:
+    choices = next((name for name in _CHOICES if name in columns), None)
+    unread = [name for name in columns if _LIKE_CHOICES.match(name) and name != choices]
+    if unread and not choices:
         raise DataError(
-            f"{path}: the columns {', '.join(unread)} look like choices, which would not reach the prompt; wanted a "
-            f"prompt ({', '.join(_PROMPTS)}) and {' or '.join(_CHOICES)}: a list, or an object by letters"
+            f"{path}: the columns {', '.join(unread)} look like choices, which would not reach the prompt; wanted "
+            f"{' or '.join(_CHOICES)}: a list of texts, or an object by letters"
         )
     answer = next((name for name in _ANSWERS if name in columns), None)
-    if prompt is None or (answer is None and _PROGRAMS not in columns):
+    if prompt is None or (answer is None and choices is None and _PROGRAMS not in columns):
         raise DataError(
             f"{path}: found the columns {', '.join(columns)}; wanted a prompt ({', '.join(_PROMPTS)}) and an answer "
             f"({', '.join(_ANSWERS)}) or {_PROGRAMS}"
         )
-    for where, row in rows:
-        if answer is None and not row.get(_PROGRAMS):
-            raise DataError(f"{where}: no answer ({', '.join(_ANSWERS)}), and {_PROGRAMS} is empty")
-    return [to_problem(where, row, prompt, None if row.get(_PROGRAMS) else answer) for where, row in rows]
+    return [_problem(row, prompt, answer, choices) for row in rows]
+
+
+def _problem(place: Row, prompt: str, answer: str | None, choices: str | None) -> Problem:
+    where, row = place
+    if choices and row.get(choices):  # null where open questions are among the others
+        return _given_choices(place, prompt, choices)
+    if row.get(_PROGRAMS):
+        return to_problem(where, row, prompt, None)
+    if answer is None:
+        raise DataError(f"{where}: no answer ({', '.join(_ANSWERS)}), and {_PROGRAMS} is empty")
+    return to_problem(where, row, prompt, answer)
 
 
 def _shuffled_choices(place: Row, seed: int, number: int) -> Problem:
@@ -82,16 +90,15 @@ def _given_choices(place: Row, prompt: str, choices: str) -> Problem:
 
 def _labelled(where: str, row: Mapping[str, Any], column: str) -> tuple[list[str], list[str]]:
     """(labels, texts) of choices: a list of texts, or an object, by letters or with lists `label` and `text`."""
-    found = row.get(column)
+    found: Any = row.get(column)
+    labels, texts = list(ascii_uppercase), found
     if isinstance(found, Mapping) and {"label", "text"} <= found.keys():
         labels, texts = found["label"], found["text"]
     elif isinstance(found, Mapping):
         given = {label: text for label, text in found.items() if text is not None}  # Parquet fills what a row lacks
         labels, texts = list(given), list(given.values())
-    else:
-        labels, texts = list(ascii_uppercase), found
     is_list = isinstance(labels, list) and isinstance(texts, list)
-    if not is_list or not 2 <= len(texts) <= len(labels) or not all(isinstance(t, str | int | float) for t in texts):
+    if not is_list or not 2 <= len(texts) <= len(labels) or not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"{where}: column {column!r} holds {found!r:.80}; wanted 2 to {len(ascii_uppercase)} texts, as a list, an "
             'object by letters, or {"label": [..], "text": [..]}'
@@ -104,11 +111,11 @@ def _labelled(where: str, row: Mapping[str, Any], column: str) -> tuple[list[str
 
 
 def _position(answer: Any, labels: list[str], texts: list[str]) -> int | None:
-    """Which choice is the right one; None where that is none of them, or more than one."""
+    """Which choice is the right one, counted from 0 where it is a number; None where that cannot be told."""
     text = str(answer).strip()
     if text in labels:
         return labels.index(text)
-    if text in texts:
+    if text in texts and not isinstance(answer, int):
         return texts.index(text) if texts.count(text) == 1 else None
     return int(text) if text.isdecimal() and int(text) < len(texts) else None
 

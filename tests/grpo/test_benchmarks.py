@@ -58,6 +58,41 @@ def test_multiple_choice(write):
     assert accuracy(["q"], [f"\\boxed{{({letter})}}"], [letter]) == [1.0]
 
 
+ABC = ["one", "two", "three"]
+PUBLISHED_CHOICES = {
+    "MMLU": {"question": "q", "choices": ABC, "answer": 1},
+    "MMLU of numbers": {"question": "q", "choices": ["0", "two", "1"], "answer": 1},
+    "MMLU-Pro": {"question": "q", "options": ABC, "answer": "B", "answer_index": 1, "category": "math"},
+    "ARC": {"question": "q", "choices": {"text": ABC, "label": ["A", "B", "C"]}, "answerKey": "B"},
+    "ARC by numbers": {"question": "q", "choices": {"text": ABC, "label": ["1", "2", "3"]}, "answerKey": "2"},
+    "OpenBookQA": {"question_stem": "q", "choices": {"text": ABC, "label": ["A", "B", "C"]}, "answerKey": "B"},
+    "MedQA": {"question": "q", "options": dict(zip("ABC", ABC, strict=True)), "answer": "two", "answer_idx": "B"},
+    "AQuA": {"question": "q", "options": ["A)one", "B)two", "C)three"], "answer": "B"},
+}
+
+
+@pytest.mark.parametrize("row", PUBLISHED_CHOICES.values(), ids=list(PUBLISHED_CHOICES))
+def test_choices_reach_the_prompt_in_their_order(write, row):
+    """A model that never sees them would answer at random, and "two" would never equal "B"."""
+    (problem,) = load_benchmark(write(row), seed=0)
+    lines = problem.question.splitlines()
+    assert lines[0] == "q"
+    assert lines[3] == "B. two"
+    assert lines[-1] == "Answer with the letter of the right choice alone: A, B or C."
+    assert problem.columns == {"answer": "B"}
+
+
+def test_open_questions_stand_among_those_with_choices(write):
+    rows = (
+        {"question": "open", "answer": "7"},
+        PUBLISHED_CHOICES["MMLU"],
+        {"question": "q", "choices": None, "answer": 8},
+    )
+    problems = load_benchmark(write(*rows), seed=0)
+    assert [problem.columns["answer"] for problem in problems] == ["7", "B", 8]
+    assert problems[0].question == "open"
+
+
 def test_programs_need_no_answer(write, tmp_path):
     path = tmp_path / "code.parquet"
     rows = [{"prompt": "write", "tests": ["assert f()"], "answer": None}, {"prompt": "q", "tests": None, "answer": "1"}]
@@ -81,9 +116,40 @@ def test_programs_need_no_answer(write, tmp_path):
             [GPQA, {**GPQA, "Incorrect Answer 2": None}],
             r"rows\.jsonl:2: column 'Incorrect Answer 2' is missing or null",
         ),
+        (
+            [{"question": "q", "opa": "one", "opb": "two", "cop": 1, "answer": "1"}],
+            r"the columns opa, opb look like choices, which would not reach the prompt; wanted choices or options",
+        ),
+        ([{"question": "q", "correct_answer": "a", "distractor1": "b", "answer": "a"}], "the columns distractor1 look"),
+        ([{"question": "q", "choices": ABC, "answer": 3}], r"'answer' holds 3; wanted a letter \(A, B, C\), the text"),
+        ([{"question": "q", "choices": ABC, "answer": "four"}], r"rows\.jsonl:1: column 'answer' holds 'four'; wanted"),
+        ([{"question": "q", "choices": ["a", "a"], "answer": "a"}], r"'answer' holds 'a'; .*one of the choices alone"),
+        ([{"question": "q", "choices": ABC, "answer": None}], "no right choice; wanted one of the columns answer, "),
+        (
+            [{"question": "q", "choices": [["a"], ["b"]], "answer": 1}],
+            r"'choices' holds \[\['a'\].*wanted 2 to 26 texts",
+        ),
+        ([{"question": "q", "choices": ["a"], "answer": 0}], r"'choices' holds \['a'\]; wanted 2 to 26 texts"),
+        ([{"problem": "q", "answer": " "}], r"rows\.jsonl:1: column 'answer' is empty"),
         ([{"problem": "q", "tests": None}], r"rows\.jsonl:1: no answer .*, and tests is empty"),
     ],
-    ids=["unknown columns", "no answer", "empty", "a row without", "a choice that is null", "neither"],
+    ids=[
+        "unknown columns",
+        "no answer",
+        "empty",
+        "a row without",
+        "a choice that is null",
+        "choices by columns",
+        "distractors",
+        "no such choice",
+        "no such text",
+        "the same text twice",
+        "no right choice",
+        "lists",
+        "one choice",
+        "blank",
+        "neither",
+    ],
 )
 def test_faulty_files(write, rows, message):
     with pytest.raises(DataError, match=message):
