@@ -27,14 +27,21 @@ class Tests(NamedTuple):
 
 
 def score_programs(
-    prompts: Sequence[str], completions: Sequence[str], tests: Sequence[Any], limits: ProgramsSection
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    tests: Sequence[Any],
+    limits: ProgramsSection,
+    metadata: Sequence[Any] | None = None,
 ) -> list[float | None]:
     """1 where a completion's program passes all tests, else 0; None for a row without tests.
+
+    `metadata` are the rows' own, in which LiveCodeBench has the name of the function.
 
     Raises:
         ValueError: tests that are not in one of the formats of `parse_tests`.
     """
-    parsed = {id(row): parse_tests(row) for row in tests}  # a group shares its row
+    about = metadata or [None] * len(tests)
+    parsed = {id(row): parse_tests(row, own) for row, own in zip(tests, about, strict=True)}  # a group shares its row
     scores: list[float | None] = []
     for prompt, completion, row in zip(prompts, completions, tests, strict=True):
         if (cases := parsed[id(row)]) is None:
@@ -55,12 +62,14 @@ def extract_program(completion: str, prompt: str = "") -> str | None:
     return (marked or [code for _, code in blocks] or [None])[-1]
 
 
-def parse_tests(tests: Any) -> Tests | None:
+def parse_tests(tests: Any, metadata: Any = None) -> Tests | None:
     """Tests from an object or JSON text, or None where there are none.
 
     The formats are those of APPS, TACO and LiveCodeBench: {"inputs": [..], "outputs": [..], "fn_name": optional}, or
-    [{"input": .., "output": .., "fn_name": optional}, ..]. For a function an input is a list of arguments, or text
-    with one JSON value a line. Raises ValueError for anything else.
+    [{"input": .., "output": .., "fn_name": optional}, ..]. The name of a function may also be the `func_name` in the
+    `metadata` of the tests, of the first of them or of the row, unless its `testtype` is "stdin". For a function an
+    input is a list of arguments, or text with one JSON value a line. Raises ValueError for anything else, and for tests
+    of a function that has no name.
     """
     if isinstance(tests, str):
         tests = json.loads(tests) if tests.strip() else None
@@ -68,10 +77,11 @@ def parse_tests(tests: Any) -> Tests | None:
         return None
     try:
         if isinstance(tests, dict):
-            function, inputs, outputs = tests.get("fn_name"), tests["inputs"], tests["outputs"]
+            first, inputs, outputs = tests, tests["inputs"], tests["outputs"]
         else:
-            function = tests[0].get("fn_name")
+            first = tests[0]
             inputs, outputs = ([case[key] for case in tests] for key in ("input", "output"))
+        function = _function_name(first, metadata)
         if len(inputs) != len(outputs):
             raise ValueError(f"found {len(inputs)} inputs and {len(outputs)} outputs")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -83,6 +93,19 @@ def parse_tests(tests: Any) -> Tests | None:
         return Tests("", [_text(value) for value in inputs], [_text(value) for value in outputs])
     arguments = [[json.loads(line) for line in i.strip().split("\n")] if isinstance(i, str) else i for i in inputs]
     return Tests(function, arguments, [json.loads(value) if isinstance(value, str) else value for value in outputs])
+
+
+def _function_name(first: dict[str, Any], metadata: Any) -> str:
+    """The function that the tests call, "" where they are of a program's input and output."""
+    if first.get("testtype") == "stdin":
+        return ""
+    for place in (first, first.get("metadata"), metadata):
+        about = json.loads(place) if isinstance(place, str) and place.startswith("{") else place
+        if isinstance(about, dict) and (name := about.get("fn_name") or about.get("func_name")):
+            return name
+    if first.get("testtype") == "functional":
+        raise ValueError("testtype is functional, and no fn_name or metadata with a func_name says of which function")
+    return ""
 
 
 def _text(value: Any) -> str:

@@ -152,7 +152,8 @@ def code(
     """1 where the completion's Python program passes all `tests`, run within the limits of `programs`, else 0."""
     from flashgrpo.grpo import code_reward
 
-    return code_reward.score_programs(prompts, completions, tests, programs or code_reward.ProgramsSection())
+    limits = programs or code_reward.ProgramsSection()
+    return code_reward.score_programs(prompts, completions, tests, limits, columns.get("metadata"))
 
 
 BUILTINS: Mapping[str, RewardFunction] = {

@@ -78,6 +78,34 @@ def test_programs_are_scored_by_their_tests(program, tests, wanted):
     assert score(program, tests) == wanted
 
 
+ADD = {"input": "1\n2", "output": "3", "testtype": "functional"}
+NAMED = {"func_name": "add"}
+
+
+@pytest.mark.parametrize(
+    ("tests", "metadata"),
+    [
+        ([ADD], json.dumps(NAMED)),
+        (json.dumps([ADD]), NAMED),
+        ([{**ADD, "metadata": NAMED}], "from a contest"),
+        ([{**ADD, "metadata": json.dumps(NAMED)}], None),
+        ({"inputs": ["1\n2"], "outputs": ["3"], "func_name": "add"}, {}),
+    ],
+)
+def test_functions_of_livecodebench_are_called_by_the_name_in_their_metadata(tests, metadata):
+    program = "```python\nclass Solution:\n    def add(self, a, b):\n        return a + b\n```"
+    wrong = program.replace("a + b", "a - b")
+    assert code([""] * 2, [program, wrong], [tests] * 2, LIMITS, metadata=[metadata] * 2) == [1.0, 0.0]
+
+
+def test_functional_tests_without_a_name_are_refused_and_text_tests_need_none():
+    with pytest.raises(ValueError, match="testtype is functional, and no fn_name or metadata with a func_name"):
+        parse_tests([ADD], {"difficulty": "easy"})
+    stdin = parse_tests([{**ADD, "testtype": "stdin"}], NAMED)
+    assert stdin is not None
+    assert (stdin.function, stdin.inputs) == ("", ["1\n2"])
+
+
 def test_the_program_of_a_completion_is_its_last_block_after_the_reasoning():
     block = "```python\nprint({})\n```"
     blocks = [block.format(i) for i in (1, 2, 3)]
