@@ -29,9 +29,9 @@ class _Threads:
         is_main = threading.current_thread() is threading.main_thread()  # torch counts each thread's own
         if now - self.measured_at < _INTERVAL_S or not is_main:
             return
-        if torch.get_num_threads() != self.given:  # changed by OMP_NUM_THREADS, torchrun or torch.set_num_threads
+        if torch.get_num_threads() != self.given:  # at first, or since somebody has changed it
             self.most = self.given = torch.get_num_threads()
-        if self.most == 1:
+        if self.most == 1 or "OMP_NUM_THREADS" in os.environ:  # a number that was asked for stays, as torchrun's 1
             return
         import psutil  # not where kernels alone are installed
 
@@ -52,10 +52,10 @@ _threads = _Threads()
 
 
 def fit_threads() -> None:
-    """Give torch the threads that have a processor to themselves: one or more, at most those that were asked for.
+    """Give torch the threads that have a processor to themselves: one or more, at most those that it had.
 
     Called at every pass through a decoder on a CPU; measures twice a second. A thread that was taken away comes back
-    after two quiet seconds.
+    after two quiet seconds. Where OMP_NUM_THREADS is set, the number of threads stays.
     """
     if not torch.compiler.is_compiling():
         _threads.fit()

@@ -7,8 +7,11 @@ import time
 import psutil
 import pytest
 import torch
+from transformers import AutoConfig
 
 from flashgrpo.model import threads
+from flashgrpo.model.checkpoint import init_decoder
+from flashgrpo.model.config import ModelConfig
 
 CPUS = 4
 
@@ -16,6 +19,7 @@ CPUS = 4
 @pytest.fixture(autouse=True)
 def asked_for(monkeypatch):
     before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(2)
     monkeypatch.setattr(threads, "_threads", threads._Threads())
     yield
@@ -52,10 +56,31 @@ def test_threads_leave_the_processors_that_others_use_and_come_back_when_those_a
 
 def test_never_more_threads_than_were_asked_for(measure):
     assert measure(0.0) == 2
-    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does, and torchrun
+    torch.set_num_threads(1)
     assert measure(0.0, times=8) == 1
     torch.set_num_threads(3)
     assert measure(0.0) == 3
+
+
+def test_a_number_that_the_environment_sets_stays(measure, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert measure(4.0) == 2
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_gradient(pack):
+    """Otherwise a run that is resumed beside another process would not be the same run."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
+    config = AutoConfig.for_model("qwen3", vocab_size=512, tie_word_embeddings=True, **sizes)
+    decoder = init_decoder(ModelConfig.from_dict(config.to_dict()), seed=0)
+    completions = [[(7 * i + j) % 512 for j in range(100)] for i in range(8)]
+    batch = pack([list(range(64)), *completions], [-1, *[0] * 8])
+
+    def gradients(num_threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(num_threads)
+        hidden = decoder(batch)
+        return torch.autograd.grad(hidden.square().sum(), list(decoder.parameters()))
+
+    assert all(map(torch.equal, gradients(1), gradients(2)))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
