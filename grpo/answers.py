@@ -8,16 +8,21 @@ name something (a date, a time, a score, an address, a version) and measure noth
 """
 
 import functools
+import itertools
 import logging
+import math
 import re
 import unicodedata
 from fractions import Fraction
 from typing import Any
 
 _MAX_CHARS = 1000  # an answer longer than this is no final answer
-_MAX_DEPTH = 20  # of brackets, beyond which the parser takes for ever
+_MAX_FORMULA_CHARS = 400
+_MAX_DEPTH = 12  # of brackets; the parser's time grows steeply with it
 _MAX_EXPONENT = 10_000  # beyond it a power or factorial may take for ever to evaluate
-_MAX_TERMS = 500  # of a polynomial that is multiplied out
+_MAX_TERMS = 80  # of a polynomial that is multiplied out
+_MAX_FUNCTIONS = 8  # sines and the like, which are rewritten in every way
+_ENDLESS = re.compile(r"\\binom\s*\{?\s*\d{5}|(?:\^\w){5}")  # the parser evaluates these
 _ROUNDING = Fraction(1, 10**6), Fraction(1, 10**5)  # of decimals: absolute, as math-verify has it, and relative
 
 _SYMBOLS = str.maketrans(
@@ -230,8 +235,10 @@ def _same_quantity(found: str, gold: str) -> bool:
     from math_verify import verify
 
     golds, target = _parse_gold(gold if one_is_share else wanted), _parse(found if one_is_share else amount)
-    if any(map(_is_intractable, (*golds, *target))):
+    if any(map(_is_endless, (*golds, *target))):
         return False
+    if any(map(_is_large, (*golds, *target))):
+        return any(_evaluated(a) == _evaluated(b) for a, b in itertools.product(golds, target))
     # Its own limits are alarm signals, which the pool's limit replaces.
     return verify(list(golds), target, timeout_seconds=None)
 
@@ -274,9 +281,9 @@ def _parse(text: str) -> list[Any]:
     from math_verify import parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    if _depth(text) > _MAX_DEPTH:
-        return []
     if not _PROSE.search(_TEXT.sub("", text)):
+        if len(text) > _MAX_FORMULA_CHARS or _depth(text) > _MAX_DEPTH or _ENDLESS.search(text):
+            return []
         if r"\overline" in text and (value := _number(text)) is not None:
             text = str(value)
         text = r"\boxed{" + re.sub(r"\$|\\[()]", "", text) + "}"
@@ -296,12 +303,54 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _is_intractable(expression: Any) -> bool:
-    """Whether the expression holds a power or factorial such as 10^(10^10), which no verifier survives."""
-    if isinstance(expression, str):
-        return False
+def _nodes(expression: Any) -> list[Any]:
     import sympy
 
-    nodes = sympy.postorder_traversal(expression)
-    sizes: list[Any] = [node.args[-1] for node in nodes if isinstance(node, sympy.Pow | sympy.factorial)]
-    return any(size.is_number and not abs(size.evalf(5)) <= _MAX_EXPONENT for size in sizes)
+    if isinstance(expression, sympy.MatrixBase):
+        return [node for entry in expression.flat() for node in _nodes(entry)]
+    return [] if isinstance(expression, str) else list(sympy.postorder_traversal(expression))
+
+
+def _is_endless(expression: Any) -> bool:
+    """Whether it cannot be evaluated, such as 10^(10^10), or is left to do, such as an integral, and no answer."""
+    import sympy
+
+    for node in _nodes(expression):
+        sizes: list[Any] = []
+        if isinstance(node, sympy.Pow):
+            sizes = [node.exp]
+        elif isinstance(node, sympy.factorial | sympy.binomial | sympy.gamma):
+            sizes = list(node.args)
+        elif isinstance(node, sympy.Sum | sympy.Product):
+            sizes = [10 * bound for limits in node.limits for bound in limits[1:]]
+        if isinstance(node, sympy.Integral) or any(map(_is_huge, sizes)):
+            return True
+    return False
+
+
+def _is_huge(size: Any) -> bool:
+    return bool(size.is_number) and not abs(size.evalf(5)) <= _MAX_EXPONENT
+
+
+def _is_large(expression: Any) -> bool:
+    """Whether it takes for ever to rewrite, such as (x + 1)^9999."""
+    import sympy
+
+    nodes = _nodes(expression)
+    num_functions = sum(isinstance(node, sympy.Function) for node in nodes)
+    return num_functions > _MAX_FUNCTIONS or any(_num_terms(node) > _MAX_TERMS for node in nodes)
+
+
+def _num_terms(expression: Any) -> int:
+    """How many terms the expression has at most when it is multiplied out."""
+    import sympy
+
+    args = [_num_terms(arg) for arg in expression.args]
+    if isinstance(expression, sympy.Pow) and args[0] > 1 and expression.exp.is_Integer:
+        power = abs(int(expression.exp))
+        return math.comb(power + args[0] - 1, power)
+    return math.prod(args) if isinstance(expression, sympy.Mul) else max(1, sum(args))
+
+
+def _evaluated(expression: Any) -> Any:
+    return expression if isinstance(expression, str) else expression.doit()

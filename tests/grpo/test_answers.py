@@ -46,3 +46,42 @@ def test_what_is_equal_scores_and_what_only_looks_so_does_not(gold, answers):
 @pytest.mark.parametrize(("gold", "right", "wrong"), OF_JSON + SOLUTIONS)
 def test_numbers_of_json_and_whole_solutions_are_expected_answers(gold, right, wrong):
     check(gold, right, wrong)
+
+
+ENDLESS = {
+    "power of a sum": "(x+1)^{9999}",
+    "product of powers": "(x+1)^{100}(y+2)^{100}(z+3)^{100}",
+    "long polynomial": "+".join(f"x^{{{i}}}" for i in range(70)),
+    "many factors": "".join(f"(x+{i})" for i in range(30)),
+    "tower": "10^{10^{10^{10}}}",
+    "tower without braces": "^".join("9" * 50),
+    "factorial": "100000000!",
+    "binomial": r"\binom{100000000}{50000000}",
+    "parentheses": "(" * 300 + "1" + ")" * 300,
+    "continued fraction": r"1+\cfrac{1}{" * 30 + "2" + "}" * 30,
+    "sines": r"\sin(" * 12 + "x" + ")" * 12,
+    "sum of sines": "+".join(rf"\sin({i}x)\cos({i}y)" for i in range(1, 12)),
+    "sum": r"\sum_{i=1}^{1000000000} \frac{1}{i}",
+    "product": r"\prod_{i=1}^{100000000} i",
+    "integral": r"\int_0^1 e^{x^x} \sin(x^{x}) dx",
+    "matrix": r"\begin{pmatrix}" + r"\\".join(["&".join(["(x+1)^{99}"] * 3)] * 3) + r"\end{pmatrix}",
+    "list": ",".join(map(str, range(200))),
+    "digits": "9" * 2000 + "+1",
+    "asterisks": "*" * 900,
+    "dollars": "$" * 900,
+    "boxes": r"\boxed{" * 100 + "3" + "}" * 100,
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", ENDLESS.values(), ids=list(ENDLESS))
+def test_what_no_verifier_would_finish_is_wrong_at_once(text):
+    """One such answer of a policy that loops would take its group's time."""
+    assert [score(f"\\boxed{{{text}}}", gold) for gold in ("(x+1)^{2}", "x > 3", "12")] == [0.0] * 3
+
+
+@pytest.mark.timeout(60)
+def test_large_formulas_are_compared_without_multiplying_them_out():
+    check("(x+1)^{9999}", ["(1+x)^{9999}", "$(x + 1)^{9999}$"], ["(x+1)^{9998}", "(x-1)^{9999}"])
+    check(r"\binom{2024}{1012}", [r"\frac{2024!}{1012! \cdot 1012!}"], [r"\binom{2024}{1011}"])
+    check("2^{2021}", [r"2 \cdot 2^{2020}"], ["2^{2020}"])
