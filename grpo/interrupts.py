@@ -16,11 +16,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """One of `SIGNALS` has come."""
+    """One of `SIGNALS` has come, to this rank or, where the ranks share it, to another."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
-        self.signum = signum
+        self.signum, self.rank = signum, os.environ.get("RANK", "0")
 
 
 class Interrupts:

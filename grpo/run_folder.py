@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.world import RunError, RunInputError, World
+from flashgrpo.grpo.world import RunError, RunInputError, World, misses_a_rank
 from flashgrpo.model.files import whole_folder, write_text
 
 
@@ -120,10 +120,15 @@ class RunFolder:
                 on_main(lambda: write_text(partial / "state.json", json.dumps({"step": step, **state})))
                 on_main(stack.close)
         except (OSError, RuntimeError, CheckpointException) as error:
-            kept = newest_checkpoint(self.path)
+            causes = _causes(error)
+            if any(map(misses_a_rank, causes)):
+                raise
+            kept, advice = newest_checkpoint(self.path), "continue with --resume"
+            if any(map(_is_of_the_disk, causes)):
+                advice = f"free some space and {advice}"
             raise RunError(
-                f"checkpoint of step {step} could not be written to {final.parent}: {error}; "
-                + (f"{kept.name} is kept: free some space and continue with --resume" if kept else "none was kept")
+                f"checkpoint of step {step} could not be written to {final.parent}: {causes[0]}; "
+                + (f"{kept.name} is kept: {advice}" if kept else "none was kept")
             ) from error
         self.checkpoint, self.state = final, {"step": step, **state}
         on_main(lambda: [shutil.rmtree(old) for old in _checkpoints(self.path)[:-keep]])
@@ -133,6 +138,8 @@ class RunFolder:
         try:
             state_dict_loader.load(tensors, checkpoint_id=f"{self.checkpoint}/state")
         except (OSError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
+            if any(map(misses_a_rank, _causes(error))):
+                raise
             raise RunInputError(
                 f"{self.checkpoint}: broken checkpoint, or one of another model or recipe ({error}); remove it to "
                 "continue from the one before"
@@ -164,6 +171,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _checkpoints(run: Path) -> list[Path]:
     found = [p for p in run.glob("checkpoints/step_*") if p.name.removeprefix("step_").isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What DCP has found on any rank, or `error` itself."""
+    return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """torch's zip writer tells of a write that failed by where it stands, and hides the OSError."""
+    return isinstance(error, OSError) or "inline_container" in str(error)
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:

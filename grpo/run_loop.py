@@ -1,6 +1,7 @@
 """What every kind of run shares: opening it, the loop over its steps, checkpoints, Ctrl-C, the final model."""
 
 import abc
+import signal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from flashgrpo.grpo.interrupts import Stopped
 from flashgrpo.grpo.learner import Learner
 from flashgrpo.grpo.policy import open_policy, open_sharded_model, resolve_dtype
 from flashgrpo.grpo.progress import StepBar, console, step_bar
@@ -90,9 +92,12 @@ class RunLoop(abc.ABC):
                         every = self.settings.checkpoint_every
                         if (every and step % every == 0) or step == self.total_steps:
                             self.save()
-            except (KeyboardInterrupt, RewardFailure, GeneratorFailure):
+            except (KeyboardInterrupt, RewardFailure, GeneratorFailure) as error:
                 self.save()
-                console.print(f"[yellow]stopped after step {self.step}; continue with --resume[/yellow]")
+                by = ""
+                if isinstance(error, Stopped) and self.world.size > 1:
+                    by = f" ({signal.Signals(error.signum).name} on rank {error.rank})"
+                console.print(f"[yellow]stopped after step {self.step}; continue with --resume{by}[/yellow]")
                 raise
         final = self.folder.path / "model"
         self.world.everywhere(lambda: self._write_model(final))

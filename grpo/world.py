@@ -31,6 +31,8 @@ from flashgrpo.grpo.rewards import RewardFailure
 
 _FAILED = "rank 0 failed"
 _GRACE_S = 5.0  # for rank 0 to find the same error, and for torchrun to end the ranks beside one that died
+_PULSE_S = 1.0  # between signs of life
+_ALIVE, _DONE = -2, -1  # what ranks say to each other beside the number of one that is lost
 
 T = TypeVar("T")
 
@@ -136,14 +138,14 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = datetime.timedelta(seconds=limit_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        with _watched(rank, size):
+        with _watched(rank, size, limit_s):
             _compare_recipes(recipe, size)
             shard_ranks = 0 if isinstance(recipe, CollectRecipe | PipelineRecipe) else recipe.train.shard_ranks
             yield World(rank, size, device, _mesh(device, size, shard_ranks or size, limit))
     except Exception as error:  # whatever it is, it is raised again below, once it is known which ranks tell it
-        is_lost = (type(error) is RuntimeError and "gloo" in str(error)) or isinstance(error, dist.DistError)
+        is_lost = misses_a_rank(error)
         if is_lost:
-            time.sleep(2 * _GRACE_S)  # where a rank has died, `_watched` ends this one, and knows which it was
+            time.sleep(2 * _GRACE_S)  # where a rank has died or stopped, `_watched` ends this one, and knows which
         if rank == 0:
             store.set(_FAILED, str(error))
         elif is_lost or not _is_set(store, _FAILED):
@@ -158,6 +160,11 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def misses_a_rank(error: BaseException) -> bool:
+    """Whether it is torch's about another rank that has ended, or does not answer."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
 def _own_store(store: Any, rank: int, size: int, limit_s: float) -> Any:
@@ -183,39 +190,55 @@ def _own_store(store: Any, rank: int, size: int, limit_s: float) -> Any:
 
 
 @contextmanager
-def _watched(rank: int, size: int) -> Iterator[None]:
-    """Ends this process soon after any rank has died, wherever it runs, also while it waits in NCCL.
+def _watched(rank: int, size: int, limit_s: float) -> Iterator[None]:
+    """Ends this process soon after any rank has died, or has given no sign of life for `limit_s`, wherever it runs,
+    also while it waits in NCCL.
 
-    A thread waits for a message that the next rank sends when all is done. Where the connection breaks instead, the
-    news goes round the ring.
+    Each rank tells the one before it every second that it lives, and in the end that all is done. Where the connection
+    breaks instead, or nothing comes, the news goes round the ring.
     """
     if size == 1:
         yield
         return
-    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1000))
+    silence_s = limit_s + 2 * _PULSE_S
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=silence_s))
     watched, watcher = (rank + 1) % size, (rank - 1) % size
+    is_done = threading.Event()
+
+    def tell(news: int) -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # that one is lost, or this one's group is closed
+            dist.send(torch.tensor(news), dst=watcher, group=group)
+
+    def pulse() -> None:
+        while not is_done.wait(_PULSE_S):
+            tell(_ALIVE)
 
     def wait() -> None:
-        dead = torch.empty((), dtype=torch.int64)
-        try:
-            dist.recv(dead, src=watched, group=group)
-        except RuntimeError:
-            dead.fill_(watched)
-        if dead < 0:
+        said, fate = torch.tensor(_ALIVE), ""
+        while said == _ALIVE:
+            try:
+                dist.recv(said, src=watched, group=group)
+            except RuntimeError as error:
+                said.fill_(watched)
+                is_silent = "Timed out" in str(error)
+                fate = f"has given no sign of life for {silence_s:g} s, as if stopped" if is_silent else "has died"
+        if said == _DONE:
             return
-        if dead != watcher:
-            with contextlib.suppress(RuntimeError):
-                dist.send(dead, dst=watcher, group=group)
+        if said != watcher:
+            tell(int(said))
         time.sleep(_GRACE_S)
-        if dead == watched:
-            os.write(2, f"flashgrpo: rank {watched} of {size} has died; continue with --resume\n".encode())
+        if fate:
+            os.write(2, f"flashgrpo: rank {watched} of {size} {fate}; continue with --resume\n".encode())
         os._exit(1)
 
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
+    threads = [threading.Thread(target=work, daemon=True) for work in (pulse, wait)]
+    for thread in threads:
+        thread.start()
     yield
-    dist.send(torch.tensor(-1), dst=watcher, group=group)
-    thread.join()
+    is_done.set()
+    threads[0].join()
+    tell(_DONE)
+    threads[1].join()
 
 
 def _mesh(device: torch.device, size: int, shard_ranks: int, limit: datetime.timedelta) -> DeviceMesh:

@@ -18,6 +18,7 @@ import ranks
 import tomli_w
 import torch.distributed as dist
 
+from flashgrpo.grpo import run_folder
 from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.data import DataError
@@ -110,30 +111,47 @@ def test_a_fault_of_one_rank_is_told_with_its_name(recipe_file):
 
 
 def stuck(kind: str, recipe_file: str, *options: str) -> tuple[int, str]:
-    """In step 2 rank 1 dies, or is slow, while rank 0 is in a collective or busy on its own."""
+    """Rank 1 dies, stops or is slow in step 2, while rank 0 is in a collective or busy; or in its checkpoint."""
+    is_other = os.environ["RANK"] == "1"
+    ends = signal.SIGSTOP if "stopped" in kind else signal.SIGKILL
 
     class Stuck(Sampler):
         def rollout(self, step, position, clock):
-            if step == 2 and os.environ["RANK"] == "1":
-                if kind == "slow":
+            if step == 2 and "checkpoint" not in kind:
+                if kind == ("slow" if is_other else "busy"):
                     time.sleep(60)
-                os.kill(os.getpid(), signal.SIGKILL)
-            if step == 2 and kind == "busy":
-                time.sleep(60)
+                elif is_other:
+                    os.kill(os.getpid(), ends)
             return super().rollout(step, position, clock)
 
+    def save(*arguments, **options):
+        if is_other and "checkpoint" in kind:
+            os.kill(os.getpid(), ends)
+        return original(*arguments, **options)
+
+    original = run_folder.state_dict_saver.save
+    run_folder.state_dict_saver.save = save
     train_module.Sampler = Stuck
     os.dup2(os.open(f"{recipe_file}.{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
     return command(recipe_file, *options)
 
 
-@pytest.mark.parametrize("kind", ["collective", "busy"])
+@pytest.mark.parametrize("kind", ["collective", "busy", "in a checkpoint"])
 def test_a_rank_that_dies_ends_the_others(recipe_file, kind):
     start = time.monotonic()
     first, second = ranks.run(stuck, 2, kind, recipe_file, check=False, timeout_s=50)
     assert time.monotonic() - start < 30
     assert (first.exit_code, second.exit_code) == (1, -signal.SIGKILL)
     assert "flashgrpo: rank 1 of 2 has died; continue with --resume" in Path(f"{recipe_file}.0").read_text()
+
+
+def test_a_rank_that_is_stopped_is_named(recipe_file):
+    started = ranks.start(stuck, 2, "stopped in a checkpoint", recipe_file, "--run.collective_timeout_s=2")
+    started[0][0].join(40)
+    first, _ = ranks.finish(started, timeout_s=0)
+    assert first.exit_code == 1
+    told = Path(f"{recipe_file}.0").read_text()
+    assert "flashgrpo: rank 1 of 2 has given no sign of life for 4 s, as if stopped; continue with --resume" in told
 
 
 @pytest.mark.parametrize("shard_ranks", [0, 2])
@@ -170,7 +188,7 @@ def interrupted(recipe_file: str) -> tuple[int, str, int]:
 def test_ctrl_c_on_one_rank_stops_all_at_the_same_step(recipe_file, tmp_path):
     (code, errors), (other, _) = ranks.run(interrupted, 2, recipe_file)
     assert (code, other) == (130, 130)
-    assert "stopped after step 2; continue with --resume" in errors
+    assert "stopped after step 2; continue with --resume (SIGINT on rank 1)" in errors
     newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None
     assert newest.name == "step_2"
