@@ -25,9 +25,11 @@ class EngineError(GeneratorFailure):
 
 
 class EngineProcess:
-    """An engine in a child process, on the rank's GPU or the CPU; a call, but `generate`, waits at most `timeout_s`."""
+    """An engine in a child process, on the rank's GPU or the CPU; a call waits at most `timeout_s`, `generate` so long
+    for the next tokens.
+    """
 
-    version = 0
+    version = loaded = 0
 
     def __init__(
         self,
@@ -70,8 +72,9 @@ class EngineProcess:
         missing = len(requests)
         try:
             while missing:
-                yield self.child.receive("generate", None)
-                missing -= 1
+                if group := self.child.receive("generate", self.timeout_s):
+                    yield group
+                    missing -= 1
         finally:
             if missing and self.child.process.poll() is None:
                 self.close()  # it would go on to the end

@@ -7,10 +7,12 @@ them by the entry point in pyproject.toml in each of its processes.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +41,8 @@ from flashgrpo.grpo.vllm_options import IPC, NCCL, SHARED_MEMORY, EngineOptions,
 from flashgrpo.grpo.weight_sync import DecoderSource, check_shapes, digest, wanted_shapes
 from flashgrpo.model.config import ModelConfig
 
-_BUCKET_BYTES = 256 << 20
+_BUCKET_BYTES, _PROGRESS_S = 256 << 20, 1.0
+_FOLDER, _BUCKET = "flashgrpo_weights_", "bucket.safetensors"
 
 
 class Engine:
@@ -98,8 +101,10 @@ class Engine:
             self.is_asleep = True
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
-        """Yield each request's rollouts as soon as the last of them is done; all requests go in at once."""
-        engine = self.llm.llm_engine
+        """Yield each request's rollouts as soon as the last of them is done; all requests go in at once. An empty list
+        says that tokens are being sampled.
+        """
+        engine, told_at = self.llm.llm_engine, time.monotonic()
         waiting = {str(number): request for number, request in enumerate(requests)}
         prompts: Any = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         try:
@@ -111,6 +116,9 @@ class Engine:
                         samples: Any = output.outputs
                         request = waiting.pop(output.request_id)
                         yield [_rollout(request, sample) for sample in samples]
+                if time.monotonic() - told_at > _PROGRESS_S:
+                    told_at = time.monotonic()
+                    yield []
         finally:
             if waiting:
                 engine.abort_request([*waiting])
@@ -161,11 +169,22 @@ class _Checked:
     model: Any
     model_config: Any
     digests: dict[str, int] | None = None  # recorded while it is there: in the first update of a connection
+    is_half_loaded = False
 
     def init_transfer_engine(self, init_info: Any) -> None:
         self.digests = {}
         self.shapes = wanted_shapes(ModelConfig.from_dict(self.model_config.hf_config.to_dict()))
         super().init_transfer_engine(init_info)  # type: ignore[misc]
+
+    def start_weight_update(self) -> None:
+        if self.is_half_loaded:  # by an update that failed: vLLM would count what that has loaded as part of this one
+            self.finish_weight_update()
+        self.is_half_loaded = True
+        super().start_weight_update()  # type: ignore[misc]
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()  # type: ignore[misc]
+        self.is_half_loaded = False
 
     def receive_weights(self, update_info: Any) -> None:
         model, self.model = self.model, _Doorkeeper(self.model, self.shapes, self.digests)
@@ -256,7 +275,7 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
     """Writes a bucket of weights to a file in memory and has it loaded, until all are; rank 0 sends."""
 
     init_info_cls = SharedMemoryTrainerInfo
-    folder = ""  # of the rank that sends
+    folder, lock = "", -1  # of the rank that sends
 
     @classmethod
     def trainer_init(
@@ -264,10 +283,12 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
     ) -> "SharedMemorySender":
         sender = cls(client=client, source=source, is_sender=init_info.is_sender)
         if sender.is_sender:
-            needed, memory = 2 * max(_BUCKET_BYTES, source.largest_bytes), Path("/dev/shm")
-            fits = memory.is_dir() and shutil.disk_usage(memory).free > needed  # a container's may be tiny
-            sender.folder = tempfile.mkdtemp(prefix="flashgrpo-", dir=memory if fits else None)
-            client.init_weight_transfer_engine(asdict(FolderInfo(sender.folder)))
+            sender.folder, sender.lock = _open_folder(2 * max(_BUCKET_BYTES, source.largest_bytes))
+            try:
+                client.init_weight_transfer_engine(asdict(FolderInfo(sender.folder)))
+            except BaseException:  # nobody has it yet to shut it down
+                sender.shutdown()
+                raise
         return sender
 
     def send_weights(self) -> None:
@@ -284,7 +305,7 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
             self.client.finish_weight_update()
 
     def _ship(self, bucket: dict[str, Tensor]) -> None:
-        file = Path(self.folder) / "bucket.safetensors"
+        file = Path(self.folder) / _BUCKET
         save_file(bucket, file)
         bucket.clear()
         self.client.update_weights(asdict(BucketInfo(str(file))))
@@ -292,7 +313,38 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
 
     def shutdown(self) -> None:
         if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove_folder(Path(self.folder))
+            os.close(self.lock)
+
+
+def _open_folder(needed: int) -> tuple[str, int]:
+    """A folder in memory, and its lock, which a killed process lets go of; what such a one has left goes first."""
+    memory, disk = Path("/dev/shm"), Path(tempfile.gettempdir())
+    for left in (*memory.glob(f"{_FOLDER}*"), *disk.glob(f"{_FOLDER}*")):
+        with contextlib.suppress(OSError):  # in use, or another user's
+            lock = _lock(left)
+            _remove_folder(left)
+            os.close(lock)
+    fits = memory.is_dir() and shutil.disk_usage(memory).free > needed  # a container's may be tiny
+    folder = Path(tempfile.mkdtemp(prefix="new_", dir=memory if fits else disk))
+    lock = _lock(folder)  # before others look for it under its name
+    return str(folder.rename(folder.with_name(_FOLDER + folder.name))), lock
+
+
+def _lock(folder: Path) -> int:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / _BUCKET).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def open_sender(backend: str, client: Any, source: DecoderSource, **where: Any) -> TrainerWeightTransferEngine:

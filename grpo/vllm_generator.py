@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import queue
 import socket
 import threading
@@ -19,7 +20,7 @@ from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import RecipeError, SamplingRecipe
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_launch import OwnServers
-from flashgrpo.grpo.vllm_options import IPC, NCCL, SHARED_MEMORY, EngineOptions, check_length, require_vllm
+from flashgrpo.grpo.vllm_options import API_KEY, IPC, NCCL, SHARED_MEMORY, EngineOptions, check_length, require_vllm
 from flashgrpo.grpo.vllm_server import ServerRefusal, VllmServers
 from flashgrpo.grpo.weight_sync import DecoderSource, SyncError, check_digests
 from flashgrpo.grpo.world import GeneratorFailure, RunInputError, World
@@ -57,7 +58,7 @@ class VllmGenerator:
         while not all(self.world.everywhere(lambda: self._is_sent(source, version))):
             self._share_losses()
         self._share_losses()
-        self.weight_version = version
+        self.weight_version = self.client.loaded = version
 
     def free_weights(self) -> None:
         """An engine on the trainer's own GPU sleeps; servers, and engines on a CPU, keep their weights."""
@@ -227,16 +228,16 @@ def open_vllm(recipe: SamplingRecipe, policy: Policy, world: World, longest_prom
 
     own: OwnServers | None = None
 
-    def start() -> list[str]:
+    def start() -> tuple[list[str], str]:
         nonlocal own
         if not recipe.vllm.devices:
-            return recipe.vllm.servers
+            return recipe.vllm.servers, os.environ.get(API_KEY, "")
         output = Path(recipe.run.output)
         own = OwnServers(options, recipe.vllm.devices, output.with_name(f"{output.name}_servers"))
-        return own.urls
+        return own.urls, own.key
 
-    urls = world.on_main(start)
-    client = VllmServers(urls, policy.stop_token_ids, timeout_s)
+    urls, key = world.on_main(start)
+    client = VllmServers(urls, policy.stop_token_ids, timeout_s, policy.model.config.vocab_size, key)
     generator = VllmGenerator(client, NCCL if options.on_gpu else SHARED_MEMORY, world, timeout_s, own)
     try:
         world.everywhere(lambda: _check_servers(client, policy, recipe, options, longest_prompt))
@@ -283,7 +284,10 @@ def _check_servers(
             f"{error}; start servers by `flashgrpo serve RECIPE`, which sets what a run needs"
         ) from error
     except GeneratorFailure as error:
-        raise RunInputError(f"{error}; is `flashgrpo serve RECIPE` running there?") from error
+        raise RunInputError(
+            f"{error}; is `flashgrpo serve RECIPE` running there? One that waits for a run which was killed in the "
+            "middle of a sync over NCCL has to be started again"
+        ) from error
     if client.lost:
         raise RunInputError(f"not reached: {'; '.join(f'{url}: {why}' for url, why in client.lost.items())}")
     for url, (served, *_) in found.items():

@@ -1,7 +1,9 @@
 """Starting `vllm serve`: by `flashgrpo serve` for a run elsewhere, or by a run on devices of its own."""
 
 import contextlib
+import ipaddress
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.vllm_options import NCCL, SHARED_MEMORY, EngineOptions, own_environment
+from flashgrpo.grpo.vllm_options import API_KEY, NCCL, SHARED_MEMORY, EngineOptions, own_environment
 from flashgrpo.grpo.world import RunInputError
 
 _START_LIMIT_S, _END_LIMIT_S = 1500.0, 10.0  # the other ranks wait meanwhile, and not for ever
@@ -23,16 +25,33 @@ _DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.e
 
 def serve(options: EngineOptions, host: str, port: int, devices: str) -> None:
     """Become `vllm serve`, on the GPUs `devices` ("0,1", one model over both) or on the CPU."""
+    key = os.environ.get(API_KEY)
+    who = f"whoever has the key in {API_KEY}" if key else "whoever reaches the port, without a key,"
+    what = "can replace the weights, sample and pause; no route writes files, runs code or sets the environment"
+    plain = {"markup": False, "highlight": False, "soft_wrap": True}
+    console.print(f"{host}:{port}: {who} {what}", **plain)
+    if not (key or _is_loopback(host)):
+        found = f"warning: other machines reach {host}; set {API_KEY} to a secret, here and for the runs"
+        console.print(found, style="yellow", **plain)
     os.environ.update(_environment(devices))
     command = _command(options, host, port, devices)
     os.execv(command[0], command)
 
 
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 class OwnServers:
-    """Servers on this machine that end with this process; their output goes to `logs`/server_N.log."""
+    """Servers on this machine that end with this process; their output goes to `logs`/server_N.log. They answer to
+    `key` alone.
+    """
 
     def __init__(self, options: EngineOptions, devices: list[str], logs: Path):
         self.urls: list[str] = []
+        self.key = secrets.token_urlsafe()
         self._processes: list[subprocess.Popen] = []
         logs.mkdir(parents=True, exist_ok=True)
         for number, own in enumerate(devices):
@@ -45,7 +64,7 @@ class OwnServers:
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=subprocess.STDOUT,
-                        env=own_environment() | _environment(own),
+                        env=own_environment() | _environment(own) | {API_KEY: self.key},
                         process_group=0,  # Ctrl-C at the terminal is for the trainer, which ends them
                     )
                 )

@@ -13,6 +13,7 @@ from flashgrpo.grpo.recipe import RecipeError, SamplingRecipe
 from flashgrpo.grpo.rollout import Request, Sampling
 
 SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "flashgrpo_nccl", "flashgrpo_ipc"
+API_KEY = "VLLM_API_KEY"  # vLLM's own name for it; in the environment, where no list of processes shows it
 _SUPPORTED = "0.32"
 _CPU_KV_CACHE_GB = 1.0
 _MIN_BATCHED_TOKENS = 8192
@@ -91,9 +92,10 @@ class EngineOptions:
             **({} if self.on_gpu else {"distributed_executor_backend": "uni"}),
             "load_format": "dummy",
             "weight_transfer_config": {"backend": backend},
+            "middleware": "flashgrpo.grpo.vllm_guard.Guard",
         }
         command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", self.path]
-        command += ["--disable-log-stats", "--enable-scale-out"]  # token ids in, token ids out
+        command.append("--enable-scale-out")  # token ids in, token ids out
         for name, value in arguments.items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):

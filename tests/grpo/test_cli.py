@@ -231,6 +231,26 @@ def test_serving_on_gpus(served, write_recipe, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
+@pytest.mark.parametrize(
+    ("host", "key", "who", "is_warned"),
+    [
+        ("127.0.0.1", "", "whoever reaches the port, without a key,", False),
+        ("localhost", "", "whoever reaches the port, without a key,", False),
+        ("0.0.0.0", "", "whoever reaches the port, without a key,", True),
+        ("node2", "", "whoever reaches the port, without a key,", True),
+        ("0.0.0.0", "secret", "whoever has the key in VLLM_API_KEY", False),
+    ],
+)
+def test_serving_says_who_can_do_what(host, key, who, is_warned, served, write_recipe, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    flags = served(write_recipe(), "--devices=cpu", f"--host={host}")
+    said = capsys.readouterr().err
+    assert f"{host}:8000: {who} can replace the weights, sample and pause; no route writes files" in said
+    assert (f"warning: other machines reach {host}; set VLLM_API_KEY to a secret" in said) == is_warned
+    assert flags["--middleware"] == "flashgrpo.grpo.vllm_guard.Guard"
+    assert "secret" not in flags.values()
+
+
 @pytest.mark.parametrize(("found", "message"), [(None, "is not installed"), ("0.21.3", "found vllm 0.21.3")])
 def test_serving_without_a_vllm_that_fits_is_one_line_and_exit_2(found, message, write_recipe, monkeypatch, capsys):
     def installed(name: str) -> str:

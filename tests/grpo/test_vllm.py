@@ -59,7 +59,7 @@ def opened(make_model):
         "model": {"path": str(make_model(**SIZES))},
         "data": {"path": "none"},
         "rollout": {"generator": "vllm", "max_new_tokens": 20},
-        "vllm": {"kv_cache_gb": 0.05, "sync_timeout_s": 3},
+        "vllm": {"kv_cache_gb": 0.05, "sync_timeout_s": 60},
         "run": {"output": "none", "device": "cpu"},
     }
     recipe = build_recipe(Recipe, values)
@@ -158,11 +158,12 @@ def test_samples_are_those_of_their_seeds(opened):
     assert reasons == {"stop", "length"}
 
 
-def test_a_tensor_of_the_wrong_shape_is_refused_by_name(opened):
-    """And the engine takes the right ones afterwards."""
+def test_a_tensor_of_the_wrong_shape_is_refused_by_name(opened, monkeypatch):
+    """And the engine takes the right ones afterwards, where a part of wrong ones had been loaded."""
     model, generator, source = opened
+    monkeypatch.setattr("flashgrpo.grpo.vllm_engine._BUCKET_BYTES", 1)
     narrow = DecoderSource(source.parameters, model.config, source.dtype)
-    narrow._tensors = lambda: ((n, t[..., :-1] if "layers.1.mlp.up_proj" in n else t) for n, t in source)
+    narrow._tensors = lambda: ((n, t[..., :-1] if "layers.1.mlp.up_proj" in n else 2 * t) for n, t in source)
     with pytest.raises(
         SyncError, match=r"layers\.1\.mlp\.up_proj\.weight was sent with shape \[64, 63\]; .*\[64, 64\]"
     ):
@@ -189,10 +190,20 @@ def test_what_arrives_changed_is_found_by_its_checksum(opened, monkeypatch):
         generator.load_weights(source, 2)
 
 
+def test_an_engine_that_samples_nothing_is_not_waited_for_without_end(opened, monkeypatch):
+    engine = opened[1].client
+    monkeypatch.setattr(engine, "timeout_s", 0.5)
+    monkeypatch.setattr(engine.child, "send", lambda *_: None)  # as if it did not hear
+    monkeypatch.setattr(engine.child, "close", lambda: None)
+    with pytest.raises(GeneratorFailure, match=r"vLLM's process did not finish generate within 0\.5 s"):
+        next(engine.generate(requests(), Sampling(8)))
+
+
 def test_a_stalled_sync_hits_its_deadline(opened, monkeypatch):
     """The last test of this engine."""
     _, generator, source = opened
     generator.load_weights(source, 1)
+    monkeypatch.setattr(generator.client, "timeout_s", 3.0)
 
     def stalling():
         for name, tensor in original():

@@ -3,11 +3,14 @@ that are wrong, stall or die.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import train
 from flashgrpo.grpo.vllm_launch import OwnServers
-from flashgrpo.grpo.vllm_options import EngineOptions
+from flashgrpo.grpo.vllm_options import API_KEY, EngineOptions
 from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import GeneratorFailure, RunInputError, open_world
 from flashgrpo.kernels.linear_grpo import linear_logprobs
@@ -52,8 +55,9 @@ def servers(served_model, tmp_path_factory):
 
 
 @pytest.fixture
-def recipe_for(recipe_values, custom_rewards, served_model, servers):
-    """make(numbers of servers, **sections) -> a recipe that samples with them."""
+def recipe_for(recipe_values, custom_rewards, served_model, servers, monkeypatch):
+    """make(numbers of servers, **sections) -> a recipe that samples with them; their key is set."""
+    monkeypatch.setenv(API_KEY, servers.key)
 
     def make(*numbers: int, **sections) -> Recipe:
         values = {**recipe_values, "model": {"path": str(served_model)}}
@@ -68,7 +72,8 @@ def rows_of(recipe: Recipe) -> list[dict]:
     return read_rows(Path(recipe.run.output) / "metrics.jsonl")
 
 
-def run(recipe: Recipe) -> None:
+def run(recipe: Recipe, key: str) -> None:
+    os.environ[API_KEY] = key
     train(recipe)
 
 
@@ -90,12 +95,12 @@ def test_a_run_is_the_same_with_servers_and_with_an_engine_of_its_own(recipe_for
     assert found[0] == found[1] == found[2]
 
 
-def test_two_ranks_feed_one_server(recipe_for, tmp_path):
+def test_two_ranks_feed_one_server(recipe_for, servers, tmp_path):
     alone, together = (
         dataclasses.replace(r, run=dataclasses.replace(r.run, output=str(tmp_path / str(size))))
         for size, r in enumerate((recipe_for(0), recipe_for(0)), start=1)
     )
-    ranks.run(run, 2, together)
+    ranks.run(run, 2, together, servers.key)
     train(alone)
     for one, other in zip(rows_of(alone), rows_of(together), strict=True):
         assert one["reward/mean"] == pytest.approx(other["reward/mean"], abs=1e-9)
@@ -123,6 +128,58 @@ def test_resume_with_sampling_ahead(recipe_for, steps):
     assert sorted(rows) == [0, 1, 2, 3, 4]
     assert rows[steps + 1]["staleness/max"] == 0  # what was sampled ahead is lost with the process
     assert all("eval/pass@1" in rows[step] for step in (0, 2, 4))
+
+
+def test_a_server_on_which_a_run_was_killed_in_mid_sync_serves_the_next_run(recipe_for, monkeypatch):
+    """Without a restart, and without a trace of the weights that had come."""
+
+    def killed(self):
+        for number, (name, tensor) in enumerate(original(self)):
+            if number == 6:
+                raise KeyboardInterrupt
+            yield name, 2 * tensor
+
+    original = DecoderSource._tensors
+    recipe = recipe_for(0)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(DecoderSource, "_tensors", killed)
+        patched.setattr("flashgrpo.grpo.vllm_engine._BUCKET_BYTES", 1)
+        train(recipe)
+    train(recipe := recipe_for(0, run={"output": f"{recipe.run.output}_2"}))
+    assert all(row["mismatch/max"] <= BOUND for row in rows_of(recipe))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/collective_rpc?method=served_model", {"method": "save_sharded_state", "args": ["FOLDER"]}, 200),
+        ("POST", "/collective_rpc?method=save_sharded_state", {"args": ["FOLDER"]}, 403),
+        ("POST", "/collective_rpc", {"method": "save_sharded_state", "args": ["FOLDER"]}, 403),
+        ("POST", "/collective_rpc/", {"method": "save_sharded_state", "args": ["FOLDER"]}, 403),
+        ("POST", "/sleep", {}, 403),
+        ("GET", "/docs", None, 403),
+        ("GET", "/health", None, 200),
+    ],
+)
+def test_a_stranger_has_no_routes_but_those_of_a_run(servers, tmp_path, method, path, body, status):
+    """And none but /health without the key."""
+    body = None if body is None else json.dumps(body).replace("FOLDER", str(tmp_path)).encode()
+    found = []
+    for key in ("", "another", servers.key):
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        asked = urllib.request.Request(servers.urls[0] + path, body, headers, method=method)
+        try:
+            found.append(urllib.request.urlopen(asked, timeout=60).status)
+        except urllib.error.HTTPError as error:
+            found.append(error.code)
+    assert found == ([200] * 3 if path == "/health" else [401, 401, status])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_without_the_servers_key_is_told_so(recipe_for, monkeypatch):
+    monkeypatch.setenv(API_KEY, "another")
+    with pytest.raises(RunInputError, match=r"answered 401: wanted this server's key; set VLLM_API_KEY for the run"):
+        train(recipe_for(0))
 
 
 def test_an_update_in_flight_shows_in_the_spans(recipe_for):
