@@ -142,6 +142,8 @@ def answers_match(found: str, gold: str) -> bool:
     A choice is its letter. Expected words, and what names and does not measure, are compared as text alone: as
     mathematics "listen" would equal "silent". Units may be left out, but 3 hours are not 3 minutes.
     """
+    import math_verify  # noqa: F401  # by the first call, whatever it compares, for imports count against no limit
+
     if max(len(found), len(gold)) > _MAX_CHARS:
         return found.split() == gold.split()
     found, gold = _notation(found), _notation(gold)
@@ -232,7 +234,7 @@ def _same_quantity(found: str, gold: str) -> bool:
     if number is not None and wanted_number is not None:
         shares = (1, 100, Fraction(1, 100)) if one_is_share else (1,)
         return any(_is_close(number * share, wanted_number) for share in shares)
-    from math_verify import verify
+    import math_verify
 
     golds, target = _parse_gold(gold if one_is_share else wanted), _parse(found if one_is_share else amount)
     if any(map(_is_endless, (*golds, *target))):
@@ -240,7 +242,7 @@ def _same_quantity(found: str, gold: str) -> bool:
     if any(map(_is_large, (*golds, *target))):
         return any(_evaluated(a) == _evaluated(b) for a, b in itertools.product(golds, target))
     # Its own limits are alarm signals, which the pool's limit replaces.
-    return verify(list(golds), target, timeout_seconds=None)
+    return math_verify.verify(list(golds), target, timeout_seconds=None)
 
 
 def _split_unit(text: str) -> tuple[str, str]:
@@ -278,7 +280,7 @@ def _is_close(a: Fraction, b: Fraction) -> bool:
 
 
 def _parse(text: str) -> list[Any]:
-    from math_verify import parse
+    import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     if not _PROSE.search(_TEXT.sub("", text)):
@@ -287,7 +289,7 @@ def _parse(text: str) -> list[Any]:
         if r"\overline" in text and (value := _number(text)) is not None:
             text = str(value)
         text = r"\boxed{" + re.sub(r"\$|\\[()]", "", text) + "}"
-    return parse(text, parsing_timeout=0)
+    return math_verify.parse(text, parsing_timeout=0)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -72,7 +72,7 @@ def extract_answer(completion: str, prompt: str = "", *, whole: bool = False) ->
 def accuracy(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """Score of the final answer: by the task's own scorer for reasoning-gym rows, else 1 or 0 by math-verify.
+    """Score of the final answer: by the task's own scorer for reasoning-gym rows, else 1 or 0 by `answers_match`.
 
     A reasoning-gym scorer may give partial credit between 0 and 1. An `answer` may be LaTeX, a number, plain words,
     or a GSM8K solution that ends with `#### 42`.
