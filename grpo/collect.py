@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.table import Table
 
-from flashgrpo.grpo.data import DataError, Problem, load_completions, load_problems, render_prompt
+from flashgrpo.grpo.data import DataError, Problem, encode, load_completions, load_problems, located, render_problem
 from flashgrpo.grpo.evaluate import completion_group
 from flashgrpo.grpo.filters import FILTERS, Sample, Selection
 from flashgrpo.grpo.generators import open_for_collection
@@ -185,11 +185,10 @@ class _Parts:
 def _given_groups(section: GivenSection, policy: Policy) -> list[CompletionGroup]:
     """Given rows as groups of one; what is not filtered needs no prompt in its template. Raises DataError."""
     groups = []
-    for _, problem, text in load_completions(section, section.completion_column, section.answer_column):
-        ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-        context = ""
-        if section.filtered:
-            context = policy.decode(render_prompt(problem.prompt, section.template, policy.tokenizer))
+    for problem, text in load_completions(section, section.completion_column, section.answer_column):
+        with located(problem):
+            ids = encode(text, policy.tokenizer)
+            context = policy.decode(render_problem(problem, section, policy.tokenizer)) if section.filtered else ""
         groups.append(CompletionGroup(problem, context, [text], [ids], ["stop"]))
     return groups
 

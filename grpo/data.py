@@ -4,12 +4,15 @@ Everything ends as a list of `Problem`. Training and held-out problems never sha
 on the seed alone. A fault in the data is a `DataError` that says where it is.
 """
 
+import contextlib
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flashgrpo.grpo.rewards import REASONING_GYM, fault_of_answer, nearest
 
@@ -32,6 +35,17 @@ _R1_TEMPLATE = (
 )
 
 
+class Rendering(Protocol):
+    """How a prompt becomes tokens, as a section of data or the card of a reward model says."""
+
+    @property
+    def template(self) -> Template: ...
+    @property
+    def template_options(self) -> Mapping[str, Any]: ...
+    @property
+    def system_prompt(self) -> str | None: ...
+
+
 class DataError(ValueError):
     """Data that cannot be read or used; the message names the place, what was found and what was wanted."""
 
@@ -42,13 +56,23 @@ class Problem:
 
     prompt: Prompt
     columns: dict[str, Any]
+    where: str = field(default="data", compare=False)  # its place in the data, for errors
 
     @property
     def question(self) -> str:
         """The prompt as text: of chat messages, what the user says."""
         if isinstance(self.prompt, str):
             return self.prompt
-        return "\n".join(str(message["content"]) for message in self.prompt if message["role"] == "user")
+        return "\n".join(message["content"] for message in self.prompt if message["role"] == "user")
+
+
+@contextlib.contextmanager
+def located(problem: Problem) -> Iterator[None]:
+    """What raises DataError inside is at the problem's place."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{problem.where}: {error}") from error
 
 
 def load_problems(data: "DataSection", seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -74,8 +98,8 @@ def load_problems(data: "DataSection", seed: int) -> tuple[list[Problem], list[P
 
 def load_completions(
     source: "SourceSection", completion_column: str, answer_column: str | None = None
-) -> list[tuple[str, Problem, str]]:
-    """(its place, problem, completion) of every row.
+) -> list[tuple[Problem, str]]:
+    """(problem, completion) of every row.
 
     Raises:
         DataError: unreadable data, no rows, missing column, or a row without a prompt or a completion.
@@ -89,7 +113,7 @@ def load_completions(
             is_empty = text is None or isinstance(text, str)
             fault = "is empty" if is_empty else f"holds {type(text).__name__}"
             raise DataError(f"{where}: column {completion_column!r} {fault}, wanted the text of a completion")
-        found.append((where, problem, text))
+        found.append((problem, text))
     if not found:
         raise DataError(f"no rows in {source.path}")
     return found
@@ -115,16 +139,31 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
     return [p for p, key in zip(problems, keys, strict=True) if key not in kept], [problems[first_of[k]] for k in drawn]
 
 
-def render_prompt(prompt: Prompt, template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def render_problem(problem: Problem, how: Rendering, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a problem's prompt, as `render_prompt`."""
+    return render_prompt(problem.prompt, how.template, tokenizer, how.template_options, how.system_prompt)
+
+
+def render_prompt(
+    prompt: Prompt,
+    template: Template,
+    tokenizer: "PreTrainedTokenizerBase",
+    options: Mapping[str, Any] = MappingProxyType({}),
+    system_prompt: str | None = None,
+) -> list[int]:
     """Token ids of a prompt in its template: "r1" (arXiv 2501.12948, table 1), "chat" (the tokenizer's) or "none".
 
+    The chat template is given `options`, and `system_prompt` before messages that have no system message; a last
+    message of the assistant's is left open, for the model to continue.
+
     Raises:
-        DataError: a tokenizer without chat template, messages in a template for text, or no tokens.
+        DataError: a tokenizer without chat template, messages or options that it refuses, messages in a template for
+            text, a text that ends with the end-of-sequence token, or no tokens.
     """
     if template == "chat":
-        ids = _render_chat(prompt, tokenizer)
+        ids = encode(_render_chat(prompt, tokenizer, options, system_prompt), tokenizer)
     else:
-        ids = list(tokenizer(render_text(prompt, template))["input_ids"])
+        ids = _encode_opened(render_text(prompt, template), tokenizer)
     if not ids:
         raise DataError(f"prompt {str(prompt)[:80]!r} has no tokens in template {template!r}")
     return ids
@@ -137,22 +176,62 @@ def render_text(prompt: Prompt, template: Template) -> str:
     return _R1_TEMPLATE.format(prompt=prompt) if template == "r1" else prompt
 
 
-def _render_chat(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def encode(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a text, and none that the tokenizer would add. Raises DataError for one that it refuses."""
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # tokenizers raises bare ones
+        raise DataError(f"the tokenizer refuses {text[:80]!r}: {error}") from error
+
+
+def _encode_opened(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a text behind what the tokenizer puts before it, once; what it would put after it ends a text, which
+    the model is to continue.
+    """
+    own = encode(text, tokenizer)
+    if not own:
+        return []
+    if own[-1] == tokenizer.eos_token_id:
+        raise DataError(f"the prompt ends with {tokenizer.eos_token}, after which nothing comes; remove it")
+    encoded = tokenizer(text, return_special_tokens_mask=True)
+    opening = list(encoded["input_ids"][: encoded["special_tokens_mask"].index(0)])
+    return own if own[: len(opening)] == opening else opening + own
+
+
+def _render_chat(
+    prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any], system_prompt: str | None
+) -> str:
     if not tokenizer.chat_template:
         raise DataError(
             'the tokenizer has no chat template; use template = "r1" or "none", or a chat model\'s tokenizer'
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return list(encoded["input_ids"])
+    if system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    is_continued = messages[-1]["role"] == "assistant"
+    try:
+        source = tokenizer.get_chat_template()
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not is_continued,
+            continue_final_message=is_continued,
+            **options,
+        )
+    except Exception as error:  # a template is a program, and may raise anything
+        raise DataError(f"the chat template refuses {str(prompt)[:80]!r}: {str(error)[:200]}") from error
+    if unread := [name for name in options if not re.search(rf"\b{re.escape(name)}\b", source)]:
+        raise DataError(f"the chat template does not read template_options.{unread[0]}; remove it, or correct its name")
+    return str(text)
 
 
 def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
     """The problem in a row. Raises DataError for a missing column, no prompt, or an answer that nothing can equal."""
     _check_columns(where, row, prompt_column, answer_column)
     prompt = row[prompt_column]
-    is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
-    if not (isinstance(prompt, str) or is_chat):
+    if isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        prompt = [_message(m, f"{where}: message {i} of column {prompt_column!r}") for i, m in enumerate(prompt, 1)]
+    elif not isinstance(prompt, str):
         raise DataError(
             f"{where}: column {prompt_column!r} holds {type(prompt).__name__}, wanted text or a list of chat messages"
         )
@@ -161,10 +240,31 @@ def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_co
         columns["answer"] = row[answer_column]
         if fault := fault_of_answer(columns["answer"]):
             raise DataError(f"{where}: column {answer_column!r} {fault}")
-    problem = Problem(prompt, columns)
+    problem = Problem(prompt, columns, where)
     if not problem.question.strip():
         raise DataError(f"{where}: the prompt in column {prompt_column!r} is empty")
     return problem
+
+
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A chat message whose content is text, without its nulls, which Parquet fills in."""
+    content = _text(message["content"])
+    if content is None:
+        raise DataError(
+            f"{where} has the content {str(message['content'])[:60]!r}, wanted text, or parts of the type text"
+        )
+    if not isinstance(message["role"], str):
+        raise DataError(f"{where} has the role {message['role']!r}, wanted text, such as user")
+    return {key: value for key, value in message.items() if value is not None} | {"content": content}
+
+
+def _text(content: Any) -> str | None:
+    """A message's content where it is text, or a list of parts of text, joined."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if len(known) == len(content) else None
 
 
 def _check_columns(where: str, row: Mapping[str, Any], *columns: str | None) -> None:
@@ -192,19 +292,19 @@ def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) 
     for item in dataset:
         first_of.setdefault(item["question"], {key: item[key] for key in ("answer", "metadata")})
     shared = {"task": task, "task_options": dict(options)}
-    return [Problem(question, shared | columns) for question, columns in first_of.items()]
+    return [Problem(question, shared | columns, task) for question, columns in first_of.items()]
 
 
 def is_local(path: str) -> bool:
     """Whether a path to data is that of a file or folder, rather than a data set's name on the Hugging Face hub."""
-    file = Path(path).expanduser()
-    by_name = path.startswith(("/", ".", "~")) or file.suffix in (".jsonl", ".parquet") or path.count("/") > 1
+    file = Path(path)
+    by_name = path.startswith(("/", ".")) or file.suffix in (".jsonl", ".parquet") or path.count("/") > 1
     return by_name or file.exists()
 
 
 def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterable[Row]:
     """Rows of a JSONL or Parquet file, or of a Hugging Face data set. Raises DataError."""
-    file = Path(path).expanduser()
+    file = Path(path)
     if is_local(path) and not file.exists():
         raise DataError(f"{path}: no such file or folder")
     if file.is_file():
@@ -220,7 +320,7 @@ def check_columns(path: str, wanted: Iterable[str]) -> None:
     """Raises DataError where the first row of a local JSONL or Parquet file has not all of the `wanted` columns; of
     other data nothing is known before it is loaded.
     """
-    file = Path(path).expanduser()
+    file = Path(path)
     if not file.is_file():
         return
     if file.suffix == ".parquet":
@@ -250,7 +350,12 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
         where = f"{file}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            if b"\\u" in line or b"\xed" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise DataError(f"{where}: {half!r} is half of a character, of an emoji that was cut; remove it") from error
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise DataError(f"{where}: unreadable line: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: unreadable line: wanted a JSON object, found {type(row).__name__}")
@@ -263,7 +368,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file}: unreadable Parquet file: {error}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{file} row {number}", row

@@ -204,6 +204,7 @@ def _fingerprints(
     """What the scores of each pair, in the order in which they are evaluated, are made from."""
     settings = recipe.eval.samples, recipe.eval.temperature, recipe.eval.top_p, recipe.rollout.max_new_tokens
     settings = *settings, recipe.data.template, recipe.model.dtype, recipe.run.seed
+    settings = *settings, *filter(None, [recipe.data.template_options, recipe.data.system_prompt])
     weights = {label: content_hash(Path(path)) for label, path in models.items()}
     return {
         (label, name): hashlib.sha256(

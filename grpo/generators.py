@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from flashgrpo.grpo.native_generator import NativeGenerator
-from flashgrpo.grpo.policy import Policy, open_sharded_model, resolve_dtype
+from flashgrpo.grpo.policy import Policy, open_sharded_model, resolve_dtype, warn_beyond_context
 from flashgrpo.grpo.recipe import RecipeError, SamplingRecipe
 from flashgrpo.grpo.rollout import Generator
 from flashgrpo.grpo.weight_sync import DecoderSource
@@ -18,6 +18,7 @@ def open_generator(recipe: SamplingRecipe, policy: Policy, world: World, longest
 
     `longest_prompt` is in tokens. Raises RecipeError and RunInputError, where vLLM does not fit the run.
     """
+    warn_beyond_context(policy, longest_prompt + recipe.rollout.max_new_tokens)
     if recipe.rollout.generator != "native":
         from flashgrpo.grpo.vllm_generator import open_vllm
 
@@ -34,6 +35,7 @@ def open_for_evaluation(recipe: SamplingRecipe, policy: Policy, device: torch.de
 
     Raises RecipeError for servers, whose weights only a run sends.
     """
+    warn_beyond_context(policy, longest_prompt + recipe.rollout.max_new_tokens)
     if recipe.rollout.generator == "native":
         return NativeGenerator(policy.model, policy.stop_token_ids)
     if recipe.rollout.generator == "vllm_server":

@@ -64,10 +64,12 @@ class NativeGenerator:
             for index in finished:
                 yield [self._rollout(requests[index], *sample) for sample in batch.samples_of(index)]
 
-    def _rollout(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, stopped: bool) -> Rollout:
+    def _rollout(
+        self, request: Request, tokens: np.ndarray, own: np.ndarray, whole: np.ndarray | None, stopped: bool
+    ) -> Rollout:
         reason = "stop" if stopped else "length"
         versions = ((self.weight_version, len(tokens)),)
-        return Rollout(request.prompt_ids, tokens, logprobs, reason, request.group, versions)
+        return Rollout(request.prompt_ids, tokens, own, reason, request.group, versions, whole)
 
 
 class _DecodingBatch:
@@ -83,7 +85,7 @@ class _DecodingBatch:
         self.seeds = np.concatenate([request.seeds for request in requests]).astype(np.uint64)
         self.stop_token_ids = np.array(stop_token_ids, dtype=np.int64)
         self.tokens = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.int64)
-        self.logprobs = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.float32)
+        self.logprobs = np.zeros((2, num_rows, sampling.max_new_tokens), dtype=np.float32)
         self.lengths = np.zeros(num_rows, dtype=np.int64)
         self.stopped = np.zeros(num_rows, dtype=bool)
 
@@ -107,11 +109,13 @@ class _DecodingBatch:
     def has_live_rows(self) -> bool:
         return len(self.rows) > 0
 
-    def samples_of(self, index: int) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-        """(tokens, log-probs, stopped) of every completion of request `index`."""
+    def samples_of(self, index: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]]:
+        """(tokens, log-probs, those before top_k and top_p or None, stopped) of every completion of request `index`."""
         for row in range(self.first_row[index], self.first_row[index + 1]):
             length = self.lengths[row]
-            yield self.tokens[row, :length].copy(), self.logprobs[row, :length].copy(), bool(self.stopped[row])
+            own, whole = self.logprobs[:, row, :length].copy()
+            whole = whole if self.sampling.is_truncated else None
+            yield self.tokens[row, :length].copy(), own, whole, bool(self.stopped[row])
 
     def step(self) -> list[int]:
         """Sample one token for every live row, run the decoder on them; returns the requests that are now complete."""
@@ -119,11 +123,11 @@ class _DecodingBatch:
             logits = product(self.hidden, self.model.lm_head_weight)
         if self.position % _DRAWN_AHEAD == 0:
             self.uniforms = self._draw_uniforms()
-        tokens, logprobs = sample_tokens(logits, self.uniforms[:, self.position % _DRAWN_AHEAD], self.sampling)
-        sampled = torch.stack([tokens.double(), logprobs.double()]).cpu().numpy()  # the one copy to the host
+        tokens, *logprobs = sample_tokens(logits, self.uniforms[:, self.position % _DRAWN_AHEAD], self.sampling)
+        sampled = torch.stack([tokens.double(), *(each.double() for each in logprobs)]).cpu().numpy()  # the one copy
         live = ~self.done
         self.tokens[self.rows[live], self.position] = sampled[0, live]
-        self.logprobs[self.rows[live], self.position] = sampled[1, live]
+        self.logprobs[:, self.rows[live], self.position] = sampled[1:, live]
         self.position += 1
 
         stops = (sampled[0, :, None] == self.stop_token_ids).any(1)
@@ -273,33 +277,36 @@ def sample_tokens(
     logits: Tensor,  # [rows, vocab]
     uniforms: Tensor,  # [rows] float64 in [0, 1)
     sampling: Sampling,
-) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the distribution function; returns tokens [rows] and fp32 log-probs [rows].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token a row by inverting the distribution function; returns tokens [rows] and twice fp32 log-probs
+    [rows]: of the distribution sampled from, after temperature and renormalised after top-k and top-p; and of the one
+    before them, which is less by the log of the probability that they kept.
 
-    The log-prob is that of the distribution sampled from: after temperature, and renormalised after top-k and top-p.
-    At temperature 0 it is the model's own.
+    At temperature 0 both are the model's own.
     """
     logits = logits.float()
     if sampling.temperature == 0:
         logprobs, tokens = torch.log_softmax(logits, dim=-1).max(dim=-1)
-        return tokens, logprobs
+        return tokens, logprobs, logprobs
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
-    probs, order = torch.softmax(logits, dim=-1), None
-    if sampling.top_k or sampling.top_p < 1:
-        probs, order = probs.sort(dim=-1, descending=True, stable=True)
-        probs = _truncate(probs, sampling)
+    whole, order = torch.softmax(logits, dim=-1), None
+    probs = whole
+    if sampling.is_truncated:
+        whole, order = whole.sort(dim=-1, descending=True, stable=True)
+        probs = _truncate(whole, sampling)
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)
     drawn = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
     places = drawn.clamp_max(logits.shape[-1] - 1)
     tokens = places if order is None else order.gather(-1, places)
-    return tokens.squeeze(-1), probs.gather(-1, places).squeeze(-1).log()
+    own = probs.gather(-1, places).squeeze(-1).log()
+    return tokens.squeeze(-1), own, own if order is None else whole.gather(-1, places).squeeze(-1).log()
 
 
 def _truncate(sorted_probs: Tensor, sampling: Sampling) -> Tensor:
     """Keep the k likeliest, then the smallest set that holds top_p of what is left; renormalise. 0 elsewhere."""
     if sampling.top_k:
-        sorted_probs[:, sampling.top_k :] = 0
+        sorted_probs = F.pad(sorted_probs[:, : sampling.top_k], (0, max(0, sorted_probs.shape[1] - sampling.top_k)))
         sorted_probs = sorted_probs / sorted_probs.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1:
         before = sorted_probs.cumsum(dim=-1) - sorted_probs

@@ -120,7 +120,7 @@ def run_pipeline(path: str | Path, overrides: Sequence[str] = (), until: str | N
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineRecipe, list[Stage]]:
     """The pipeline in a TOML file, every stage's recipe checked. Raises RecipeError."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     found = values.pop("stages", None)
@@ -209,6 +209,7 @@ def _stage(
         models = values.get("models")
         if not isinstance(models, dict) or not models:
             raise RecipeError(f"{source}: an evaluation wants models = {{ label = 'path' }}, found {models!r}")
+        values["models"] = models = {label: os.path.expanduser(path) for label, path in models.items()}
         sections["model"] = {"path": next(iter(models.values())), **sections.get("model", {})}
     recipe = build_recipe(_KINDS[kind], sections, source, overrides)
     if recipe.run.output != str(folder):

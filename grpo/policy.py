@@ -1,5 +1,6 @@
 """Opening a model: device, type, tokenizer, stop tokens."""
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flashgrpo.grpo.data import DataError, Problem, render_prompt
+from flashgrpo.grpo.data import DataError, Problem, encode, located, render_problem
+from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.sections import DataSection, ModelSection
 from flashgrpo.model.checkpoint import CheckpointError, empty_decoder, load_checkpoint, load_weights, read_config
 from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.sharding import shard
+
+_TAGS = "</think>", "</answer>"
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,23 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: list[int]
 
-    def decode(self, token_ids) -> str:
-        """Text of a prompt or completion, without end-of-sequence and other special tokens."""
-        text: Any = self.tokenizer.decode(token_ids, skip_special_tokens=True)  # a list for a batch, which this is not
-        return text
+    def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
+        """Text of a prompt or completion as it was read or sampled, tags that are special tokens too, but without the
+        token that begins a text and the one that ends it.
+        """
+        ids = np.asarray(token_ids).tolist()
+        ids = ids[ids[:1] == [self.tokenizer.bos_token_id] :]
+        if ids and ids[-1] in self._silent_ends:
+            ids.pop()
+        text: Any = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text  # a list for a batch, which this is not
+
+    @functools.cached_property
+    def _silent_ends(self) -> set[int]:
+        """Stop tokens that are no text: not a tag at which a model is told to stop."""
+        added = self.tokenizer.added_tokens_decoder
+        found = {token for token in self.stop_token_ids if token in added and added[token].special}
+        return {token for token in found if added[token].content not in _TAGS}
 
 
 def open_policy(section: ModelSection, device: torch.device, model: Decoder | None = None) -> Policy:
@@ -39,7 +56,9 @@ def open_policy(section: ModelSection, device: torch.device, model: Decoder | No
         model = load_checkpoint(section.path, dtype=resolve_dtype(section.dtype, device), device=device)
         model.attention_backend = section.attention_backend
     tokenizer = open_tokenizer(section.path)
-    return Policy(Path(section.path), model, tokenizer, stop_token_ids(section.path, tokenizer))
+    stops = stop_token_ids(section.path, tokenizer)
+    check_vocabulary(section.path, tokenizer, model.config.vocab_size, stops)
+    return Policy(Path(section.path), model, tokenizer, stops)
 
 
 def open_sharded_model(
@@ -85,11 +104,12 @@ def render_prompts(
     """Every problem through the template. Raises DataError for an empty prompt, or one over data.max_prompt_tokens."""
     prompts = []
     for problem in problems:
-        token_ids = render_prompt(problem.prompt, data.template, policy.tokenizer)
+        with located(problem):
+            token_ids = render_problem(problem, data, policy.tokenizer)
         if len(token_ids) > data.max_prompt_tokens:
             raise DataError(
-                f"a prompt has {len(token_ids)} tokens, data.max_prompt_tokens = {data.max_prompt_tokens}; raise it or "
-                f"remove the prompt that begins {str(problem.prompt)[:60]!r}"
+                f"{problem.where}: a prompt has {len(token_ids)} tokens, data.max_prompt_tokens = "
+                f"{data.max_prompt_tokens}; raise it or remove the prompt that begins {str(problem.prompt)[:60]!r}"
             )
         prompts.append(Prompt(problem, token_ids, policy.decode(token_ids), source))
     return prompts
@@ -99,8 +119,33 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder. Raises CheckpointError."""
     try:
         return AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no usable tokenizer: {error}") from error
+    except Exception as error:  # tokenizers raises bare ones, and broken files whatever comes first
+        raise CheckpointError(f"{path}: no usable tokenizer: {error or type(error).__name__}") from error
+
+
+def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: list[int]) -> None:
+    """Raises CheckpointError where a model has no embedding for a token of its tokenizer, or one to stop at."""
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has tokens up to {last} ({token!r}), and vocab_size = {vocab_size} in config.json; "
+            "add rows to the model's embedding (resize_token_embeddings), or take the tokens out"
+        )
+    if stops[-1] >= vocab_size:
+        raise CheckpointError(
+            f"{path}: eos_token_id = {stops[-1]} in config.json or generation_config.json is beyond vocab_size = "
+            f"{vocab_size}; name the token that ends a completion"
+        )
+
+
+def warn_beyond_context(policy: Policy, longest: int) -> None:
+    """Say so where a run's `longest` sequence of tokens is longer than any that the model was made for."""
+    if longest > (context := policy.model.config.context):
+        console.print(
+            f"[yellow]{policy.path}: sequences may come to {longest:,} tokens, and the model was made for {context:,} "
+            "(max_position_embeddings in config.json): what it writes beyond may be nonsense[/yellow]",
+            highlight=False,
+        )
 
 
 def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -129,8 +174,8 @@ def end_token_id(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def closed_ids(text: str, tokenizer: PreTrainedTokenizerBase, end: int) -> np.ndarray:
-    """A completion's tokens, [num_tokens] int64; the last is `end`."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """A completion's tokens, [num_tokens] int64; the last is `end`. Raises DataError."""
+    ids = encode(text, tokenizer)
     return np.array(ids if ids[-1:] == [end] else [*ids, end], dtype=np.int64)
 
 

@@ -6,6 +6,7 @@ policy's, and a completion is tokenised anew, from its text.
 """
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,9 +23,17 @@ from pydantic.dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from flashgrpo.grpo.child import Child
-from flashgrpo.grpo.data import DataError, Problem, Template, render_prompt
+from flashgrpo.grpo.data import DataError, Problem, Template, located, render_problem
 from flashgrpo.grpo.packing import Completion, Group, PackingError, best_fit, build_batch
-from flashgrpo.grpo.policy import Policy, closed_ids, end_token_id, open_tokenizer, resolve_dtype
+from flashgrpo.grpo.policy import (
+    Policy,
+    check_vocabulary,
+    closed_ids,
+    end_token_id,
+    open_tokenizer,
+    resolve_dtype,
+    stop_token_ids,
+)
 from flashgrpo.grpo.recipe import RecipeError
 from flashgrpo.grpo.reward_table import CompletionGroup, Scorer
 from flashgrpo.grpo.rewards import RewardFailure, with_opening
@@ -42,9 +51,11 @@ _PROBE = "<think>Déjà vu — 数学</think>\n\tdef f(x): return x ** 2  # 12,3
 class Card:
     """What a reward model's folder says of itself, in reward_model.json."""
 
-    template: Template
     scores: Literal["answer", "whole"]
     objective: Literal["pairwise", "pointwise"]
+    template: Template
+    template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    system_prompt: str | None = None
 
     def as_reward(self, logits: np.ndarray) -> np.ndarray:
         """Pairwise, the raw logit, of which only differences mean anything; pointwise, the probability of "good"."""
@@ -84,11 +95,11 @@ class RewardModel:
         too long with a completion for batch_tokens.
         """
         try:
-            prompt_ids = render_prompt(group.problem.prompt, self.card.template, self.tokenizer)
+            prompt_ids = render_problem(group.problem, self.card, self.tokenizer)
+            texts = [with_opening(group.prompt, text) for text in group.completions]
+            ids = [scored_ids(text, self.card.scores, self.tokenizer, self.end) for text in texts]
         except DataError as error:
             raise RewardFailure(f"{self.where}: {error}") from error
-        texts = [with_opening(group.prompt, text) for text in group.completions]
-        ids = [scored_ids(text, self.card.scores, self.tokenizer, self.end) for text in texts]
         logits = torch.empty(len(ids), dtype=torch.float64)
         try:
             packs = best_fit([scored_group(prompt_ids, ids)], self.batch_tokens)
@@ -208,8 +219,9 @@ def read_card(path: str | Path) -> Card:
 
 
 def _check(path: str, policy: Policy) -> Card:
-    read_config(path, reward_model=True)
+    config = read_config(path, reward_model=True)
     theirs, ours = open_tokenizer(path), policy.tokenizer
+    check_vocabulary(path, theirs, config.vocab_size, stop_token_ids(path, theirs))
     same_text = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
     if theirs.get_vocab() != ours.get_vocab() or not same_text:
         raise CheckpointError(
@@ -221,9 +233,11 @@ def _check(path: str, policy: Policy) -> Card:
 def _check_lengths(
     where: str, section: PreferenceSection, card: Card, questions: Sequence[Problem], max_new_tokens: int
 ) -> None:
-    tokenizer = open_tokenizer(section.path)
+    tokenizer, lengths = open_tokenizer(section.path), []
     try:
-        lengths = [len(render_prompt(each.prompt, card.template, tokenizer)) for each in questions]
+        for problem in questions:
+            with located(problem):
+                lengths.append(len(render_problem(problem, card, tokenizer)))
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     needed = max(lengths, default=0) + max_new_tokens + 1

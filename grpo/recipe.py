@@ -65,6 +65,13 @@ class Recipe:
         _check_generator(self.rollout, self.vllm)
         if self.rollout.overlap and self.rollout.generator != "vllm_server":
             raise ValueError(f"rollout.overlap needs generator = vllm_server, found {self.rollout.generator}")
+        if self.rollout.is_truncated and (self.rollout.overlap or self.loss.behavior_cap is not None):
+            key = "rollout.overlap" if self.rollout.overlap else f"loss.behavior_cap = {self.loss.behavior_cap:g}"
+            raise ValueError(
+                f"{key} weighs tokens by the sampler's log-probs, and with rollout.top_p = {self.rollout.top_p:g} and "
+                f"rollout.top_k = {self.rollout.top_k} those are of the tokens that were kept alone, the trainer's of "
+                "all: every ratio would be too small, by what was left out; wanted top_p = 1 and top_k = 0"
+            )
         if self.rollout.prompts_per_step % self.train.mini_batches:
             raise ValueError(
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not a multiple of "
@@ -194,7 +201,7 @@ def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ())
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark before it
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except tomllib.TOMLDecodeError as error:

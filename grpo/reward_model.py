@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashgrpo.grpo.balance import PackPlan, plan_packs
-from flashgrpo.grpo.data import DataError, Problem, load_problems, render_prompt, split_problems
+from flashgrpo.grpo.data import DataError, Problem, load_problems, located, render_problem, split_problems
 from flashgrpo.grpo.learner import Stats
 from flashgrpo.grpo.packing import build_batch
-from flashgrpo.grpo.policy import Policy, end_token_id
+from flashgrpo.grpo.policy import Policy, end_token_id, warn_beyond_context
 from flashgrpo.grpo.preference import CARD, Card, scored_group, scored_ids
 from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
 from flashgrpo.grpo.recipe import RewardModelRecipe, recipe_to_toml
@@ -104,8 +104,9 @@ class RewardModelTrainer(RunLoop):
 
     def model_files(self) -> dict[str, dict[str, Any]]:
         """reward_model.json."""
-        train = self.recipe.train
-        return {CARD: dataclasses.asdict(Card(self.recipe.data.template, train.scores, train.objective))}
+        data, train = self.recipe.data, self.recipe.train
+        rendering = data.template, data.template_options, data.system_prompt
+        return {CARD: dataclasses.asdict(Card(train.scores, train.objective, *rendering))}
 
     def _pack(self, rows: Sequence[Row]) -> tuple[PackPlan, list[PackedBatch], Tensor]:
         """The plan of an update, this rank's part of it, and the signs [num_rows, texts a row] of all."""
@@ -160,15 +161,17 @@ def load_rows(recipe: RewardModelRecipe, policy: Policy) -> tuple[list[Row], lis
     problems, _ = load_problems(DataSection(**shared, answer_column=columns[0], held_out=0), seed=0)
     end = end_token_id(policy.path, policy.tokenizer)
 
-    def row(problem: Problem, where: str) -> Row:
+    def row(problem: Problem) -> Row:
+        where = problem.where
         for name in columns if is_pair else [*columns, data.label_column]:
             if name not in problem.columns:
                 raise DataError(f"{where}: no column {name!r}{nearest(name, problem.columns, with_all=True)}")
         for name in columns:
             if not isinstance(text := problem.columns[name], str):
                 raise DataError(f"{where}: column {name!r} holds {type(text).__name__}, wanted text")
-        prompt_ids = render_prompt(problem.prompt, data.template, policy.tokenizer)
-        texts = [scored_ids(problem.columns[name], train.scores, policy.tokenizer, end) for name in columns]
+        with located(problem):
+            prompt_ids = render_problem(problem, data, policy.tokenizer)
+            texts = [scored_ids(problem.columns[name], train.scores, policy.tokenizer, end) for name in columns]
         length = len(prompt_ids) + max(map(len, texts))
         if length > data.max_tokens:
             raise DataError(f"{where} has {length} tokens, data.max_tokens = {data.max_tokens}")
@@ -181,7 +184,8 @@ def load_rows(recipe: RewardModelRecipe, policy: Policy) -> tuple[list[Row], lis
             raise DataError(f"{where}: column {data.label_column!r} holds {label!r}, wanted 0, 1, true or false")
         return _LABELS[label]
 
-    rows = {id(problem): row(problem, f"{data.path}: row {i}") for i, problem in enumerate(problems, start=1)}
+    rows = {id(problem): row(problem) for problem in problems}
+    warn_beyond_context(policy, max(len(r.prompt_ids) + max(map(len, r.texts)) for r in rows.values()))
     training, held_out = (
         [rows[id(p)] for p in part] for part in split_problems(problems, data.held_out, recipe.run.seed)
     )

@@ -24,6 +24,11 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether some tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1
+
 
 @dataclass(frozen=True)
 class Request:
@@ -44,7 +49,13 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     group: int
     weight_versions: tuple[tuple[int, int], ...]  # (version, tokens sampled from it), in the order of the tokens
+    whole_logprobs: np.ndarray | None = None  # [num_tokens] fp32, before top_k and top_p, where they are known
     reflections: int = 0  # reflective phrases in its text, where they were counted
+
+    @property
+    def comparable_logprobs(self) -> np.ndarray:
+        """Of the distribution that the trainer's log-probs are of, unless top_k or top_p were used and hide it."""
+        return self.behavior_logprobs if self.whole_logprobs is None else self.whole_logprobs
 
 
 class Generator(Protocol):

@@ -207,7 +207,7 @@ def changed_keys(
     changes = []
     for section, key in before | now:
         old, new = before.get((section, key)), now.get((section, key))
-        if old != new and is_fixed(section, key):
+        if old != new and is_fixed(section, key) and (old is not None or new):  # a key may be newer than the run
             raise RunInputError(
                 f"{section}.{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
                 "keep it, or choose another run.output"

@@ -16,8 +16,9 @@ from flashgrpo.grpo.progress import StepBar, console, step_bar
 from flashgrpo.grpo.recipe import Recipe, RewardModelRecipe, SftRecipe
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder
-from flashgrpo.grpo.world import GeneratorFailure, World
+from flashgrpo.grpo.world import GeneratorFailure, RunInputError, World
 from flashgrpo.model.checkpoint import save_checkpoint
+from flashgrpo.model.sharding import is_finite
 
 _MOST_SKIPPED = 3
 
@@ -73,6 +74,8 @@ class RunLoop(abc.ABC):
         self.learner = Learner(self.policy.model, self.settings, total_steps)
         if self.folder.checkpoint:
             self.folder.restore(self.learner.state_tensors() | self.extra_tensors())
+            hint = f"remove {self.folder.checkpoint} to continue from the one before"
+            self.world.everywhere(lambda: self._check_weights(RunInputError, hint))
 
     def run(self) -> Path:
         """Every step that is left, then the final model; returns its folder.
@@ -107,9 +110,17 @@ class RunLoop(abc.ABC):
         """Write a checkpoint of the last whole step, unless it has one."""
         if self.step == self.folder.state.get("step", 0):
             return
+        kept = self.folder.checkpoint
+        hint = f"no checkpoint is written of them; {f'the last good one is {kept}' if kept else 'there is none'}"
+        self.world.everywhere(lambda: self._check_weights(RunError, hint))
         tensors = self.learner.state_tensors() | self.extra_tensors()
         keep = self.settings.keep_checkpoints
         self.folder.save(self.step, self._write_model, tensors, self.extra_state(), keep)
+
+    def _check_weights(self, error: type[Exception], hint: str) -> None:
+        for name, shard in self.learner.params.items():
+            if not is_finite(shard):
+                raise error(f"the weights of step {self.step} hold NaN or infinity, as {name}: {hint}")
 
     def _write_model(self, folder: Path) -> None:
         files, source = self.model_files(), self.policy.path

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+import os
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from flashgrpo.grpo.data import Template
@@ -22,9 +23,21 @@ _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
+def expanded(path: str) -> str:
+    """A path with the home folder in place of ~, which TOML and `--key=~/x` keep. Raises ValueError for no user's."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError("no user of that name has a home folder")
+    return found
+
+
+_Path = Annotated[str, AfterValidator(expanded)]
+_PathOrNone = Annotated[str | None, AfterValidator(lambda path: path and expanded(path))]
+
+
 @dataclass(frozen=True, config=CHECKED)
 class ModelSection:
-    path: str
+    path: _Path
     """Hugging Face folder: config.json, safetensors, tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; bfloat16 keeps fp32 master weights. auto: bfloat16 on CUDA, float32 on a CPU."""
@@ -38,7 +51,7 @@ class ModelSection:
 
 @dataclass(frozen=True, config=CHECKED)
 class SourceSection:
-    path: str | None = None
+    path: _PathOrNone = None
     """JSONL or Parquet file, or Hugging Face dataset (folder or hub name)."""
     subset: str | None = None
     """Configuration of a Hugging Face dataset, as gsm8k's "main"."""
@@ -48,11 +61,20 @@ class SourceSection:
     """Column with the prompt: text, or a list of chat messages for the chat template."""
     template: Template = "r1"
     """How a prompt becomes tokens: R1-Zero's template, the tokenizer's chat template, or as it is."""
+    template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the chat template is given besides messages, as { enable_thinking = false }."""
+    system_prompt: str | None = None
+    """For the chat template: the system message of prompts that have none."""
+
+    def __post_init__(self) -> None:
+        if self.template != "chat" and (self.template_options or self.system_prompt):
+            raise ValueError(f"template_options and system_prompt want template = chat, found {self.template}")
 
 
 @dataclass(frozen=True, config=CHECKED)
 class FileSection(SourceSection):
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.path is None:
             raise ValueError("path is missing, and it has no default")
 
@@ -73,6 +95,7 @@ class DataSection(SourceSection):
     """A longer prompt is an error."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.task is None) == (self.path is None):
             raise ValueError(f"found task={self.task!r} and path={self.path!r}, wanted exactly one of them")
 
@@ -149,7 +172,7 @@ def check_rewards(functions: list[str], weights: list[float]) -> None:
 
 @dataclass(frozen=True, config=CHECKED)
 class PreferenceSection:
-    path: str
+    path: _Path
     """Folder that `flashgrpo reward-model` has made; its name in [reward_models] is that of a reward function."""
     device: Annotated[str, Field(pattern=r"^(trainer|cpu|cuda:\d+)$")] = "trainer"
     """trainer: on the policy's device, loaded for the reward step and moved to the host after it; "cuda:6" or "cpu": a
@@ -172,6 +195,11 @@ class SamplingSection:
     """Nucleus sampling: smallest set of tokens with at least this probability."""
     top_k: _Count = 0
     """Sample among the k likeliest tokens; 0: all."""
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether some tokens are never sampled."""
+        return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -245,7 +273,7 @@ class TrainSection(OptimizerSection):
     ref_refresh_every: _Count = 0
     """Steps between replacements of the reference by the policy; 0: never."""
     mismatch_alarm: _PositiveFloat = 0.1
-    """Warn when the sampler's log-probs are further off the trainer's on average; -log(top_p) is added."""
+    """Warn when the sampler's log-probs are further off the trainer's on average, or not finite."""
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -260,14 +288,14 @@ class EvalSection:
     """Sampling temperature; 0: greedy."""
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
     """Nucleus sampling."""
-    benchmarks: list[str] = dataclasses.field(default_factory=list)
+    benchmarks: list[_Path] = dataclasses.field(default_factory=list)
     """Apart from training: JSONL or Parquet files with the columns of AIME, MATH-500, GPQA or GSM8K, in place of
     held-out problems; all of their problems."""
 
 
 @dataclass(frozen=True, config=CHECKED)
 class RunSection:
-    output: str
+    output: _Path
     """Folder of the run."""
     seed: _Count = 0
     """Of the data order, the split and every sample."""
@@ -323,7 +351,7 @@ class PreferenceTrainSection(SftTrainSection):
 
 @dataclass(frozen=True, config=CHECKED)
 class CollectDataSection(DataSection):
-    path: str | None = None
+    path: _PathOrNone = None
     """JSONL or Parquet file, or Hugging Face dataset; without it and a task, nothing is sampled: [given] alone."""
 
     @property

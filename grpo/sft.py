@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.balance import plan_packs
-from flashgrpo.grpo.data import DataError, load_completions, render_prompt
+from flashgrpo.grpo.data import DataError, load_completions, located, render_problem
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, build_batch
-from flashgrpo.grpo.policy import Policy, closed_ids, end_token_id
+from flashgrpo.grpo.policy import Policy, closed_ids, end_token_id, warn_beyond_context
 from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
 from flashgrpo.grpo.recipe import SftRecipe, recipe_to_toml
 from flashgrpo.grpo.run_folder import RunFolder
@@ -85,17 +85,19 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
     """
     end = end_token_id(policy.path, policy.tokenizer)
     examples = []
-    for number, (where, problem, text) in enumerate(load_completions(data, data.completion_column)):
-        prompt_ids = render_prompt(problem.prompt, data.template, policy.tokenizer)
-        completion_ids = closed_ids(text, policy.tokenizer, end)
+    for number, (problem, text) in enumerate(load_completions(data, data.completion_column)):
+        with located(problem):
+            prompt_ids = render_problem(problem, data, policy.tokenizer)
+            completion_ids = closed_ids(text, policy.tokenizer, end)
         length = len(prompt_ids) + len(completion_ids)
         if length > data.max_tokens:
-            raise DataError(f"{where} has {length} tokens, data.max_tokens = {data.max_tokens}")
+            raise DataError(f"{problem.where} has {length} tokens, data.max_tokens = {data.max_tokens}")
         if length > token_budget:
             raise DataError(
-                f"{where} has {length} tokens, train.token_budget = {token_budget}; raise it, or cut the row"
+                f"{problem.where} has {length} tokens, train.token_budget = {token_budget}; raise it, or cut the row"
             )
         examples.append(Group(prompt_ids, [Completion(completion_ids, sequence_id=number)]))
+    warn_beyond_context(policy, max(group.num_tokens + 1 for group in examples))
     return examples
 
 

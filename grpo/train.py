@@ -6,7 +6,6 @@ what the generator does.
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -119,6 +118,12 @@ class Trainer(RunLoop):
             pool.scorers.update(open_preferences(recipe.reward_models, self.policy, world, questions, longest))
         generator = open_generator(recipe, self.policy, world, longest_prompt)
         source = DecoderSource(self.learner.params, config, self.compute_dtype)
+        self.has_comparable_logprobs = recipe.rollout.generator == "native" or not recipe.rollout.is_truncated
+        if not self.has_comparable_logprobs:
+            console.print(
+                "[yellow]vLLM gives log-probs of what top_p and top_k kept: whether they are the trainer's cannot be "
+                "checked (train.mismatch_alarm)[/yellow]"
+            )
         self.sampler = Sampler(recipe, world, self.policy, pool, generator, source, mixture, tests)
 
     def run(self) -> Path:
@@ -158,12 +163,21 @@ class Trainer(RunLoop):
             if self.step == step:
                 self.folder.log_samples(step, self._samples(data))
                 self.folder.log(step, metrics)
-        alarm, rollout = self.recipe.train.mismatch_alarm, self.recipe.rollout
-        truncation = math.inf if rollout.top_k else -math.log(rollout.top_p)  # adds at most this to a log-prob
-        if metrics.get("mismatch/mean", 0.0) > alarm + truncation:
-            off = f"{metrics['mismatch/mean']:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
-            console.print(f"[yellow]step {step}: the sampler's log-probs are {off}[/yellow]")
+        self._compare_logprobs(step, data, metrics)
         return metrics, one_line(metrics)
+
+    def _compare_logprobs(self, step: int, data: StepData, metrics: dict[str, float]) -> None:
+        """The alarm where the sampler's log-probs are not the trainer's."""
+        alarm, rollouts = self.recipe.train.mismatch_alarm, [r for group in data.rollouts for r in group]
+        broken = sum(not np.isfinite(rollout.behavior_logprobs).all() for rollout in rollouts)
+        off = metrics.get("mismatch/mean", 0.0)
+        if broken:
+            fault = f"not finite in {broken} of {len(rollouts)} completions"
+        elif off > alarm:
+            fault = f"{off:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
+        else:
+            return
+        console.print(f"[yellow]step {step}: the sampler's log-probs are {fault}[/yellow]")
 
     def _plan_updates(self, data: StepData) -> list[Update]:
         """Split the groups into mini-batches; pack those with a gradient."""
@@ -206,7 +220,7 @@ class Trainer(RunLoop):
                     collected.append([{k: v for k, v in s.items() if v.dim() == 0} for s in stats])
                     norms.append(norm)
             metrics = device_metrics(collected, norms, self.learner, self.world)
-        if takes_behavior:  # compared with themselves
+        if takes_behavior or not self.has_comparable_logprobs:  # compared with themselves, or with renormalised ones
             metrics = {name: value for name, value in metrics.items() if not name.startswith("mismatch/")}
         return metrics | probed
 
@@ -299,7 +313,7 @@ def _check_token_budget(recipe: Recipe, longest_prompt: int) -> None:
 
 def _trainable_group(rollouts: list[Rollout], first_id: int, mask_overlong: bool) -> Group:
     completions = [
-        Completion(rollout.completion_ids, first_id + i, rollout.behavior_logprobs)
+        Completion(rollout.completion_ids, first_id + i, rollout.comparable_logprobs)
         for i, rollout in enumerate(rollouts)
         if not (mask_overlong and rollout.finish_reason == "length")
     ]

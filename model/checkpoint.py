@@ -24,10 +24,11 @@ from torch.distributed.fsdp import FSDPModule
 from flashgrpo.model.config import CheckpointError, ModelConfig
 from flashgrpo.model.decoder import Decoder, huggingface_rows, huggingface_views
 from flashgrpo.model.files import recover, whole_folder
-from flashgrpo.model.sharding import full_tensors, local_rows
+from flashgrpo.model.sharding import full_tensors, is_finite, local_rows
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -108,29 +109,28 @@ def load_weights(decoder: Decoder, path: str | os.PathLike, *, new_score: bool =
     }
     if new_score:
         local_rows(missing.pop("score.weight")[0])[0].zero_()
+    is_tied = decoder.config.tie_embeddings and (decoder.score is None or new_score)
+    embedding = missing[_EMBEDDING]
     unexpected: list[str] = []
     tied_head = None
     for name, stored in _stored_tensors(folder):
         if name in missing:
-            parameter, rows = missing.pop(name)
-            wanted = [rows.stop - rows.start, *parameter.shape[1:]]
-            if stored.get_shape() != wanted:
-                raise CheckpointError(f"{folder}: {name} has shape {stored.get_shape()}; {CONFIG} wants {wanted}")
-            local, first = local_rows(parameter)
-            start, stop = max(rows.start, first), min(rows.stop, first + len(local))
-            if start < stop:
-                local[start - first : stop - first].copy_(stored[start - rows.start : stop - rows.start])
-        elif name == "lm_head.weight" and new_score:
+            own, found = _own_part(folder, name, stored, *missing.pop(name))
+            own.copy_(found)
+            _check_finite(folder, name, own)
+        elif name == _HEAD and is_tied:
+            tied_head = _own_part(folder, name, stored, *embedding)
+        elif name == _HEAD and new_score:
             continue
-        elif name == "lm_head.weight" and decoder.config.tie_embeddings and decoder.score is None:
-            local, first = local_rows(decoder.lm_head_weight)
-            tied_head = stored[first : first + len(local)] if len(local) else local
         elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that older checkpoints carry
             unexpected.append(name)
+    if tied_head and missing.pop(_EMBEDDING, None):  # safetensors keeps one of two names, and not always this one
+        tied_head[0].copy_(tied_head[1])
+        _check_finite(folder, _HEAD, tied_head[0])
     _check_names(folder, list(missing), unexpected)
-    if tied_head is not None and not torch.equal(tied_head.to(local := local_rows(decoder.lm_head_weight)[0]), local):
+    if tied_head and not torch.equal(tied_head[0], tied_head[1].to(tied_head[0])):
         raise CheckpointError(
-            f"{folder}: {CONFIG} ties lm_head.weight to model.embed_tokens.weight, but they differ in the file; "
+            f"{folder}: {CONFIG} ties {_HEAD} to {_EMBEDDING}, but they differ in the file; "
             "set tie_word_embeddings to false"
         )
 
@@ -233,6 +233,26 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
             raise CheckpointError(f"{folder / shard}: broken or incomplete: {error}") from None
         except OSError as error:
             raise CheckpointError(f"{folder / shard}: cannot be read: {error}") from None
+
+
+def _own_part(folder: Path, name: str, stored: Any, parameter: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """This rank's part of some rows of a parameter, to write in, and what is stored for it."""
+    wanted = [rows.stop - rows.start, *parameter.shape[1:]]
+    if stored.get_shape() != wanted:
+        raise CheckpointError(f"{folder}: {name} has shape {stored.get_shape()}; {CONFIG} wants {wanted}")
+    local, first = local_rows(parameter)
+    start, stop = max(rows.start, first), min(rows.stop, first + len(local))
+    if start >= stop:
+        return local[:0], local[:0]
+    return local[start - first : stop - first], stored[start - rows.start : stop - rows.start]
+
+
+def _check_finite(folder: Path, name: str, weight: Tensor) -> None:
+    if not is_finite(weight):
+        raise CheckpointError(
+            f"{folder}: {name} holds NaN or infinity, and nothing that it computes would be a number; restore the "
+            "file, or take an earlier checkpoint"
+        )
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

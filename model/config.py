@@ -5,6 +5,7 @@ The original dictionary is kept and written back whole, so that keys this packag
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,11 @@ from typing import Any
 from flashgrpo.model.rope import Rope
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ROPE_KEYS = "rope_type", "type", "rope_theta", "partial_rotary_factor"
+_ROPE_SCALINGS = (
+    "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "attention_factor", "mscale", "mscale_all_dim", "truncate",
+)  # fmt: skip
 _CAUSAL, _SCORING = "ForCausalLM", "ForSequenceClassification"
 
 
@@ -40,6 +46,12 @@ class ModelConfig:
     is_reward_model: bool  # a head of one score instead of the LM head
     initializer_range: float
     raw: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence that the model was made for."""
+        stretched = int(self.rope.original_context * self.rope.factor)
+        return max(_positive_int(self.raw, "max_position_embeddings", sys.maxsize), stretched)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
@@ -135,6 +147,8 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         raise CheckpointError("mlp_bias is true; MLPs with a bias are not supported")
     if raw.get("quantization_config"):
         raise CheckpointError("quantization_config is set; train from the unquantised checkpoint")
+    if other := set(map(str, raw.get("layer_types") or ())) - {"full_attention", "sliding_attention"}:
+        raise CheckpointError(f"layer_types have {min(other)!r}; only layers of full attention are supported")
     windowed = "sliding_attention" in (raw.get("layer_types") or ())
     if raw.get("layer_types") is None and raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
         windowed = _positive(raw, "max_window_layers", 28) < _positive_int(raw, "num_hidden_layers")
@@ -145,11 +159,25 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         )
 
 
+def _check_rope(parameters: Any) -> None:
+    if not isinstance(parameters, Mapping):
+        raise CheckpointError(f"RoPE parameters are {parameters!r}; an object is wanted")
+    given = {key: value for key, value in parameters.items() if value is not None}
+    if unknown := [key for key in given if key not in (*_ROPE_KEYS, *_ROPE_SCALINGS)]:
+        raise CheckpointError(
+            f"RoPE parameters have {unknown[0]} = {given[unknown[0]]!r}, which is not supported; known are "
+            f"{', '.join((*_ROPE_KEYS, *_ROPE_SCALINGS))}, the same for all layers"
+        )
+    if not {"rope_type", "type"} & given.keys() and (unused := given.keys() & {*_ROPE_SCALINGS}):
+        raise CheckpointError(f"RoPE parameters have {min(unused)}, and no rope_type that says what it scales")
+
+
 def _rope(raw: Mapping[str, Any]) -> Rope:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"RoPE parameters are {found!r}; an object is wanted")
+    given = [raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)]
+    for parameters in given:
+        _check_rope(parameters)
+    found = given[0] if given else {}
     theta = _positive(found, "rope_theta", _positive(raw, "rope_theta", 10_000.0))
     kind = found.get("rope_type") or found.get("type") or "default"
     if (partial := found.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) not in (1.0, None):

@@ -57,6 +57,12 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     return local, chunk.offsets[0]
 
 
+def is_finite(parameter: Tensor) -> bool:
+    """Whether a parameter's rows on this rank hold numbers alone. Waits for the device."""
+    local, _ = local_rows(parameter)
+    return not local.numel() or bool(torch.stack(torch.aminmax(local)).isfinite().all())
+
+
 def full_tensors(
     parameters: Mapping[str, Tensor],  # a decoder's, sharded or not
     config: ModelConfig,

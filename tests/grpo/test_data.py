@@ -10,7 +10,15 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from flashgrpo.grpo.data import DataError, Problem, load_problems, render_prompt, render_text, split_problems
+from flashgrpo.grpo.data import (
+    DataError,
+    Problem,
+    load_problems,
+    located,
+    render_prompt,
+    render_text,
+    split_problems,
+)
 from flashgrpo.grpo.sections import DataSection
 
 
@@ -139,6 +147,23 @@ def test_a_file_that_may_not_be_read_is_a_data_error(tmp_path, monkeypatch):
         (b'{"prompt": "a", "answer": 1}\n{"prompt": " ", "answer": 1}\n', r"bad\.jsonl:2: the prompt .* is empty"),
         (b'{"prompt": 7, "answer": 1}\n', r"bad\.jsonl:1: column 'prompt' holds int, wanted text or"),
         (b'{"prompt": [{"role": "user", "content": ""}], "answer": 1}\n', r"bad\.jsonl:1: the prompt .* is empty"),
+        (
+            b'{"prompt": [{"role": "user", "content": null}]}',
+            r"bad\.jsonl:1: message 1 .* has the content 'None', wanted",
+        ),
+        (
+            b'{"prompt": [{"role": "user", "content": "a"}, {"role": "user", "content": 7}]}',
+            r"bad\.jsonl:1: message 2 of column 'prompt' has the content '7'",
+        ),
+        (
+            b'{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]}',
+            r"bad\.jsonl:1: message 1 .* parts of the type text",
+        ),
+        (b'{"prompt": [{"role": null, "content": "a"}]}', r"bad\.jsonl:1: message 1 .* has the role None"),
+        (b'{"prompt": "a\\ud83d", "answer": 1}\n', r"bad\.jsonl:1: '\\ud83d' is half of a character"),
+        (b'{"prompt": "a"}\n{"prompt": "\xed\xa0\xbd", "answer": 1}\n', r"bad\.jsonl:2: .* half of a character"),
+        (b'{"prompt": "a", "meta": {"note": ["\\uDE00"]}}\n', r"bad\.jsonl:1: .* half of a character"),
+        (b"[" * 100_000 + b"\n", r"bad\.jsonl:1: unreadable line: "),
         (b"\n", "no problems in .*bad.jsonl"),
     ],
 )
@@ -212,6 +237,89 @@ def test_chat_template_takes_text_and_messages():
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
     assert render_prompt(messages, "chat", tokenizer) == list(map(ord, "system:s;user:hi;ai:"))
     assert Problem(messages, {}).question == "hi"
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if thinks is false %}no thoughts:{% endif %}{% endif %}"
+)
+
+
+def chat(*messages: str) -> list[dict[str, str]]:
+    return [{"role": message.split(":")[0], "content": message.split(":")[1]} for message in messages]
+
+
+@pytest.mark.parametrize(
+    ("messages", "rendered"),
+    [
+        (chat("user:hi", "assistant:Let me see. <think>"), "<user>hi</><assistant>Let me see. <think>"),
+        (chat("user:hi", "assistant:"), "<user>hi</><assistant>"),
+        (chat("user:hi", "assistant:ho", "user:so"), "<user>hi</><assistant>ho</><user>so</><assistant>"),
+    ],
+)
+def test_what_the_assistant_has_begun_is_continued_and_not_closed(messages, rendered):
+    """A prompt that ends with a prefill: a second turn of the assistant's would have to begin anew."""
+    assert render_prompt(messages, "chat", make_tokenizer(CHATML)) == list(map(ord, rendered))
+
+
+def test_template_options_and_system_prompt_reach_the_chat_template():
+    tokenizer = make_tokenizer(CHATML)
+
+    def text(prompt, **options):
+        return "".join(map(chr, render_prompt(prompt, "chat", tokenizer, **options)))
+
+    assert text("hi", options={"thinks": False}) == "<user>hi</><assistant>no thoughts:"
+    assert text("hi", system_prompt="Be brief.") == "<system>Be brief.</><user>hi</><assistant>"
+    assert text(chat("system:s", "user:hi"), system_prompt="Be brief.") == "<system>s</><user>hi</><assistant>"
+    with pytest.raises(DataError, match=r"does not read template_options\.think;"):
+        text("hi", options={"think": False})
+    with pytest.raises(DataError, match="multiple values for keyword argument 'tokenize'"):
+        text("hi", options={"tokenize": True})
+
+
+def test_parts_of_text_are_joined_and_nulls_left_out(tmp_path):
+    """Multimodal exports have parts; Parquet gives every message all keys that any message has."""
+    parts = [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?", "image_url": None}]
+    row = {"prompt": [{"role": "user", "content": parts, "tool_calls": None}], "answer": "2"}
+    (problem,), _ = load_problems(Spec(path=write_jsonl(tmp_path / "d.jsonl", [row]), held_out=0), 0)
+    assert problem.prompt == [{"role": "user", "content": "1 + 1?"}]
+    assert problem.question == "1 + 1?"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content }", "unexpected"),
+        ("{{ messages[0].name.first }}", "'dict object' has no attribute 'name'"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+    ],
+)
+def test_a_template_that_refuses_a_row_is_named_with_it(template, message):
+    problem = Problem(chat("user:hi"), {}, "data.jsonl:7")
+    with pytest.raises(DataError, match=rf"data\.jsonl:7: the chat template refuses .*{message}"), located(problem):
+        render_prompt(problem.prompt, "chat", make_tokenizer(template))
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_named_with_it():
+    """The tokenizers library raises bare exceptions, as for a letter that it does not know and has no token for."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.model = models.WordLevel({"a": 0}, unk_token="<unk>")
+    with pytest.raises(DataError, match=r"the tokenizer refuses 'b': WordLevel error"):
+        render_prompt("b", "none", tokenizer)
+
+
+@pytest.mark.parametrize("text", ["1+1=", "<s>1+1="])
+def test_a_prompt_begins_once_and_does_not_end(text):
+    """Tokenizers with add_eos_token close what the model is to continue, and texts may have their <s> already."""
+    tokenizer = make_tokenizer()
+    ends = [("<s>", 0), ("~", ord("~"))]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A ~", special_tokens=ends)
+    tokenizer.add_special_tokens({"eos_token": "~"})
+    assert render_prompt(text, "none", tokenizer) == [0, *map(ord, "1+1=")]
+    assert render_prompt(text, "r1", tokenizer)[-1] == ord(":")
+    with pytest.raises(DataError, match="the prompt ends with ~"):
+        render_prompt("1+1=~", "none", tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -43,17 +43,30 @@ def generate(model, asked, sampling):
     return {group[0].group: group for group in groups}
 
 
-@pytest.mark.parametrize(("group_size", "temperature"), [(4, 1.0), (4, 0.7), (1, 1.0)])
-def test_behavior_logprobs_are_the_models_own(model, group_size, temperature):
-    groups = generate(model, requests(20 // group_size, group_size), Sampling(80, temperature))
+@pytest.mark.parametrize(
+    ("group_size", "sampling"),
+    [
+        (4, Sampling(80)),
+        (4, Sampling(80, 0.7)),
+        (1, Sampling(80)),
+        (4, Sampling(80, 0.7, top_p=0.6)),
+        (4, Sampling(80, top_k=5)),
+        (1, Sampling(80, top_k=1000)),
+    ],
+)
+def test_logprobs_to_compare_are_the_models_own(model, group_size, sampling):
+    """Those that a truncated sampler reports are of what it kept; the trainer's are of the whole vocabulary."""
+    groups = generate(model, requests(20 // group_size, group_size), sampling)
     rollouts = [rollout for group in groups.values() for rollout in group]
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
     for rollout in rollouts:
         batch = build_batch([Group(rollout.prompt_ids, [Completion(rollout.completion_ids, 0)])])
         with torch.no_grad():
             hidden = gather_predictors(model(batch), batch)
-            logprobs, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature)
-        np.testing.assert_allclose(rollout.behavior_logprobs, logprobs.numpy(), atol=1e-4)
+            logprobs, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=sampling.temperature)
+        np.testing.assert_allclose(rollout.comparable_logprobs, logprobs.numpy(), atol=1e-4)
+        if 0 < sampling.top_k < 61 or sampling.top_p < 1:
+            assert (rollout.behavior_logprobs > logprobs.numpy() + 1e-3).any()
 
 
 def test_completions_end_at_the_stop_token_or_the_limit(model):
@@ -133,11 +146,12 @@ def test_no_requests_and_one_token(model):
 def test_sampling_follows_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, float("-inf")]).expand(40_000, -1)
     uniforms = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = sample_tokens(logits, uniforms, Sampling(1, temperature=0.8))
+    tokens, logprobs, whole = sample_tokens(logits, uniforms, Sampling(1, temperature=0.8))
     wanted = torch.softmax(logits[0] / 0.8, 0)
     shares = torch.bincount(tokens, minlength=5) / 40_000
     torch.testing.assert_close(shares, wanted, atol=0.01, rtol=0)
     torch.testing.assert_close(logprobs, wanted.log()[tokens])
+    assert torch.equal(whole, logprobs)
 
 
 @pytest.mark.parametrize(
@@ -150,17 +164,18 @@ def test_sampling_follows_the_softmax():
         (Sampling(1, top_p=1e-6), [2]),
     ],
 )
-def test_truncated_sampling_renormalises(sampling, kept):
+def test_truncated_sampling_renormalises_and_tells_the_whole(sampling, kept):
     probs = torch.tensor([0.3, 0.15, 0.5, 0.05])
     uniforms = torch.linspace(0, 1 - 1e-9, 4001, dtype=torch.float64)
-    tokens, logprobs = sample_tokens(probs.log().expand(4001, -1), uniforms, sampling)
+    tokens, logprobs, whole = sample_tokens(probs.log().expand(4001, -1), uniforms, sampling)
     assert set(tokens.tolist()) == set(kept)
     torch.testing.assert_close(logprobs.exp(), (probs / probs[kept].sum())[tokens])
+    torch.testing.assert_close(whole.exp(), probs[tokens])
 
 
 def test_extreme_uniforms_stay_inside_the_vocabulary():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]]).expand(2, -1)
-    tokens, _ = sample_tokens(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), Sampling(1))
+    tokens, *_ = sample_tokens(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), Sampling(1))
     assert tokens.tolist() == [1, 1]
 
 

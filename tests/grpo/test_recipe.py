@@ -7,7 +7,16 @@ import pytest
 import tomli_w
 
 from flashgrpo.grpo.pipeline import load_pipeline
-from flashgrpo.grpo.recipe import Recipe, RecipeError, SftRecipe, build_recipe, load_recipe, recipe_to_toml
+from flashgrpo.grpo.recipe import (
+    CollectRecipe,
+    Recipe,
+    RecipeError,
+    RewardModelRecipe,
+    SftRecipe,
+    build_recipe,
+    load_recipe,
+    recipe_to_toml,
+)
 from flashgrpo.grpo.recipe_help import recipe_keys
 from flashgrpo.kernels.grpo_loss import LossConfig
 
@@ -19,16 +28,78 @@ VALUES = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "run": {"output":
 def load(tmp_path):
     """Write sections to a file, and load it with options over it."""
 
-    def load_values(values: dict, *overrides: str, kind=Recipe):
+    def write(values: dict) -> Path:
         path = tmp_path / "recipe.toml"
         path.write_text(tomli_w.dumps(values))
-        return load_recipe(kind, path, overrides)
+        return path
 
+    def load_values(values: dict, *overrides: str, kind=Recipe):
+        return load_recipe(kind, write(values), overrides)
+
+    load_values.write = write
     return load_values
 
 
 def faulty(section: str, **values) -> dict:
     return {**VALUES, section: {**VALUES.get(section, {}), **values}}
+
+
+def test_a_recipe_of_a_windows_editor_is_read(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + tomli_w.dumps(VALUES).encode())
+    assert load_recipe(Recipe, file).run.output == "out"
+    stage = {"kind": "sft", "model": {"path": "m"}, "data": {"path": "d.jsonl"}}
+    file.write_bytes(b"\xef\xbb\xbf" + tomli_w.dumps({"run": {"output": "out"}, "stages": {"a": stage}}).encode())
+    assert [stage.name for stage in load_pipeline(file)[1]] == ["a"]
+
+
+def test_every_path_may_begin_with_the_home_folder(load, tmp_path, monkeypatch):
+    """TOML keeps ~, and so does a shell in --run.output=~/x: it would be the name of a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    data = {"path": "~/d"}
+    values = {"model": {"path": "~/m"}, "data": data, "run": {"output": "~/o"}, "eval": {"benchmarks": ["~/b.jsonl"]}}
+    values |= {"sources": {"s": data}, "reward_models": {"r": {"path": "~/r"}}, "rewards": {"functions": ["r"]}}
+    assert "~" not in recipe_to_toml(load(values, "--run.output=~/p"))
+    collect = {"model": {"path": "~/m"}, "data": data, "run": {"output": "~/o"}, "given": {"g": data}}
+    assert "~" not in recipe_to_toml(load(collect, kind=CollectRecipe))
+    for kind in (SftRecipe, RewardModelRecipe):
+        assert load(collect | {"given": {}}, kind=kind).data.path == str(tmp_path / "home/d")
+    stages = {"a": {"kind": "eval", "models": {"base": "~/m"}, "data": data}}
+    _, (stage,) = load_pipeline(load.write({"run": {"output": "~/o"}, "stages": stages}))
+    assert stage.folder == tmp_path / "home/o/a"
+    assert stage.made_from["models"] == {"base": str(tmp_path / "home/m")}
+    with pytest.raises(
+        RecipeError, match=r"run\.output: no user of that name has a home folder, found '~nobody_at_all/x'"
+    ):
+        load(values, "--run.output=~nobody_at_all/x")
+
+
+@pytest.mark.parametrize("truncation", [{"top_p": 0.95}, {"top_k": 20}, {"top_k": 20, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"rollout": {"overlap": True, "generator": "vllm_server"}, "vllm": {"devices": ["cpu"]}}, "rollout.overlap"),
+        ({"loss": {"behavior_cap": 2.0}}, r"loss.behavior_cap = 2"),
+    ],
+)
+def test_ratios_to_a_truncated_samplers_log_probs_are_refused(load, truncation, more, key):
+    """They are of what it kept: at equal weights every ratio would be the kept mass."""
+    values = {**VALUES, **more, "rollout": {**more.get("rollout", {}), **truncation}}
+    with pytest.raises(RecipeError, match=f"{key} weighs tokens by the sampler's .*wanted top_p = 1 and top_k = 0"):
+        load(values)
+    assert load(values | {"rollout": more.get("rollout", {})}).rollout.top_k == 0
+    assert load({**VALUES, "rollout": truncation}).rollout.is_truncated
+
+
+def test_what_only_a_chat_template_reads_is_refused_for_others(load):
+    assert load(faulty("data", template="chat"), "--data.template_options.thinks=false").data.template_options == {
+        "thinks": False
+    }
+    for key in ({"system_prompt": "Be brief."}, {"template_options": {"thinks": False}}):
+        with pytest.raises(
+            RecipeError, match="data: template_options and system_prompt want template = chat, found r1"
+        ):
+            load(faulty("data", **key))
 
 
 def test_defaults_are_the_documented_ones():

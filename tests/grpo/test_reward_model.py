@@ -381,7 +381,7 @@ def test_what_is_no_reward_model_for_this_policy_is_refused(scoring_path, model_
     ("prompt", "error", "message"),
     [
         ("12345", RecipeError, r"reward_models\.a\.batch_tokens = 20 is below the longest .*, 21; raise it"),
-        ([{"role": "user", "content": "1"}], DataError, r"reward_models\.a: template 'none' wants text, found chat"),
+        ([{"role": "user", "content": "1"}], DataError, r"reward_models\.a: .*template 'none' wants text, found chat"),
     ],
 )
 def test_questions_that_it_cannot_score_are_found_before_the_first_step(
@@ -415,13 +415,25 @@ LABELLED = {"prompt": "1", "completion": "2", "label": 1}
 @pytest.mark.parametrize(
     ("rows", "objective", "message"),
     [
-        ([PAIR, {"prompt": "1", "chosen": "2", "reject": "3"}], "pairwise", r"row 2: no column 'rejected'.*reject"),
+        (
+            [PAIR, {"prompt": "1", "chosen": "2", "reject": "3"}],
+            "pairwise",
+            r"rows\.jsonl:2: no column 'rejected'.*reject",
+        ),
         ([{"prompt": "1", "rejected": "2"}], "pairwise", r"rows\.jsonl:1: no column 'chosen'"),
-        ([PAIR | {"rejected": 5}], "pairwise", r"row 1: column 'rejected' holds int, wanted text"),
-        ([PAIR | {"chosen": "2" * 70}], "pairwise", r"row 1 has 72 tokens, data\.max_tokens = 70"),
-        ([PAIR | {"chosen": "2" * 40, "rejected": "3" * 40}], "pairwise", r"row 1 has 83 tokens, train\.token_budget"),
-        ([LABELLED, LABELLED | {"label": "good"}], "pointwise", r"row 2: column 'label' holds 'good', wanted 0, 1"),
-        ([LABELLED | {"label": 2}], "pointwise", r"row 1: column 'label' holds 2, wanted 0, 1"),
+        ([PAIR | {"rejected": 5}], "pairwise", r"rows\.jsonl:1: column 'rejected' holds int, wanted text"),
+        ([PAIR | {"chosen": "2" * 70}], "pairwise", r"rows\.jsonl:1 has 72 tokens, data\.max_tokens = 70"),
+        (
+            [PAIR | {"chosen": "2" * 40, "rejected": "3" * 40}],
+            "pairwise",
+            r"rows\.jsonl:1 has 83 tokens, train\.token_budget",
+        ),
+        (
+            [LABELLED, LABELLED | {"label": "good"}],
+            "pointwise",
+            r"rows\.jsonl:2: column 'label' holds 'good', wanted 0, 1",
+        ),
+        ([LABELLED | {"label": 2}], "pointwise", r"rows\.jsonl:1: column 'label' holds 2, wanted 0, 1"),
         ([LABELLED, LABELLED], "pointwise", r"all labels of column 'label' are the same"),
     ],
 )

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool
+from flashgrpo.grpo.generators import open_generator
+from flashgrpo.grpo.native_generator import NativeGenerator, sample_tokens
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, recipe_to_toml
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder, RunInputError, newest_checkpoint, read_rows
@@ -436,10 +438,73 @@ def test_skipped_updates_in_a_row_survive_a_resume(recipe, monkeypatch):
         train(recipe, resume=True)
 
 
-@pytest.mark.parametrize(("options", "is_told"), [({}, True), ({"top_p": 0.5}, False), ({"top_k": 3}, False)])
-def test_what_truncation_adds_to_the_log_probs_raises_no_alarm(recipe, options, is_told, capsys):
-    recipe = changed(changed(recipe, "train", steps=1, mismatch_alarm=1e-12), "rollout", **options)
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 3}])
+@pytest.mark.parametrize("off", [0.0, 0.2, float("nan")])
+def test_log_probs_that_are_not_the_trainers_raise_an_alarm(recipe, options, off, monkeypatch, capsys):
+    """Also where top_p and top_k leave tokens out, whose share of the probability is not the sampler's fault."""
+
+    def sample(logits, uniforms, sampling):
+        tokens, *logprobs = sample_tokens(logits, uniforms, sampling)
+        return tokens, *(each + off for each in logprobs)
+
+    monkeypatch.setattr("flashgrpo.grpo.native_generator.sample_tokens", sample)
+    recipe = changed(changed(recipe, "train", steps=1), "rollout", **options)
     train(recipe)
-    assert ("the sampler's log-probs are" in capsys.readouterr().err) == is_told
+    told = " ".join(capsys.readouterr().err.split())
     (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
-    assert row["mismatch/mean"] > (0 if is_told else 0.1)
+    if off == 0:
+        assert "the sampler's log-probs are" not in told
+        assert row["mismatch/max"] < 1e-4
+    elif off > 0:
+        assert "the sampler's log-probs are 0.2 off the trainer's on average (train.mismatch_alarm = 0.1)" in told
+    else:
+        assert "the sampler's log-probs are not finite in 16 of 16 completions" in told
+
+
+def test_where_log_probs_cannot_be_compared_the_run_says_so(recipe, monkeypatch, capsys):
+    """vLLM reports them renormalised over what top_k kept, and never what that was."""
+    recipe = changed(recipe, "train", steps=1)
+    original = NativeGenerator._rollout
+
+    def rollout(self, request, tokens, own, whole, stopped):
+        return original(self, request, tokens, own, None, stopped)
+
+    monkeypatch.setattr(NativeGenerator, "_rollout", rollout)
+    monkeypatch.setattr("flashgrpo.grpo.train.open_generator", lambda _, *rest: open_generator(recipe, *rest))
+    train(changed(recipe, "rollout", top_k=3, generator="vllm"))
+    assert "cannot be checked (train.mismatch_alarm)" in " ".join(capsys.readouterr().err.split())
+    (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert not [name for name in row if name.startswith("mismatch/")]
+
+
+def test_weights_that_are_no_numbers_make_no_checkpoint(recipe, monkeypatch):
+    """What a run calls its last good checkpoint must be one."""
+    original = Trainer._learn
+
+    def learn(self, *rest):
+        metrics = original(self, *rest)
+        if self.step == 2:  # the third
+            self.learner.params["model.norm.weight"].data[3] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(Trainer, "_learn", learn)
+    with pytest.raises(
+        RunError, match=r"weights of step 3 hold NaN .* as model\.norm\.weight.*last good one is .*step_2"
+    ):
+        train(changed(recipe, "train", checkpoint_every=1))
+    assert newest_checkpoint(recipe.run.output) == Path(recipe.run.output) / "checkpoints/step_2"
+
+
+def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_resumed(recipe, monkeypatch):
+    monkeypatch.setattr(Trainer, "_check_weights", lambda *_: None)
+    original = RunFolder.save
+
+    def save(self, step, write_model, tensors, *rest):
+        tensors["model.norm.weight"].data[3] = float("nan")
+        original(self, step, write_model, tensors, *rest)
+
+    monkeypatch.setattr(RunFolder, "save", save)
+    train(changed(recipe, "train", steps=2))
+    monkeypatch.undo()
+    with pytest.raises(RunInputError, match=r"weights of step 2 hold NaN .*remove .*step_2 to continue from the one"):
+        train(recipe, resume=True)

@@ -192,6 +192,32 @@ def test_tied_head_in_the_file_must_equal_the_embedding(tmp_path):
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("new_score", [False, True])
+def test_a_tied_model_loads_from_either_name_of_its_embedding(new_score, tmp_path):
+    """safetensors keeps one of the names of a shared tensor, and some tools have it keep lm_head.weight."""
+    config = ModelConfig.from_dict(TINY | {"tie_word_embeddings": True})
+    save_checkpoint(init_decoder(config, seed=0), tmp_path)
+    embedding = load_file(tmp_path / WEIGHTS)["model.embed_tokens.weight"]
+    edit_weights(tmp_path, lambda w: w.update({"lm_head.weight": w.pop("model.embed_tokens.weight")}))
+    loaded = empty_decoder(config.as_reward_model() if new_score else config, torch.float32).to_empty(device="cpu")
+    load_weights(loaded, tmp_path, new_score=new_score)
+    assert torch.equal(loaded.get_parameter("model.embed_tokens.weight"), embedding)
+    edit_weights(tmp_path, lambda w: w.update({"lm_head.weight": w["lm_head.weight"][1:].clone()}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \[60, 32\]; config\.json wants \[61, 32\]"):
+        load_weights(loaded, tmp_path, new_score=new_score)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_that_are_no_numbers_are_refused_by_name(name, value, dtype, decoder, tmp_path):
+    """A model with one of them computes nothing else, and every checkpoint of a run on it would be lost."""
+    save_checkpoint(decoder, tmp_path, dtype=dtype)
+    edit_weights(tmp_path, lambda w: w[name].view(-1)[3].fill_(value))
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
+        load_checkpoint(tmp_path)
+
+
 def test_rotary_buffers_of_older_checkpoints_are_ignored(decoder, folder):
     edit_weights(folder, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
     assert_equal_weights(load_checkpoint(folder), decoder)

@@ -37,6 +37,14 @@ BAD = {
     "epsilon is a list": ({"rms_norm_eps": [1e-6]}, "rms_norm_eps is [1e-06]; a positive number is wanted"),
     "infinite range": ({"initializer_range": float("inf")}, "initializer_range is inf"),
     "half a head": ({"head_dim": 8.5}, "head_dim is 8.5; a positive integer is wanted"),
+    "nested": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "have full_attention = {'rope_theta'"),
+    "unknown": ({"rope_scaling": YARN | {"mrope_section": [2, 3]}}, "mrope_section = [2, 3], which is not supported"),
+    "both": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6, "rotary_dim": 8}}, "have rotary_dim = 8"),
+    "no type": ({"rope_parameters": {"rope_theta": 1e6, "factor": 4.0}}, "have factor, and no rope_type"),
+    "linear attention": (
+        {"layer_types": ["full_attention", "linear_attention"]},
+        "layer_types have 'linear_attention'",
+    ),
     "yarn truncate": ({"rope_scaling": YARN | {"truncate": False}}, "YaRN's truncate is False"),
     "yarn mscale": ({"rope_scaling": YARN | {"mscale": 0.7}}, "YaRN's mscale is 0.7"),
 }
@@ -69,6 +77,14 @@ def test_defaults_are_those_of_the_family():
     assert ModelConfig.from_dict(QWEN3 | {"model_type": "llama", "num_key_value_heads": None}).num_kv_heads == 4
     assert not llama.qkv_bias
     assert not llama.qk_norm
+
+
+def test_the_context_is_what_config_json_says_or_stretches_to():
+    """A run beyond it is warned of. Qwen2.5's long context leaves max_position_embeddings at what it is before."""
+    stretched = {"max_position_embeddings": 64, "rope_scaling": YARN}
+    configs = [ModelConfig.from_dict(QWEN3 | keys) for keys in ({}, {"max_position_embeddings": 64}, stretched)]
+    assert [config.context > 10**6 for config in configs] == [True, False, False]
+    assert [config.context for config in configs[1:]] == [64, 256]
 
 
 def test_null_numbers_have_their_defaults():
