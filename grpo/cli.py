@@ -233,7 +233,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.benchmark:
         recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, benchmarks=options.benchmark))
     models = dict(map(_labelled, options.model or [newest_model(recipe)]))
-    rows = evaluate_models(recipe, models, options.output and Path(options.output))
+    rows = evaluate_models(recipe, models, options.output and Path(options.output).expanduser())
     if os.environ.get("RANK", "0") != "0":
         return
     if options.json:
@@ -244,7 +244,8 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _labelled(text: str) -> tuple[str, str]:
     label, equals, path = text.partition("=")
-    return (label, path) if equals and not Path(text).exists() else (text, text)
+    label, path = (label, path) if equals and not Path(text).exists() else (text, text)
+    return label, os.path.expanduser(path)  # a shell leaves ~ in --model=~/x
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -173,7 +173,7 @@ class Trainer(RunLoop):
         off = metrics.get("mismatch/mean", 0.0)
         if broken:
             fault = f"not finite in {broken} of {len(rollouts)} completions"
-        elif off > alarm:
+        elif not off <= alarm:  # NaN, too
             fault = f"{off:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
         else:
             return

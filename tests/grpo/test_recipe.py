@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from flashgrpo.grpo.cli import _labelled
 from flashgrpo.grpo.pipeline import load_pipeline
 from flashgrpo.grpo.recipe import (
     CollectRecipe,
@@ -60,14 +61,15 @@ def test_every_path_may_begin_with_the_home_folder(load, tmp_path, monkeypatch):
     values = {"model": {"path": "~/m"}, "data": data, "run": {"output": "~/o"}, "eval": {"benchmarks": ["~/b.jsonl"]}}
     values |= {"sources": {"s": data}, "reward_models": {"r": {"path": "~/r"}}, "rewards": {"functions": ["r"]}}
     assert "~" not in recipe_to_toml(load(values, "--run.output=~/p"))
-    collect = {"model": {"path": "~/m"}, "data": data, "run": {"output": "~/o"}, "given": {"g": data}}
-    assert "~" not in recipe_to_toml(load(collect, kind=CollectRecipe))
+    plain = {"model": {"path": "~/m"}, "data": data, "run": {"output": "~/o"}}
+    assert "~" not in recipe_to_toml(load(plain | {"given": {"g": data}}, kind=CollectRecipe))
     for kind in (SftRecipe, RewardModelRecipe):
-        assert load(collect | {"given": {}}, kind=kind).data.path == str(tmp_path / "home/d")
+        assert load(plain, kind=kind).data.path == str(tmp_path / "home/d")
     stages = {"a": {"kind": "eval", "models": {"base": "~/m"}, "data": data}}
     _, (stage,) = load_pipeline(load.write({"run": {"output": "~/o"}, "stages": stages}))
     assert stage.folder == tmp_path / "home/o/a"
     assert stage.made_from["models"] == {"base": str(tmp_path / "home/m")}
+    assert _labelled("base=~/m") == ("base", str(tmp_path / "home/m"))
     with pytest.raises(
         RecipeError, match=r"run\.output: no user of that name has a home folder, found '~nobody_at_all/x'"
     ):
