@@ -358,7 +358,7 @@ def test_chat_messages_are_read_back(values, tmp_path):
     given = {"chat": {"path": str(tmp_path / "chat.jsonl"), "filtered": False}}
     data = collect(build_recipe(CollectRecipe, {k: values[k] for k in ("model", "run")} | {"given": given}))
     found = load_completions(SftDataSection(path=str(data)), "completion")
-    assert {text: problem.prompt for _, problem, text in found} == {
+    assert {text: problem.prompt for problem, text in found} == {
         "7": chat,
         "8": [{"role": "user", "content": "What is 8?"}],
     }

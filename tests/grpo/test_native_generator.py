@@ -50,7 +50,7 @@ def generate(model, asked, sampling):
         (4, Sampling(80, 0.7)),
         (1, Sampling(80)),
         (4, Sampling(80, 0.7, top_p=0.6)),
-        (4, Sampling(80, top_k=5)),
+        (4, Sampling(80, top_k=40)),
         (1, Sampling(80, top_k=1000)),
     ],
 )
