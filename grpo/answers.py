@@ -22,7 +22,7 @@ _MAX_DEPTH = 12  # of brackets; the parser's time grows steeply with it
 _MAX_EXPONENT = 10_000  # beyond it a power or factorial may take for ever to evaluate
 _MAX_TERMS = 80  # of a polynomial that is multiplied out
 _MAX_FUNCTIONS = 8  # sines and the like, which are rewritten in every way
-_ENDLESS = re.compile(r"\\binom\s*\{?\s*\d{5}|(?:\^\w){5}")  # the parser evaluates these
+_ENDLESS = re.compile(r"\\binom\s*\{?\s*\d{5}|(?:\^\w){5}")  # what the parser would evaluate
 _ROUNDING = Fraction(1, 10**6), Fraction(1, 10**5)  # of decimals: absolute, as math-verify has it, and relative
 
 _SYMBOLS = str.maketrans(
@@ -49,15 +49,20 @@ _SYMBOLS = str.maketrans(
     }
 )
 _MATRIX = r"(?:array|(?:small)?matrix|[pb]matrix)"
-_FONTS = r"text(?:bf|it|rm|sf|tt|sc|up|normal)?|mbox|emph|underline|math(?:bf|it|rm|sf|tt)|boldsymbol|bm"
+_FONTS = r"bf|it|rm|text(?:bf|it|rm|sf|tt|sc|up|normal)?|mbox|emph|underline|math(?:bf|it|rm|sf|tt)|boldsymbol|bm"
 _NOTATION = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\sqrt (\d+)", r"\\sqrt{\1}"),
-        (r"(?<![\w)*])(\*\*|__|`)(?=\S)(.+?)(?<=\S)\1(?![\w(*])", r"\2"),  # Markdown
+        (r"(?<![\w)*])(\*{1,3}|__?|`)(?=\S)(.+?)(?<=\S)\1(?![\w(*])", r"\2"),  # Markdown
         (r"\\(?:displaystyle|textstyle|limits|hfill|[bB]igg?[lrm]?|left|right)(?![A-Za-z])\.?", ""),
         (r"\\[hv]?(?:phantom|space)\*?\s*\{[^{}]*\}", ""),
         (r"\\[dtc](?=frac|binom)", r"\\"),
+        (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\\binom\s*(\d)\s*(\d)", r"\\binom{\1}{\2}"),
+        (r"\\cr(?![A-Za-z])", r"\\\\"),
+        (r"\\dot\s*\{?(\d)\}?", r"\\overline{\1}"),
+        (r"(?<=\d) ?[xX] ?(?=10\^)", r" \\times "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"\{\\(?:bf|it|rm|tt|sf)\s+([^{}]*)\}", r"\\text{\1}"),
         (rf"\\(?:{_FONTS})\s*\{{([^{{}}]*)\}}", r"\\text{\1}"),
@@ -65,7 +70,7 @@ _NOTATION = [
         (r"\\text\{(\w|[-\d.,]+)\}", r"\1"),
         (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),
         (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<=\d)(?:\{,\}|,\\!|\\[,;:! ]|\\thinspace|~)\s*(?=\d{3}(?!\d))", ","),  # thousands
+        (r"(?<=\d)(?:\{,\}|,\\!|\\[,;:! ]|\\thinspace|~)\s*(?=\d{3}(?!\d))", ""),  # thousands
         (r"\{([,:])\}", r"\1"),
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
@@ -79,14 +84,15 @@ _NOTATION = [
         (r"\s+", " "),
         (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,4})(?!\w)", r"\1 \\times 10^{\2}"),  # as JSON writes numbers
         (r"(?<![\d.])(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
-        (r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d ])", lambda match: match[1].replace(" ", ",")),
+        # Thousands again, unless brackets make them a list.
+        (r"(?<![\d.,])\d{1,3}(?:[ ,]\d{3})+(?![\d ,])(?!.*(?:[)\]]|\\\}))", lambda match: re.sub("[ ,]", "", match[0])),
     )
 ]
 _WRAPPED = re.compile(
     r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]|\"([^\"]*)\""
     r"|\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 )
-_PREAMBLE = re.compile(r"(?:.*\b)?answer(?: is:?|:)\s*", re.IGNORECASE)
+_PREAMBLE = re.compile(r"^(?:.*\b)?(?:answer|option|choice)(?: is:?|:)\s*", re.IGNORECASE)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _PRODUCT = re.compile(r"[^\W\d_]|[^\W\d_eiou]{2,3}")  # of variables, which is as likely as a word
@@ -105,6 +111,7 @@ _NAME = re.compile(
       \d{1,2}(?::\d\d)?\ ?[ap]\.?\ ?m\b       # a time of day
     | \d{1,2}:[0-5]\d(?::[0-5]\d)?
     | \d+/\d+/\d+ | 0\d/\d+ | \d+/0\d         # a date
+    | 0x[\da-f]+ | [\da-f]{2,4}(?::[\da-f]{0,4}){2,}
     | v(?:ersion\ )?\d+(?:\.\d+)*             # a version, an address
     | \d+(?:\.\d+){2,}
     | \d[\d.,]*(?:-\d[\d.,]*)+                # a score, a range, a date, a telephone number
@@ -120,7 +127,15 @@ _POWER_OF_TEN = re.compile(r"10\^\s*(?:(\d{1,4})|\{\s*([-+]?\d{1,4})\s*\})")
 _UNITS = {
     alias: line.split()[0]
     for line in (
-        *("dollar $ usd", "euro \u20ac eur", "pound \u00a3 lb", "yen \u00a5", "cent \u00a2", "percent %"),
+        *(
+            "dollar $ usd",
+            "euro \u20ac eur",
+            "pound \u00a3 lb",
+            "yen \u00a5",
+            "cent \u00a2",
+            "rupee \u20b9 rs",
+            "percent %",
+        ),
         *("degree circ deg", "meter m metre", "kilometer km kilometre", "centimeter cm centimetre"),
         *("millimeter mm millimetre", "inch inche", "foot ft feet", "yard yd", "mile mi mph", "second sec s"),
         *("minute min", "hour hr h", "day", "week", "month", "year yr", "gram g", "kilogram kg", "milligram mg"),
@@ -128,9 +143,9 @@ _UNITS = {
     )
     for alias in line.split()
 }
-_AMOUNT = re.compile(r"(-?)\s*([$\u20ac\u00a3\u00a5])\s*(-?[\d.,]+)")
+_AMOUNT = re.compile(r"(-?)\s*([$\u20ac\u00a3\u00a5\u20b9])\s*(-?[\d.,]+)")
 _QUANTITY = re.compile(
-    r"(.*[\d)}]|.+(?=\\text))\s*(\^\s*\{?\\circ\s*\}?|\\?%|[$\u20ac\u00a3\u00a5\u00a2]|(?<=\d)_\{?\d+\}?"
+    r"(.*?[\d)}]|.+?(?=\\text))\s*(\^\s*\{?\\circ\s*\}?\s*[CF]?|\\?%|[$\u20ac\u00a3\u00a5\u00a2\u20b9]|(?<=\d)_\{?\d+\}?"
     r"|(?:\\text\{[^{}]*\}|(?:(?<=\s)[a-z]|[a-z]{2}|[a-z]/)[a-z/. -]*)(?:\^\{?\d\}?)?)",
     re.IGNORECASE,
 )
