@@ -48,16 +48,19 @@ _SYMBOLS = str.maketrans(
         "\u221a": r"\sqrt ",
     }
 )
-_MATRIX = r"(?:array|(?:small)?matrix|[pb]matrix)"
-_FONTS = r"bf|it|rm|text(?:bf|it|rm|sf|tt|sc|up|normal)?|mbox|emph|underline|math(?:bf|it|rm|sf|tt)|boldsymbol|bm"
+_MATRIX = r"(?:array|(?:small)?matrix|[pbB]matrix)"
+_FONTS = r"bf|it|rm|text(?:bf|it|rm|sf|tt|sc|up|normal)?|mbox|emph|underline|math(?:bf|it|rm|sf|tt|cal)|boldsymbol|bm"
 _NOTATION = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\sqrt (\d+)", r"\\sqrt{\1}"),
         (r"(?<![\w)*])(\*{1,3}|__?|`)(?=\S)(.+?)(?<=\S)\1(?![\w(*])", r"\2"),  # Markdown
-        (r"\\(?:displaystyle|textstyle|limits|hfill|[bB]igg?[lrm]?|left|right)(?![A-Za-z])\.?", ""),
+        (
+            r"\\(?:displaystyle|textstyle|[lL]arge|LARGE|[hH]uge|limits|hfill|[bB]igg?[lrm]?|left|right)(?![A-Za-z])\.?",
+            "",
+        ),
         (r"\\[hv]?(?:phantom|space)\*?\s*\{[^{}]*\}", ""),
-        (r"\\[dtc](?=frac|binom)", r"\\"),
+        (r"\\(?:[dtcs]|nice)(?=frac|binom)", r"\\"),
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\\binom\s*(\d)\s*(\d)", r"\\binom{\1}{\2}"),
         (r"\\cr(?![A-Za-z])", r"\\\\"),
@@ -90,18 +93,19 @@ _NOTATION = [
 ]
 _WRAPPED = re.compile(
     r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]|\"([^\"]*)\""
-    r"|\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+    r"|\\text\{([^{}]*)\}|\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 )
 _PREAMBLE = re.compile(r"^(?:.*\b)?(?:answer|option|choice)(?: is:?|:)\s*", re.IGNORECASE)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _PRODUCT = re.compile(r"[^\W\d_]|[^\W\d_eiou]{2,3}")  # of variables, which is as likely as a word
 _PROSE = re.compile(
-    r"(?<![\\{a-z_])(?!arc|sin|cos|sqrt|exp|log|mod|lim|min|max|det|gcd|lcm)(?![^eiou]{3}(?![a-z]))[a-z]{3,}(?![a-z(])",
+    r"(?<![\\{a-z_])(?!arc|sin|cos|sqrt|exp|log|mod|lim|min|max|det|gcd|lcm)"
+    r"(?:(?![^eiou]{3}(?![a-z]))[a-z]{3,}|[a-z]{2,} [a-z]{2,})(?![a-z(])",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(
-    r"(?:(?:option|choice) )?(?:\(([a-j])\)[.:]?|([a-j])(?:[).:]|$))"
+    r"(?:(?:answer|option|choice) )?(?:\(([a-j])\)[.:]?|([a-j])(?:[).:]|$))"
     r"(?:$|(?=\d)|\s+(?![-+*/^=,(&] ))((?!.*\([a-j]\)).*)",
     re.IGNORECASE,
 )
@@ -113,7 +117,7 @@ _NAME = re.compile(
     | \d+/\d+/\d+ | 0\d/\d+ | \d+/0\d         # a date
     | 0x[\da-f]+ | [\da-f]{2,4}(?::[\da-f]{0,4}){2,}
     | v(?:ersion\ )?\d+(?:\.\d+)*             # a version, an address
-    | \d+(?:\.\d+){2,}
+    | \d+(?:\.\d+){2,}(?::\d+)?
     | \d[\d.,]*(?:-\d[\d.,]*)+                # a score, a range, a date, a telephone number
     )(?![\w/:^-])""",
     re.VERBOSE,
@@ -146,7 +150,7 @@ _UNITS = {
 _AMOUNT = re.compile(r"(-?)\s*([$\u20ac\u00a3\u00a5\u20b9])\s*(-?[\d.,]+)")
 _QUANTITY = re.compile(
     r"(.*?[\d)}]|.+?(?=\\text))\s*(\^\s*\{?\\circ\s*\}?\s*[CF]?|\\?%|[$\u20ac\u00a3\u00a5\u00a2\u20b9]|(?<=\d)_\{?\d+\}?"
-    r"|(?:\\text\{[^{}]*\}|(?:(?<=\s)[a-z]|[a-z]{2}|[a-z]/)[a-z/. -]*)(?:\^\{?\d\}?)?)",
+    r"|(?:\\text\{[^{}]*\}|(?:(?<=\s)[a-z]|[a-z]{2}|[a-z]/|[mghs]$)[a-z/. -]*)(?:\^\{?\d\}?)?)",
     re.IGNORECASE,
 )
 
