@@ -1,10 +1,15 @@
 """Processes of the trainer's own: fresh interpreters at the other end of a pipe, which end when it closes."""
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -12,20 +17,24 @@ from typing import Any, NoReturn
 from flashgrpo.grpo.interrupts import SIGNALS
 
 _START_LIMIT_S = 1800.0
+_END_LIMIT_S = 5.0
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # of prctl
 
 
 def start_child(
-    serve: Callable[[int], None], environment: Mapping[str, str] | None = None, process_group: int | None = None
+    serve: Callable[[int], None], environment: Mapping[str, str] | None = None, guarded: bool = False
 ) -> tuple[subprocess.Popen, Connection]:
     """A process that runs `serve`, a function of a module, with the file descriptor of its end of a pipe; and our end.
 
     The process hears neither Ctrl-C nor the signals that ask for the same, which a terminal or a scheduler sends to
-    every process, and does not import the main script.
+    every process, and does not import the main script. One that runs what a user wrote is `guarded`: it has a process
+    group of its own, the process that is returned is its guard (see `guard`), and `end_guarded` ends it.
     """
     ours, theirs = multiprocessing.Pipe()
     command = (  # before anything that takes time is imported
-        f"import sys; sys.path[:] = {sys.path!r}; import {__name__}; {__name__}.ignore_signals(); "
-        f"from {serve.__module__} import serve; serve({theirs.fileno()})"
+        f"import sys; sys.path[:] = {sys.path!r}; import {__name__} as child; child.ignore_signals(); "
+        + (f"child.guard({theirs.fileno()}); " if guarded else "")
+        + f"from {serve.__module__} import serve; serve({theirs.fileno()})"
     )
     with theirs:
         process = subprocess.Popen(
@@ -33,7 +42,7 @@ def start_child(
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
             env=environment,
-            process_group=process_group,
+            process_group=0 if guarded else None,
         )
     return process, ours
 
@@ -49,6 +58,70 @@ def ignore_signals() -> None:
     for number in SIGNALS[1:]:
         signal.signal(number, lambda *_: None)  # unlike SIG_IGN, what is started by exec does not inherit it
     os.register_at_fork(after_in_child=restore)
+
+
+def end_guarded(process: subprocess.Popen, connection: Connection) -> int:
+    """Ends a guarded child and all that it has started; returns its exit code. Another thread may be reading."""
+    if not connection.closed:  # to close it would leave the other thread waiting, and so the guard
+        with socket.socket(fileno=os.dup(connection.fileno())) as end, contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+    try:
+        return process.wait(_END_LIMIT_S)
+    except subprocess.TimeoutExpired:  # stopped, by what it guards
+        process.kill()
+        return process.wait()
+
+
+def guard(file_descriptor: int) -> None:
+    """Returns in a child of this process, which stays behind. When the child ends, or the other end of the pipe is
+    closed, as by a killed trainer, it ends all that the child has started, and itself in the way that the child did.
+
+    Orphans become its own children, so that nothing escapes by a session or a parent that ends.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if not (child := os.fork()):
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ignore_signals()
+        return
+    ended: dict[int, int] = {}  # status by process
+
+    def reap(*_: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                ended.update([found])
+
+    events = select.poll()
+    events.register(os.pidfd_open(child), select.POLLIN)
+    events.register(file_descriptor, select.POLLRDHUP)
+    signal.signal(signal.SIGCHLD, reap)
+    events.poll()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # none is reaped, and its number given away, before it is killed
+    deadline = time.monotonic() + _END_LIMIT_S
+    while (left := _children()) and time.monotonic() < deadline:
+        for process in left:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.002)
+        reap()
+    code = os.waitstatus_to_exitcode(ended.get(child, 1 << 8))
+    if code < 0:
+        prctl(_PR_SET_DUMPABLE, 0)
+        with contextlib.suppress(OSError):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _children() -> list[int]:
+    """This process's own children, zombies included."""
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{process}/stat", encoding="latin-1") as file:
+            _, parent, *_ = file.read().rpartition(")")[2].split()
+            if int(parent) == os.getpid():
+                found.append(int(process))
+    return found
 
 
 class Child:

@@ -49,10 +49,10 @@ class RewardTable:
 
     scores: dict[str, np.ndarray]  # by function, [num_groups, group_size] float64
     rewards: np.ndarray  # [num_groups, group_size] float64, the weighted sum
-    applies: dict[str, np.ndarray] = field(default_factory=dict)  # by function, [num_groups] bool; no entry: to all
+    applies: dict[str, np.ndarray] = field(default_factory=dict)  # by function, as scores, bool; no entry: to all
 
     def applied(self) -> dict[str, np.ndarray]:
-        """Scores by function, of the groups that it applies to; without functions that apply to none."""
+        """Scores by function, of the completions that it applies to; without functions that apply to none."""
         rows = {name: scores[self.applies.get(name, slice(None))] for name, scores in self.scores.items()}
         return {name: scores for name, scores in rows.items() if len(scores)}
 

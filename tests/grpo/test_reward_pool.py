@@ -19,13 +19,24 @@ from flashgrpo.grpo.rewards import RewardError, RewardFailure
 
 # What each function does is told by the text of a completion.
 FUNCTIONS = """
-import os, time
+import asyncio, os, subprocess, time
 import numpy as np
 
 def obey(prompts, completions, **columns):
     order = completions[0]
     if order == "hang":
         time.sleep(60)
+    if order == "fork" and os.fork() == 0:
+        return [100.0] * len(prompts)
+    if order == "fork and hang":
+        os.fork()
+        time.sleep(60)
+    if order == "write":
+        for descriptor in range(3, 50):
+            try:
+                os.write(descriptor, b"x" * 9 + b'\\n[1, [100.0], null]\\n[[')
+            except OSError:
+                pass
     if order == "exit":
         os._exit(3)
     if order == "crash":
@@ -38,6 +49,7 @@ def obey(prompts, completions, **columns):
     num = len(prompts)
     results = {
         "short": [1.0], "number": 1.0, "words": ["good"] * num, "array": np.ones(num), "infinite": [float("inf")] * num,
+        "nan": [float("nan")] * num, "huge": [10**400] * num,
     }
     return results.get(order, [None if text == "none" else float(len(text)) for text in completions])
 
@@ -54,6 +66,38 @@ def pid(prompts, completions, **columns):
 
 def blank(prompts, completions, **columns):
     return [None] * len(prompts)
+
+def words(prompts, completions, **columns):
+    return [1.0 if text.isalpha() else None for text in completions]
+
+def numbers(prompts, completions, **columns):
+    return [10.0 if text.isdigit() else None for text in completions]
+
+def chat(prompts, completions, **columns):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+loops = set()
+
+async def asynchronous(prompts, completions, **columns):
+    await asyncio.sleep(0)
+    loops.add(asyncio.get_running_loop())
+    return [float(len(loops))] * len(prompts)
+
+def spin(prompts, completions, **columns):
+    os.sched_setaffinity(0, {int(completions[0])})
+    start = time.process_time()
+    while time.process_time() - start < 0.5:
+        pass
+    return [1.0] * len(prompts)
+
+def leave(prompts, completions, **columns):
+    if os.fork() == 0:
+        print(subprocess.Popen(["sleep", "60"], start_new_session=True).pid, file=open(completions[0], "w"), flush=True)
+        os._exit(0)
+    os.wait()
+    if completions[1] == "hang":
+        time.sleep(60)
+    return [1.0] * len(prompts)
 
 def closed(prompts, completions):
     return []
@@ -135,6 +179,8 @@ def test_functions_see_the_columns_and_what_the_pool_adds(make_pool):
         ("crash", "its process ended with exit code -11"),
         ("raise", "KeyError: 'no luck'"),
         ("infinite", "it returned inf"),
+        ("nan", "it returned nan"),
+        ("huge", "OverflowError: int too large to convert to float"),
     ],
 )
 def test_a_fault_costs_its_own_group_and_gives_one_warning(obey, caplog, order, reason):
@@ -145,10 +191,26 @@ def test_a_fault_costs_its_own_group_and_gives_one_warning(obey, caplog, order, 
     assert warning == f"reward 'pool_test_rewards:obey': 4 of 8 scores missing: {reason}"
 
 
-def test_none_costs_its_own_completion(obey, caplog):
-    rewards = step(obey, group("a", "none", "ccc"))
-    assert np.array_equal(rewards, [[1, np.nan, 3]], equal_nan=True)
-    assert "1 of 3 scores missing: it returned None" in caplog.text
+def test_none_leaves_a_completion_to_the_other_functions(make_pool, caplog):
+    """TRL's way of mixing tasks: each function gives None for what is not its own."""
+    pool = make_pool(["words", "numbers", "blank"])
+    for _ in range(4):  # of which one scores nothing at all
+        assert step(pool, group("a", "1", "b")).tolist() == [[1, 10, 1]]
+    assert not caplog.messages
+    pool.submit(group("a", "1", "-"))
+    table = pool.collect()
+    assert {name.rpartition(":")[2]: scores.tolist() for name, scores in table.applied().items()} == {
+        "words": [1],
+        "numbers": [10],
+    }
+    pool.check_step(table)
+    assert np.array_equal(table.rewards, [[1, 10, np.nan]], equal_nan=True)
+    assert caplog.messages == ["1 of 3 completions have no reward: each function that scores them returned None"]
+
+
+@pytest.mark.parametrize("order", ["nan", "raise"])
+def test_what_could_not_be_scored_is_missing_whatever_others_say(make_pool, order):
+    assert np.isnan(step(make_pool(["obey", "words"]), group(order, "a"))).all()
 
 
 def test_missing_scores_of_weight_zero_leave_the_reward(make_pool):
@@ -175,10 +237,18 @@ def test_a_malformed_result_ends_the_run_at_once(obey, order, message):
 
 def test_three_steps_without_a_number_end_the_run_but_not_with_one_between(make_pool):
     pool = make_pool(["obey"])
-    for order in ("none", "raise", "a", "none", "raise"):
+    for order in ("nan", "raise", "a", "nan", "raise"):
         step(pool, group(order))
-    with pytest.raises(RewardFailure, match="obey' gave no number in 3 steps in a row: it returned None"):
-        step(pool, group("none"))
+    with pytest.raises(RewardFailure, match="obey' gave no number in 3 steps in a row: it returned nan"):
+        step(pool, group("nan"))
+
+
+def test_three_steps_in_which_every_function_gives_none_end_the_run(make_pool):
+    pool = make_pool(["words", "numbers"])
+    for text in ("-", "-", "a", "-", "-"):
+        step(pool, group(text))
+    with pytest.raises(RewardFailure, match="every reward function gave no number in 3 steps in a row: each returned"):
+        step(pool, group("-"))
 
 
 def test_groups_of_different_sizes_are_refused_and_a_step_may_be_empty(obey):
@@ -194,7 +264,7 @@ def test_evaluation_scores_by_a_function_of_its_own_while_a_step_is_open(obey):
 
 
 def blank_table(pool: RewardPool) -> RewardTable:
-    pool.submit(group("none"))
+    pool.submit(group("nan"))
     return pool.collect()
 
 
@@ -205,7 +275,7 @@ def test_a_step_counts_once_however_often_it_collects(make_pool, caplog):
         blank_table(pool)
         pool.check_step(blank_table(pool))
     assert len(caplog.messages) == 2
-    with pytest.raises(RewardFailure, match="no number in 3 steps in a row: it returned None"):
+    with pytest.raises(RewardFailure, match="no number in 3 steps in a row: it returned nan"):
         pool.check_step(blank_table(pool))
 
 
@@ -247,6 +317,91 @@ def test_imports_of_a_builtin_are_done_before_the_limit_counts(make_pool):
     assert step(pool, scored).tolist() == [[1, 0]]
 
 
+# In place of the real one, so that what is slow is known.
+MATH_VERIFY = """
+import time
+
+time.sleep(0.5)
+
+def parse(text, **options):
+    return [text]
+
+def verify(gold, target, **options):
+    while "777" in str(target):
+        pass
+    return False
+"""
+
+
+@pytest.fixture
+def slow_math(tmp_path, monkeypatch) -> None:
+    (tmp_path / "math_verify.py").write_text(MATH_VERIFY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.parametrize("names", [["accuracy", "obey"], ["obey"]])
+def test_no_worker_ever_imports_math_verify_within_a_time_limit(make_pool, slow_math, names, caplog):
+    """Whole numbers are compared without it; with a slow disk another answer would kill all workers."""
+    pool = make_pool(names, timeout_s=0.3, example=Problem("q", {"answer": "72"}))
+    wrong = CompletionGroup(Problem("q", {"answer": "72"}), "q", ["x^2"] * 2, [[0]] * 2, ["stop"] * 2)
+    assert pool.score([wrong], "accuracy").tolist() == [[0, 0]]  # as an evaluation, whatever the rewards are
+    step(pool, group("exit", "exit"))
+    caplog.clear()
+    assert pool.score([wrong], "accuracy").tolist() == [[0, 0]]  # by another worker
+    assert not caplog.messages
+
+
+def test_a_slow_answer_is_wrong_and_its_group_keeps_its_scores(make_pool, slow_math, caplog):
+    pool = make_pool(["accuracy"], timeout_s=1.0)
+    problem = Problem("q", {"answer": "x^2"})
+    texts = [r"\boxed{777}x", r"\boxed{x^2}", r"\boxed{x^777}", r"\boxed{x^3}", r"\boxed{x^2}"]
+    scored = CompletionGroup(problem, "q", texts, [[0]] * 5, ["stop"] * 5)
+    assert step(pool, scored).tolist() == [[0, 1, 0, 0, 1]]
+    assert not caplog.messages
+
+
+def test_waiting_for_a_busy_processor_does_not_count_against_the_limit(make_pool):
+    pool = make_pool(["spin"])
+    processor = min(os.sched_getaffinity(0))
+    spinning = f"import os; os.sched_setaffinity(0, {{{processor}}})\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spinning]) for _ in range(3)]
+    try:
+        assert step(pool, group(str(processor))).tolist() == [[1]]  # half a second of work, in two, within one
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def test_what_a_function_writes_or_answers_from_a_fork_is_no_score(obey, caplog):
+    for order in ("fork", "write", "fork"):
+        assert step(obey, group(order, "bb"), group("a", "bb")).tolist() == [[len(order), 2], [1, 2]]
+    assert not caplog.messages
+
+
+def test_asynchronous_functions_are_awaited_in_one_event_loop(make_pool):
+    pool = make_pool(["asynchronous"])
+    assert step(pool, group("a"), group("b")).tolist() == [[1], [1]]  # clients that they keep belong to a loop
+
+
+def test_a_function_for_lists_of_messages_is_told_that_completions_are_text(make_pool, caplog):
+    step(make_pool(["chat"]), group("a"))
+    assert 'take completion in place of completion[0]["content"]' in caplog.text
+
+
+@pytest.mark.parametrize("then", ["return", "hang"])
+def test_what_a_function_has_started_ends_with_its_worker(make_pool, tmp_path, then):
+    """A daemon in a session of its own whose parent has ended."""
+    pool = make_pool(["leave"])
+    step(pool, group(str(tmp_path / "pid"), then))
+    daemon = psutil.Process(int((tmp_path / "pid").read_text())) if then == "return" else None
+    pool.close()
+    if daemon is None:
+        assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    else:
+        assert not daemon.is_running()
+
+
 def test_closing_ends_hanging_workers_at_once(functions):
     children = set(psutil.Process().children())
     with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, example=EXAMPLE, timeout_s=60) as pool:
@@ -263,7 +418,7 @@ import sys, time
 sys.path.append({folder!r})
 from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
-with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, example=Problem("q", {{}}), timeout_s=0.5) as pool:
+with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, example=Problem("q", {{}}), timeout_s=5) as pool:
     group = lambda text: CompletionGroup(Problem("q", {{}}), "q", [text], [[0]], ["stop"])
     pool.submit(group("a"))
     pool.collect()
@@ -275,7 +430,12 @@ with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, example=Problem("q
 
 @pytest.mark.parametrize(
     ("sent", "then"),
-    [(signal.SIGINT, "pass"), (signal.SIGKILL, "pass"), (signal.SIGKILL, "pool.submit(group('hang'))")],
+    [
+        (signal.SIGINT, "pass"),
+        (signal.SIGKILL, "pass"),
+        (signal.SIGKILL, "pool.submit(group('hang'))"),
+        (signal.SIGKILL, "pool.submit(group('fork and hang')); pool.submit(group('a')); time.sleep(0.5)"),
+    ],
 )
 def test_workers_end_with_the_main_process(functions, sent, then):
     """Written without a main guard, which spawned workers must not need; Ctrl-C must not print their tracebacks."""
@@ -284,8 +444,8 @@ def test_workers_end_with_the_main_process(functions, sent, then):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as main:
         assert main.stdout is not None
         assert main.stdout.readline() == "ready\n"  # and nothing of what the reward printed
-        workers = psutil.Process(main.pid).children()
-        assert len(workers) == 2
+        while len(workers := psutil.Process(main.pid).children(recursive=True)) < 4 + ("fork" in then):
+            time.sleep(0.01)  # each has a guard
         for worker in workers:
             worker.send_signal(signal.SIGINT)
         main.send_signal(sent)

@@ -44,7 +44,7 @@ def letters(prompts, completions, kind, tone, **columns):
     return [sum(c.isalpha() for c in text) / 8 for text in completions]
 
 def blank(prompts, completions, **columns):
-    return [None] * len(completions)
+    return [float("nan")] * len(completions)
 
 def constant(prompts, completions, **columns):
     return [0.5] * len(completions)
@@ -377,13 +377,13 @@ def test_a_function_that_does_not_apply_is_not_missing(pool, caplog):
     assert not caplog.messages
     table = step_of(pool, 3, "data", "chat", "data")
     assert np.isnan(table.rewards).tolist() == [[False] * 2, [True] * 2, [False] * 2]
-    assert caplog.messages == [f"reward {BLANK!r}: 2 of 2 scores missing: it returned None"]
+    assert caplog.messages == [f"reward {BLANK!r}: 2 of 2 scores missing: it returned nan"]
 
 
 def test_steps_without_a_group_of_a_function_are_not_steps_without_its_number(pool):
     for step, source in ((1, "chat"), (2, "chat"), (3, "chat"), (4, "data"), (5, "data"), (6, "chat"), (7, "data")):
         step_of(pool, step, source)
-    with pytest.raises(RewardFailure, match="blank' gave no number in 3 steps in a row: it returned None"):
+    with pytest.raises(RewardFailure, match="blank' gave no number in 3 steps in a row: it returned nan"):
         step_of(pool, 8, "chat")
 
 
