@@ -29,7 +29,7 @@ from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import RewardPool
 from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet
-from flashgrpo.grpo.rewards import extract_answer, is_correct
+from flashgrpo.grpo.rewards import RewardFailure, extract_answer, is_correct
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint
 from flashgrpo.grpo.scores import Evaluation, Graded, merge
@@ -67,18 +67,19 @@ def evaluate(
         groups = track(groups, "prompts", len(requests), **shown)
     rollouts = [rollout for group in groups for rollout in group]
     texts = [completion_group(prompts[r.group], [r], policy) for r in rollouts]  # each has the time limit to itself
-    correct = _correct(texts, pool)
+    scored = _scores(texts, pool)
     quality = {name: pool.score(texts, function) for name, function in _QUALITY.items() if with_quality}
     samples: dict[int, list[Graded]] = defaultdict(list)
     for i, (rollout, text) in enumerate(zip(rollouts, texts, strict=True)):
         (completion,) = text.completions
         graded = Graded(
-            is_correct=bool(correct[i]),
+            is_correct=bool(is_correct(scored[i])),
             answer=extract_answer(completion, text.prompt),
             length=len(rollout.completion_ids),
             is_truncated=rollout.finish_reason == "length",
             reflections=count_reflections(completion),
             quality={name: float(scores[i, 0]) for name, scores in quality.items()},
+            is_missing=bool(np.isnan(scored[i])),
         )
         samples[rollout.group].append(graded)
     return Evaluation(dict(samples))
@@ -91,7 +92,8 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
     in `output` as JSON after each pair, and what is there when it begins is not evaluated again; other models' rows
     stay. torchrun's ranks share a pair's problems.
 
-    Raises RunInputError for an `output` with rows of these names that were made from anything else; as `train` else.
+    Raises RunInputError for an `output` with rows of these names that were made from anything else, RewardFailure where
+    no completion of a pair could be scored; as `train` else.
     """
     with open_world(recipe) as world:
         for path in models.values():
@@ -113,11 +115,17 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
                 shares = world.everywhere(
                     lambda label=label, name=name: _evaluate_share(recipe, models[label], benchmarks[name], pool, world)
                 )
+                scores = merge(shares).scores()
+                if "pass@1" not in scores:
+                    raise RewardFailure(
+                        f"{label} on {name}: no completion could be scored, so that there is no score; the warning "
+                        "above says why"
+                    )
                 row = {
                     "model": label,
                     "benchmark": name,
                     "weights": models[label],
-                    **merge(shares).scores(),
+                    **scores,
                     "temperature": recipe.eval.temperature,
                     "top_p": recipe.eval.top_p,
                     "max_new_tokens": recipe.rollout.max_new_tokens,
@@ -265,14 +273,14 @@ def _tell(row: Mapping[str, Any], seconds: float) -> None:
     )
 
 
-def _correct(texts: Sequence[CompletionGroup], pool: RewardPool) -> np.ndarray:
-    """Whether each completion is right, [num_completions] bool."""
+def _scores(texts: Sequence[CompletionGroup], pool: RewardPool) -> np.ndarray:
+    """What decides whether each completion is right, [num_completions], NaN where missing."""
     scores = np.full(len(texts), np.nan)
     for name in ("accuracy", "code"):
         own = [i for i, text in enumerate(texts) if _scorer(text.problem) == name]
         if own:
             scores[own] = pool.score([texts[i] for i in own], name)[:, 0]
-    return is_correct(scores)
+    return scores
 
 
 def _scorer(problem: Problem) -> str:

@@ -26,6 +26,7 @@ class Graded(NamedTuple):
     is_truncated: bool
     reflections: int
     quality: dict[str, float]  # by the names of _QUALITY where it was asked for; NaN where missing
+    is_missing: bool = False  # it could not be scored, and counts as wrong
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,14 @@ class Evaluation:
 
     def scores(self) -> dict[str, float]:
         """pass@1 and cons@k with the ends of their 95% intervals, pass@k, k, num_problems; the mean length in tokens,
-        the truncated share, reflective phrases per 1,000 tokens; where asked for and known, format and language.
+        the truncated share, reflective phrases per 1,000 tokens; where asked for and known, format and language; the
+        share of missing scores where there are any, and nothing else where there are no others.
         """
         rows = [self.samples[number] for number in sorted(self.samples)]
         samples = [sample for row in rows for sample in row]
+        missing = float(np.mean([sample.is_missing for sample in samples]))
+        if missing == 1:
+            return {"missing": missing}
         correct = np.array([[sample.is_correct for sample in row] for row in rows])  # [num_problems, k]
         num_problems, k = correct.shape
         consensus = float(np.mean([_majority(row) for row in rows]))
@@ -59,6 +64,7 @@ class Evaluation:
             "num_problems": num_problems,
             "length": tokens / len(samples),
             "truncated": float(np.mean([sample.is_truncated for sample in samples])),
+            **({"missing": missing} if missing else {}),
             "reflection": 1000 * sum(sample.reflections for sample in samples) / max(tokens, 1),
             **{name: float(np.nanmean(values)) for name, values in quality.items() if not np.isnan(values).all()},
         }
@@ -135,6 +141,8 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         "format": lambda row: _share(row, "format"),
         "language": lambda row: _share(row, "language"),
     }
+    if any("missing" in row for row in rows):
+        columns["missing"] = lambda row: _share(row, "missing")
     if len({row["benchmark"] for row in rows}) > 1:
         columns = {"benchmark": lambda row: Path(row["benchmark"]).stem, **columns}
     return [[*columns], *([cell(row) for cell in columns.values()] for row in rows)]

@@ -132,6 +132,7 @@ def test_partial_credit_and_missing_scores_count_as_wrong(policy, prompts):
     assert column(result, "is_correct") == [[True, True], [False, False], [False, True]]
     assert column(result, "answer") == [["1", "1"], ["2", "3"], ["4", None]]
     assert column(result, "length")[2] == [1, 8]
+    assert (result.scores()["pass@1"], result.scores()["missing"]) == (1 / 2, 1 / 3)
 
 
 def test_answers_are_extracted_as_the_accuracy_reward_does(policy):
@@ -335,6 +336,14 @@ def test_evaluating_models(final_recipe, model_path, make_model, aime_path, tmp_
         assert evaluate_models(final_recipe, {"two": models["two"]}, output) == rows[1:]
     assert json.loads(output.read_text()) == rows
 
+    output.unlink()
+    with monkeypatch.context() as patch:  # as of workers that die in turn
+        patch.setattr(RewardPool, "score", lambda self, groups, name: np.full((len(groups), 1), np.nan))
+        with pytest.raises(RewardFailure, match=r"one on .*aime.jsonl: no completion could be scored"):
+            evaluate_models(final_recipe, models, output)
+    assert not output.exists()  # "pass@1 0.0%" would be no score of the model
+    assert evaluate_models(final_recipe, models, output) == rows
+
     again = dataclasses.replace(final_recipe, run=dataclasses.replace(final_recipe.run, seed=4))
     with pytest.raises(RunInputError, match=r"has one on .*aime.jsonl by other weights, problems or settings"):
         evaluate_models(again, models, output)
@@ -366,6 +375,9 @@ def test_the_table_and_its_markdown():
     assert first == "| model | pass@1 | cons@16 | pass@16 | length | truncated | format | language |"
     assert base == "| base | 20.0% (10.0% to 30.0%) | 50.0% | 75.0% | 1,234 | 0.0% |  |  |"
     assert trained.endswith("| 90.0% | 100.0% |")
+    header, _, line = markdown_of([row("a", "held-out", 0.2, missing=0.1)]).splitlines()
+    assert header.endswith("| language | missing |")
+    assert line.endswith("|  |  | 10.0% |")
     assert (
         markdown_of([*rows, row("base", "data/aime.jsonl", 0.3)]).splitlines()[-1].startswith("| aime | base | 30.0%")
     )
