@@ -12,7 +12,7 @@ from flashgrpo.grpo.balance import PackPlan
 from flashgrpo.grpo.learner import Learner, Stats
 from flashgrpo.grpo.machines import peak_flops
 from flashgrpo.grpo.mixture import Position
-from flashgrpo.grpo.packing import is_dead
+from flashgrpo.grpo.packing import centred, has_signal
 from flashgrpo.grpo.progress import Clock, peak_memory_mb
 from flashgrpo.grpo.reward_table import RewardTable
 from flashgrpo.grpo.rollout import Rollout
@@ -83,8 +83,8 @@ def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
     age = sum((data.version - version) * num_tokens for version, num_tokens in spans)
     reflections = sum(rollout.reflections for group in data.rollouts for rollout in group)
     rewards = data.table.rewards
-    deviations = [np.nanstd(row, ddof=1) for row in rewards if not is_dead(row)]
-    advantages = group_advantages(torch.from_numpy(rewards).float(), scale=config.advantage_scale).numpy()
+    deviations = [np.nanstd(row, ddof=1) for row in rewards[has_signal(rewards)]]
+    advantages = group_advantages(centred(rewards, config), scale=config.advantage_scale).numpy()
     return {
         "reward/mean": _over_known(np.mean, rewards),
         "reward/std": _over_known(np.std, rewards),

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages
 from flashgrpo.model.batch import PackedBatch
+
+_MAX_DEVIATION = 1e15  # of a reward in fp32; 1e-4, which is added to the standard deviation, is nothing beside it
 
 
 class PackingError(ValueError):
@@ -127,21 +129,38 @@ def live_groups(
 
     With a KL penalty or an entropy bonus a group of equal rewards has a gradient and stays.
     """
-    keep_equal = config.kl_coef != 0 or config.entropy_coef != 0
+    keep = has_signal(rewards) | (config.kl_coef != 0) | (config.entropy_coef != 0)
     kept = []
-    for group, row in zip(groups, rewards, strict=True):
-        if keep_equal or not is_dead(row):
+    for group, row, is_kept in zip(groups, rewards, keep, strict=True):
+        if is_kept:
             completions = [c for c in group.completions if not np.isnan(row[c.sequence_id % len(row)])]
             kept.append(Group(group.prompt_ids, completions))
     return kept
 
 
-def is_dead(
-    rewards: np.ndarray,  # [group_size]
-) -> bool:
-    """Whether every advantage of the group is exactly 0: fewer than two rewards, or all of them equal."""
-    known = rewards[~np.isnan(rewards)]
-    return len(known) < 2 or bool((known == known[0]).all())
+def centred(
+    rewards: np.ndarray,  # [num_groups, group_size] float64
+    config: LossConfig,
+) -> torch.Tensor:  # [num_groups, group_size] fp32
+    """Rewards less their group's mean, which advantages do not depend on: fp32 would lose 1e8 + {0, 1}.
+
+    Where advantages are scaled by the deviation, too, groups are so scaled that its square does not overflow; else
+    what is beyond fp32 becomes its largest number, whose gradient is not finite.
+    """
+    deviations = group_advantages(torch.from_numpy(rewards), scale="none")
+    if config.advantage_scale == "std":
+        largest = deviations.abs().nan_to_num().amax(1, keepdim=True)
+        deviations = deviations * (_MAX_DEVIATION / largest).clamp(max=1)
+    limit = torch.finfo(torch.float32).max
+    return deviations.clamp(-limit, limit).float()
+
+
+def has_signal(
+    rewards: np.ndarray,  # [num_groups, group_size] float64
+) -> np.ndarray:  # [num_groups] bool
+    """Whether an advantage of the group is not 0: it has two rewards or more, and not all of them are equal."""
+    deviations = group_advantages(torch.from_numpy(rewards), scale="none").float()
+    return deviations.nan_to_num().any(1).numpy()
 
 
 def loss_denominator(

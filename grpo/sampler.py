@@ -17,7 +17,7 @@ import numpy as np
 from flashgrpo.grpo.evaluate import completion_group, evaluate
 from flashgrpo.grpo.metrics import StepData, count_reflections
 from flashgrpo.grpo.mixture import Mixture, Position, interleaved
-from flashgrpo.grpo.packing import is_dead
+from flashgrpo.grpo.packing import has_signal
 from flashgrpo.grpo.policy import Policy, Prompt
 from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.recipe import Recipe
@@ -85,7 +85,7 @@ class Sampler:
             prompts, position = self.mixture.take(position, step, config.prompts_per_step - len(groups))
             rollouts, table = self._sample_groups(step, first, prompts, clock)
             is_last = attempt == config.refill_limit
-            keep = [is_last or not is_dead(row) for row in table.rewards]
+            keep = (has_signal(table.rewards) | is_last).tolist()
             groups += compress(rollouts, keep)
             sources += [prompt.source for prompt in compress(prompts, keep)]
             tables.append(RewardTable.merge([table], np.flatnonzero(keep)))

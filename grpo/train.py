@@ -26,7 +26,7 @@ from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
 from flashgrpo.grpo.mixture import Mixture, Position
-from flashgrpo.grpo.packing import Completion, Group, build_batch, live_groups, loss_denominator
+from flashgrpo.grpo.packing import Completion, Group, build_batch, centred, live_groups, loss_denominator
 from flashgrpo.grpo.policy import open_sharded_model, render_prompts
 from flashgrpo.grpo.progress import Clock, StepBar, console
 from flashgrpo.grpo.recipe import Recipe, RecipeError, recipe_to_toml
@@ -45,6 +45,7 @@ from flashgrpo.model.flops import ModelFlops
 from flashgrpo.model.sharding import free_gathered
 
 _LOGGED_GROUPS = 2
+_STEPS_WITHOUT_SIGNAL = 3
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Update:
 
     plan: PackPlan
     batches: list[PackedBatch]  # this rank's
-    rewards: Tensor  # [num_groups, group_size] fp32
+    rewards: Tensor  # [num_groups, group_size] fp32, less their group's mean
     denominator: float
 
 
@@ -91,6 +92,7 @@ class Trainer(RunLoop):
     ):
         super().__init__(recipe, folder, world)
         self.recipe = recipe
+        self._steps_without_signal = 0  # in a row, up to now
         self.position = Position(**folder.state.get("position", {"taken": {}, "owed": {}}))
         render = partial(render_prompts, policy=self.policy)
         prompts, tests = render(problems, data=recipe.data), render(held_out[: recipe.eval.problems], data=recipe.data)
@@ -164,7 +166,21 @@ class Trainer(RunLoop):
                 self.folder.log_samples(step, self._samples(data))
                 self.folder.log(step, metrics)
         self._compare_logprobs(step, data, metrics)
+        self._watch_signal(step, metrics)
         return metrics, one_line(metrics)
+
+    def _watch_signal(self, step: int, metrics: dict[str, float]) -> None:
+        """Says when several steps in a row gave nothing to learn from."""
+        has_signal = metrics["grad_norm"] != 0 and metrics["groups/dead"] < 1
+        self._steps_without_signal = 0 if has_signal else self._steps_without_signal + 1
+        if self._steps_without_signal == _STEPS_WITHOUT_SIGNAL:
+            means = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("reward/"))
+            console.print(
+                f"[yellow]step {step}: {_STEPS_WITHOUT_SIGNAL} steps in a row had nothing to learn from: in each group "
+                f"all rewards are equal or missing, or all completions masked ({means}). Look at samples.jsonl: are "
+                "problems all too hard or too easy, is the reward blind, is rollout.max_new_tokens too low?[/yellow]",
+                highlight=False,
+            )
 
     def _compare_logprobs(self, step: int, data: StepData, metrics: dict[str, float]) -> None:
         """The alarm where the sampler's log-probs are not the trainer's."""
@@ -194,8 +210,7 @@ class Trainer(RunLoop):
             live = live_groups(groups, rewards, recipe.loss)
             plan = plan_packs(live, recipe.train.token_budget, self.world.size, self.flops)
             batches = [build_batch(pack).to(self.device) for pack in plan.packs[self.world.rank]]
-            on_device = torch.from_numpy(rewards).to(self.device, torch.float32)
-            updates.append(Update(plan, batches, on_device, denominator))
+            updates.append(Update(plan, batches, centred(rewards, recipe.loss).to(self.device), denominator))
         return updates
 
     def _learn(self, updates: list[Update], data: StepData, clock: Clock) -> dict[str, float]:

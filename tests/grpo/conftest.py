@@ -86,8 +86,8 @@ def custom_rewards(tmp_path, monkeypatch) -> Path:
         "    return [sum(c.isdigit() for c in text) / 8 for text in completions]\n"
         "def never(prompts, completions, **columns):\n"
         "    return [None] * len(completions)\n"
-        "def explosive(prompts, completions, **columns):\n"
-        "    return [1e38 * i for i in range(len(completions))]\n"
+        "def far_apart(prompts, completions, **columns):\n"
+        "    return [1e39 if i % 2 else 1e8 for i in range(len(completions))]\n"
     )
     monkeypatch.syspath_prepend(str(folder))
     return folder

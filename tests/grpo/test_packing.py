@@ -12,11 +12,12 @@ from flashgrpo.grpo.packing import (
     PackingError,
     best_fit,
     build_batch,
-    is_dead,
+    centred,
+    has_signal,
     live_groups,
     loss_denominator,
 )
-from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages
 
 NAN = float("nan")
 
@@ -116,10 +117,41 @@ def test_empty_prompt_or_completion_is_refused(bad, message):
 
 @pytest.mark.parametrize(
     ("rewards", "dead"),
-    [([1, 1, 1], True), ([0, 1, 1], False), ([NAN, 1, 1], True), ([NAN, NAN, 1], True), ([NAN, 0, 1], False)],
+    [
+        ([1, 1, 1], True),
+        ([0, 1, 1], False),
+        ([NAN, 1, 1], True),
+        ([NAN, NAN, 1], True),
+        ([NAN, 0, 1], False),
+        ([0.1, 0.1, 0.1], True),
+        ([1e8, 1e8 + 1, 1e8], False),
+        ([1e-60, 0, 0], True),  # which fp32 cannot hold
+        ([1e39, 1e39, 1e39], True),
+    ],
 )
 def test_dead_groups(rewards, dead):
-    assert is_dead(np.array(rewards, dtype=float)) is dead
+    assert has_signal(np.array([rewards], dtype=float)).tolist() == [not dead]
+
+
+@pytest.mark.parametrize(
+    "rewards", [[0.0, 1, 2, 3], [1e8, 1e8 + 1, 1e8 + 2, 1e8 + 3], [1e20, 1e-20, NAN, 1e-20], [1e39, 1, 1e39, -1e100]]
+)
+def test_rewards_that_fp32_cannot_hold_have_the_advantages_of_float64(rewards):
+    """1e8 + {0..3} would be equal, the deviation of 1e20 infinite, and 1e39 missing: a run that learns nothing."""
+    rewards = np.array([rewards, [0.0, 1, 1, 1]])
+    config = LossConfig.preset("grpo")
+    found = group_advantages(centred(rewards, config), scale="std")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), group_advantages(torch.from_numpy(rewards), scale="std"), rtol=1e-5, atol=1e-6, equal_nan=True
+    )
+
+
+def test_unscaled_rewards_beyond_fp32_are_no_missing_ones():
+    """Their gradient is not finite, which is said, where none at all would pass for an equal group."""
+    found = centred(np.array([[1e39, 0.0, NAN]]), LossConfig.preset("dr_grpo"))
+    assert found.abs()[0, :2].tolist() == [torch.finfo(torch.float32).max] * 2
+    assert found[0, 2].isnan()
 
 
 def test_only_what_has_a_gradient_is_packed():

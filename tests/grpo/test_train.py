@@ -21,6 +21,7 @@ from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.native_generator import NativeGenerator, sample_tokens
+from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, recipe_to_toml
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder, RunInputError, newest_checkpoint, read_rows
@@ -203,11 +204,24 @@ def test_rewards_that_never_come_end_the_run(recipe):
 
 
 def test_dead_groups_still_take_their_step(recipe, monkeypatch):
-    """All rewards equal: nothing is packed, the optimizer's moments decay, the step is logged."""
-    recipe = changed(changed(recipe, "rewards", functions=["format"]), "train", steps=2)
-    train(recipe)
+    """All rewards equal: nothing is packed, the optimizer's moments decay, the step is logged; the third says so."""
+    recipe = changed(changed(recipe, "rewards", functions=["format"]), "train", steps=5)
+    with console.capture() as captured:
+        train(recipe)
     rows = read_rows(Path(recipe.run.output) / "metrics.jsonl")
-    assert [(row["groups/dead"], row["grad_norm"], row["loss"]) for row in rows] == [(1.0, 0.0, 0.0)] * 2
+    assert [(row["groups/dead"], row["grad_norm"], row["loss"]) for row in rows] == [(1.0, 0.0, 0.0)] * 5
+    said = " ".join(captured.get().split())
+    assert said.count("had nothing to learn from") == 1
+    assert "step 3: 3 steps in a row had nothing to learn from" in said
+    assert "reward/format 0" in said
+
+
+def test_rewards_beyond_fp32_are_learnt_from(recipe, custom_rewards):
+    recipe = changed(changed(recipe, "rewards", functions=["custom_rewards:far_apart"]), "train", steps=1)
+    train(recipe)
+    (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert row["grad_norm"] > 0
+    assert (row["live"], row["groups/dead"]) == (1.0, 0.0)
 
 
 def test_masked_overlong_completions_are_not_packed(recipe):
