@@ -149,7 +149,8 @@ class RewardsSection:
     start: dict[str, _Share] = dataclasses.field(default_factory=dict)
     """Share of the run's steps from which a function counts, as { safety = 0.75 }; before, it is not computed."""
     timeout_s: _PositiveFloat = 10.0
-    """Time limit of one call: one function on one group."""
+    """Longest that one function may take for one group; waits for a busy processor and imports do not count. For an
+    answer that takes accuracy half of what is left of it, the score is 0."""
     workers: _Positive = 2
     """Worker processes."""
     programs: ProgramsSection = ProgramsSection()
