@@ -462,7 +462,7 @@ def test_workers_do_not_import_the_main_script_or_torch(functions):
         "def loaded(prompts, completions, **columns): return [float(name in sys.modules) for name in completions]\n"
     )
     with RewardPool(["modules_of_test:loaded"], max_new_tokens=1, example=EXAMPLE, num_workers=1) as pool:
-        assert step(pool, group("torch", "transformers", "pytest", "numpy")).tolist() == [[0, 0, 0, 1]]
+        assert step(pool, group("torch", "numpy", "pytest", "json")).tolist() == [[0, 0, 0, 1]]
 
 
 def test_a_warm_step_takes_milliseconds(make_pool):
