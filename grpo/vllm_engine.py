@@ -42,7 +42,7 @@ from flashgrpo.grpo.weight_sync import DecoderSource, check_shapes, digest, want
 from flashgrpo.model.config import ModelConfig
 
 _BUCKET_BYTES, _PROGRESS_S = 256 << 20, 1.0
-_FOLDER, _BUCKET = "flashgrpo_weights_", "bucket.safetensors"
+_MEMORY, _FOLDER, _BUCKET = Path("/dev/shm"), "flashgrpo_weights_", "bucket.safetensors"
 
 
 class Engine:
@@ -319,14 +319,14 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
 
 def _open_folder(needed: int) -> tuple[str, int]:
     """A folder in memory, and its lock, which a killed process lets go of; what such a one has left goes first."""
-    memory, disk = Path("/dev/shm"), Path(tempfile.gettempdir())
-    for left in (*memory.glob(f"{_FOLDER}*"), *disk.glob(f"{_FOLDER}*")):
+    disk = Path(tempfile.gettempdir())
+    for left in (*_MEMORY.glob(f"{_FOLDER}*"), *disk.glob(f"{_FOLDER}*")):
         with contextlib.suppress(OSError):  # in use, or another user's
             lock = _lock(left)
             _remove_folder(left)
             os.close(lock)
-    fits = memory.is_dir() and shutil.disk_usage(memory).free > needed  # a container's may be tiny
-    folder = Path(tempfile.mkdtemp(prefix="new_", dir=memory if fits else disk))
+    fits = _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > needed  # a container's may be tiny
+    folder = Path(tempfile.mkdtemp(prefix="new_", dir=_MEMORY if fits else disk))
     lock = _lock(folder)  # before others look for it under its name
     return str(folder.rename(folder.with_name(_FOLDER + folder.name))), lock
 

@@ -28,11 +28,10 @@ def serve(options: EngineOptions, host: str, port: int, devices: str) -> None:
     key = os.environ.get(API_KEY)
     who = f"whoever has the key in {API_KEY}" if key else "whoever reaches the port, without a key,"
     what = "can replace the weights, sample and pause; no route writes files, runs code or sets the environment"
-    plain = {"markup": False, "highlight": False, "soft_wrap": True}
-    console.print(f"{host}:{port}: {who} {what}", **plain)
+    console.print(f"{host}:{port}: {who} {what}", markup=False, highlight=False, soft_wrap=True)
     if not (key or _is_loopback(host)):
         found = f"warning: other machines reach {host}; set {API_KEY} to a secret, here and for the runs"
-        console.print(found, style="yellow", **plain)
+        console.print(found, style="yellow", markup=False, highlight=False, soft_wrap=True)
     os.environ.update(_environment(devices))
     command = _command(options, host, port, devices)
     os.execv(command[0], command)

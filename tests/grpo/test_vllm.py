@@ -158,6 +158,24 @@ def test_samples_are_those_of_their_seeds(opened):
     assert reasons == {"stop", "length"}
 
 
+def test_memory_of_a_run_that_was_killed_in_mid_sync_is_given_back_by_the_next_run(tmp_path, monkeypatch):
+    """But not what a living run writes to, nor what else has such a name."""
+    from flashgrpo.grpo import vllm_engine
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(vllm_engine, "_MEMORY", tmp_path / "no such folder")
+    alive, lock = vllm_engine._open_folder(1)
+    killed, another = tmp_path / "flashgrpo_weights_killed", tmp_path / "flashgrpo_weights_mine"
+    for folder, name in ((killed, "bucket.safetensors"), (another, "results.txt"), (Path(alive), "bucket.safetensors")):
+        folder.mkdir(exist_ok=True)
+        (folder / name).touch()
+    own, own_lock = vllm_engine._open_folder(1)
+    assert {*tmp_path.iterdir()} == {another, Path(alive), Path(own)}
+    assert [file.name for file in (*another.iterdir(), *Path(alive).iterdir())] == ["results.txt", "bucket.safetensors"]
+    os.close(lock)
+    os.close(own_lock)
+
+
 def test_a_tensor_of_the_wrong_shape_is_refused_by_name(opened, monkeypatch):
     """And the engine takes the right ones afterwards, where a part of wrong ones had been loaded."""
     model, generator, source = opened
