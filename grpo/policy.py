@@ -142,9 +142,12 @@ def warn_beyond_context(policy: Policy, longest: int) -> None:
     """Say so where a run's `longest` sequence of tokens is longer than any that the model was made for."""
     if longest > (context := policy.model.config.context):
         console.print(
-            f"[yellow]{policy.path}: sequences may come to {longest:,} tokens, and the model was made for {context:,} "
-            "(max_position_embeddings in config.json): what it writes beyond may be nonsense[/yellow]",
+            f"{policy.path}: sequences may come to {longest:,} tokens, and the model was made for {context:,} "
+            "(max_position_embeddings in config.json): what it writes beyond may be nonsense",
+            style="yellow",
+            markup=False,
             highlight=False,
+            soft_wrap=True,
         )
 
 
