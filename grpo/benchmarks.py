@@ -27,7 +27,7 @@ def load_benchmark(path: str | Path, seed: int) -> list[Problem]:
     `choices` or `options` (MMLU, MMLU-Pro, ARC, AQuA, MedQA) keep theirs. The answer is then a letter. Raises DataError
     for columns that are not known, choices that would not reach the prompt, and as `to_problem`.
     """
-    if not Path(path).expanduser().is_file():
+    if not Path(path).is_file():
         raise DataError(f"{path}: no such file; a benchmark is a local JSONL or Parquet file")
     rows = list(read_rows(str(path)))
     if not rows:

@@ -65,11 +65,11 @@ class NativeGenerator:
                 yield [self._rollout(requests[index], *sample) for sample in batch.samples_of(index)]
 
     def _rollout(
-        self, request: Request, tokens: np.ndarray, own: np.ndarray, whole: np.ndarray | None, stopped: bool
+        self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, kept: np.ndarray | None, stopped: bool
     ) -> Rollout:
         reason = "stop" if stopped else "length"
         versions = ((self.weight_version, len(tokens)),)
-        return Rollout(request.prompt_ids, tokens, own, reason, request.group, versions, whole)
+        return Rollout(request.prompt_ids, tokens, logprobs, reason, request.group, versions, kept)
 
 
 class _DecodingBatch:
@@ -110,12 +110,12 @@ class _DecodingBatch:
         return len(self.rows) > 0
 
     def samples_of(self, index: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]]:
-        """(tokens, log-probs, those before top_k and top_p or None, stopped) of every completion of request `index`."""
+        """(tokens, log-probs, those of what was kept or None, stopped) of every completion of request `index`."""
         for row in range(self.first_row[index], self.first_row[index + 1]):
             length = self.lengths[row]
-            own, whole = self.logprobs[:, row, :length].copy()
-            whole = whole if self.sampling.is_truncated else None
-            yield self.tokens[row, :length].copy(), own, whole, bool(self.stopped[row])
+            logprobs, kept = self.logprobs[:, row, :length].copy()
+            kept = kept if self.sampling.is_truncated else None
+            yield self.tokens[row, :length].copy(), logprobs, kept, bool(self.stopped[row])
 
     def step(self) -> list[int]:
         """Sample one token for every live row, run the decoder on them; returns the requests that are now complete."""
@@ -279,15 +279,15 @@ def sample_tokens(
     sampling: Sampling,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token a row by inverting the distribution function; returns tokens [rows] and twice fp32 log-probs
-    [rows]: of the distribution sampled from, after temperature and renormalised after top-k and top-p; and of the one
-    before them, which is less by the log of the probability that they kept.
+    [rows]: the token's in the distribution sampled from, after temperature and renormalised after top-k and top-p; and
+    that of all tokens which these kept, so that the sum is the token's in the whole vocabulary.
 
-    At temperature 0 both are the model's own.
+    At temperature 0 the first is the model's own.
     """
     logits = logits.float()
     if sampling.temperature == 0:
         logprobs, tokens = torch.log_softmax(logits, dim=-1).max(dim=-1)
-        return tokens, logprobs, logprobs
+        return tokens, logprobs, torch.zeros_like(logprobs)
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     whole, order = torch.softmax(logits, dim=-1), None
@@ -299,8 +299,9 @@ def sample_tokens(
     drawn = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
     places = drawn.clamp_max(logits.shape[-1] - 1)
     tokens = places if order is None else order.gather(-1, places)
-    own = probs.gather(-1, places).squeeze(-1).log()
-    return tokens.squeeze(-1), own, own if order is None else whole.gather(-1, places).squeeze(-1).log()
+    logprobs = probs.gather(-1, places).squeeze(-1).log()
+    kept = torch.zeros_like(logprobs) if order is None else whole.gather(-1, places).squeeze(-1).log() - logprobs
+    return tokens.squeeze(-1), logprobs, kept
 
 
 def _truncate(sorted_probs: Tensor, sampling: Sampling) -> Tensor:

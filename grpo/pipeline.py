@@ -209,7 +209,7 @@ def _stage(
         models = values.get("models")
         if not isinstance(models, dict) or not models:
             raise RecipeError(f"{source}: an evaluation wants models = {{ label = 'path' }}, found {models!r}")
-        values["models"] = models = {label: os.path.expanduser(path) for label, path in models.items()}
+        values["models"] = models = {label: os.path.expanduser(str(path)) for label, path in models.items()}
         sections["model"] = {"path": next(iter(models.values())), **sections.get("model", {})}
     recipe = build_recipe(_KINDS[kind], sections, source, overrides)
     if recipe.run.output != str(folder):
@@ -262,7 +262,7 @@ def _inputs(values: dict[str, Any], stages: dict[str, Stage]) -> dict[str, Stage
 def _check_inputs(stage: Stage, given_only: bool) -> None:
     """That what it reads is there; of given files, whose turn may come in days, the columns, too."""
     for path, maker in stage.inputs.items():
-        if Path(path).expanduser().exists() or (given_only and maker):
+        if Path(path).exists() or (given_only and maker):
             continue
         if maker:
             raise RunInputError(

@@ -49,13 +49,13 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     group: int
     weight_versions: tuple[tuple[int, int], ...]  # (version, tokens sampled from it), in the order of the tokens
-    whole_logprobs: np.ndarray | None = None  # [num_tokens] fp32, before top_k and top_p, where they are known
+    kept_logprobs: np.ndarray | None = None  # [num_tokens] fp32, of what top_k and top_p kept, where that is known
     reflections: int = 0  # reflective phrases in its text, where they were counted
 
     @property
     def comparable_logprobs(self) -> np.ndarray:
-        """Of the distribution that the trainer's log-probs are of, unless top_k or top_p were used and hide it."""
-        return self.behavior_logprobs if self.whole_logprobs is None else self.whole_logprobs
+        """behavior_logprobs of the whole vocabulary, as the trainer's are; renormalised ones where nothing is known."""
+        return self.behavior_logprobs if self.kept_logprobs is None else self.behavior_logprobs + self.kept_logprobs
 
 
 class Generator(Protocol):

@@ -2,7 +2,7 @@
 
 import abc
 import signal
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder
 from flashgrpo.grpo.world import GeneratorFailure, RunInputError, World
 from flashgrpo.model.checkpoint import save_checkpoint
+from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.sharding import is_finite
 
 _MOST_SKIPPED = 3
@@ -37,7 +38,9 @@ class RunLoop(abc.ABC):
     def __init__(self, recipe: Recipe | SftRecipe | RewardModelRecipe, folder: RunFolder, world: World):
         self.folder, self.world, self.settings = folder, world, recipe.train
         self.device = world.device
-        model = open_sharded_model(
+        opened: list[Decoder] = []
+        load = partial(
+            open_sharded_model,
             recipe.model,
             world.device,
             world.mesh,
@@ -45,7 +48,8 @@ class RunLoop(abc.ABC):
             read_weights=folder.checkpoint is None,
             new_score=isinstance(recipe, RewardModelRecipe),
         )
-        self.policy = open_policy(recipe.model, world.device, model)
+        world.everywhere(lambda: opened.append(load()))  # a rank may find a fault in its own rows alone
+        self.policy = open_policy(recipe.model, world.device, *opened)
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
         self.step = folder.state.get("step", 0)
 

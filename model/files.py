@@ -71,7 +71,6 @@ def content_hash(path: Path) -> str:
     """SHA-256 of a file, or of every file in a folder, but hidden ones, with its name; files are read once as long as
     they stay.
     """
-    path = path.expanduser()
     files = [path]
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p.relative_to(path))]

@@ -458,8 +458,8 @@ def test_log_probs_that_are_not_the_trainers_raise_an_alarm(recipe, options, off
     """Also where top_p and top_k leave tokens out, whose share of the probability is not the sampler's fault."""
 
     def sample(logits, uniforms, sampling):
-        tokens, *logprobs = sample_tokens(logits, uniforms, sampling)
-        return tokens, *(each + off for each in logprobs)
+        tokens, logprobs, kept = sample_tokens(logits, uniforms, sampling)
+        return tokens, logprobs + off, kept
 
     monkeypatch.setattr("flashgrpo.grpo.native_generator.sample_tokens", sample)
     recipe = changed(changed(recipe, "train", steps=1), "rollout", **options)
@@ -480,8 +480,8 @@ def test_where_log_probs_cannot_be_compared_the_run_says_so(recipe, monkeypatch,
     recipe = changed(recipe, "train", steps=1)
     original = NativeGenerator._rollout
 
-    def rollout(self, request, tokens, own, whole, stopped):
-        return original(self, request, tokens, own, None, stopped)
+    def rollout(self, request, tokens, logprobs, kept, stopped):
+        return original(self, request, tokens, logprobs, None, stopped)
 
     monkeypatch.setattr(NativeGenerator, "_rollout", rollout)
     monkeypatch.setattr("flashgrpo.grpo.train.open_generator", lambda _, *rest: open_generator(recipe, *rest))
