@@ -385,7 +385,9 @@ def _read_dataset(source: Path | str, subset: str | None, split: str) -> Iterato
             loaded = datasets.load_dataset(str(source), subset, split=split)
     except (DatasetsError, OSError, ValueError) as error:
         wanted = f"split {split!r}" + (f" of subset {subset!r}" if subset else "")
-        raise DataError(f"{source}: cannot load {wanted} as a Hugging Face data set: {error}") from error
+        raise DataError(
+            f"{source}: cannot load {wanted} as a Hugging Face data set: {error.__cause__ or error}"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"{source}: no split {split!r}{nearest(split, map(str, loaded))}")

@@ -162,12 +162,14 @@ def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list
             except (ValueError, AttributeError) as error:
                 raise CheckpointError(f"{file}: not a JSON object: {error}") from error
             found += ids if isinstance(ids, list) else [ids]
-    ids = {int(token) for token in found if token is not None}
+    ids = [token for token in found if token is not None]
+    if faulty := [token for token in ids if type(token) is not int]:
+        raise CheckpointError(f"{path}: eos_token_id has {faulty[0]!r}, wanted a token's number, or a list of those")
     if not ids:
         raise CheckpointError(
             f"{path}: no end-of-sequence token in its tokenizer, config.json or generation_config.json"
         )
-    return sorted(ids)
+    return sorted({*ids})
 
 
 def end_token_id(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:

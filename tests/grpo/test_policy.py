@@ -1,5 +1,6 @@
 """Opening a model: its tokenizer fits it, and its tokens become the text that was sampled."""
 
+import json
 import shutil
 
 import pytest
@@ -78,6 +79,13 @@ def test_a_stop_token_without_an_embedding_is_refused(make_model):
     with pytest.raises(CheckpointError, match=r"eos_token_id = 500 .* is beyond vocab_size = 98"):
         open_policy(ModelSection(str(path)), torch.device("cpu"))
     assert stop_token_ids(path, open_tokenizer(path)) == [0, 500]
+
+
+@pytest.mark.parametrize("end", ["<eos>", [0, "1"], [[0]], True])
+def test_a_stop_token_that_is_no_number_is_refused(model_path, tmp_path, end):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(CheckpointError, match=r"eos_token_id has .*, wanted a token's number"):
+        stop_token_ids(tmp_path, open_tokenizer(model_path))
 
 
 @pytest.mark.parametrize(
