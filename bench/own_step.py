@@ -15,7 +15,7 @@ from flashgrpo.bench.peer_trl import WARMUP_STEPS, parse_args, peak_mb
 from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.progress import step_bar
-from flashgrpo.grpo.recipe import Recipe, build_recipe, recipe_to_toml
+from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.grpo.world import open_world
@@ -43,7 +43,7 @@ def time_steps(options: argparse.Namespace) -> dict:
         with (
             open_world(recipe) as world,
             open_reward_pool(recipe, problems[0]) as pool,
-            RunFolder(recipe.run.output, recipe_to_toml(recipe), resume=False, world=world) as run,
+            RunFolder(recipe, resume=False, world=world) as run,
             step_bar("step", 0, options.steps) as bar,
         ):
             trainer = Trainer(recipe, run, world, pool, problems, held_out)

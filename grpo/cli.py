@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import io
 import json
 import math
 import os
@@ -47,6 +48,9 @@ _SPIN_COUNT = "50000"
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sample that a terminal cannot show must not end a run
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     if arguments[:1] == ["--version"]:
         from importlib.metadata import version

@@ -8,7 +8,6 @@ number and run.seed alone: not on ranks, parts or restarts. Filters read the par
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import sys
@@ -33,14 +32,13 @@ from flashgrpo.grpo.recipe import CollectRecipe, recipe_to_toml
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.rollout import Generator, Request, Sampling, sample_seeds
-from flashgrpo.grpo.run_folder import changed_keys, check_output
+from flashgrpo.grpo.run_folder import changed_inputs, changed_keys, hash_inputs, hold_output, write_made_from
 from flashgrpo.grpo.sections import GivenSection
 from flashgrpo.grpo.world import GeneratorFailure, RunInputError, World, open_world
 from flashgrpo.model.checkpoint import empty_decoder, read_config, weights_sha256
 from flashgrpo.model.files import whole_file, write_text
 
 _STREAM = 1 << 33  # keeps these seeds apart from those of training and evaluation
-_MADE_FROM = "made_from.json"
 _PART = {
     "prompt_id": pa.int64(),
     "sample": pa.int64(),
@@ -70,11 +68,13 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
     """
     with open_world(recipe) as world, contextlib.ExitStack() as stack:
         output = Path(recipe.run.output)
-        world.on_main(lambda: check_output(output, resume))
+        world.on_main(lambda: stack.enter_context(hold_output(output, resume)))
         read_config(recipe.model.path)
         problems = load_problems(recipe.data, recipe.run.seed)[0] if recipe.data.has_problems else []
         problems = problems[: recipe.rollout.prompts or None]
-        made_from = world.on_main(lambda: _open(recipe, output, problems))
+        made_from = world.on_main(lambda: _compare(recipe, output))
+        sha256 = world.on_main(lambda: weights_sha256(recipe.model.path) if problems else None)
+        console.print(f"loading {recipe.model.path}", markup=False, highlight=False, soft_wrap=True)
         policy = _open_policy(recipe, world, has_samples=bool(problems))
         given = {name: _given_groups(section, policy) for name, section in recipe.given.items()}
         prompts = render_prompts(problems, policy, recipe.data)
@@ -91,7 +91,7 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
             if generator:
                 parts.sample(generator)
             named = {name: _given_samples(groups, recipe.given[name], parts) for name, groups in given.items()}
-        return world.on_main(lambda: _write(recipe, output, parts, named, made_from["model.path"]))
+        return world.on_main(lambda: _write(recipe, output, parts, named, sha256))
 
 
 class _Parts:
@@ -264,21 +264,14 @@ def _write(
     return output / "data.parquet"
 
 
-def _open(recipe: CollectRecipe, output: Path, problems: list[Problem]) -> dict[str, str | None]:
+def _compare(recipe: CollectRecipe, output: Path) -> dict[str, str]:
     """Hashes of what the samples are made from. Raises RunInputError where those in `output` are from anything else."""
-    content = json.dumps([[problem.prompt, problem.columns] for problem in problems], default=str)
-    made_from = {
-        "data": hashlib.sha256(content.encode()).hexdigest(),
-        "model.path": weights_sha256(recipe.model.path) if problems else None,
-    }
-    if (output / _MADE_FROM).exists():
+    made_from = hash_inputs(recipe)
+    if (output / "recipe.toml").exists():
         changed_keys(output / "recipe.toml", recipe_to_toml(recipe), _is_fixed)
-        stored = json.loads((output / _MADE_FROM).read_text(encoding="utf-8"))
-        if changed := [key for key, found in made_from.items() if stored.get(key) != found]:
-            raise RunInputError(
-                f"what {changed[0]} holds has changed since the samples in {output} were made; restore it, or choose "
-                "another run.output"
-            )
+        told = [text for key, text in changed_inputs(recipe, made_from).items() if not key.startswith("given.")]
+        if told:  # [given] is read at the end, as the parts are
+            raise RunInputError(f"{told[0]}; restore it, or choose another run.output")
     return made_from
 
 
@@ -287,15 +280,15 @@ def _is_fixed(section: str, key: str) -> bool:
     return section not in ("filters", "given", "write", "vllm") and (section, key) not in (
         ("rewards", "workers"),
         ("rewards", "timeout_s"),
+        ("run", "accept_changes"),
         ("run", "collective_timeout_s"),
         ("run", "output"),
     )
 
 
-def _begin(recipe: CollectRecipe, output: Path, made_from: dict[str, str | None]) -> None:
-    (output / "parts").mkdir(parents=True, exist_ok=True)
-    write_text(output / "recipe.toml", recipe_to_toml(recipe))
-    write_text(output / _MADE_FROM, json.dumps(made_from, indent=1))
+def _begin(recipe: CollectRecipe, output: Path, made_from: dict[str, str]) -> None:
+    (output / "parts").mkdir(exist_ok=True)
+    write_made_from(recipe, made_from)
 
 
 def _open_policy(recipe: CollectRecipe, world: World, has_samples: bool) -> Policy:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flashgrpo.grpo.rewards import REASONING_GYM, fault_of_answer, nearest
+from flashgrpo.model.files import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -331,7 +332,7 @@ def check_columns(path: str, wanted: Iterable[str]) -> None:
         with file.open("rb") as lines:
             first = next((line for line in lines if line.strip()), b"{}")
         try:
-            columns = [*json.loads(first)]
+            columns = [*parse_json(first)]
         except (ValueError, TypeError) as error:
             raise DataError(f"{path}: unreadable first line: {error}") from error
     for column in wanted:
@@ -349,13 +350,13 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
             continue
         where = f"{file}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if b"\\u" in line or b"\xed" in line:
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise DataError(f"{where}: {half!r} is half of a character, of an emoji that was cut; remove it") from error
-        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise DataError(f"{where}: unreadable line: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: unreadable line: wanted a JSON object, found {type(row).__name__}")

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ from flashgrpo.grpo.scores import Evaluation, Graded, merge
 from flashgrpo.grpo.sections import ModelSection, first_step
 from flashgrpo.grpo.world import RunInputError, World, open_world
 from flashgrpo.model.checkpoint import empty_decoder, read_config
-from flashgrpo.model.files import content_hash, write_text
+from flashgrpo.model.files import content_hash, parse_json, write_text
 
 _EVAL_STREAM = 1 << 32  # keeps evaluation's seeds apart from those of the training steps
 _HELD_OUT = "held-out"
@@ -112,6 +113,8 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
                 if (label, name) in known:
                     continue
                 start = time.perf_counter()
+                size = f"{len(benchmarks[name])} x {recipe.eval.samples}"
+                console.print(f"evaluating {label} on {name}: {size}", markup=False, highlight=False, soft_wrap=True)
                 shares = world.everywhere(
                     lambda label=label, name=name: _evaluate_share(recipe, models[label], benchmarks[name], pool, world)
                 )
@@ -247,18 +250,25 @@ def _evaluate_share(recipe: Recipe, path: str, problems: list[Problem], pool: Re
 
 
 def _read_rows(output: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of an earlier call by model and benchmark."""
+    """The rows of an earlier call by model and benchmark. Raises RunInputError, also where none could be written."""
+    if output is None:
+        return {}
     try:
-        rows = json.loads(output.read_text(encoding="utf-8")) if output and output.exists() else []
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            rows = parse_json(output.read_bytes()) if output.exists() else []
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RunInputError(f"{output} cannot be read and written ({why}); choose another output") from None
+    try:
         return {(row["model"], row["benchmark"]): {"made_from": None, **row} for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise RunInputError(
             f"{output}: not a file that an evaluation has written ({error!r}); choose another output"
         ) from error
 
 
 def _write_rows(output: Path, rows: Mapping[Any, dict[str, Any]]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, json.dumps(list(rows.values()), indent=1) + "\n")
 
 

@@ -15,6 +15,7 @@ A stage that is finished is not run again, and one that was interrupted goes on.
 each was made from, and hashes of its inputs' content: where they have changed since, the pipeline stops and says what.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -25,7 +26,6 @@ import os
 import re
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.grpo.benchmarks import load_benchmark
-from flashgrpo.grpo.data import check_columns, is_local
+from flashgrpo.grpo.data import check_columns
 from flashgrpo.grpo.evaluate import evaluate_models
 from flashgrpo.grpo.pipeline_report import draw_pipeline
 from flashgrpo.grpo.progress import console
@@ -53,10 +53,11 @@ from flashgrpo.grpo.recipe import (
 )
 from flashgrpo.grpo.report import write_report
 from flashgrpo.grpo.rewards import RewardError, nearest, resolve_reward
+from flashgrpo.grpo.run_folder import hold_output, input_paths
 from flashgrpo.grpo.scores import markdown_of, table_of
 from flashgrpo.grpo.stages import run_recipe
 from flashgrpo.grpo.world import RunInputError, open_world
-from flashgrpo.model.files import content_hash, whole_folder, write_text
+from flashgrpo.model.files import content_hash, parse_json, parse_toml, whole_folder, write_text
 
 _STATE, _REFERENCE = "stages.json", "stage:"
 _PLAIN_WIDTH = 140  # of tables that go to a file
@@ -99,10 +100,22 @@ def run_pipeline(path: str | Path, overrides: Sequence[str] = (), until: str | N
     last = len(names) if until is None else names.index(until) + 1
     for stage in stages[:last]:
         _check_inputs(stage, given_only=True)
-    for number, stage in enumerate(stages[:last], start=1):
+    with contextlib.ExitStack() as stack:
+        with open_world(settings) as world:
+            world.on_main(lambda: stack.enter_context(hold_output(output, resume=True)))
+        _run_stages(stages[:last], len(stages), settings)
+    if os.environ.get("RANK", "0") == "0":
+        _summarize(stages[:last], output)
+    return output
+
+
+def _run_stages(stages: Sequence[Stage], total: int, settings: PipelineRecipe) -> None:
+    """Those that are not finished."""
+    output = Path(settings.run.output)
+    for number, stage in enumerate(stages, start=1):
         with open_world(settings) as world:
             is_due = world.on_main(lambda stage=stage: _open(stage, output))
-            console.rule(f"{number}/{len(stages)} {stage.name} ({stage.kind}){'' if is_due else ': finished before'}")
+            console.rule(f"{number}/{total} {stage.name} ({stage.kind}){'' if is_due else ': finished before'}")
         if not is_due:
             continue
         start = time.perf_counter()
@@ -112,15 +125,12 @@ def run_pipeline(path: str | Path, overrides: Sequence[str] = (), until: str | N
         seconds = time.perf_counter() - start
         with open_world(settings) as world:
             world.on_main(lambda stage=stage, seconds=seconds: _close(stage, output, seconds))
-    if os.environ.get("RANK", "0") == "0":
-        _summarize(stages[:last], output)
-    return output
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineRecipe, list[Stage]]:
     """The pipeline in a TOML file, every stage's recipe checked. Raises RecipeError."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        values = parse_toml(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     found = values.pop("stages", None)
@@ -203,7 +213,8 @@ def _stage(
         made_from = {"function": values["function"], "options": values.get("options", {}), "seed": settings.run.seed}
         return Stage(name, kind, folder, made_from, None, {})
     sections = {k: v for k, v in values.items() if k not in _OWN_KEYS}
-    own = {"output": str(folder), "seed": settings.run.seed, "device": settings.run.device}
+    shared = {name: getattr(settings.run, name) for name in ("seed", "device", "accept_changes")}
+    own = {"output": str(folder), **shared}
     sections["run"] = own | sections.get("run", {})
     if kind == "eval":
         models = values.get("models")
@@ -219,7 +230,7 @@ def _stage(
     models = values.get("models", {})
     made_from = {k: v for k, v in _chosen(recipe).items() if k not in _UNHASHED}
     made_from |= {"models": models, "seed": recipe.run.seed}
-    inputs = _inputs(dataclasses.asdict(recipe) | {"models": models}, stages)
+    inputs = _inputs(recipe, models, stages)
     return Stage(name, kind, folder, json.loads(json.dumps(made_from)), recipe, inputs)
 
 
@@ -249,13 +260,10 @@ def _resolved(value: Any, stages: dict[str, Stage], source: str) -> Any:
     return str(stages[name].folder / file if file else stages[name].made)
 
 
-def _inputs(values: dict[str, Any], stages: dict[str, Stage]) -> dict[str, Stage | None]:
-    """The files and folders that a stage reads, and which stage makes each; what a hub has is known by its name."""
-    found: list[str] = [*values["models"].values(), values["model"]["path"]]
-    found += [section["path"] for section in values.get("reward_models", {}).values()]
-    data = [values["data"], *values.get("sources", {}).values(), *values.get("given", {}).values()]
-    found += [section["path"] for section in data if section["path"] and is_local(section["path"])]
-    found += values.get("eval", {}).get("benchmarks", [])
+def _inputs(recipe: AnyRecipe, models: dict[str, str], stages: dict[str, Stage]) -> dict[str, Stage | None]:
+    """The files and folders that a stage reads, and which stage makes each."""
+    found = [*models.values(), *input_paths(recipe).values()]
+    found += recipe.eval.benchmarks if isinstance(recipe, Recipe) else []
     return {path: next((s for s in stages.values() if Path(path).is_relative_to(s.folder)), None) for path in found}
 
 
@@ -292,19 +300,22 @@ def _open(stage: Stage, output: Path) -> bool:
     known = state.get(stage.name) if stage.folder.exists() else None
     if known:
         is_finished = "seconds" in known
-        parts = ("recipe", "inputs") if is_finished else ("inputs",)  # a run in progress knows what may change
+        parts = ("recipe",) if is_finished else ()  # a run in progress knows what may change
+        if stage.recipe is None or not stage.recipe.run.accept_changes:
+            parts += ("inputs",)
         if changes := [f"{part}: {key}" for part in parts for key in _differing(known[part], entry[part])]:
             raise RunInputError(
                 f"stage {stage.name} in {stage.folder} was made from another {', '.join(changes)}; restore it, remove "
-                "that folder to make the stage anew, or choose another run.output"
+                "that folder to make the stage anew, choose another run.output, or accept inputs with other content by "
+                f"--stages.{stage.name}.run.accept_changes=true"
             )
-        if is_finished and stage.made.exists():
-            return False
     elif stage.folder.exists():
         raise RunInputError(f"{stage.folder} was not made by this pipeline; choose another run.output")
-    output.mkdir(parents=True, exist_ok=True)
+    is_due = not (known and "seconds" in known and stage.made.exists())
+    if known and not is_due:
+        entry["seconds"] = known["seconds"]
     write_text(output / _STATE, json.dumps(state | {stage.name: entry}, indent=1))
-    return True
+    return is_due
 
 
 def _close(stage: Stage, output: Path, seconds: float) -> None:
@@ -345,11 +356,16 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _read_state(output: Path) -> dict[str, Any]:
     try:
-        return json.loads((output / _STATE).read_text(encoding="utf-8"))
+        state = parse_json((output / _STATE).read_bytes())
+        if not all({"recipe", "inputs"} <= entry.keys() for entry in state.values()):
+            raise ValueError("a stage lacks what it is made from")
+        return state
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise RunInputError(f"{output / _STATE}: not JSON ({error}); restore it, or remove {output}") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunInputError(
+            f"{output / _STATE}: not what a pipeline has written ({error}); restore it, or remove {output}"
+        ) from error
 
 
 def _summarize(stages: list[Stage], output: Path) -> None:

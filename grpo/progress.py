@@ -1,5 +1,6 @@
 """What a person sees while a run works: progress bar and phase clock."""
 
+import datetime
 import sys
 import time
 from collections import defaultdict
@@ -8,11 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 console = Console(stderr=True)
-_LINES = 20  # of a run without a terminal
+_DAY_S = 86_400.0  # steps may be long, and rich forgets what is older than this when it estimates the rest
 
 
 class Clock:
@@ -36,19 +47,32 @@ class Clock:
         return time.perf_counter() - self.start
 
 
+class _TwoLines(Progress):
+    """The bar, and a line of its own for each task's values, which may be cut; what is on the bar is not."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["values"], no_wrap=True, overflow="ellipsis")
+
+
 @contextmanager
 def step_bar(title: str, done: int, total: int) -> Iterator["StepBar"]:
-    """A progress bar over steps; where there is no terminal, a line at the first and each twentieth of all steps."""
-    times = TimeElapsedColumn(), TimeRemainingColumn()
-    columns = "[bold]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[values]}", *times
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    """A progress bar over steps; where there is no terminal, a line a step."""
+    description = TextColumn("[bold]{task.description}", table_column=Column(overflow="ellipsis"))
+    bar = BarColumn(None, table_column=Column(ratio=1))
+    whole = Column(no_wrap=True)
+    numbers = [kind(table_column=whole.copy()) for kind in (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)]
+    shown = {"console": console, "disable": not console.is_terminal, "expand": True}
+    with _TwoLines(description, bar, *numbers, speed_estimate_period=_DAY_S, **shown) as progress:
         task = progress.add_task(title, total=total, completed=done, values="")
-        yield StepBar(progress, task, title, total)
+        yield StepBar(progress, task, title, done, total)
 
 
 class StepBar:
-    def __init__(self, progress: Progress, task, title: str, total: int):
-        self.progress, self.task, self.title, self.total = progress, task, title, total
+    def __init__(self, progress: Progress, task: TaskID, title: str, done: int, total: int):
+        self.progress, self.task, self.title, self.done, self.total = progress, task, title, done, total
+        self.start = time.perf_counter()
 
     def phase(self, name: str) -> None:
         """Show what the running step is doing."""
@@ -57,9 +81,15 @@ class StepBar:
     def advance(self, step: int, values: str) -> None:
         """A step is done."""
         self.progress.update(self.task, completed=step, values=values)
-        is_shown = step == 1 or step * _LINES // self.total > (step - 1) * _LINES // self.total
-        if is_shown and not (console.is_terminal or console.quiet):
-            print(f"{self.title} {step}: {values}", file=sys.stderr, flush=True)
+        if not (console.is_terminal or console.quiet):
+            elapsed = time.perf_counter() - self.start
+            left = elapsed / max(step - self.done, 1) * (self.total - step)
+            times = f"{_hours(elapsed)} elapsed, {_hours(left)} left"
+            print(f"{self.title} {step}/{self.total}: {values}, {times}", file=sys.stderr, flush=True)
+
+
+def _hours(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -39,6 +38,7 @@ from flashgrpo.grpo.sections import (
     first_step,
 )
 from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.model.files import parse_toml
 
 
 class RecipeError(ValueError):
@@ -201,10 +201,10 @@ def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ())
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark before it
+        values = parse_toml(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark before it
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from error
     return build_recipe(kind, values, str(path), overrides)
 
@@ -228,7 +228,7 @@ def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe",
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             raise RecipeError(f"{source}: {key}: missing, and it has no default") from None
-        found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
+        found = "" if isinstance(first["input"], dict) else f", found {first['input']!r:.200}"
         where = _origin(key, source, overrides)
         if first["type"] in ("list_type", "tuple_type"):
             items = [parse_value(item.strip()) for item in str(first["input"]).strip("[]").split(",")]
@@ -325,8 +325,8 @@ def _apply_override(kind: type, values: dict[str, Any], override: str) -> None:
 def parse_value(text: str) -> Any:
     """An option's text as the TOML value that it is, or else as text."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 

@@ -25,8 +25,8 @@ from flashgrpo.grpo.learner import Stats
 from flashgrpo.grpo.packing import build_batch
 from flashgrpo.grpo.policy import Policy, end_token_id, warn_beyond_context
 from flashgrpo.grpo.preference import CARD, Card, scored_group, scored_ids
-from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
-from flashgrpo.grpo.recipe import RewardModelRecipe, recipe_to_toml
+from flashgrpo.grpo.progress import Clock, StepBar, console, peak_memory_mb
+from flashgrpo.grpo.recipe import RewardModelRecipe
 from flashgrpo.grpo.rewards import nearest
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop, epoch_order
@@ -43,7 +43,7 @@ def reward_model(recipe: RewardModelRecipe, resume: bool = False) -> Path:
     """Run a reward model's recipe, or continue it; returns the folder of the final model. Errors as `train`."""
     with (
         open_world(recipe) as world,
-        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume, world) as folder,
+        RunFolder(recipe, resume, world) as folder,
     ):
         return RewardModelTrainer(recipe, folder, world).run()
 
@@ -71,6 +71,7 @@ class RewardModelTrainer(RunLoop):
     def begin(self) -> None:
         """The held-out accuracy before training."""
         if self.held_out and self.step == 0 and not self.folder.has_logged(0, "eval/accuracy"):
+            console.print(f"evaluating {len(self.held_out)} rows before the first step", highlight=False)
             self.folder.log_more(0, self._evaluate())
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:

@@ -38,6 +38,7 @@ class RunLoop(abc.ABC):
     def __init__(self, recipe: Recipe | SftRecipe | RewardModelRecipe, folder: RunFolder, world: World):
         self.folder, self.world, self.settings = folder, world, recipe.train
         self.device = world.device
+        console.print(f"loading {recipe.model.path}", markup=False, highlight=False, soft_wrap=True)
         opened: list[Decoder] = []
         load = partial(
             open_sharded_model,

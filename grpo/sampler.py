@@ -67,7 +67,7 @@ class Sampler:
         self.generator, self.source, self.mixture, self.held_out = generator, source, mixture, held_out
         rollout = recipe.rollout
         self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
-        self.sync_metrics: dict[str, float] = {}
+        self._synced_s: list[float] = []
         self._ahead: _Ahead | None = None
 
     def rollout(self, step: int, position: Position, clock: Clock) -> StepData:
@@ -76,7 +76,6 @@ class Sampler:
         sampling starts.
         """
         config, start = self.recipe.rollout, position.num_prompts
-        self.sync_metrics = {}
         groups: list[list[Rollout]] = []
         sources: list[str] = []
         tables: list[RewardTable] = []
@@ -101,7 +100,7 @@ class Sampler:
             data.sources = {n: [i for i, row in enumerate(order) if sources[row] == n] for n in self.mixture.prompts}
         self._check_staleness(data)
         if config.overlap and step < self.recipe.train.steps:
-            self.load_generator(step - 1, clock)
+            self.load_generator(step - 1)
             if data.is_stale:
                 data.probe = self._probe(step)
             self._start_ahead(step + 1, position)
@@ -110,21 +109,25 @@ class Sampler:
     def evaluate(self, step: int) -> dict[str, float]:
         """Scores on the held-out prompts by the weights after `step`."""
         self._join_ahead()
-        self.load_generator(step, Clock())
+        self.load_generator(step)
         prompts = {i: self.held_out[i] for i in self._own(len(self.held_out))}
         parts = self.world.together(
             lambda: evaluate(prompts, self.policy, self.generator, self.pool, self.recipe, step)
         )
         return {f"eval/{name}": float(value) for name, value in merge(parts).scores().items()}
 
-    def load_generator(self, version: int, clock: Clock) -> None:
+    def load_generator(self, version: int) -> None:
         """Bring the generator's weights up to date."""
         if self.generator.weight_version != version:
-            with clock("sync"):
-                start = time.perf_counter()
-                self.generator.load_weights(self.source, version)
-            rate = self.source.num_bytes / (time.perf_counter() - start)
-            self.sync_metrics = {"sync/gb_per_s": rate / 1e9}
+            start = time.perf_counter()
+            self.generator.load_weights(self.source, version)
+            self._synced_s.append(time.perf_counter() - start)
+
+    def take_syncs(self) -> dict[str, float]:
+        """Seconds and rate of all weight syncs since the last call, those before an evaluation included."""
+        seconds, self._synced_s = self._synced_s, []
+        rate = {"sync/gb_per_s": len(seconds) * self.source.num_bytes / sum(seconds) / 1e9} if seconds else {}
+        return {"time/sync_s": sum(seconds), **rate}
 
     def close(self) -> None:
         """End the generator, and with it what is being sampled ahead."""
@@ -137,7 +140,7 @@ class Sampler:
         rewards are computed while others still generate. Every rank gets all of them: a token takes 12 bytes.
         """
         if self._ahead is None:
-            self.load_generator(step - 1, clock)
+            self.load_generator(step - 1)
 
         def sample() -> _Share:
             start = time.perf_counter()

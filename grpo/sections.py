@@ -304,6 +304,8 @@ class RunSection:
     """auto: CUDA if there is one."""
     collective_timeout_s: _PositiveFloat = 1800.0
     """How long a rank waits for the others, as for the slowest one's rollout, before it gives up."""
+    accept_changes: _Bool = False
+    """Whether --resume goes on where a model's folder or a data file holds something else than when the run began."""
 
 
 @dataclass(frozen=True, config=CHECKED)

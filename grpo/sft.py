@@ -17,7 +17,7 @@ from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import Policy, closed_ids, end_token_id, warn_beyond_context
 from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
-from flashgrpo.grpo.recipe import SftRecipe, recipe_to_toml
+from flashgrpo.grpo.recipe import SftRecipe
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop, epoch_order
 from flashgrpo.grpo.sections import SftDataSection
@@ -33,7 +33,7 @@ def sft(recipe: SftRecipe, resume: bool = False) -> Path:
     """Run an SFT recipe, or continue it; returns the folder of the final model. Errors as `train`."""
     with (
         open_world(recipe) as world,
-        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume, world) as folder,
+        RunFolder(recipe, resume, world) as folder,
     ):
         return SftTrainer(recipe, folder, world).run()
 

@@ -29,7 +29,7 @@ from flashgrpo.grpo.mixture import Mixture, Position
 from flashgrpo.grpo.packing import Completion, Group, build_batch, centred, live_groups, loss_denominator
 from flashgrpo.grpo.policy import open_sharded_model, render_prompts
 from flashgrpo.grpo.progress import Clock, StepBar, console
-from flashgrpo.grpo.recipe import Recipe, RecipeError, recipe_to_toml
+from flashgrpo.grpo.recipe import Recipe, RecipeError
 from flashgrpo.grpo.reward_pool import RewardPool
 from flashgrpo.grpo.rollout import Rollout
 from flashgrpo.grpo.run_folder import RunFolder
@@ -66,7 +66,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     """
     with (
         open_world(recipe) as world,
-        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume, world) as folder,
+        RunFolder(recipe, resume, world) as folder,
     ):
         read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
@@ -93,7 +93,7 @@ class Trainer(RunLoop):
         super().__init__(recipe, folder, world)
         self.recipe = recipe
         self._steps_without_signal = 0  # in a row, up to now
-        self.position = Position(**folder.state.get("position", {"taken": {}, "owed": {}}))
+        self.position = folder.stored("position", Position, Position({}, {}))
         render = partial(render_prompts, policy=self.policy)
         prompts, tests = render(problems, data=recipe.data), render(held_out[: recipe.eval.problems], data=recipe.data)
         sources = {name: render(others[name], data=data, source=name) for name, data in recipe.sources.items()}
@@ -138,7 +138,10 @@ class Trainer(RunLoop):
     def begin(self) -> None:
         """The evaluation before training, or one that a stop has cut short."""
         if self._evaluates_at(self.step) and not self.folder.has_logged(self.step, "eval/pass@1"):
-            self.folder.log_more(self.step, self.sampler.evaluate(self.step))
+            when = f"after step {self.step}" if self.step else "before the first step"
+            size = f"{len(self.sampler.held_out)} x {self.recipe.eval.samples}"
+            console.print(f"evaluating {size} {when}", highlight=False)
+            self.folder.log_more(self.step, self.sampler.evaluate(self.step) | self.sampler.take_syncs())
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
         """Rollout, rewards, packing, scoring, updates, metrics; Ctrl-C waits from the first update to the last."""
@@ -157,14 +160,13 @@ class Trainer(RunLoop):
             self._refresh_reference()
             plans = [update.plan for update in updates] * self.recipe.train.epochs
             metrics |= rollout_metrics(data, self.recipe.loss) | speed_metrics(data, clock, plans, self.world)
-            metrics |= self.sampler.sync_metrics
             if self._evaluates_at(step):
                 bar.phase("evaluate")
                 metrics |= self.sampler.evaluate(step)
         finally:
             if self.step == step:
                 self.folder.log_samples(step, self._samples(data))
-                self.folder.log(step, metrics)
+                self.folder.log(step, metrics | self.sampler.take_syncs())
         self._compare_logprobs(step, data, metrics)
         self._watch_signal(step, metrics)
         return metrics, one_line(metrics)

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from flashgrpo.model.config import CheckpointError, ModelConfig
 from flashgrpo.model.decoder import Decoder, huggingface_rows, huggingface_views
-from flashgrpo.model.files import recover, whole_folder
+from flashgrpo.model.files import parse_json, recover, whole_folder
 from flashgrpo.model.sharding import full_tensors, is_finite, local_rows
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -192,7 +192,7 @@ def empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises CheckpointError."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
     except OSError as error:

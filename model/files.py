@@ -108,7 +108,7 @@ def _known_hash(file: Path, size: int, mtime_ns: int) -> str:
 def parse_json(text: str | bytes) -> Any:
     """What the JSON in `text` holds; raises ValueError, with one line, for whatever is wrong with it."""
     try:
-        return json.loads(text if isinstance(text, str) else text.decode())
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -291,17 +291,17 @@ def test_other_filters_cost_no_sampling_and_other_samples_are_refused(values, tm
     assert all(row["num_tokens"] >= 12 and row["completion"].startswith("= ") for row in rows)
 
 
-@pytest.mark.parametrize("what", ["data", "model.path"])
+@pytest.mark.parametrize("what", ["data.path", "model.path"])
 def test_changed_content_under_the_same_name_is_refused(values, make_model, data_path, what):
     path = make_model()
     collect(recipe := made(values, model={"path": str(path)}))
-    if what == "data":
+    if what == "data.path":
         data_path.write_text(data_path.read_text().replace('"answer": "3"', '"answer": "33"'))
     else:
         model = load_checkpoint(path)
         model.model.norm.weight.data[0] += 1
         save_checkpoint(model, path, tokenizer_files_from=path)
-    with pytest.raises(RunInputError, match=rf"what {what} holds has changed since the samples in .* were made"):
+    with pytest.raises(RunInputError, match=rf"{what}: what .* holds has changed since the run in .* began"):
         collect(recipe, resume=True)
 
 

@@ -1,5 +1,6 @@
 """Ctrl-C and the signals of schedulers, containers and closed terminals: a checkpoint, and 128 + n as exit code."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -209,11 +210,15 @@ def test_the_slurm_script_saves_before_its_time_is_over_and_goes_back_to_the_que
     job = {"SLURM_JOB_NODELIST": "node", "SLURM_NNODES": "1", "SLURM_JOB_ID": "12"}
     environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = Path(__file__).parents[2] / "recipes/slurm.sh"
-    process = subprocess.Popen(["bash", str(script), "recipe.toml"], cwd=tmp_path, env=environment)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "step").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(20) == 7
+    process = subprocess.Popen(["bash", str(script), "recipe.toml"], cwd=tmp_path, env=environment, process_group=0)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "step").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 7
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert (tmp_path / "log").read_text().splitlines()[1:] == ["saved", "scontrol requeue 12"]
     assert "#SBATCH --signal=B:USR1@900" in script.read_text()

@@ -26,7 +26,7 @@ from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.plan import plan, plan_recipe
 from flashgrpo.grpo.plan_costs import MATMUL_SHARE, Costs, Lengths
 from flashgrpo.grpo.progress import Clock
-from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, load_recipe, recipe_to_toml
+from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, load_recipe
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.grpo.world import open_world
@@ -165,7 +165,7 @@ def peak_bytes(recipe: Recipe) -> tuple[int, dict[str, int]]:
     with (
         open_world(recipe) as world,
         open_reward_pool(recipe, problems[0]) as pool,
-        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume=False, world=world) as folder,
+        RunFolder(recipe, resume=False, world=world) as folder,
     ):
         torch.randn(64, 64) @ torch.randn(64, 64)
         before = memory("VmRSS")

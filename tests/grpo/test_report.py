@@ -4,7 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from flashgrpo.grpo.report import print_summary, write_report
@@ -91,6 +94,75 @@ def test_sparse_runs_have_a_picture_too(make_run, rows, capsys):
     print_summary(run)
     assert "reward missing" in capsys.readouterr().out
     assert [path.name for path in run.glob("*.png")] == ["report.png"]
+
+
+LEARNED = {"kl": 0.02, "entropy": 0.8, "clip/low": 0.0, "clip/high": 0.01, "grad_norm": 0.3}
+
+
+@pytest.fixture
+def drawn(make_run, monkeypatch):
+    """drawn(rows) -> the axes of their picture, by title."""
+
+    def axes_of(rows: Sequence[dict]) -> dict[str, Axes]:
+        figures = []
+        with monkeypatch.context() as patch:  # the picture itself takes a second
+            patch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), Path(path).touch()))
+            write_report(make_run(rows))
+        return {axis.get_title(loc="left"): axis for axis in figures[0].axes}
+
+    return axes_of
+
+
+def test_a_run_with_one_step_is_seen(drawn):
+    axes = drawn([step_row(1, **LEARNED)])
+    assert len(axes) == 8
+    for title, axis in axes.items():
+        marks = [mark for line in axis.lines for mark in line.get_markevery() or []]
+        assert marks or axis.patches, title
+        low, high = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1], title
+
+
+def test_a_number_between_missing_ones_is_seen(drawn):
+    rows = [step_row(i, entropy=1.0 if i == 30 else None) for i in range(1, 60)]
+    (line,) = drawn(rows)["entropy, nats a token"].lines
+    assert line.get_markevery() == [29]
+
+
+def test_only_panels_with_something_in_them_are_drawn(drawn):
+    learned = {"KL to the reference, nats a token", "share of tokens whose ratio is clipped"}
+    assert learned <= drawn([step_row(1, **LEARNED)]).keys()
+    without = drawn([step_row(1, **(LEARNED | {"kl": 0.0, "clip/high": 0.0}))])
+    assert not learned & without.keys()
+    without = drawn([step_row(1, **{"reward/accuracy": None, "reward/mean": None})])
+    assert without.keys() == {"response length, tokens", "seconds a step"}
+
+
+def test_a_score_has_its_interval(drawn):
+    ends = {"eval/pass@1/low": 0.2, "eval/pass@1/high": 0.4}
+    for rows in ([evaluated(0, 0.3) | ends, step_row(1)], [step_row(1) | evaluated(1, 0.3) | ends, step_row(2)]):
+        (band,) = drawn(rows)["score"].collections
+        heights = [y for path in band.get_paths() for _, y in path.vertices]
+        assert (min(heights), max(heights)) == (0.2, 0.4)
+
+
+def test_a_phase_has_its_colour_in_every_picture(drawn):
+    colours = []
+    for rows in ([step_row(1)], [step_row(1, **{"time/generate_s": 0.0})], [step_row(i) for i in range(1, 40)]):
+        handles, labels = drawn(rows)["seconds a step"].get_legend_handles_labels()
+        (handle,) = [h for h, label in zip(handles, labels, strict=True) if label.startswith("train")]
+        colours.append(tuple(np.ravel(getattr(handle, "patches", [handle])[0].get_facecolor())))
+    assert len(set(colours)) == 1
+
+
+def test_a_log_that_no_run_has_written_is_named(make_run):
+    for value in ("x", [1], 10**400, {"a": 1}):
+        run = make_run([step_row(1), step_row(2, **{"length/mean": value})])
+        for show in (write_report, print_summary):
+            with pytest.raises(RunError, match=r"metrics\.jsonl: length/mean is .* in step 2, wanted a number"):
+                show(run)
+    run = make_run([step_row(1)], [{"step": 1}, {"step": 1, "prompt": 3, "completion": None, "reward": "x"}])
+    print_summary(run)
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,11 @@ def die(*_: object) -> None:
 
 
 CRASHES = {  # the function in place of which a rank dies
-    "before the shards": (run_folder.state_dict_saver, "save"),
+    "before the shards": (run_folder, "save_tensors"),
     "in the model": (checkpoint, "save_file"),
     "before the state": (run_folder, "write_text"),
     "before the sync": (files, "_sync"),
-    "after the rename": (run_folder, "_checkpoints"),
+    "after the rename": (run_folder, "list_checkpoints"),
 }
 
 

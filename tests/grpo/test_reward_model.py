@@ -117,7 +117,7 @@ def test_packed_scores_are_those_of_transformers(scoring_path):
 @pytest.mark.parametrize("objective", ["pairwise", "pointwise"])
 def test_loss_and_gradients_are_those_of_float64_on_single_sequences(recipe, scoring_path, objective, token_budget):
     recipe = changed(changed(recipe, "train", objective=objective), "data", held_out=0)
-    with open_world(recipe) as world, RunFolder(recipe.run.output, "", resume=False, world=world) as folder:
+    with open_world(recipe) as world, RunFolder(recipe, resume=False, world=world) as folder:
         trainer = RewardModelTrainer(recipe, folder, world)
         trainer.recipe = changed(recipe, "train", token_budget=token_budget)
         scoring = RewardModel(str(scoring_path), "cpu", 64, "").model
@@ -149,7 +149,7 @@ def test_a_pair_is_never_split(recipe, num_ranks):
     """Neither where a pack has no room for it, nor to even out ranks; every rank has as many micro-batches."""
     rng = np.random.default_rng(1)
     recipe = changed(recipe, "train", token_budget=100)
-    with open_world(recipe) as world, RunFolder(recipe.run.output, "", resume=False, world=world) as folder:
+    with open_world(recipe) as world, RunFolder(recipe, resume=False, world=world) as folder:
         trainer = RewardModelTrainer(recipe, folder, world)
         trainer.world = dataclasses.replace(world, size=num_ranks)
         for num_pairs in (1, 2, 7):

@@ -70,7 +70,7 @@ def reference_model(model_path: Path):
 @pytest.mark.parametrize("token_budget", [32, 4096], ids=["many micro-batches", "one"])
 def test_loss_and_gradients_are_those_of_cross_entropy(recipe, model_path, token_budget):
     """Completion tokens alone are trained on, the end-of-sequence token among them; packing changes nothing."""
-    with open_world(recipe) as world, RunFolder(recipe.run.output, "", resume=False, world=world) as folder:
+    with open_world(recipe) as world, RunFolder(recipe, resume=False, world=world) as folder:
         trainer = SftTrainer(recipe, folder, world)
         (packs,) = plan_packs(trainer.examples, token_budget, 1, trainer.flops).packs
         batches = [build_batch(pack) for pack in packs]

@@ -22,7 +22,7 @@ from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.native_generator import NativeGenerator, sample_tokens
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, recipe_to_toml
+from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
 from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunError, RunFolder, RunInputError, newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
@@ -44,7 +44,7 @@ def open_trainer(kind: type[Trainer], recipe: Recipe):
     with (
         open_world(recipe) as world,
         open_reward_pool(recipe, problems[0]) as pool,
-        RunFolder(recipe.run.output, recipe_to_toml(recipe), resume=False, world=world) as folder,
+        RunFolder(recipe, resume=False, world=world) as folder,
     ):
         yield kind(recipe, folder, world, pool, problems, held_out)
 
@@ -354,6 +354,24 @@ def test_ctrl_c_in_an_evaluation_is_made_up_for(recipe, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path / "user_code"))
     train(recipe, resume=True)
     assert comparable_rows(Path(recipe.run.output)) == comparable_rows(tmp_path / "whole")
+
+
+def test_the_log_counts_every_weight_sync(recipe, monkeypatch):
+    """Those before an evaluation, too, after which the next step needs none."""
+    original, synced = NativeGenerator.load_weights, []
+
+    def slow(self, source, version):
+        synced.append(version)
+        time.sleep(0.01)
+        original(self, source, version)
+
+    monkeypatch.setattr(NativeGenerator, "load_weights", slow)
+    recipe = changed(changed(recipe, "eval", every=2, samples=1, problems=2), "train", steps=3)
+    train(recipe)
+    rows = read_rows(Path(recipe.run.output) / "metrics.jsonl")
+    assert synced == [0, 1, 2, 3]
+    assert all(row["time/sync_s"] >= least for row, least in zip(rows, (0.01, 0.0, 0.02, 0.01), strict=True))
+    assert ["sync/gb_per_s" in row for row in rows] == [True, False, True, True]
 
 
 def test_ctrl_c_in_a_checkpoint_waits_for_it(recipe, monkeypatch):

@@ -261,10 +261,10 @@ def test_an_engine_that_dies_leaves_a_checkpoint(vllm_recipe, phase, monkeypatch
 def train_with_a_dying_engine(recipe: Recipe) -> str:
     """On rank 1 the engine is killed before the second sync; what each rank raises."""
 
-    def dying(self, version, clock):
+    def dying(self, version):
         if version == 1 and self.world.rank == 1:
             self.generator.client.child.process.kill()
-        original(self, version, clock)
+        original(self, version)
 
     original = Sampler.load_generator
     Sampler.load_generator = dying
