@@ -33,7 +33,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def command(*arguments: str) -> tuple[int, str]:
-    """Exit code and errors of `flashgrpo train`, without what it is doing; {rank} in an argument is the rank's number."""
+    """Exit code and errors of `flashgrpo train`, not what it is doing; {rank} in an argument is the rank's number."""
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         code = main(["train", *(argument.format(rank=os.environ["RANK"]) for argument in arguments)])
     lines = errors.getvalue().splitlines(keepends=True)
