@@ -451,7 +451,7 @@ def test_a_completion_over_the_token_budget_is_found_before_the_first_step(recip
 
 
 def test_logs_keep_every_row_whatever_the_text(recipe, tmp_path):
-    with open_world(recipe) as world, RunFolder(tmp_path / "run", "", resume=False, world=world) as folder:
+    with open_world(recipe) as world, RunFolder(recipe, resume=False, world=world) as folder:
         folder.start()
         folder.log_samples(1, [{"completion": "line\u2028paragraph\u2029next\u0085"}, {"completion": "2"}])
     assert [row["completion"] for row in read_rows(tmp_path / "run/samples.jsonl")][1] == "2"
