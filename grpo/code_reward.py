@@ -6,14 +6,15 @@ Only inputs enter the sandbox. What comes out is compared here, so that a progra
 import json
 import math
 import re
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
-from flashgrpo.grpo.sandbox import run_program
+from flashgrpo.grpo.sandbox import NoVerdict, Program
 from flashgrpo.grpo.sections import ProgramsSection
 
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)")
+_INTEGER = re.compile(r"[+-]?\d+")
 _TOLERANCE = 1e-6  # relative
 _TINY = 1e-9  # absolute, beside an expected 0
 
@@ -33,7 +34,7 @@ def score_programs(
     limits: ProgramsSection,
     metadata: Sequence[Any] | None = None,
 ) -> list[float | None]:
-    """1 where a completion's program passes all tests, else 0; None for a row without tests.
+    """1 where a completion's program passes all tests, else 0; None for a row without tests, NaN for no verdict.
 
     `metadata` are the rows' own, in which LiveCodeBench has the name of the function.
 
@@ -48,7 +49,7 @@ def score_programs(
             scores.append(None)
         else:
             program = extract_program(completion, prompt)
-            scores.append(float(program is not None and _passes(program, cases, limits)))
+            scores.append(0.0 if program is None else _score(program, cases, limits))
     return scores
 
 
@@ -57,7 +58,17 @@ def extract_program(completion: str, prompt: str = "") -> str | None:
     _, closed, answer = completion.rpartition("</think>")
     if not closed and ("<think>" in completion or prompt.rstrip().endswith("<think>")):
         return None
-    blocks = _BLOCK.findall(answer)
+    blocks: list[tuple[str, str]] = []
+    language, code = None, []
+    for line in answer.split("\n"):
+        fence = _FENCE.match(line)
+        if not fence:
+            code.append(line)
+        elif language is None:
+            language, code = fence[1], []
+        else:
+            blocks.append((language, "".join(f"{each}\n" for each in code)))
+            language = None
     marked = [code for language, code in blocks if language.lower() in ("python", "python3", "py")]
     return (marked or [code for _, code in blocks] or [None])[-1]
 
@@ -112,20 +123,21 @@ def _text(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _passes(program: str, tests: Tests, limits: ProgramsSection) -> bool:
-    deadline = time.monotonic() + limits.time_s
-    spare = limits.output_kb << 10
+def _score(program: str, tests: Tests, limits: ProgramsSection) -> float:
+    runs: Iterable[tuple[str, Any, str]]  # input, what is expected, and as text
     if tests.function:
-        wanted = json.dumps(tests.outputs)
-        output = run_program(
-            program, json.dumps(tests.inputs), limits, max_bytes=spare + 2 * len(wanted), function=tests.function
-        )
-        return output is not None and _same_results(output, tests.outputs)
-    for given, wanted in zip(tests.inputs, tests.outputs, strict=True):
-        output = run_program(program, given, limits, max_bytes=spare + 2 * len(wanted), deadline=deadline)
-        if output is None or not _same_text(output.decode(errors="replace"), wanted):
-            return False
-    return True
+        runs, is_same = [(json.dumps(tests.inputs), tests.outputs, json.dumps(tests.outputs))], _same_results
+    else:
+        runs, is_same = zip(tests.inputs, tests.outputs, tests.outputs, strict=True), _same_text
+    try:
+        with Program(program, limits, tests.function) as runner:
+            for given, wanted, text in runs:
+                output = runner.run(given, max_bytes=(limits.output_kb << 10) + 2 * len(text))
+                if output is None or not is_same(output, wanted):
+                    return 0.0
+    except NoVerdict:
+        return math.nan
+    return 1.0
 
 
 def _same_results(output: bytes, wanted: list[Any]) -> bool:
@@ -145,23 +157,27 @@ def _same_value(found: Any, wanted: Any) -> bool:
         return len(found) == len(wanted) and all(map(_same_value, found, wanted))
     if isinstance(found, dict) and isinstance(wanted, dict):
         return found.keys() == wanted.keys() and all(_same_value(found[key], wanted[key]) for key in wanted)
-    if {type(found), type(wanted)} in ({float}, {float, int}):
+    if isinstance(wanted, float) and type(found) in (float, int):
         return math.isclose(found, wanted, rel_tol=_TOLERANCE, abs_tol=_TINY)  # pyright: ignore[reportArgumentType]
     return found == wanted
 
 
-def _same_text(found: str, wanted: str) -> bool:
+def _same_text(output: bytes, wanted: Any) -> bool:
     """Whether lines have the same words but for white space, empty lines and the last digits of fractions."""
-    lines = [[line.split() for line in text.split("\n") if line.strip()] for text in (found, wanted)]
+    texts = output.decode(errors="replace"), wanted
+    lines = [[line.split() for line in text.split("\n") if line.strip()] for text in texts]
     return [len(line) for line in lines[0]] == [len(line) for line in lines[1]] and all(
         _same_word(f, w) for pair in zip(*lines, strict=True) for f, w in zip(*pair, strict=True)
     )
 
 
 def _same_word(found: str, wanted: str) -> bool:
-    if found == wanted or all(word.lstrip("+-").isdecimal() for word in (found, wanted)):
+    """An integer is one exactly, of any length; it may be written as 5.0, as for the judges of these data sets."""
+    if found == wanted or (_INTEGER.fullmatch(found) and _INTEGER.fullmatch(wanted)):
         return found == wanted
     try:
+        if _INTEGER.fullmatch(wanted):
+            return Decimal(found) == Decimal(wanted)
         return math.isclose(float(found), float(wanted), rel_tol=_TOLERANCE, abs_tol=_TINY)
-    except ValueError:
+    except (ValueError, ArithmeticError):
         return False

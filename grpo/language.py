@@ -20,8 +20,9 @@ _OWN_SCRIPTS = {
 }  # fmt: skip
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}  # written without spaces: every letter counts as a word
 _BETWEEN_WORDS = re.compile(
-    r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?\w+>|`[^`\n]*`", re.DOTALL
-)
+    r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|\\[A-Za-z]+|</?\w+>|`[^`\n]*`",
+    re.DOTALL,
+)  # no formula within a formula: from each that is not closed the search would go to the end
 
 
 def _words(text: str) -> Iterator[tuple[str, str]]:

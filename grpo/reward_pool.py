@@ -33,7 +33,7 @@ from flashgrpo.grpo.sections import ProgramsSection
 logger = logging.getLogger(__name__)
 
 _STEPS_WITHOUT_NUMBER = 3
-_PROGRAM_GRACE_S = 2.0  # to start and end the last process of a program
+_PROGRAM_GRACE_S = 2.0  # to end the last process of a program
 
 
 class _Pending(NamedTuple):
@@ -215,7 +215,7 @@ class RewardPool:
         limit_s = self._timeout_s
         if name == "code" and self._programs:
             arguments = arguments | {"programs": self._programs}
-            limit_s = max(limit_s, len(arguments["completions"]) * (self._programs.time_s + _PROGRAM_GRACE_S))
+            limit_s = max(limit_s, len(arguments["completions"]) * (self._programs.longest_s + _PROGRAM_GRACE_S))
         worker = self._idle.get()
         try:
             return worker.score(name, arguments, limit_s)

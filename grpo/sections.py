@@ -123,10 +123,14 @@ class MixedSection(DataSection):
         check_rewards(self.rewards, self.weights)
 
 
+_PROGRAM_WALL = 10  # in processor time limits, for a program that others keep from its core
+
+
 @dataclass(frozen=True, config=CHECKED)
 class ProgramsSection:
     time_s: _PositiveFloat = 6.0
-    """Longest a program may run, all its test cases together; a group has that for each completion, or timeout_s."""
+    """Most processor time of a program, all its processes and test cases together; sleeping counts, waiting for a core
+    does not. After ten times that by the clock it has no score."""
     memory_mb: _Positive = 512
     """Address space of a process, and resident memory of all processes of a program, in 2^20 bytes."""
     processes: _Positive = 16
@@ -137,6 +141,11 @@ class ProgramsSection:
     """Most it may write beyond twice the expected output."""
     isolation: Literal["bubblewrap", "none: run programs unprotected"] = "bubblewrap"
     """none: only where bubblewrap cannot be had; programs then read and do what you may, and processes is not held."""
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds by the clock within which a program ends, whatever it does and however busy the machine is."""
+        return _PROGRAM_WALL * self.time_s
 
 
 @dataclass(frozen=True, config=CHECKED)

@@ -1,6 +1,9 @@
 """The reward `code`: right programs score 1, wrong ones 0, and every attack scores 0 and leaves nothing behind."""
 
+import contextlib
+import ctypes
 import json
+import math
 import os
 import platform
 import socket
@@ -12,11 +15,12 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from flashgrpo.grpo import sandbox
+from flashgrpo.grpo import code_reward, language, sandbox, sections
 from flashgrpo.grpo.code_reward import extract_program, parse_tests, score_programs
 from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
@@ -24,8 +28,8 @@ from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rewards import RewardError, code
 from flashgrpo.grpo.sections import ProgramsSection
 
-LIMITS = ProgramsSection(time_s=2.0, memory_mb=128)
-UNPROTECTED = ProgramsSection(time_s=2.0, isolation="none: run programs unprotected")
+LIMITS = ProgramsSection(time_s=1.0, memory_mb=128)
+UNPROTECTED = ProgramsSection(time_s=1.0, isolation="none: run programs unprotected")
 ECHO = {"inputs": ["1\n", "2\n"], "outputs": ["1\n", "2\n"]}
 CALL = {"inputs": [[1], [2]], "outputs": [1, 2], "fn_name": "same"}
 pytestmark = pytest.mark.timeout(120)
@@ -61,6 +65,8 @@ def processes_with(mark: str) -> list[psutil.Process]:
         ("print(12345678)", {"inputs": [""], "outputs": ["12345679"]}, 0),
         ("import sys\nprint(sum(map(int, sys.stdin)))", [{"input": "3\n4\n", "output": "7"}], 1),
         ("import collections, numpy", ECHO, 0),
+        ("print(math.floor(float(input())))", ECHO, 0),
+        ("open('/dev/null').close()\nprint(input())", ECHO, 1),
         ("raise SystemExit(0)", ECHO, 0),
         ("this is no program", ECHO, 0),
         ("def same(x):\n    return x", CALL, 1),
@@ -116,6 +122,43 @@ def test_the_program_of_a_completion_is_its_last_block_after_the_reasoning():
     assert extract_program("print(1)") is None
 
 
+@pytest.mark.parametrize(
+    ("found", "wanted", "is_right"),
+    [
+        ("5.0", "5", True),
+        ("5.0000001", "5", False),
+        ("1000000001.0", "1000000000", False),
+        ("1e18", "1000000000000000001", False),
+        ("1e18", "1000000000000000000", True),
+        ("9" * 5000, "9" * 4999 + "8", False),
+        ("sNaN", "5", False),
+        ("1e999999999", "5", False),
+        ("101", "0101", False),
+        ("0.3333333333", "0.33333333", True),
+        (10**17 + 1.0, 10**17, True),
+        (12345678.9, 12345678, False),
+        ([1e23], [10**23], False),
+        (0.30000000000000004, 0.3, True),
+        (10**400, 0.5, False),
+    ],
+)
+def test_an_integer_is_expected_exactly_and_a_fraction_nearly(found, wanted, is_right):
+    if isinstance(wanted, str):
+        assert code_reward._same_text(found.encode(), wanted) == is_right
+    else:
+        assert code_reward._same_results(json.dumps([found]).encode(), [wanted]) == is_right
+
+
+def test_a_completion_that_never_closes_what_it_opens_costs_no_more_than_others():
+    """Quadratic in its length each of these would take minutes."""
+    start = time.process_time()
+    for text in ("```" + "a" * 300_000, "```" + " " * 300_000, "```\n" * 100_001, "\n" * 300_000):
+        extract_program(f"</think>\n{text}")
+    for text in (r"\(", r"\[", r"\(\[", "```", "$$", "$", "<a", "`", "'a"):
+        language._BETWEEN_WORDS.sub(" ", text * 100_001)
+    assert time.process_time() - start < 10
+
+
 def test_rows_without_tests_are_missing_and_faulty_tests_say_what_is_wanted():
     assert code(["", ""], ["```python\nprint(1)\n```"] * 2, tests=[None, json.dumps(ECHO)]) == [None, 0.0]
     for faulty in ({"inputs": ["1"], "outputs": []}, [{"in": 1}], {"inputs": ["1"]}):
@@ -159,12 +202,12 @@ ATTACKS = {
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("tests", [ECHO, CALL], ids=["text", "function"])
 def test_an_attack_scores_0_and_leaves_no_process(name, tests, tmp_path, monkeypatch):
-    """Within its deadline, with nothing left of it in the process table or in the folder for temporary files."""
+    """In the longest time that a busy machine grants, with nothing left among processes and temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mark = uuid.uuid4().hex
     start = time.monotonic()
     assert score(f"def same(x):\n    return x\nmark = '{mark}'\n{ATTACKS[name]}", tests) == 0
-    assert time.monotonic() - start < LIMITS.time_s + 3
+    assert time.monotonic() - start < LIMITS.longest_s + 3
     assert processes_with(mark) == []
     assert [*tmp_path.iterdir()] == []
 
@@ -246,6 +289,82 @@ def test_system_calls_that_lead_out_are_denied(call):
     assert sandbox.run_program(program.format(executable(39)), "", LIMITS, max_bytes=9) == b""  # getpid
 
 
+def test_handles_and_memory_of_others_are_out_of_reach_for_every_user():
+    program = (
+        "import ctypes, os\ncall = ctypes.CDLL(None, use_errno=True).syscall\nme = os.getpid()\n"
+        "for number in {}:\n    call(number, me, me, 1, 0, 0)\n    print(ctypes.get_errno(), end=' ')"
+    )
+    column = sandbox._MACHINES[platform.machine()][0]
+    numbers = [sandbox._DENIED[name][column] for name in ("kcmp", "pidfd_getfd")]
+    assert sandbox.run_program(program.format(numbers), "", LIMITS, max_bytes=99) == b"1 1 "  # EPERM
+
+
+def test_a_program_sees_the_standard_library_and_no_other_packages_or_commands():
+    """Wherever Python is: below /usr, too, it must not see what the machine has installed."""
+    library = Path(os.__file__).parent
+    others = [f"{prefix}/{name}" for prefix in ("/usr", "/usr/local", sys.base_prefix) for name in ("", "bin", "share")]
+    others += [library / "site-packages", *Path("/usr/lib").glob("python3*"), *Path("/usr/lib").glob("python3/*")]
+    tried = [str(path) for path in (library, *others)]
+    program = f"import os\nfor path in {tried}:\n    try:\n        os.listdir(path)\n        print(path)\n"
+    program += "    except OSError:\n        pass"
+    assert sandbox.run_program(program, "", LIMITS, max_bytes=9999) == f"{library}\n".encode()
+
+
+def test_a_test_finds_nothing_of_the_one_before():
+    program = (
+        "import os, time\nos.makedirs('x/y')\nopen('x/y/z', 'x')\nos.symlink('/', 'link')\n"
+        "if os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nprint(input(), len(os.listdir()))"
+    )
+    with sandbox.Program(program, ProgramsSection(processes=3)) as twenty:
+        for i in range(20):
+            assert twenty.run(str(i), max_bytes=9) == f"{i} 2\n".encode()
+
+
+def test_a_right_program_passes_150_tests_within_the_default_limits():
+    tests = {"inputs": [*map(str, range(150))], "outputs": [str(i + 1) for i in range(150)]}
+    assert score("print(int(input()) + 1)", tests, ProgramsSection()) == 1
+
+
+def test_a_program_that_waits_for_a_busy_processor_is_not_wrong(monkeypatch):
+    """Ready to run, it has all the time that it needs, up to the cap, where it is missing; asleep, it is wrong."""
+    times, memory = (0.1, 0.0, 0.0, 0.0, 0.0), SimpleNamespace(rss=0)
+    states = {"status": psutil.STATUS_RUNNING}
+    fake = SimpleNamespace(
+        cpu_times=lambda: times,
+        memory_info=lambda: memory,
+        status=lambda: states["status"],
+        oneshot=contextlib.nullcontext,
+    )
+    monkeypatch.setattr(sandbox, "_family", lambda pid: [fake])
+    limits = ProgramsSection(time_s=0.4)
+    slow = "import time\ntime.sleep(1)\nprint(input())"
+    assert score(slow, {"inputs": ["1"], "outputs": ["1"]}, limits) == 1
+    monkeypatch.setattr(sections, "_PROGRAM_WALL", 2)
+    assert math.isnan(score(slow, limits=limits) or 0)
+    states["status"] = psutil.STATUS_SLEEPING
+    assert score(slow, limits=limits) == 0
+
+
+def test_processor_time_of_all_its_processes_is_a_programs():
+    program = "import os\nos.fork(), os.fork()\nwhile True:\n    pass"
+    limits = ProgramsSection(time_s=1.0)
+    with sandbox.Program(program, limits) as forks:
+        assert forks.run("", max_bytes=9) is None
+        assert limits.time_s < forks._cpu_s < 4 * limits.time_s
+
+
+def test_no_zombie_is_left_where_nobody_reaps_them():
+    """As in a container whose first process is the trainer: here orphans come to this process."""
+    prctl, subreaper = ctypes.CDLL(None).prctl, 36
+    assert prctl(subreaper, 1, 0, 0, 0) == 0
+    try:
+        for program in ("print(input())", "import os\nos.fork()", "raise SystemExit(1)", ATTACKS["killing the parent"]):
+            score(program)
+        assert [one for one in psutil.Process().children() if one.status() == psutil.STATUS_ZOMBIE] == []
+    finally:
+        prctl(subreaper, 0, 0, 0, 0)
+
+
 def test_only_the_temporary_folder_can_be_written():
     program = "import os\nfor folder, _, _ in os.walk('/'):\n    try:\n        open(folder + '/x', 'w')\n"
     program += "        print(folder)\n    except OSError:\n        pass"
@@ -259,13 +378,13 @@ def test_a_process_that_stays_behind_ends_with_a_right_program():
     assert processes_with(mark) == []
 
 
-@pytest.mark.parametrize("after_s", [0, 0.002, 0.5])
-def test_a_program_ends_with_the_worker_that_is_killed(after_s):
+@pytest.mark.parametrize(("after_s", "limits"), [(0, LIMITS), (0.002, LIMITS), (0.5, LIMITS), (0.5, UNPROTECTED)])
+def test_a_program_ends_with_the_worker_that_is_killed(after_s, limits):
     """While bubblewrap starts, too, of which a process may then be left that waits, but never the program."""
     mark = uuid.uuid4().hex
     script = (
         "from flashgrpo.grpo.sandbox import run_program\nfrom flashgrpo.grpo.sections import ProgramsSection\n"
-        "run_program(input(), '', ProgramsSection(time_s=60), max_bytes=9)"
+        f"run_program(input(), '', ProgramsSection(time_s=60, isolation={limits.isolation!r}), max_bytes=9)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, text=True) as worker:
         assert worker.stdin is not None
@@ -273,11 +392,9 @@ def test_a_program_ends_with_the_worker_that_is_killed(after_s):
         wait_until(lambda: processes_with(mark))
         time.sleep(after_s)
         worker.kill()
+    time.sleep(0.1)  # in which that process may become the harness, which ends, but not the program
     wait_until(lambda: all(process.name() == "bwrap" for process in processes_with(mark)))
-    time.sleep(0.1)  # in which that process does not become the program
-    left = processes_with(mark)
-    assert {process.name() for process in left} <= {"bwrap"}
-    for process in left:
+    for process in processes_with(mark):
         process.kill()
 
 
@@ -350,6 +467,7 @@ def test_a_bwrap_that_fails_is_told_with_its_own_words(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(RewardError, match="a first program failed: bwrap: No permissions to create new namespace"):
         sandbox.check_isolation(LIMITS)
+    assert math.isnan(score("print(input())") or 0)  # the program is not at fault
 
 
 def test_limits_are_checked_with_the_recipe(recipe_values):
