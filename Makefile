@@ -50,7 +50,11 @@ soak: setup
 	EXAMPLES=1000 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 --timeout 0 -m hypothesis tests/kernels
 
 # Needs nothing but a GPU and a python3 with torch, triton and pytest.
+WITH_TORCH = @python3 -c 'import importlib.util as u, sys; \
+	sys.exit(u.find_spec("torch") is None and f"{sys.executable} has no torch; put a python3 that has it first on PATH")'
+
 gpu-test:
+	$(WITH_TORCH)
 	@python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU")'
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
 	PYTHONPATH=.types:$$PYTHONPATH python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib -q --durations 10 tests/kernels
@@ -58,6 +62,7 @@ gpu-test:
 # All benchmarks of one GPU, within nine minutes, on the same machine with transformers and rich; WHEELS is a folder of
 # peers' wheels, COMMIT what the results should name where there is no git.
 gpu:
+	$(WITH_TORCH)
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
 	PYTHONPATH=.types python3 -m flashgrpo.bench.gpu $(if $(WHEELS),--wheels $(WHEELS))
 

@@ -65,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("flashgrpo: torch finds no GPU; on a CPU run `flashgrpo bench kernels` and `bench step`", file=sys.stderr)
         return 2
     folder = results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [path] if (path := os.environ.get("PYTHONPATH")) else []
     if options.wheels:
         site, wheels = str(ROOT / ".wheels"), [str(wheel) for wheel in sorted(options.wheels.glob("*.whl"))]

@@ -14,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from rich.console import Console
 
 from flashgrpo.grpo.progress import peak_memory_mb
+from flashgrpo.kernels.common import HAS_TRITON, triton
 from flashgrpo.model.linear import product
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,7 +145,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton.__version__ if HAS_TRITON else None,
         "commit": commit or os.environ.get("COMMIT", "unknown"),
     }
 
@@ -155,8 +156,15 @@ def slug(device_name: str) -> str:
 
 
 def results_folder() -> Path:
-    """$OUT where it is set, else bench/results."""
-    return Path(os.environ.get("OUT") or ROOT / "bench" / "results")
+    """$OUT where it is set, else bench/results of a checkout, else the working folder; made where it is missing.
+
+    Raises OSError where nothing can be written to it.
+    """
+    in_checkout = (ROOT / "pyproject.toml").exists()
+    folder = Path(os.environ.get("OUT") or (ROOT / "bench" / "results" if in_checkout else "."))
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    return folder
 
 
 def _cpu_name() -> str:

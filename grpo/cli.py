@@ -47,6 +47,16 @@ _SPIN_COUNT = "50000"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    try:
+        return _main(arguments)
+    except ModuleNotFoundError as error:
+        if (name := (error.name or "flashgrpo").partition(".")[0]) == "flashgrpo":
+            raise
+        print(f'flashgrpo: {name} is not installed; pip install "flashgrpo[train]"', file=sys.stderr)
+        return 2
+
+
+def _main(arguments: list[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -288,6 +298,14 @@ def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
     module = importlib.import_module(f"flashgrpo.bench.{options.benchmark.replace('-', '_')}")  # may use everything
+    if options.benchmark != "report":  # found now, not after minutes of measuring
+        from flashgrpo.bench.timing import results_folder
+        from flashgrpo.grpo.run_folder import RunInputError
+
+        try:
+            results_folder()
+        except OSError as error:
+            raise RunInputError(f"results cannot be written: {error}; OUT=FOLDER names another place") from error
     return module.main(options.arguments)
 
 

@@ -27,14 +27,12 @@ FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen, arXiv 2402.05099,
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from flashgrpo.kernels import attention_tiles as plan
 from flashgrpo.kernels.attention_flash import check_flash, flash_backward, flash_forward
 from flashgrpo.kernels.attention_torch import check_tensors, segments_on_host, torch_attention
-from flashgrpo.kernels.common import backward_once, by_triton, check_index
+from flashgrpo.kernels.common import backward_once, by_triton, check_index, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 BACKENDS = ("triton", "torch", "flash_attn")

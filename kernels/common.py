@@ -3,14 +3,36 @@
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from triton import knobs
+
+
+class _NoTriton:
+    """In the place of a Triton that is not installed, as beside torch's CPU build: what it decorates cannot run."""
+
+    def __getattr__(self, name: str) -> "_NoTriton":
+        return self
+
+    def __call__(self, *arguments: Any, **options: Any) -> "_NoTriton":
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> None:
+        raise ModuleNotFoundError("kernels on a GPU need triton, which is not installed; pip install triton")
+
+
+HAS_TRITON = find_spec("triton") is not None
+if TYPE_CHECKING or HAS_TRITON:
+    import triton
+    import triton.language as tl
+    from triton import knobs
+else:
+    triton = tl = knobs = _NoTriton()
 
 IGNORE_TARGET = -100
-_INTERPRETED = knobs.runtime.interpret  # Triton too reads TRITON_INTERPRET when a kernel is defined
+_INTERPRETED = HAS_TRITON and knobs.runtime.interpret  # Triton too reads it when a kernel is defined
 
 
 def backward_once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,11 +20,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from flashgrpo.kernels.common import backward_once, by_triton, check_index, check_temperature, launch
+from flashgrpo.kernels.common import backward_once, by_triton, check_index, check_temperature, launch, tl, triton
 from flashgrpo.kernels.logprob_torch import GatherLogprobs
 
 # The order of a row's sums depends on both, so whatever makes log-probs has the same. Two programs fill a processor.

@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from flashgrpo.kernels.common import launch
+from flashgrpo.kernels.common import launch, tl, triton
 from flashgrpo.kernels.loss_config import LossArguments
 from flashgrpo.kernels.loss_torch import ADVANTAGE_EPS, Stats
 

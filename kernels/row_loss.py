@@ -13,12 +13,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from flashgrpo.kernels import logprob, loss_triton
-from flashgrpo.kernels.common import launch
+from flashgrpo.kernels.common import launch, tl, triton
 from flashgrpo.kernels.logprob import row_gradient, row_logprob
 from flashgrpo.kernels.loss_triton import completions_of, log_ratio_and_mismatch, loss_of_tokens
 

@@ -53,6 +53,46 @@ def test_help_is_quick():
         assert f"\n    {command} " in done.stdout
 
 
+def test_without_the_extra_train_every_command_says_what_to_install():
+    program = """
+import sys
+sys.modules |= dict.fromkeys("tomli_w pydantic rich transformers matplotlib safetensors tokenizers datasets".split())
+from flashgrpo.grpo.cli import main
+commands = "train x.toml,train --help,sft x.toml,reward-model x.toml,collect x.toml,pipeline x.toml,eval x.toml"
+for command in f"{commands},sample model prompt,plan x.toml,serve x.toml,bench kernels,report run".split(","):
+    print(main(command.split()), command)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert [line[0] for line in done.stdout.splitlines()] == ["2"] * 12, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 12
+    assert all(line.endswith(' is not installed; pip install "flashgrpo[train]"') for line in lines), lines
+
+
+def test_a_module_of_the_project_that_is_missing_is_no_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashgrpo.grpo.recipe", None)
+    with pytest.raises(ModuleNotFoundError, match=r"flashgrpo\.grpo\.recipe"):
+        main(["plan", "x.toml"])
+
+
+def test_a_benchmark_finds_its_folder_before_it_measures(capsys, monkeypatch, tmp_path):
+    from flashgrpo.bench import kernels, timing
+
+    started = []
+    monkeypatch.setattr(kernels, "main", started.append)
+    monkeypatch.setenv("OUT", str(tmp_path / "new" / "folder"))
+    assert main(["bench", "kernels"]) == 0
+    assert (tmp_path / "new" / "folder").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OUT", str(tmp_path / "file"))
+    assert main(["bench", "kernels"]) == 2
+    assert "results cannot be written" in error_line(capsys)
+    assert len(started) == 1
+    monkeypatch.delenv("OUT")
+    monkeypatch.setattr(timing, "ROOT", tmp_path)  # as in an installed package
+    assert timing.results_folder() == Path(".")
+
+
 def test_the_version_is_that_of_the_package(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"flashgrpo {version('flashgrpo')}\n"
