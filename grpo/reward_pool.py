@@ -1,8 +1,8 @@
 """Rewards in worker processes: scored as groups finish, each group and function under a time limit of its own.
 
 Each worker has a pipe and a thread of the main process to itself, so that a function that hangs, crashes or is killed
-costs its own group, and nothing else: the worker is replaced, and what it has started ends with it. A built-in function
-judges completions one by one, so that a slow one costs itself alone. Workers are fresh interpreters that import neither
+costs its own group, and nothing else: the worker is replaced, and what it has started ends with it. `accuracy` judges
+completions one by one, so that a slow answer costs itself alone. Workers are fresh interpreters that import neither
 torch nor the main script; they start when the pool is made, and import what scoring needs while the model loads.
 
 What a score can be: a number; None, by which a function leaves a completion to the others; or missing, which is NaN:
@@ -56,11 +56,11 @@ class RewardPool:
 
     `functions` are names, see `resolve_reward`; one of weight 0 is scored but does not enter the sum. `timeout_s` is
     for one function on one group; what it waits for a processor does not count, nor what built-in functions import.
-    Of built-in ones, a completion may take half of what its group has left, or an equal share; `accuracy` then calls it
-    wrong. `example` is any problem of the data, which built-in functions score at start, while there is time. `others`
-    has the functions of further sources, `first_steps` the step from which a function applies, `scorers` what computes
-    one in place of the workers: None where it is yet to be set, before the first group that it applies to. The pool
-    closes them. `programs` are the limits of what `code` runs.
+    An answer that takes `accuracy` half of what its group has left, and more than an equal share, is wrong. `example`
+    is any problem of the data, which built-in functions score at start, while there is time. `others` has the functions
+    of further sources, `first_steps` the step from which a function applies, `scorers` what computes one in place of
+    the workers: None where it is yet to be set, before the first group that it applies to. The pool closes them.
+    `programs` are the limits of what `code` runs.
 
     Raises RewardError for a function that cannot be found, or not be called with the columns of `example`.
     """
@@ -195,7 +195,7 @@ class RewardPool:
         """
         futures = [self._threads.submit(self._run, name, self._arguments(group)) for group in groups]
         scores, _, failure = _gather(name, [len(group.completions) for group in groups], futures)
-        _warn(name, scores, failure or "it returned None")
+        _warn(name, scores, failure)
         return scores
 
     def _arguments(self, group: CompletionGroup) -> dict[str, Any]:
@@ -251,4 +251,7 @@ def _gather(
 
 def _warn(name: str, scores: np.ndarray, failure: str | None) -> None:
     if missing := np.isnan(scores).sum():
-        logger.warning("reward %r: %d of %d scores missing: %s", name, missing, scores.size, failure)
+        reason = failure or "it returned None"
+        logger.warning("reward %r: %d of %d scores missing: %s", name, missing, scores.size, reason)
+    elif failure:
+        logger.warning("reward %r: %s", name, failure)

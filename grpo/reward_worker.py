@@ -24,7 +24,7 @@ _START_LIMIT_S = 600.0  # of a worker, imports included, and of what a built-in 
 _STARTS = 3  # of a worker that ends before it has begun with a call
 _MAX_REASON_CHARS = 1000
 _MAX_LINE_BYTES = 1 << 24
-_BY_COMPLETION = BUILTINS.keys() - {"code"}  # which has limits for each program, and reads a group's tests once
+_BY_COMPLETION = "accuracy"  # judges completions one by one, so that a slow answer costs itself alone
 WARM_UP = r"<think>one word after another so that there are enough of them</think><answer>\frac{1}{3}</answer>"
 _WANTS_MESSAGES = re.compile(r"string indices must be integers|'str' object has no attribute 'get'")
 _MESSAGES = (
@@ -35,7 +35,7 @@ _MESSAGES = (
 
 class Scores(NamedTuple):
     values: list[float | None]  # [group_size], NaN where missing, None where the function leaves it to others
-    failure: str | None  # why the first missing one is missing
+    failure: str | None  # why the first missing or slow one is so
 
 
 Result = Scores | RewardFailure  # the latter for a malformed result
@@ -54,7 +54,7 @@ class Worker:
     def score(self, name: str, arguments: dict[str, Any], limit_s: float) -> Result:
         """Calls the function in the process; one that hung or died is replaced, and goes on with what is left."""
         num = len(arguments["completions"])
-        by_completion = name in _BY_COMPLETION
+        by_completion = name == _BY_COMPLETION
         values: list[float | None] = []
         reason: str | None = None
         left_s, has_begun = limit_s, False
@@ -73,10 +73,10 @@ class Worker:
                 left_s = max(left_s - own_limit_s, 0.0) if is_slow else left_s
                 part = [math.nan] * (1 if by_completion else num)
                 failure = f"its process ended with exit code {code}"
-                if is_slow and name == "accuracy":
-                    part, failure = [0.0], None
-                elif is_slow:
+                if is_slow:
                     failure = f"no result within the limit of {own_limit_s:g} s"
+                if is_slow and by_completion:
+                    part, failure = [0.0], f"{failure} for an answer, which counts as wrong"
             if part is None:
                 return RewardFailure(failure)
             values += part
@@ -175,7 +175,7 @@ def serve(file_descriptor: int) -> None:
                 functions[name] = BUILTINS[name]
                 _prepare(name, arguments)
             answer(number)
-            rows = range(len(arguments["completions"])) if name in _BY_COMPLETION else ()
+            rows = range(len(arguments["completions"])) if name == _BY_COMPLETION else ()
             for part in [_rows(arguments, slice(i, i + 1)) for i in rows] or [arguments]:
                 answer(number, *_call(functions[name], part))
 

@@ -357,7 +357,8 @@ def test_a_slow_answer_is_wrong_and_its_group_keeps_its_scores(make_pool, slow_m
     texts = [r"\boxed{777}x", r"\boxed{x^2}", r"\boxed{x^777}", r"\boxed{x^3}", r"\boxed{x^2}"]
     scored = CompletionGroup(problem, "q", texts, [[0]] * 5, ["stop"] * 5)
     assert step(pool, scored).tolist() == [[0, 1, 0, 0, 1]]
-    assert not caplog.messages
+    (warning,) = caplog.messages  # in silence a limit that is too short would look like a bad policy
+    assert warning == "reward 'accuracy': no result within the limit of 0.5 s for an answer, which counts as wrong"
 
 
 def test_waiting_for_a_busy_processor_does_not_count_against_the_limit(make_pool):
