@@ -74,7 +74,7 @@ class Worker:
                 part = [math.nan] * (1 if by_completion else num)
                 failure = f"its process ended with exit code {code}"
                 if is_slow:
-                    failure = f"no result within the limit of {own_limit_s:g} s"
+                    failure = f"no result within the limit of {own_limit_s:.3g} s"
                 if is_slow and by_completion:
                     part, failure = [0.0], f"{failure} for an answer, which counts as wrong"
             if part is None:

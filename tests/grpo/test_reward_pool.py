@@ -354,9 +354,9 @@ def test_no_worker_ever_imports_math_verify_within_a_time_limit(make_pool, slow_
 def test_a_slow_answer_is_wrong_and_its_group_keeps_its_scores(make_pool, slow_math, caplog):
     pool = make_pool(["accuracy"], timeout_s=1.0)
     problem = Problem("q", {"answer": "x^2"})
-    texts = [r"\boxed{x^2}", r"\boxed{x^777}", r"\boxed{x^3}", r"\boxed{x^2}"]
+    texts = [r"\boxed{x^777}", r"\boxed{x^2}", r"\boxed{x^3}", r"\boxed{x^2}"]
     scored = CompletionGroup(problem, "q", texts, [[0]] * 4, ["stop"] * 4)
-    assert step(pool, scored).tolist() == [[1, 0, 0, 1]]
+    assert step(pool, scored).tolist() == [[0, 1, 0, 1]]
     (warning,) = caplog.messages  # in silence a limit that is too short would look like a bad policy
     assert warning == "reward 'accuracy': no result within the limit of 0.5 s for an answer, which counts as wrong"
 
