@@ -239,7 +239,7 @@ class VllmSection:
     enforce_eager: _Bool = False
     """Run without CUDA graphs, as on a CPU."""
     sync_timeout_s: _PositiveFloat = 300.0
-    """Longest wait for one step of a weight sync, and for the next token of a server's that is sampling."""
+    """Longest wait for one step of a weight sync, and for the next token of a server, or an engine, that samples."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further engine arguments of vLLM's, as [vllm.options]."""
 

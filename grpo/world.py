@@ -200,10 +200,11 @@ def _watched(rank: int, size: int, limit_s: float) -> Iterator[None]:
     if size == 1:
         yield
         return
-    silence_s = limit_s + 2 * _PULSE_S
-    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=silence_s))
+    # Silence is counted here: a time limit of gloo's would break the connections to all ranks.
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1000))
     watched, watcher = (rank + 1) % size, (rank - 1) % size
-    is_done = threading.Event()
+    silence_s = limit_s + 2 * _PULSE_S
+    is_done, is_heard = threading.Event(), threading.Event()
 
     def tell(news: int) -> None:
         with contextlib.suppress(RuntimeError, ValueError):  # that one is lost, or this one's group is closed
@@ -213,32 +214,42 @@ def _watched(rank: int, size: int, limit_s: float) -> Iterator[None]:
         while not is_done.wait(_PULSE_S):
             tell(_ALIVE)
 
-    def wait() -> None:
-        said, fate = torch.tensor(_ALIVE), ""
+    def listen() -> None:
+        said = torch.tensor(_ALIVE)
         while said == _ALIVE:
             try:
                 dist.recv(said, src=watched, group=group)
-            except RuntimeError as error:
-                said.fill_(watched)
-                is_silent = "Timed out" in str(error)
-                fate = f"has given no sign of life for {silence_s:g} s, as if stopped" if is_silent else "has died"
-        if said == _DONE:
-            return
-        if said != watcher:
-            tell(int(said))
+            except RuntimeError:
+                end(watched, "has died")
+            is_heard.set()
+        if said != _DONE:
+            end(int(said), "")
+
+    def count_silence() -> None:
+        silent_s = 0.0
+        while listener.is_alive() and silent_s < silence_s:
+            time.sleep(_PULSE_S)
+            silent_s = 0.0 if is_heard.is_set() else silent_s + _PULSE_S
+            is_heard.clear()
+        if listener.is_alive():
+            end(watched, f"has given no sign of life for {silence_s:g} s, as if stopped")
+
+    def end(lost: int, fate: str) -> None:
+        if lost != watcher:
+            threading.Thread(target=tell, args=(lost,), daemon=True).start()  # one that is stopped, too, takes nothing
         time.sleep(_GRACE_S)
         if fate:
-            os.write(2, f"flashgrpo: rank {watched} of {size} {fate}; continue with --resume\n".encode())
+            os.write(2, f"flashgrpo: rank {lost} of {size} {fate}; continue with --resume\n".encode())
         os._exit(1)
 
-    threads = [threading.Thread(target=work, daemon=True) for work in (pulse, wait)]
-    for thread in threads:
+    pulser, listener, counter = (threading.Thread(target=w, daemon=True) for w in (pulse, listen, count_silence))
+    for thread in (pulser, listener, counter):
         thread.start()
     yield
     is_done.set()
-    threads[0].join()
+    pulser.join()
     tell(_DONE)
-    threads[1].join()
+    listener.join()
 
 
 def _mesh(device: torch.device, size: int, shard_ranks: int, limit: datetime.timedelta) -> DeviceMesh:
