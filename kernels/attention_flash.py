@@ -56,7 +56,7 @@ def _flash_attn() -> Any:
     try:
         return import_module("flash_attn.flash_attn_interface")
     except ModuleNotFoundError as error:
-        raise ImportError("backend 'flash_attn' needs flash-attn: pip install flashgrpo[flash]") from error
+        raise ImportError("backend 'flash_attn' needs flash-attn: pip install \"flash-attn>=2.8,<3\"") from error
 
 
 def _calls(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, max_seqlen: int | None) -> list[_Sequences]:

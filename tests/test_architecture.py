@@ -54,7 +54,7 @@ def test_backends_are_imported_in_one_module(package):
 
 def test_files_fit_one_sitting():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
-    assert {name: n for name, n in lengths.items() if n > 400} == {}
+    assert {name: n for name, n in lengths.items() if n > 600} == {}
 
 
 def test_folders_are_not_packages():

