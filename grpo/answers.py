@@ -10,9 +10,9 @@ name something (a date, a time, a score, an address, a version) and measure noth
 import functools
 import itertools
 import logging
-import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -20,8 +20,7 @@ _MAX_CHARS = 1000  # an answer longer than this is no final answer
 _MAX_FORMULA_CHARS = 400
 _MAX_DEPTH = 12  # of brackets; the parser's time grows steeply with it
 _MAX_EXPONENT = 10_000  # beyond it a power or factorial may take for ever to evaluate
-_MAX_TERMS = 80  # of a polynomial that is multiplied out
-_MAX_FUNCTIONS = 8  # sines and the like, which are rewritten in every way
+_DIGITS = 30  # to which formulas are evaluated
 _ENDLESS = re.compile(r"\\binom\s*\{?\s*\d{5}|(?:\^\w){5}")  # what the parser would evaluate
 _ROUNDING = Fraction(1, 10**6), Fraction(1, 10**5)  # of decimals: absolute, as math-verify has it, and relative
 
@@ -253,15 +252,9 @@ def _same_quantity(found: str, gold: str) -> bool:
     if number is not None and wanted_number is not None:
         shares = (1, 100, Fraction(1, 100)) if one_is_share else (1,)
         return any(_is_close(number * share, wanted_number) for share in shares)
-    import math_verify
-
-    golds, target = _parse_gold(gold if one_is_share else wanted), _parse(found if one_is_share else amount)
-    if any(map(_is_endless, (*golds, *target))):
-        return False
-    if any(map(_is_large, (*golds, *target))):
-        return any(_evaluated(a) == _evaluated(b) for a, b in itertools.product(golds, target))
-    # Its own limits are alarm signals, which the pool's limit replaces.
-    return math_verify.verify(list(golds), target, timeout_seconds=None)
+    if one_is_share:
+        return _verify(_parse_gold(gold), _parse(found))
+    return any(_is_equal(a, b) for a, b in itertools.product(_parse_gold(wanted), _parse(amount)))
 
 
 def _split_unit(text: str) -> tuple[str, str]:
@@ -324,19 +317,70 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _nodes(expression: Any) -> list[Any]:
+def _verify(golds: Sequence[Any], found: Sequence[Any]) -> bool:
+    import math_verify
+
+    # Its own limits are alarm signals, which the pool's limit replaces.
+    return math_verify.verify(list(golds), list(found), timeout_seconds=None)
+
+
+def _is_equal(gold: Any, found: Any) -> bool:
+    """Whether two expressions are equal; formulas by their values, for to simplify them may take for ever."""
+    import sympy
+
+    if any(map(_is_endless, (gold, found))):
+        return False
+    pair = gold, found
+    (form, entries), (found_form, found_entries) = map(_entries, pair)
+    if form and found_form:
+        is_alike = form == found_form and len(entries) == len(found_entries)
+        return is_alike and all(map(_is_equal, entries, found_entries))
+    names = [each.lhs if isinstance(each, sympy.Eq) and each.lhs.is_Symbol else None for each in pair]
+    is_other = any(isinstance(each, sympy.Rel) and not name for each, name in zip(pair, names, strict=True))
+    if not is_other and (None in names or names[0] == names[1]):  # `x = 5` is 5, and not `y = 5`
+        gold, found = (each.rhs if name else each for each, name in zip(pair, names, strict=True))
+    is_formula = all(isinstance(each, sympy.Expr) and not each.is_Symbol for each in (gold, found))
+    same = _same_values(gold, found) if is_formula else None
+    return _verify([gold], [found]) if same is None else same
+
+
+def _entries(expression: Any) -> tuple[Any, list[Any]]:
+    """(form, entries) of a matrix, or of a tuple, which may have been read as an interval; of others no form."""
     import sympy
 
     if isinstance(expression, sympy.MatrixBase):
-        return [node for entry in expression.flat() for node in _nodes(entry)]
-    return [] if isinstance(expression, str) else list(sympy.postorder_traversal(expression))
+        return expression.shape, expression.flat()
+    if isinstance(expression, sympy.Interval):
+        return f"open: {expression.left_open}, {expression.right_open}", [expression.start, expression.end]
+    return ("open: True, True", list(expression.args)) if isinstance(expression, sympy.Tuple) else (None, [])
+
+
+def _same_values(a: Any, b: Any) -> bool | None:
+    """Whether two formulas have the same values at two points; None where that cannot be told."""
+    import sympy
+
+    a, b = a.doit(), b.doit()
+    if a.is_Rational and b.is_Rational:
+        return bool(a == b)
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    for sign in 1, -1:
+        point = {symbol: sign * sympy.Rational(13 + 4 * i, 7 + i) for i, symbol in enumerate(symbols)}
+        values = [each.evalf(_DIGITS, subs=point) for each in (a, b)]
+        if not all(value.is_number and value.is_finite for value in values):
+            return None
+        error = abs(values[0] - values[1])
+        if a.has(sympy.Float) or b.has(sympy.Float):
+            return False if error > 10 * _ROUNDING[0] else None
+        if error > max(map(abs, values)) * sympy.Float(10) ** (10 - _DIGITS):
+            return False
+    return True
 
 
 def _is_endless(expression: Any) -> bool:
     """Whether it cannot be evaluated, such as 10^(10^10), or is left to do, such as an integral, and no answer."""
     import sympy
 
-    for node in _nodes(expression):
+    for node in [] if isinstance(expression, str) else sympy.preorder_traversal(expression):
         sizes: list[Any] = []
         if isinstance(node, sympy.Pow):
             sizes = [node.exp]
@@ -351,27 +395,3 @@ def _is_endless(expression: Any) -> bool:
 
 def _is_huge(size: Any) -> bool:
     return bool(size.is_number) and not abs(size.evalf(5)) <= _MAX_EXPONENT
-
-
-def _is_large(expression: Any) -> bool:
-    """Whether it takes for ever to rewrite, such as (x + 1)^9999."""
-    import sympy
-
-    nodes = _nodes(expression)
-    num_functions = sum(isinstance(node, sympy.Function) for node in nodes)
-    return num_functions > _MAX_FUNCTIONS or any(_num_terms(node) > _MAX_TERMS for node in nodes)
-
-
-def _num_terms(expression: Any) -> int:
-    """How many terms the expression has at most when it is multiplied out."""
-    import sympy
-
-    args = [_num_terms(arg) for arg in expression.args]
-    if isinstance(expression, sympy.Pow) and args[0] > 1 and expression.exp.is_Integer:
-        power = abs(int(expression.exp))
-        return math.comb(power + args[0] - 1, power)
-    return math.prod(args) if isinstance(expression, sympy.Mul) else max(1, sum(args))
-
-
-def _evaluated(expression: Any) -> Any:
-    return expression if isinstance(expression, str) else expression.doit()
