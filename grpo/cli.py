@@ -299,11 +299,10 @@ def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
 def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
     module = importlib.import_module(f"flashgrpo.bench.{options.benchmark.replace('-', '_')}")  # may use everything
     if options.benchmark != "report":  # found now, not after minutes of measuring
-        from flashgrpo.bench.timing import results_folder
         from flashgrpo.grpo.run_folder import RunInputError
 
         try:
-            results_folder()
+            importlib.import_module("flashgrpo.bench.timing").results_folder()
         except OSError as error:
             raise RunInputError(f"results cannot be written: {error}; OUT=FOLDER names another place") from error
     return module.main(options.arguments)

@@ -351,7 +351,7 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
         where = f"{file}:{number}"
         try:
             row = parse_json(line)
-            if b"\\u" in line or b"\xed" in line:
+            if b"\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]

@@ -115,9 +115,7 @@ def load_weights(decoder: Decoder, path: str | os.PathLike, *, new_score: bool =
     tied_head = None
     for name, stored in _stored_tensors(folder):
         if name in missing:
-            own, found = _own_part(folder, name, stored, *missing.pop(name))
-            own.copy_(found)
-            _check_finite(folder, name, own)
+            _fill(folder, name, *_own_part(folder, name, stored, *missing.pop(name)))
         elif name == _HEAD and is_tied:
             tied_head = _own_part(folder, name, stored, *embedding)
         elif name == _HEAD and new_score:
@@ -125,8 +123,7 @@ def load_weights(decoder: Decoder, path: str | os.PathLike, *, new_score: bool =
         elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that older checkpoints carry
             unexpected.append(name)
     if tied_head and missing.pop(_EMBEDDING, None):  # safetensors keeps one of two names, and not always this one
-        tied_head[0].copy_(tied_head[1])
-        _check_finite(folder, _HEAD, tied_head[0])
+        _fill(folder, _HEAD, *tied_head)
     _check_names(folder, list(missing), unexpected)
     if tied_head and not torch.equal(tied_head[0], tied_head[1].to(tied_head[0])):
         raise CheckpointError(
@@ -247,7 +244,8 @@ def _own_part(folder: Path, name: str, stored: Any, parameter: Tensor, rows: sli
     return local[start - first : stop - first], stored[start - rows.start : stop - rows.start]
 
 
-def _check_finite(folder: Path, name: str, weight: Tensor) -> None:
+def _fill(folder: Path, name: str, weight: Tensor, stored: Tensor) -> None:
+    weight.copy_(stored)
     if not is_finite(weight):
         raise CheckpointError(
             f"{folder}: {name} holds NaN or infinity, and nothing that it computes would be a number; restore the "

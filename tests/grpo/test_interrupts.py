@@ -23,6 +23,15 @@ from flashgrpo.grpo.sft import SftTrainer
 from flashgrpo.grpo.train import Trainer
 
 
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """Whatever the suite was started by, as nohup or a shell's background job."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_interrupts_wait_for_a_block_that_allows_them(number):
     before, order = signal.getsignal(number), []

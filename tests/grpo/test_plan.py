@@ -190,7 +190,7 @@ def test_the_peak_memory_of_a_step(
     config, (prompt, response, group_size) = ModelConfig.from_dict(shape), (64, 65, 4)
     save_checkpoint(init_decoder(config, seed=0), tmp_path / "model", tokenizer_files_from=model_path)
     (tmp_path / "data.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"{i:064}", "answer": ""}) + "\n" for i in range(64))
+        "".join(json.dumps({"prompt": f"{i:064}", "answer": "none"}) + "\n" for i in range(64))
     )
     budget = num_groups * (prompt + group_size * (response - 1))
     rollout = {"prompts_per_step": 2 * num_groups * size, "group_size": group_size, "max_new_tokens": response}

@@ -139,5 +139,5 @@ def test_what_flash_attn_does_not_have_is_named():
 def test_flash_attn_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
-    with pytest.raises(ImportError, match=r"pip install flashgrpo\[flash\]"):
+    with pytest.raises(ImportError, match=r"pip install .flash-attn"):
         packed_attention(q, q, q, torch.tensor([0, 4]), backend="flash_attn")
