@@ -32,7 +32,6 @@ BOUND = 1e-5  # of an fp32 log-prob
 SIZES = {"hidden_size": 64, "head_dim": 32}  # vLLM's attention on a CPU wants heads of 32
 MODELS = {
     "qwen3-tied": {},
-    "qwen3-untied": {"tie_word_embeddings": False},
     "qwen2": {"model_type": "qwen2", "vocab_size": 112},  # its tokenizer has a token of its own
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
 }

@@ -12,7 +12,7 @@ from flashgrpo.kernels.logprob import gather_logprobs
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
-few = hypothesis.settings(max_examples=int(os.environ.get("EXAMPLES", 15)), deadline=None)
+few = hypothesis.settings(max_examples=int(os.environ.get("EXAMPLES", 8)), deadline=None)
 SEEDS = st.integers(0, 10**6)
 
 
