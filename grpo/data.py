@@ -167,6 +167,8 @@ def render_prompt(
         ids = _encode_opened(render_text(prompt, template), tokenizer)
     if not ids:
         raise DataError(f"prompt {str(prompt)[:80]!r} has no tokens in template {template!r}")
+    if ids[-1] == tokenizer.eos_token_id:
+        raise DataError(f"the prompt ends with {tokenizer.eos_token}, after which nothing comes; remove it")
     return ids
 
 
@@ -192,8 +194,6 @@ def _encode_opened(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]
     own = encode(text, tokenizer)
     if not own:
         return []
-    if own[-1] == tokenizer.eos_token_id:
-        raise DataError(f"the prompt ends with {tokenizer.eos_token}, after which nothing comes; remove it")
     encoded = tokenizer(text, return_special_tokens_mask=True)
     opening = list(encoded["input_ids"][: encoded["special_tokens_mask"].index(0)])
     return own if own[: len(opening)] == opening else opening + own

@@ -46,8 +46,7 @@ class Policy:
     def _silent_ends(self) -> set[int]:
         """Stop tokens that are no text: not a tag at which a model is told to stop."""
         added = self.tokenizer.added_tokens_decoder
-        found = {token for token in self.stop_token_ids if token in added and added[token].special}
-        return {token for token in found if added[token].content not in _TAGS}
+        return {token for token in self.stop_token_ids if token in added and added[token].content not in _TAGS}
 
 
 def open_policy(section: ModelSection, device: torch.device, model: Decoder | None = None) -> Policy:

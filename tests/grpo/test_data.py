@@ -318,8 +318,10 @@ def test_a_prompt_begins_once_and_does_not_end(text):
     tokenizer.add_special_tokens({"eos_token": "~"})
     assert render_prompt(text, "none", tokenizer) == [0, *map(ord, "1+1=")]
     assert render_prompt(text, "r1", tokenizer)[-1] == ord(":")
-    with pytest.raises(DataError, match="the prompt ends with ~"):
-        render_prompt("1+1=~", "none", tokenizer)
+    for template, chat in (("none", None), ("chat", "{{ messages[0].content }}")):
+        tokenizer.chat_template = chat
+        with pytest.raises(DataError, match="the prompt ends with ~"):
+            render_prompt("1+1=~", template, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,14 @@ TAGS = "<think>", "</think>", "<answer>", "</answer>"
 def with_tokens(make_model, tmp_path):
     """with_tokens(*names, stops, vocab_size) -> a policy whose tokenizer has these special tokens and cleans spaces."""
 
-    def make(*names: str, stops: tuple[str, ...] = (), vocab_size: int = 120, **changes) -> Policy:
+    def make(
+        *names: str, stops: tuple[str, ...] = (), vocab_size: int = 120, special: bool = True, **changes
+    ) -> Policy:
         path = make_model(vocab_size=vocab_size)
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(path / "tokenizer.json"), eos_token="<eos>", bos_token="<bos>", **changes
         )
-        tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(n, special=True) for n in names]})
+        tokenizer.add_tokens([AddedToken(name, special=special) for name in names], special_tokens=special)
         tokenizer.save_pretrained(path)
         policy = open_policy(ModelSection(str(path)), torch.device("cpu"))
         ends = [tokenizer.convert_tokens_to_ids(name) for name in stops]
@@ -60,6 +62,12 @@ def test_tags_that_are_special_tokens_are_read(with_tokens):
 def test_a_tag_that_ends_completions_is_read(with_tokens):
     policy = with_tokens(*TAGS, stops=("</answer>",))
     assert policy.decode(ids(policy, "<answer>4</answer>")) == "<answer>4</answer>"
+
+
+def test_a_token_that_ends_completions_is_no_text_whatever_its_flag(with_tokens):
+    """As <|im_end|> that was added as an ordinary token: an answer would end with it, and be wrong."""
+    policy = with_tokens("<|im_end|>", stops=("<|im_end|>",), special=False)
+    assert policy.decode(ids(policy, "5<|im_end|>")) == "5"
 
 
 def test_what_is_collected_is_learned_token_by_token(with_tokens):
