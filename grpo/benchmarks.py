@@ -15,7 +15,8 @@ _ANSWERS = "answer", "Answer", "expected_answer", "Correct Answer", "solution"  
 _PROGRAMS = "tests"  # what is asked for is a program that passes them
 _GPQA = "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"
 _CHOICES = "choices", "options"
-_RIGHT_CHOICES = "answer", "answerKey", "answer_idx", "answer_index", "label"
+_RIGHT_CHOICES = "answer", "answerKey", "answer_idx", "answer_index", "correct", "label"
+_PASSAGES = "article", "context", "passage"  # which a question is about
 _LIKE_CHOICES = re.compile(r"(choice|option|distractor|ending|incorrect|mc\d)|(op)?[a-d]$", re.IGNORECASE)
 _LABEL = re.compile(r"\s*\(?([A-Z])[).:]\s*")  # which some files write before the text of a choice
 
@@ -24,8 +25,9 @@ def load_benchmark(path: str | Path, seed: int) -> list[Problem]:
     """The problems of a JSONL or Parquet file, with `columns["answer"]` or `columns["tests"]`.
 
     Rows with GPQA's incorrect answers become multiple-choice questions, in an order that (seed, row) draws; rows with
-    `choices` or `options` (MMLU, MMLU-Pro, ARC, AQuA, MedQA) keep theirs. The answer is then a letter. Raises DataError
-    for columns that are not known, choices that would not reach the prompt, and as `to_problem`.
+    `choices` or `options` (MMLU, MMLU-Pro, ARC, AQuA, MedQA) keep theirs. The answer is then a letter. A passage
+    (`article`) precedes its question. Raises DataError for columns that are not known, choices that would not reach the
+    prompt, and as `to_problem`.
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; a benchmark is a local JSONL or Parquet file")
@@ -49,7 +51,16 @@ def load_benchmark(path: str | Path, seed: int) -> list[Problem]:
             f"{path}: found the columns {', '.join(columns)}; wanted a prompt ({', '.join(_PROMPTS)}) and an answer "
             f"({', '.join(_ANSWERS)}) or {_PROGRAMS}"
         )
+    rows = [(where, _with_passage(where, row, prompt)) for where, row in rows]
     return [_problem(row, prompt, answer, choices) for row in rows]
+
+
+def _with_passage(where: str, row: Mapping[str, Any], prompt: str) -> Mapping[str, Any]:
+    passages = {name: row[name] for name in _PASSAGES if row.get(name)}
+    for name, text in passages.items():
+        if not isinstance(text, str) or not isinstance(row.get(prompt), str):
+            raise DataError(f"{where}: column {name!r} would not reach the prompt; wanted text, and {prompt!r} as text")
+    return {**row, prompt: "\n\n".join([*passages.values(), row[prompt]])} if passages else row
 
 
 def _problem(place: Row, prompt: str, answer: str | None, choices: str | None) -> Problem:
@@ -76,16 +87,21 @@ def _given_choices(place: Row, prompt: str, choices: str) -> Problem:
     where, row = place
     question = to_problem(where, row, prompt, None).question
     labels, texts = _labelled(where, row, choices)
-    column = next((name for name in _RIGHT_CHOICES if row.get(name) is not None), None)
-    if column is None:
+    given = {name: row[name] for name in _RIGHT_CHOICES if row.get(name) is not None}
+    if not given:
         raise DataError(f"{where}: no right choice; wanted one of the columns {', '.join(_RIGHT_CHOICES)}")
-    right = _position(row[column], labels, texts)
-    if right is None:
+    positions = {name: _position(value, labels, texts) for name, value in given.items()}
+    known = {name: position for name, position in positions.items() if position is not None}
+    if len(set(known.values())) > 1:
+        told = ", ".join(f"{name} {given[name]!r}" for name in known)
+        raise DataError(f"{where}: {told} name different choices; wanted one right choice")
+    if not known:
+        column, value = next(iter(given.items()))
         raise DataError(
-            f"{where}: column {column!r} holds {row[column]!r}; wanted a letter ({', '.join(labels)}), the text of one "
+            f"{where}: column {column!r} holds {value!r}; wanted a letter ({', '.join(labels)}), the text of one "
             f"of the {choices} alone, or its number from 0 to {len(texts) - 1}"
         )
-    return _multiple_choice(question, texts, right)
+    return _multiple_choice(question, texts, next(iter(known.values())))
 
 
 def _labelled(where: str, row: Mapping[str, Any], column: str) -> tuple[list[str], list[str]]:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from flashgrpo.grpo.answers import answers_match
+from flashgrpo.grpo.answers import answers_match, is_blank
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -195,12 +195,12 @@ def fault_of_answer(answer: Any) -> str | None:
     """Why no completion can equal an expected answer, or None."""
     if answer is None:
         return "is null"
-    if isinstance(answer, float) and math.isnan(answer):
-        return "is NaN"
+    if isinstance(answer, float) and not math.isfinite(answer):
+        return "is NaN" if math.isnan(answer) else "is infinite"
     if isinstance(answer, Mapping | list | tuple | bytes):
         inside = f" of {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
         return f"holds {type(answer).__name__}{inside}, wanted text or a number"
-    return None if _gold(answer) else "is empty"
+    return "is empty" if is_blank(_gold(answer)) else None
 
 
 def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict[str, Any]) -> float:

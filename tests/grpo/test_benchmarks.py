@@ -68,6 +68,8 @@ PUBLISHED_CHOICES = {
     "OpenBookQA": {"question_stem": "q", "choices": {"text": ABC, "label": ["A", "B", "C"]}, "answerKey": "B"},
     "MedQA": {"question": "q", "options": dict(zip("ABC", ABC, strict=True)), "answer": "two", "answer_idx": "B"},
     "AQuA": {"question": "q", "options": ["A)one", "B)two", "C)three"], "answer": "B"},
+    "AQuA-RAT": {"question": "q", "options": ["A)one", "B)two", "C)three"], "rationale": "r", "correct": "B"},
+    "explained": {"question": "q", "options": ABC, "answer": "It is two, since ...", "answer_idx": "B"},
 }
 
 
@@ -80,6 +82,16 @@ def test_choices_reach_the_prompt_in_their_order(write, row):
     assert lines[3] == "B. two"
     assert lines[-1] == "Answer with the letter of the right choice alone: A, B or C."
     assert problem.columns == {"answer": "B"}
+
+
+@pytest.mark.parametrize("column", ["article", "context", "passage"])
+def test_the_passage_that_a_question_is_about_reaches_the_prompt(write, column):
+    asked, open_question = load_benchmark(
+        write({**PUBLISHED_CHOICES["MMLU"], column: "Once."}, {"question": "q", column: "Twice.", "answer": "7"}),
+        seed=0,
+    )
+    assert asked.question.startswith("Once.\n\nq\n\nA. one")
+    assert open_question.question == "Twice.\n\nq"
 
 
 def test_open_questions_stand_among_those_with_choices(write):
@@ -124,6 +136,11 @@ def test_programs_need_no_answer(write, tmp_path):
         ([{"question": "q", "choices": ABC, "answer": 3}], r"'answer' holds 3; wanted a letter \(A, B, C\), the text"),
         ([{"question": "q", "choices": ABC, "answer": "four"}], r"rows\.jsonl:1: column 'answer' holds 'four'; wanted"),
         ([{"question": "q", "choices": ["a", "a"], "answer": "a"}], r"'answer' holds 'a'; .*one of the choices alone"),
+        (
+            [{"question": "q", "options": ABC, "answer": "one", "answer_idx": "B"}],
+            r"rows\.jsonl:1: answer 'one', answer_idx 'B' name different choices",
+        ),
+        ([{"question": "q", "context": {"a": 1}, "answer": "1"}], r"'context' would not reach the prompt"),
         ([{"question": "q", "choices": ABC, "answer": None}], "no right choice; wanted one of the columns answer, "),
         (
             [{"question": "q", "choices": [["a"], ["b"]], "answer": 1}],
@@ -144,6 +161,8 @@ def test_programs_need_no_answer(write, tmp_path):
         "no such choice",
         "no such text",
         "the same text twice",
+        "two right choices",
+        "a passage that is no text",
         "no right choice",
         "lists",
         "one choice",

@@ -139,6 +139,7 @@ def test_a_file_that_may_not_be_read_is_a_data_error(tmp_path, monkeypatch):
         (b'{"prompt": "a", "answer": " \\n"}\n', r"bad\.jsonl:1: column 'answer' is empty"),
         (b'{"prompt": "a", "answer": "so it is\\n#### "}\n', r"bad\.jsonl:1: column 'answer' is empty"),
         (b'{"prompt": "a", "answer": NaN}\n', r"bad\.jsonl:1: column 'answer' is NaN"),
+        (b'{"prompt": "a", "answer": -Infinity}\n', r"bad\.jsonl:1: column 'answer' is infinite"),
         (b'{"prompt": "a", "answer": ["B"]}\n', r"bad\.jsonl:1: column 'answer' holds list, wanted text or a number"),
         (
             b'{"prompt": "a", "answer": {"ground_truth": "34", "style": "rule"}}\n',

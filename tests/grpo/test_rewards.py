@@ -14,6 +14,7 @@ from flashgrpo.grpo.rewards import (
     answers_match,
     exact_match,
     extract_answer,
+    fault_of_answer,
     format_tags,
     is_correct,
     language_consistency,
@@ -93,6 +94,17 @@ def test_equal_answers_match(found, gold):
 )
 def test_unequal_answers_do_not_match(found, gold):
     assert not answers_match(found, gold)
+
+
+@pytest.mark.parametrize("gold", ["$$", r"\text{}", "{}", ".", r"\boxed{}", "**", "$", "work\n#### $", float("inf")])
+def test_a_reference_that_nothing_equals_is_refused(gold):
+    assert fault_of_answer(gold)
+
+
+@pytest.mark.parametrize("gold", ["0", "-", "<", "A", r"\emptyset", r"\$5", "()", 0, False, 0.0])
+def test_short_references_are_taken(gold):
+    assert fault_of_answer(gold) is None
+    assert one(accuracy, f"\\boxed{{{gold}}}", answer=gold) == 1.0
 
 
 def test_accuracy_reads_gsm8k_solutions_and_only_the_answer_tags():
