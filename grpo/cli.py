@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(arguments)
     except ModuleNotFoundError as error:
-        if (name := (error.name or "flashgrpo").partition(".")[0]) == "flashgrpo":
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        is_ours = frame.f_globals.get("__name__", "").startswith("flashgrpo.")  # and not a user's function's
+        if (name := (error.name or "flashgrpo").partition(".")[0]) == "flashgrpo" or not is_ours:
             raise
         print(f'flashgrpo: {name} is not installed; pip install "flashgrpo[train]"', file=sys.stderr)
         return 2

@@ -176,6 +176,8 @@ def _same_word(found: str, wanted: str) -> bool:
     if found == wanted or (_INTEGER.fullmatch(found) and _INTEGER.fullmatch(wanted)):
         return found == wanted
     try:
+        if "_" in found:  # which Python's numbers may have
+            return False
         if _INTEGER.fullmatch(wanted):
             return Decimal(found) == Decimal(wanted)
         return math.isclose(float(found), float(wanted), rel_tol=_TOLERANCE, abs_tol=_TINY)

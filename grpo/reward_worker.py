@@ -52,17 +52,22 @@ class Worker:
         self._start()
 
     def score(self, name: str, arguments: dict[str, Any], limit_s: float) -> Result:
-        """Calls the function in the process; one that hung or died is replaced, and goes on with what is left."""
+        """Calls the function in the process; one that hung or died is replaced, and goes on with what is left.
+
+        What judges completions one by one is asked for all of them at once: answers one by one would wake the main
+        process, which samples meanwhile, as often. Only where that takes too long they are.
+        """
         num = len(arguments["completions"])
-        by_completion = name == _BY_COMPLETION
+        by_completion = False
+        all_limit_s = limit_s / 4 if name == _BY_COMPLETION else limit_s
         values: list[float | None] = []
         reason: str | None = None
         left_s, has_begun = limit_s, False
         while len(values) < num:
             if not has_begun:
-                self._begin(name, _rows(arguments, slice(len(values), None)))
+                self._begin(name, _rows(arguments, slice(len(values), None)), by_completion)
                 has_begun = True
-            own_limit_s = max(left_s / 2, limit_s / num) if by_completion else limit_s
+            own_limit_s = max(left_s / 2, limit_s / num) if by_completion else all_limit_s
             start_s = self._clock()
             try:
                 part, failure = self._answer(self._number, own_limit_s)
@@ -71,6 +76,9 @@ class Worker:
                 is_slow, code = isinstance(error, TimeoutError), self._restart()
                 has_begun = False
                 left_s = max(left_s - own_limit_s, 0.0) if is_slow else left_s
+                if name == _BY_COMPLETION and not by_completion:
+                    by_completion = True
+                    continue
                 part = [math.nan] * (1 if by_completion else num)
                 failure = f"its process ended with exit code {code}"
                 if is_slow:
@@ -88,7 +96,7 @@ class Worker:
             self._closed = True
             end_guarded(self._process, self._connection)
 
-    def _begin(self, name: str, arguments: dict[str, Any]) -> None:
+    def _begin(self, name: str, arguments: dict[str, Any], by_completion: bool) -> None:
         """Asks for scores; returns when the process has imported everything and begins."""
         self._number += 1
         code = 0
@@ -96,7 +104,7 @@ class Worker:
             try:
                 if not self._process_id:
                     (self._process_id,) = self._answer(0, _START_LIMIT_S)
-                self._connection.send((self._number, name, arguments))
+                self._connection.send((self._number, name, arguments, by_completion))
                 self._answer(self._number, _START_LIMIT_S)
                 return
             except TimeoutError:
@@ -170,12 +178,12 @@ def serve(file_descriptor: int) -> None:
                 _prepare(name, arguments)
         answer(0, own_id)
         while True:
-            number, name, arguments = connection.recv()
+            number, name, arguments, by_completion = connection.recv()
             if name not in functions:
                 functions[name] = BUILTINS[name]
                 _prepare(name, arguments)
             answer(number)
-            rows = range(len(arguments["completions"])) if name == _BY_COMPLETION else ()
+            rows = range(len(arguments["completions"])) if by_completion else ()
             for part in [_rows(arguments, slice(i, i + 1)) for i in rows] or [arguments]:
                 answer(number, *_call(functions[name], part))
 

@@ -61,6 +61,9 @@ class RunLoop(abc.ABC):
     def begin(self) -> None:  # noqa: B027  # most runs have nothing to do here
         """What comes before the first step that is left."""
 
+    def close(self) -> None:  # noqa: B027  # most runs have nothing that runs beside them
+        """End what runs beside this rank; may be called twice."""
+
     def extra_tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint besides the learner's, filled in place on resume."""
         return {}
@@ -106,6 +109,7 @@ class RunLoop(abc.ABC):
                 if isinstance(error, Stopped) and self.world.size > 1:
                     by = f" ({signal.Signals(error.signum).name} on rank {error.rank})"
                 console.print(f"[yellow]stopped after step {self.step}; continue with --resume{by}[/yellow]")
+                self.world.everywhere(self.close)  # a rank that ended sooner would be taken for one that has died
                 raise
         final = self.folder.path / "model"
         self.world.everywhere(lambda: self._write_model(final))

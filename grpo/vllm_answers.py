@@ -1,5 +1,6 @@
 """What a server answers to a request for completions, checked: whatever gets past here is trained on."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,12 @@ class AnswerError(ValueError):
 
 
 def read_group(
-    answer: dict[str, Any], request: Request, sampling: Sampling, vocab_size: int, versions: range
+    answer: dict[str, Any],
+    request: Request,
+    sampling: Sampling,
+    vocab_size: int,
+    stop_token_ids: Collection[int],
+    versions: range,
 ) -> list[Rollout]:
     """The group that `request` asked for, sampled from weights of `versions`. Raises AnswerError where it is none."""
     try:
@@ -29,13 +35,17 @@ def read_group(
         raise AnswerError(str(error)) from error
     for rollout in rollouts:
         _check(rollout, sampling, vocab_size, versions)
+        is_cut = rollout.finish_reason == "stop" and rollout.completion_ids[-1] not in stop_token_ids
+        _expect(not is_cut, f"a stop at the token {rollout.completion_ids[-1]}, wanted one of {stop_token_ids}")
     return rollouts
 
 
 def _rollout(request: Request, choice: dict[str, Any]) -> Rollout:
     """As it came, in arrays."""
     ids = np.asarray(choice["token_ids"])
-    logprobs = np.asarray([token["logprob"] for token in choice["logprobs"]["content"]], dtype=np.float64)
+    found = [token["logprob"] for token in choice["logprobs"]["content"]]
+    _expect(not any(isinstance(value, str | bool) for value in found), "log-probs that are no numbers")
+    logprobs = np.asarray(found, dtype=np.float64)
     spans = choice["weight_versions"]
     starts, ends = ([span[side] for span in spans] for side in ("start", "end"))
     _expect(len(ids) > 0, "no tokens")
@@ -47,7 +57,7 @@ def _rollout(request: Request, choice: dict[str, Any]) -> Rollout:
         np.maximum(logprobs, _NOT_FINITE).astype(np.float32),
         choice["finish_reason"],
         request.group,
-        tuple((int(span["version"]), span["end"] - span["start"]) for span in spans),
+        tuple((int(str(span["version"])), span["end"] - span["start"]) for span in spans),
     )
 
 

@@ -277,7 +277,7 @@ class VllmServers:
                     answer = call.result()
                     self._answers[url] += 1
                     versions = range(oldest, (self.version or sys.maxsize - 1) + 1)
-                    return read_group(answer, request, sampling, self.vocab_size, versions)
+                    return read_group(answer, request, sampling, self.vocab_size, self.stop_token_ids, versions)
             except AnswerError as error:
                 raise ServerRefusal(f"{url} answered with what is no group of completions: {error}") from error
             except _LOST as error:

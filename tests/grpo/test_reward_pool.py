@@ -358,7 +358,7 @@ def test_a_slow_answer_is_wrong_and_its_group_keeps_its_scores(make_pool, slow_m
     scored = CompletionGroup(problem, "q", texts, [[0]] * 4, ["stop"] * 4)
     assert step(pool, scored).tolist() == [[0, 1, 0, 1]]
     (warning,) = caplog.messages  # in silence a limit that is too short would look like a bad policy
-    assert warning == "reward 'accuracy': no result within the limit of 0.5 s for an answer, which counts as wrong"
+    assert warning == "reward 'accuracy': no result within the limit of 0.375 s for an answer, which counts as wrong"
 
 
 def test_waiting_for_a_busy_processor_does_not_count_against_the_limit(make_pool):

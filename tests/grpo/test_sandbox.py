@@ -134,6 +134,7 @@ def test_the_program_of_a_completion_is_its_last_block_after_the_reasoning():
         ("sNaN", "5", False),
         ("1e999999999", "5", False),
         ("101", "0101", False),
+        ("1_000", "1000", False),
         ("0.3333333333", "0.33333333", True),
         (10**17 + 1.0, 10**17, True),
         (12345678.9, 12345678, False),

@@ -38,7 +38,7 @@ def group() -> dict[str, Any]:
 
 
 def read(answer: dict[str, Any]) -> list:
-    return read_group(answer, REQUEST, Sampling(LONGEST), vocab_size=10, versions=range(3, 5))
+    return read_group(answer, REQUEST, Sampling(LONGEST), vocab_size=10, stop_token_ids=[1, 2], versions=range(3, 5))
 
 
 def test_a_right_answer_is_read():
@@ -80,7 +80,10 @@ def logprobs(*values: Any) -> dict[str, Any]:
         ({"logprobs": logprobs(-1.0, -1.0, -1e300)}, "not finite"),
         ({"logprobs": logprobs(-1.0, -1.0, None)}, "not finite"),
         ({"logprobs": logprobs([-1.0], [-1.0], [-1.0])}, "log-probs for 3 tokens"),
-        ({"logprobs": logprobs(-1.0, -1.0, "low")}, "could not convert"),
+        ({"logprobs": logprobs(-1.0, -1.0, "-1.0")}, "log-probs that are no numbers"),
+        ({"logprobs": logprobs(-1.0, -1.0, False)}, "log-probs that are no numbers"),
+        ({"token_ids": [4, 9, 5]}, r"a stop at the token 5, wanted one of \[1, 2\]"),
+        ({"weight_versions": spans((3.9, 0, 3))}, "invalid literal"),
         ({"finish_reason": "abort"}, "an end by 'abort', wanted stop or length"),
         ({"token_ids": [4, 9], "weight_versions": spans(("3", 0, 2)), "finish_reason": "length"}, "2 tokens, cut at 3"),
         ({"weight_versions": spans(("2", 0, 3))}, "weights 2, wanted 3 to 4"),
@@ -151,7 +154,7 @@ def serve():
         *generates: Callable[[web.Request], Any], timeout_s: float = 30.0
     ) -> tuple[list[FakeServer], VllmServers]:
         servers = [FakeServer(generate) for generate in generates]
-        client = VllmServers([server.url for server in servers], [0], timeout_s, vocab_size=10, key="secret")
+        client = VllmServers([server.url for server in servers], [1], timeout_s, vocab_size=10, key="secret")
         opened.extend([client, *servers])
         return servers, client
 
