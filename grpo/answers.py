@@ -49,6 +49,7 @@ _SYMBOLS = str.maketrans(
 )
 _MATRIX = r"(?:array|(?:small)?matrix|[pbB]matrix)"
 _FONTS = r"bf|it|rm|text(?:bf|it|rm|sf|tt|sc|up|normal)?|mbox|emph|underline|math(?:bf|it|rm|sf|tt|cal)|boldsymbol|bm"
+_SCALES = dict(hundred=100, thousand=1000, million=10**6, billion=10**9, trillion=10**12, dozen=12)
 _NOTATION = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -76,6 +77,15 @@ _NOTATION = [
         (r"\{([,:])\}", r"\1"),
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
+        # Thousands again, unless brackets make them a list.
+        (
+            r"(?<![\d.,])(?:\d{1,3}(?:,\d{3})+|\d\d?(?: \d{3})+)(?!\d|[ ,]\d)(?!.*(?:[)\]]|\\\}))",
+            lambda match: re.sub("[ ,]", "", match[0]),
+        ),
+        (
+            rf"(?<![\w.])(\d+(?:\.\d+)?)\s*(\\text\s*\{{)?\s*({'|'.join(_SCALES)})s?(?!\w)",
+            lambda match: f"{float(match[1]) * _SCALES[match[3].lower()]:.15g} {match[2] or ''}",
+        ),
         (r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![\w\\])(?:and|or)(?!\w))", ","),
         (r"\\\$", "$"),
         (r"(?<=\d)\s*(?:\\cdot|\*)?\s*i(?![A-Za-z])", " i"),  # else math-verify takes it for a variable
@@ -86,15 +96,16 @@ _NOTATION = [
         (r"\s+", " "),
         (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,4})(?!\w)", r"\1 \\times 10^{\2}"),  # as JSON writes numbers
         (r"(?<![\d.])(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
-        # Thousands again, unless brackets make them a list.
-        (r"(?<![\d.,])\d{1,3}(?:[ ,]\d{3})+(?![\d ,])(?!.*(?:[)\]]|\\\}))", lambda match: re.sub("[ ,]", "", match[0])),
     )
 ]
 _WRAPPED = re.compile(
     r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]|\"([^\"]*)\""
     r"|\\text\{([^{}]*)\}|\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 )
-_PREAMBLE = re.compile(r"^(?:.*\b)?(?:answer|option|choice)(?: is:?|:)\s*", re.IGNORECASE)
+_PREAMBLE = re.compile(
+    r"^(?:(?:.*\b)?(?:answer|option|choice)(?: is:?|:)|(?!.*\bis\b.*\bis\b)[^$\\]*\bis:?(?= ?[-+$\\(]*\d))\s*",
+    re.IGNORECASE,
+)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _PRODUCT = re.compile(r"[^\W\d_]|[^\W\d_eiou]{2,3}")  # of variables, which is as likely as a word
@@ -105,23 +116,27 @@ _PROSE = re.compile(
 )
 _CHOICE = re.compile(
     r"(?:(?:answer|option|choice) )?(?:\(([a-j])\)[.:]?|([a-j])(?:[).:]|$))"
-    r"(?:$|(?=\d)|\s+(?![-+*/^=,(&] ))((?!.*\([a-j]\)).*)",
+    r"(?:$|(?=\d)|\s+(?![-+*/^=,(&] ))((?!.*\([a-j]\)|(?:.*(?:,|maybe|perhaps|not))? ?[a-j](?:[).:,]|$)).*)",
     re.IGNORECASE,
 )
 # What names and does not measure: `2-1` is no difference, `04/08/2020` no quotient, `7:30` no ratio, `1.2.3` no number.
 _NAME = re.compile(
-    r"""(?<![\w.,/:^-])(?:
+    r"""(?<![\w./:^-])(?:
       \d{1,2}(?::\d\d)?\ ?[ap]\.?\ ?m\b       # a time of day
-    | \d{1,2}:[0-5]\d(?::[0-5]\d)?
+    | \d{1,2}:[0-5]\d
+    | \d+(?::\d+){2,}
     | \d+/\d+/\d+ | 0\d/\d+ | \d+/0\d         # a date
     | 0x[\da-f]+ | [\da-f]{2,4}(?::[\da-f]{0,4}){2,}
     | v(?:ersion\ )?\d+(?:\.\d+)*             # a version, an address
-    | \d+(?:\.\d+){2,}(?::\d+)?
+    | \d+(?:\.\d+){2,}(?:[:/]\d+)?
     | \d+(?:\.\d+)?(?:-\d+(?:\.\d+)?)+        # a score, a range, a date, a telephone number
     )(?![\w/:^-])""",
     re.VERBOSE,
 )
 _MONTH = re.compile(r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b")
+_TOKEN = re.compile(rf"({_NAME.pattern})|(\d+(?:,\d{{3}})*(?:\.\d+)?)|([^\W\d_]+)", re.VERBOSE)
+_DIFFERENCE = re.compile(r"(?:0|[1-9]\d*) ?- ?(?:0|[1-9]\d*)")
+_LABELLED = re.compile(r"[A-Z]\w* \d+\.\d+")  # `Python 3.10`, a number of which no zero is left out
 _FORMULA = re.compile(r"[\\^=+*<>{}()\[\]]")
 _DECIMAL = re.compile(
     r"([-+]?)\s*(\d+(?:,\d{3})*)?(?:\.(\d*)(?:\\overline\s*(?:\{(\d+)\}|(\d)))?)?(?:\s*(?:\\times|\\cdot|\*)\s*(10\^.*))?"
@@ -139,13 +154,32 @@ _UNITS = {
             "rupee \u20b9 rs",
             "percent %",
         ),
-        *("degree circ deg", "meter m metre", "kilometer km kilometre", "centimeter cm centimetre"),
-        *("millimeter mm millimetre", "inch inche", "foot ft feet", "yard yd", "mile mi mph", "second sec s"),
+        *(
+            "degree circ deg",
+            "celsius degreec",
+            "fahrenheit degreef",
+            "meter m metre",
+            "kilometer km kilometre",
+            "centimeter cm centimetre",
+        ),
+        *(
+            "millimeter mm millimetre",
+            "inch inche",
+            "foot ft feet",
+            "yard yd",
+            "mile mi",
+            "mile/hour mph",
+            "second sec s",
+        ),
         *("minute min", "hour hr h", "day", "week", "month", "year yr", "gram g", "kilogram kg", "milligram mg"),
         *("ounce oz", "liter l litre", "milliliter ml millilitre"),
+        *("pascal pa", "kilopascal kpa", "watt", "kilowatt kw", "hertz hz", "kilohertz khz", "millisecond ms"),
+        *("kilobyte kb", "megabyte mb", "gigabyte gb", "kilojoule kj", "mole mol", "acre"),
     )
     for alias in line.split()
 }
+_FILLER = re.compile("an?|all|and|at|ha(?:s|ve|d)?|s?he|i[nst]|o[fnr]|so|st|nd|rd|th|the|there|they|to|wa|we")
+_LEAD = re.compile(r"([^\d\\$(){}\[\]=<>^+*/-]+?)\s+(?=[-$\\(\[\d])(.+)")
 _AMOUNT = re.compile(r"(-?)\s*([$\u20ac\u00a3\u00a5\u20b9])\s*(-?[\d.,]+)")
 _QUANTITY = re.compile(
     r"(.*?[\d)}]|.+?(?=\\text))\s*(\^\s*\{?\\circ\s*\}?\s*[CF]?|\\?%|[$\u20ac\u00a3\u00a5\u00a2\u20b9]|(?<=\d)_\{?\d+\}?"
@@ -173,13 +207,16 @@ def answers_match(found: str, gold: str) -> bool:
         return (choice[1] or choice[2]) == (given[1] or given[2])
     if choice and choice[3]:
         return answers_match(found, choice[3])
-    if _is_words(value := wanted.rpartition("=")[2].strip()):
-        return text.rpartition("=")[2].strip() == value
-    if names := _names(wanted):
-        return _names(text, anywhere=True)[-len(names) :] == names
-    if facts := _facts(wanted):
-        given_facts = iter(_facts(text, anywhere=True))
-        return all(fact in given_facts for fact in facts)  # in their order
+    if words := _words(wanted):
+        return _words(text) == words
+    if _LABELLED.fullmatch(gold) and _LABELLED.fullmatch(found):
+        return False
+    wanted_name = _name(wanted)
+    name = _name(text, anywhere=wanted_name is not None)
+    if name and wanted_name:
+        return name[0] == wanted_name[0] and _agree(name[1], wanted_name[1])
+    if wanted_name or (name and not _DIFFERENCE.fullmatch(text)):
+        return False
     try:
         return _same_quantity(found, gold)
     except Exception:  # sympy raises in many ways on formulas without a value, such as the square of a column
@@ -214,6 +251,14 @@ def _text(text: str) -> str:
     return word if _WORDS.fullmatch(word) else text
 
 
+def _words(text: str) -> list[str]:
+    """The words of an answer in words, or of a list of words or letters, in any order; none for anything else."""
+    parts = text.rpartition("=")[2].split(",")
+    words = sorted(map(_text, parts))
+    is_list = len(parts) > 1 and all(part.count("(") == part.count(")") for part in parts)
+    return words if all(_is_words(word) or (is_list and re.fullmatch("[a-z]", word)) for word in words) else []
+
+
 def _is_words(text: str) -> bool:
     return bool(_WORDS.fullmatch(text)) and not all(map(_PRODUCT.fullmatch, re.split(r"\W", text)))
 
@@ -222,27 +267,37 @@ def _squeezed(text: str) -> str:
     return re.sub(r"\s*([^\w\s])\s*", r"\1", text)
 
 
-def _names(text: str, anywhere: bool = False) -> list[str]:
-    """Dates, times, scores, versions and so on, without leading zeros; none where numbers or a formula stand beside."""
+def _name(text: str, anywhere: bool = False) -> tuple[list[str], set[str]] | None:
+    """(names, numbers, months and units; other words) of a date, a time, a score, of several quantities in words.
+
+    Names have no leading zeros. None for one quantity, and where a formula stands beside.
+    """
     text = re.sub(r"\s*(-+|:)\s*", lambda match: match[1][0], text)
     rest = _NAME.sub("", text)
-    if not anywhere and (_FORMULA.search(rest) or re.search(r"\d|\b[a-z]\b", rest)):
-        return []
-    names = [name.strip(".,").removeprefix("version").removeprefix("v").strip() for name in _NAME.findall(text)]
-    names = [re.sub(r"(?::00)?\s*([ap])\.?\s*m", r"\1m", name) for name in names]
-    return [re.sub(r"(?<!\d)0+(?=\d)", "", name) for name in names]
+    has_name, has_month, is_prose = rest != text, bool(_MONTH.search(text)), bool(_PROSE.search(rest))
+    if has_name:
+        is_name = is_prose or not re.search(r"\d|\b[a-z]\b", rest)
+    else:
+        is_name = is_prose and len(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)) > (not has_month)
+    if not anywhere and (not is_name or _FORMULA.search(rest)):
+        return None
+    values: list[str] = []
+    words: set[str] = set()
+    for name, number, word in _TOKEN.findall(text):
+        canonical = _canonical(word)
+        if name:
+            name = re.sub(r"(?::00)?\s*([ap])\.?\s*m", r"\1m", name.removeprefix("version").removeprefix("v").strip())
+            values.append(re.sub(r"(?<!\d)0+(?=\d)", "", name))
+        elif number or canonical in _UNITS.values() or _MONTH.fullmatch(word):
+            values.append(number or canonical)
+        elif not _FILLER.fullmatch(canonical):
+            words.add(canonical)
+    return sorted(values) if has_month else values, words
 
 
-def _facts(text: str, anywhere: bool = False) -> list[str]:
-    """The numbers and words of a date or of several quantities, `5 feet 6 inches`; none for anything else."""
-    words = re.findall(r"\d+(?:[.,]\d+)*|[^\W\d_]+", text)
-    has_month = bool(_MONTH.search(text))
-    numbers = sum(word[0].isdigit() for word in words)
-    is_fact = _PROSE.search(text) and not _FORMULA.search(text) and numbers > (not has_month)
-    if not (is_fact or anywhere):
-        return []
-    facts = [_canonical(word) for word in words if word not in ("st", "nd", "rd", "th", "of", "the")]
-    return sorted(facts) if has_month else facts
+def _agree(words: set[str], wanted: set[str]) -> bool:
+    """Whether words beside a value are the same, or were left out."""
+    return (words <= wanted or wanted <= words) and ("not" in words) == ("not" in wanted)
 
 
 def _canonical(word: str) -> str:
@@ -252,8 +307,8 @@ def _canonical(word: str) -> str:
 
 
 def _same_quantity(found: str, gold: str) -> bool:
-    (amount, unit), (wanted, wanted_unit) = _split_unit(found), _split_unit(gold)
-    if unit and wanted_unit and unit != wanted_unit:
+    (amount, unit, words), (wanted, wanted_unit, wanted_words) = _split_unit(found), _split_unit(gold)
+    if (unit and wanted_unit and unit != wanted_unit) or not _agree(words, wanted_words):
         return False
     is_share, wants_share = unit == "percent", wanted_unit == "percent"
     number, wanted_number = _number(amount), _number(wanted)
@@ -265,19 +320,34 @@ def _same_quantity(found: str, gold: str) -> bool:
     return any(_is_equal(a, b) for a, b in itertools.product(_parse_gold(wanted), _parse(amount)))
 
 
-def _split_unit(text: str) -> tuple[str, str]:
-    """(what is before the unit, the unit or the base of a number, "" for one that is not known)."""
+def _split_unit(text: str) -> tuple[str, str, set[str]]:
+    """(the amount, its unit or the base of a number, other words) of a quantity; the unit "" where none is known."""
+    lead = _LEAD.fullmatch(text)
+    words: set[str] = set()
+    if lead and _PROSE.search(lead[1]):
+        words, text = _other_words(lead[1]), lead[2]
     if match := _AMOUNT.fullmatch(text):
-        return match[1] + match[3], _UNITS[match[2]]
+        return match[1] + match[3], _UNITS[match[2]], words
     match = _QUANTITY.fullmatch(text)
     if not match:
-        return text, ""
+        return text, "", words
     if match[2].startswith("_"):
-        return match[1], match[2].strip("_{}")
-    words = re.findall(r"[a-z]+|[^\w\s]", match[2].replace(r"\text", "").casefold())
-    units = [unit for unit in map(_canonical, words) if unit in _UNITS]
-    is_unit = units or _PROSE.search(match[2]) or not match[2][0].isalpha()
-    return (match[1].strip(), units[0] if units else "") if is_unit else (text, "")
+        return match[1], match[2].strip("_{}"), words
+    unit = re.sub(r"\bper\b", "/", match[2].replace(r"\text", "").casefold())
+    unit = re.sub(r"\b(?:sq(?:uare)?|(cubic)) (\w+)", lambda m: m[2] + ("3" if m[1] else "2"), unit)
+    unit = re.sub(r"(?:circ|degrees?)[\s{}]*([cf])[a-z]*", r"degree\1", unit)
+    parts = [_canonical(part) for part in re.findall(r"[a-z]+|[^\w\s{}^.]|\d", unit)]
+    known = [part for part in parts if part in _UNITS.values()]
+    if not (known or _PROSE.search(match[2]) or not match[2][0].isalpha()):
+        return text, "", words
+    others = _other_words(unit) - set(known)
+    is_unit = [part for part in parts if part in known or part in "/23"] if known else []
+    return match[1].strip(), "".join(is_unit), words | others
+
+
+def _other_words(text: str) -> set[str]:
+    words = map(_canonical, re.findall(r"[a-z]+", text.casefold()))
+    return {word for word in words if not _FILLER.fullmatch(word)}
 
 
 def _number(text: str) -> Fraction | None:
