@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from flashgrpo.grpo.interrupts import SIGNALS
+from flashgrpo.grpo.interrupts import SIGNALS, outlive_output
 
 _START_LIMIT_S = 1800.0
 _END_LIMIT_S = 5.0
@@ -48,7 +48,9 @@ def start_child(
 
 
 def ignore_signals() -> None:
-    """By this process alone: a function of a user's that ends a process of its own by SIGTERM can do so."""
+    """By this process alone: a function of a user's that ends a process of its own by SIGTERM can do so. And the end of
+    the terminal that they tell of.
+    """
 
     def restore() -> None:
         for number in SIGNALS[1:]:
@@ -58,6 +60,7 @@ def ignore_signals() -> None:
     for number in SIGNALS[1:]:
         signal.signal(number, lambda *_: None)  # unlike SIG_IGN, what is started by exec does not inherit it
     os.register_at_fork(after_in_child=restore)
+    outlive_output()
 
 
 def end_guarded(process: subprocess.Popen, connection: Connection) -> int:

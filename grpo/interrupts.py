@@ -5,9 +5,11 @@ SIGUSR1 where a scheduler was asked for a warning. Nothing heavy is imported: th
 """
 
 import contextlib
+import errno
+import io
 import os
 import signal
-import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +39,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
+        outlive_output()
         with contextlib.suppress(ValueError):  # not the main thread: signals never arrive here
             for number in SIGNALS:
                 if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
@@ -59,8 +62,6 @@ class Interrupts:
             self._raises = False
 
     def _hold(self, signum: int, frame: object) -> None:
-        if signum == signal.SIGHUP:
-            _leave_closed_terminal()
         if self.received:
             if signum == signal.SIGINT:  # an exception here would save what is half updated
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -72,14 +73,31 @@ class Interrupts:
         if os.environ.get("RANK", "0") == "0":
             what = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
             again = "; again to stop at once" if signum == signal.SIGINT else ""
-            os.write(2, f"\n{what}: finishing this update, then a checkpoint{again}\n".encode())
+            with contextlib.suppress(OSError):  # Ctrl-C ends what stands behind a pipe, too
+                os.write(2, f"\n{what}: finishing this update, then a checkpoint{again}\n".encode())
 
 
-def _leave_closed_terminal() -> None:
-    """Writing to a terminal that is gone raises OSError, and that would cost the checkpoint."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        with contextlib.suppress(OSError):  # it is closed
-            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-                os.dup2(nowhere, stream)
-    os.close(nowhere)
+class _Output(io.FileIO):
+    def write(self, content: Any) -> Any:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.fileno())
+        return super().write(content)
+
+
+def outlive_output() -> None:
+    """From here on, what is printed to a terminal that was closed, or to a pipe that nobody reads any more, goes
+    nowhere: an error there would cost the run.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__"):  # it is closed, or somebody else's
+            continue
+        with contextlib.suppress(OSError):
+            stream.flush()
+        output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(output, stream.encoding, stream.errors, line_buffering=True))

@@ -30,7 +30,8 @@ srun torchrun \
     -m flashgrpo.grpo.train "$@" --resume &
 code=0
 while kill -0 $! 2>/dev/null; do # a trap ends a wait
-    wait $! && code=0 || code=$?
+    wait $! || true
 done
-[ -z "$goes_on" ] || scontrol requeue "$SLURM_JOB_ID"
+wait $! || code=$? # once more: the last one may have been ended by a trap
+[ -z "$goes_on" ] || [ "$code" = 0 ] || scontrol requeue "$SLURM_JOB_ID" # a run that was finished stays so
 exit "$code"

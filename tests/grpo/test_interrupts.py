@@ -121,6 +121,36 @@ def test_a_closed_terminal_leaves_the_time_for_a_checkpoint(tmp_path):
     assert (tmp_path / "saved").read_text() == str(signal.SIGHUP.value)
 
 
+NOBODY_READS = """
+import os, sys
+os.read(0, 1)  # until the pipe's other end is closed
+{begin}
+for stream in sys.stdout, sys.stderr:
+    print("step 1 of 2", file=stream, flush=True)
+os.write(2, b"what is started now has somewhere to write")
+open(sys.argv[1], "w").close()
+"""
+BEGINNINGS = {  # how a process of a run's begins, and what comes to it
+    "Ctrl-C": "from flashgrpo.grpo.interrupts import Interrupts; Interrupts().__enter__(); os.kill(os.getpid(), 2)",
+    "SIGTERM": "from flashgrpo.grpo.interrupts import Interrupts; Interrupts().__enter__(); os.kill(os.getpid(), 15)",
+    "nothing": "from flashgrpo.grpo.interrupts import Interrupts; Interrupts().__enter__()",
+    "nothing, beside the trainer": "from flashgrpo.grpo.child import ignore_signals; ignore_signals()",
+}
+
+
+@pytest.mark.parametrize("begin", BEGINNINGS.values(), ids=BEGINNINGS)
+def test_a_pipe_that_nobody_reads_any_more_costs_nothing(tmp_path, begin):
+    """As `| tee log` leaves it at Ctrl-C, and `| head` without a signal."""
+    command = [sys.executable, "-c", NOBODY_READS.format(begin=begin), str(tmp_path / "saved")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout
+        assert process.stdin
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait(60) == 0
+    assert (tmp_path / "saved").exists()
+
+
 def test_what_a_child_starts_can_be_ended():
     """A process beside the trainer outlives SIGTERM, but a program or a fork of a reward function's does not."""
     code = (
@@ -205,18 +235,20 @@ def test_a_signal_stops_an_evaluation(recipe_file, model_path, tmp_path, monkeyp
 
 SLURM = {  # on one node; a step that saves when it is told to; SIGTERM for the script, too, as before a preemption
     "scontrol": 'echo 127.0.0.1; echo "scontrol $@" >> log',
-    "srun": "trap 'echo saved >> log; exit 7' TERM; echo $$ > own; mv own step; while :; do sleep 0.05; done",
+    "srun": "trap 'echo saved >> log; exit $CODE' TERM; echo $$ > own; mv own step; while :; do sleep 0.05; done",
     "scancel": '[ "$*" = "--signal=TERM 12" ]; kill -TERM $(cat step) $PPID',
 }
 
 
-def test_the_slurm_script_saves_before_its_time_is_over_and_goes_back_to_the_queue(tmp_path):
+@pytest.mark.parametrize("code", [7, 0])
+def test_the_slurm_script_saves_before_its_time_is_over_and_goes_back_to_the_queue(code, tmp_path):
+    """Unless the run was finished in that time."""
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").touch()
     for name, lines in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/bash\nset -e\n{lines}\n")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "node", "SLURM_NNODES": "1", "SLURM_JOB_ID": "12"}
+    job = {"SLURM_JOB_NODELIST": "node", "SLURM_NNODES": "1", "SLURM_JOB_ID": "12", "CODE": str(code)}
     environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = Path(__file__).parents[2] / "recipes/slurm.sh"
     process = subprocess.Popen(["bash", str(script), "recipe.toml"], cwd=tmp_path, env=environment, process_group=0)
@@ -225,9 +257,9 @@ def test_the_slurm_script_saves_before_its_time_is_over_and_goes_back_to_the_que
         while not (tmp_path / "step").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(60) == 7
+        assert process.wait(60) == code
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert (tmp_path / "log").read_text().splitlines()[1:] == ["saved", "scontrol requeue 12"]
+    assert (tmp_path / "log").read_text().splitlines()[1:] == ["saved", *["scontrol requeue 12"] * bool(code)]
     assert "#SBATCH --signal=B:USR1@900" in script.read_text()
