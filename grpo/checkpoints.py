@@ -3,9 +3,10 @@
 `SHA256SUMS` has a line for every other file, as `sha256sum -c SHA256SUMS` reads them.
 """
 
+import dataclasses
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -110,14 +111,21 @@ def check_sums(checkpoint: Path, world: World) -> None:
 
 def _fault(checkpoint: Path, rank: int = 0, size: int = 1) -> str | None:
     """What is wrong with the files whose turn it is, if anything is."""
-    file = checkpoint / SUMS
+    sums = checkpoint / SUMS
     try:
-        sums = [line.split("  ", 1) for line in file.read_text(encoding="utf-8").splitlines()]
-        wanted = {checkpoint / name: digest for digest, name in sums[rank::size]}
-        for file, digest in wanted.items():
-            if hash_files([file]) != [digest]:
+        lines = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
+        wanted = {checkpoint / name: digest for digest, name in lines}
+        present = {path for path in checkpoint.rglob("*") if path.is_file() and path != sums}
+        if not wanted:
+            raise ValueError("it is empty")
+        for file in sorted(wanted.keys() ^ present):
+            return f"{file}: broken checkpoint: {f'it is not in {SUMS}' if file in present else 'it is missing'}"
+        own = sorted(wanted)[rank::size]
+        for file, found in zip(own, hash_files(own), strict=True):
+            if found != wanted[file]:
                 return f"{file}: it is not what was written: its SHA-256 is not that in {SUMS}"
     except (OSError, ValueError) as error:
+        file = getattr(error, "filename", None) or sums
         return f"{file}: broken checkpoint: {getattr(error, 'strerror', None) or 'not a list of checksums'}"
     return None
 
@@ -134,7 +142,17 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in C has no place to look at a state
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        built = self.stack[-2]
+        if isinstance(built, type) or not dataclasses.is_dataclass(built):  # it is shared with the rest of the program
+            raise pickle.UnpicklingError(f"its metadata asks to change {built!r:.80}, which is not of tensors")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module_name: str, global_name: str) -> Any:
         if global_name in _IN_METADATA.get(module_name, ()):
             return super().find_class(module_name, global_name)

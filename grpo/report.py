@@ -86,7 +86,10 @@ def print_summary(run: str | Path, num_samples: int = 3) -> None:
     console.print(table)
     newest = {str(sample.get("prompt")): sample for sample in read_rows(run / "samples.jsonl")}
     for prompt, sample in list(newest.items())[-num_samples:]:
-        reward = f"{sample['reward']:.3g}" if isinstance(sample.get("reward"), float | int) else "missing"
+        reward = "missing"
+        if isinstance(sample.get("reward"), float | int):
+            _check_number(run / "samples.jsonl", sample, "reward")
+            reward = f"{sample['reward']:.3g}"
         text = Text.assemble((prompt.strip(), "dim"), "\n", str(sample.get("completion")).strip())
         console.print(Panel(text, title=f"step {sample['step']}, reward {reward}"))
 
@@ -96,10 +99,15 @@ def _read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     rows = read_rows(path)
     for row in rows:
-        for key, value in row.items():
-            if not (value is None or (isinstance(value, int | float) and abs(value) < _LARGEST)):
-                raise RunInputError(f"{path}: {key} is {value!r:.80} in step {row['step']!s:.20}, wanted a number")
+        for key in row:
+            _check_number(path, row, key)
     return rows
+
+
+def _check_number(path: Path, row: dict[str, Any], key: str) -> None:
+    value = row[key]
+    if not (value is None or (isinstance(value, int | float) and abs(value) < _LARGEST)):
+        raise RunInputError(f"{path}: {key} is {value!r:.80} in step {row['step']!s:.20}, wanted a number")
 
 
 def _panels(rows: list[dict], steps: list[dict]) -> list[Callable[[Axes, list[dict], list[dict]], None]]:

@@ -37,9 +37,19 @@ from flashgrpo.grpo.data import is_local
 from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import AnyRecipe, recipe_to_toml
 from flashgrpo.grpo.world import RunError, RunInputError, World, misses_a_rank
-from flashgrpo.model.files import LOCK, content_hash, locked, parse_json, parse_toml, whole_folder, write_text
+from flashgrpo.model.files import (
+    LOCK,
+    content_files,
+    content_hash,
+    locked,
+    parse_json,
+    parse_toml,
+    whole_folder,
+    write_text,
+)
 
 _MADE_FROM = "made_from.json"
+_SLOW_BYTES = 10e9  # more takes seconds to read, or minutes
 
 T = TypeVar("T")
 
@@ -57,6 +67,7 @@ class RunFolder:
         try:
             self.checkpoint = world.on_main(lambda: self._open(resume))
             if self.checkpoint:
+                _tell_of_reading(self.checkpoint, "to see that it is whole")
                 check_sums(self.checkpoint, world)
             self.state, self._changes, self._made_from = world.on_main(self._compare)
         except BaseException:  # nobody has it yet to close it
@@ -232,12 +243,20 @@ def hash_inputs(recipe: AnyRecipe) -> dict[str, str]:
     hashes = {}
     for key, path in input_paths(recipe).items():
         try:
+            _tell_of_reading(Path(path), "to notice changes")
             hashes[key] = content_hash(Path(path))
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise RunInputError(f"{key}: {error.filename or path} cannot be read: {error.strerror}") from None
     return hashes
+
+
+def _tell_of_reading(path: Path, why: str) -> None:
+    """Nobody should wait for it in silence."""
+    size = sum(file.stat().st_size for file in content_files(path))
+    if size > _SLOW_BYTES:
+        console.print(f"reading {path}, {size / 1e9:.0f} GB, {why}", markup=False, highlight=False, soft_wrap=True)
 
 
 def changed_inputs(recipe: AnyRecipe, made_from: Mapping[str, str]) -> dict[str, str]:

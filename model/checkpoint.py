@@ -23,20 +23,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from flashgrpo.model.config import CheckpointError, ModelConfig
 from flashgrpo.model.decoder import Decoder, huggingface_rows, huggingface_views
-from flashgrpo.model.files import parse_json, recover, whole_folder
+from flashgrpo.model.files import TOKENIZER_FILES, parse_json, recover, whole_folder
 from flashgrpo.model.sharding import full_tensors, is_finite, local_rows
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-)
 
 
 def init_decoder(

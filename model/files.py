@@ -13,9 +13,26 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 LOCK = ".lock"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "reward_model.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *TOKENIZER_FILES,
+    "additional_chat_templates/*",
+)
 _INTEGER_BITS = 63
 
 
@@ -67,13 +84,19 @@ def recover(folder: Path) -> None:
             _set_aside(folder).rename(folder)
 
 
+def content_files(path: Path) -> list[Path]:
+    """A file; those of a model's folder that are read to run it; every file, but hidden ones, of any other folder."""
+    if not path.is_dir():
+        return [path]
+    is_model = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    patterns = MODEL_FILES if is_model else ("**/*",)
+    found = {file for pattern in patterns for file in path.glob(pattern)}
+    return sorted(p for p in found if p.is_file() and not is_hidden(p.relative_to(path)))
+
+
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of every file in a folder, but hidden ones, with its name; files are read once as long as
-    they stay.
-    """
-    files = [path]
-    if path.is_dir():
-        files = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p.relative_to(path))]
+    """SHA-256 of `content_files` with their names; files are read once as long as they stay."""
+    files = content_files(path)
     digest = hashlib.sha256()
     states = [file.stat() for file in files]
     with ThreadPoolExecutor() as pool:
@@ -143,8 +166,23 @@ def locked(folder: Path) -> Iterator[None]:
     OSError where it cannot be written.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _open_lock(folder) as file:
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.glob("*")] == [LOCK]:
+                with contextlib.suppress(OSError):  # another process has put something there
+                    (folder / LOCK).unlink()
+                    for path in missing:
+                        path.rmdir()
+
+
+def _open_lock(folder: Path) -> TextIO:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((folder / LOCK).open("a+", encoding="utf-8"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -153,15 +191,11 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:  # a file system without locks
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-        try:
-            yield
-        finally:
-            if [path.name for path in folder.glob("*")] == [LOCK]:
-                (folder / LOCK).unlink()
-                for path in missing:
-                    path.rmdir()
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                stack.pop_all()
+                return file
+    return _open_lock(folder)  # its owner took it away between the two lines, and the next process makes another
 
 
 def _set_aside(folder: Path) -> Path:

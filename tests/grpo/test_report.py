@@ -184,6 +184,12 @@ def test_an_sft_run_shows_its_loss(make_run, capsys):
     assert "reward" not in printed
 
 
+def test_a_reward_that_is_no_number_of_this_world_is_one_line(make_run):
+    run = make_run([step_row(1)], [{"step": 1, "prompt": "a", "completion": "b", "reward": 10**400}])
+    with pytest.raises(RunError, match=r"samples\.jsonl: reward is 1000+ in step 1, wanted a number"):
+        print_summary(run)
+
+
 def test_the_summary_tells_scores_and_the_newest_answers(make_run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     samples = [

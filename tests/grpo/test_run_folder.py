@@ -1,6 +1,8 @@
 """A run's folder that was damaged, is used by two, or comes from somebody else: one line that names the file."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -17,12 +19,13 @@ import tomli_w
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from flashgrpo.grpo.checkpoints import SUMS
+from flashgrpo.grpo import run_folder
+from flashgrpo.grpo.checkpoints import SUMS, _Reader
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.recipe import Recipe, RecipeError, load_recipe
 from flashgrpo.grpo.run_folder import read_rows
 from flashgrpo.grpo.train import train
-from flashgrpo.grpo.world import RunInputError
+from flashgrpo.grpo.world import RunError, RunInputError
 from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
 from flashgrpo.model.files import content_hash, locked, parse_json
 
@@ -75,6 +78,19 @@ def test_every_file_of_a_checkpoint_has_a_checksum(run, go_on):
     go_on()
 
 
+def test_a_list_of_checksums_that_was_cut_is_not_called_whole(run, go_on):
+    sums = run / "checkpoints/step_4" / SUMS
+    lines = sums.read_text().splitlines(keepends=True)
+    for kept in ([], lines[:-1], lines[1:], [*lines[:-1], lines[-1][:-3]]):
+        sums.write_text("".join(kept))
+        with pytest.raises(RunInputError, match=r"broken checkpoint.*continue from step_2, the newest that is whole"):
+            go_on()
+    sums.write_text("".join(lines))
+    (sums.parent / "model/more.safetensors").touch()
+    with pytest.raises(RunInputError, match=rf"more\.safetensors: broken checkpoint: it is not in {SUMS}"):
+        go_on()
+
+
 def test_a_broken_checkpoint_is_not_called_whole(run, go_on):
     flip(run / "checkpoints/step_4/model/model.safetensors")
     (run / "checkpoints/step_2" / SUMS).write_text("no checksum\n")
@@ -120,6 +136,16 @@ def test_somebody_elses_checkpoint_runs_no_code(run, go_on, where, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("shared", ["Metadata", "_MEM_FORMAT_ENCODING"])
+def test_somebody_elses_checkpoint_changes_no_class(shared, tmp_path):
+    for state in (b"N}\x8c\x05addedK\x01s\x86", b"}\x8c\x05addedK\x01s"):  # (None, {"added": 1}), {"added": 1}
+        name = f"torch.distributed.checkpoint.metadata\n{shared}\n".encode()
+        (tmp_path / ".metadata").write_bytes(b"\x80\x04c" + name + state + b"b.")
+        with pytest.raises(pickle.UnpicklingError, match=f"asks to change .*{shared}"):
+            _Reader(tmp_path).read_metadata()
+    assert not hasattr(getattr(torch.distributed.checkpoint.metadata, shared), "added")
+
+
 def test_two_runs_in_one_folder_are_not_possible(run, tmp_path, capsys):
     """Whether both are new, or go on; the lock dies with its owner."""
     code = "import sys, time; from pathlib import Path; from flashgrpo.model.files import locked\n"
@@ -147,6 +173,34 @@ def test_a_folder_that_is_left_without_content_is_taken_away(tmp_path):
     assert (tmp_path / "runs/first/recipe.toml").exists()
 
 
+def test_another_run_may_put_something_where_nothing_is_left(tmp_path, monkeypatch):
+    """Between two steps of the one that ends; what it has to say of itself is told."""
+    unlink = Path.unlink
+
+    def slowly(path: Path) -> None:
+        unlink(path)
+        (path.parent.parent / "second").mkdir()
+
+    monkeypatch.setattr(Path, "unlink", slowly)
+    with pytest.raises(RunError, match="its own"), locked(tmp_path / "runs/first"):
+        raise RunError("its own")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["second"]
+
+
+def test_a_lock_that_was_taken_away_as_it_was_opened_holds_nobody_off(tmp_path, monkeypatch):
+    """It would leave a third process a lock of its own under the same name."""
+    flock, other = fcntl.flock, contextlib.ExitStack()
+    other.enter_context(locked(tmp_path / "run"))
+
+    def after_the_other_has_ended(*arguments) -> None:
+        other.close()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other_has_ended)
+    with locked(tmp_path / "run"), pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()}"):
+        locked(tmp_path / "run").__enter__()
+
+
 @pytest.mark.parametrize("key", ["model.path", "data.path"])
 def test_inputs_replaced_in_place_are_refused_unless_accepted(recipe, data_path, tmp_path, key, capsys):
     path = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
@@ -171,9 +225,33 @@ def test_inputs_replaced_in_place_are_refused_unless_accepted(recipe, data_path,
 def test_what_is_not_read_may_change(recipe, tmp_path):
     path = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
     before = content_hash(path)
-    (path / ".cache").mkdir()
-    (path / ".cache/downloaded").touch()
+    for name in (".cache/downloaded", "README.md", "run/checkpoints/step_1/model/model.safetensors", "scores.json"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).touch()
     assert content_hash(path) == before
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        (path / name).write_text((path / name).read_text("latin-1") + " " if (path / name).exists() else "")
+        before, now = content_hash(path), before
+        assert before != now, name
+
+
+def test_a_run_in_its_models_folder_goes_on(recipe, tmp_path):
+    path = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
+    recipe = changed(changed(recipe, "model", path=str(path)), "run", output=str(path / "run"))
+    train(changed(recipe, "train", steps=1))
+    train(changed(recipe, "train", steps=2), resume=True)
+    assert read_rows(path / "run/metrics.jsonl")[-1]["step"] == 2
+
+
+def test_what_takes_long_to_read_is_told_before(recipe, monkeypatch, capsys):
+    recipe = changed(recipe, "train", steps=1)
+    train(recipe)
+    assert "reading" not in capsys.readouterr().err
+    monkeypatch.setattr(run_folder, "_SLOW_BYTES", 0)
+    train(recipe, resume=True)
+    told = capsys.readouterr().err.partition(f"loading {recipe.model.path}\n")[0].splitlines()
+    assert told[0].startswith(f"reading {recipe.run.output}/checkpoints/step_1, 0 GB, to see that it is whole")
+    assert f"reading {recipe.model.path}, 0 GB, to notice changes" in told
 
 
 DEEP = "[" * 100_000
