@@ -142,8 +142,11 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-class _Unpickler(pickle._Unpickler):  # the one in C has no place to look at a state
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+_PYTHONS: Any = pickle._Unpickler  # the one in C has no place to look at a state
+
+
+class _Unpickler(_PYTHONS):
+    dispatch: ClassVar = dict(_PYTHONS.dispatch)
 
     def load_build(self) -> None:
         built = self.stack[-2]
