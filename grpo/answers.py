@@ -198,6 +198,7 @@ def answers_match(found: str, gold: str) -> bool:
 
     if max(len(found), len(gold)) > _MAX_CHARS:
         return found.split() == gold.split()
+    boxed = rf"\boxed{{{found}}}"
     found, gold = _notation(found), _notation(gold)
     text, wanted = _text(found), _text(gold)
     if _squeezed(text) == _squeezed(wanted):
@@ -215,9 +216,12 @@ def answers_match(found: str, gold: str) -> bool:
     name = _name(text, anywhere=wanted_name is not None)
     if name and wanted_name:
         return name[0] == wanted_name[0] and _agree(name[1], wanted_name[1])
-    if wanted_name or (name and not _DIFFERENCE.fullmatch(text)):
+    is_sentence = name is not None and not _DIFFERENCE.fullmatch(text)
+    if wanted_name or (is_sentence and (_NAME.search(text) or _MONTH.search(text))):
         return False
     try:
+        if is_sentence:  # of several numbers, which math-verify may tell apart
+            return _verify(_parse_gold(gold), _parse_box(boxed))
         return _same_quantity(found, gold)
     except Exception:  # sympy raises in many ways on formulas without a value, such as the square of a column
         return False
@@ -380,6 +384,12 @@ def _parse(text: str) -> list[Any]:
             text = str(value)
         text = r"\boxed{" + re.sub(r"\$|\\[()]", "", text) + "}"
     return math_verify.parse(text, parsing_timeout=0)
+
+
+def _parse_box(text: str) -> list[Any]:
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=0)
 
 
 @functools.lru_cache(maxsize=1024)

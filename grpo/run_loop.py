@@ -1,6 +1,7 @@
 """What every kind of run shares: opening it, the loop over its steps, checkpoints, Ctrl-C, the final model."""
 
 import abc
+import contextlib
 import signal
 from functools import lru_cache, partial
 from pathlib import Path
@@ -53,6 +54,7 @@ class RunLoop(abc.ABC):
         self.policy = open_policy(recipe.model, world.device, *opened)
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
         self.step = folder.state.get("step", 0)
+        self.ends = contextlib.ExitStack()  # of what runs beside this rank
 
     @abc.abstractmethod
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
@@ -60,9 +62,6 @@ class RunLoop(abc.ABC):
 
     def begin(self) -> None:  # noqa: B027  # most runs have nothing to do here
         """What comes before the first step that is left."""
-
-    def close(self) -> None:  # noqa: B027  # most runs have nothing that runs beside them
-        """End what runs beside this rank; may be called twice."""
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint besides the learner's, filled in place on resume."""
@@ -90,30 +89,34 @@ class RunLoop(abc.ABC):
 
         Ctrl-C, a signal and a reward or generator that fails leave a checkpoint of the last whole step.
         """
-        self.folder.start()
-        with self.world.interrupts:
-            try:
-                self.begin()
-                with step_bar(self.title, self.step, self.total_steps) as bar:
-                    for step in range(self.step + 1, self.total_steps + 1):
-                        self.world.together(lambda: None)  # where Ctrl-C came during an update or a checkpoint
-                        metrics, text = self.run_step(step, bar)
-                        bar.advance(step, text)
-                        self._raise_alarms(metrics)
-                        every = self.settings.checkpoint_every
-                        if (every and step % every == 0) or step == self.total_steps:
-                            self.save()
-            except (KeyboardInterrupt, RewardFailure, GeneratorFailure) as error:
-                self.save()
-                by = ""
-                if isinstance(error, Stopped) and self.world.size > 1:
-                    by = f" ({signal.Signals(error.signum).name} on rank {error.rank})"
-                console.print(f"[yellow]stopped after step {self.step}; continue with --resume{by}[/yellow]")
-                self.world.everywhere(self.close)  # a rank that ended sooner would be taken for one that has died
-                raise
-        final = self.folder.path / "model"
-        self.world.everywhere(lambda: self._write_model(final))
-        return final
+        with self.ends:
+            self.folder.start()
+            with self.world.interrupts:
+                self._run()
+            final = self.folder.path / "model"
+            self.world.everywhere(lambda: self._write_model(final))
+            return final
+
+    def _run(self) -> None:
+        try:
+            self.begin()
+            with step_bar(self.title, self.step, self.total_steps) as bar:
+                for step in range(self.step + 1, self.total_steps + 1):
+                    self.world.together(lambda: None)  # where Ctrl-C came during an update or a checkpoint
+                    metrics, text = self.run_step(step, bar)
+                    bar.advance(step, text)
+                    self._raise_alarms(metrics)
+                    every = self.settings.checkpoint_every
+                    if (every and step % every == 0) or step == self.total_steps:
+                        self.save()
+        except (KeyboardInterrupt, RewardFailure, GeneratorFailure) as error:
+            self.save()
+            by = ""
+            if isinstance(error, Stopped) and self.world.size > 1:
+                by = f" ({signal.Signals(error.signum).name} on rank {error.rank})"
+            console.print(f"[yellow]stopped after step {self.step}; continue with --resume{by}[/yellow]")
+            self.world.everywhere(self.ends.close)  # a rank that ended sooner would be taken for one that has died
+            raise
 
     def save(self) -> None:
         """Write a checkpoint of the last whole step, unless it has one."""

@@ -5,7 +5,6 @@ The methods of `Trainer` stand in the order of a step. It waits for the device o
 what the generator does.
 """
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
@@ -128,18 +127,7 @@ class Trainer(RunLoop):
                 "checked (train.mismatch_alarm)[/yellow]"
             )
         self.sampler = Sampler(recipe, world, self.policy, pool, generator, source, mixture, tests)
-        self._opened = contextlib.ExitStack()
-        self._opened.callback(self.sampler.close)
-
-    def run(self) -> Path:
-        """As every run; then the generator ends."""
-        try:
-            return super().run()
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        self._opened.close()
+        self.ends.callback(self.sampler.close)
 
     def begin(self) -> None:
         """The evaluation before training, or one that a stop has cut short."""

@@ -1,5 +1,6 @@
 """The command as a person types it: what it prints where, and how it ends."""
 
+import importlib
 import json
 import os
 import shutil
@@ -72,6 +73,15 @@ for command in f"{commands},sample model prompt,plan x.toml,serve x.toml,bench k
 def test_a_module_of_the_project_that_is_missing_is_no_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashgrpo.grpo.recipe", None)
     with pytest.raises(ModuleNotFoundError, match=r"flashgrpo\.grpo\.recipe"):
+        main(["plan", "x.toml"])
+
+
+def test_a_module_that_a_users_function_lacks_is_no_missing_extra(monkeypatch, tmp_path):
+    """Its traceback is what its author wants to see."""
+    (tmp_path / "of_a_user.py").write_text("def plan(*_):\n    import not_to_be_found\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("flashgrpo.grpo.cli._plan", importlib.import_module("of_a_user").plan)
+    with pytest.raises(ModuleNotFoundError, match="not_to_be_found"):
         main(["plan", "x.toml"])
 
 

@@ -199,6 +199,31 @@ def test_ctrl_c_on_one_rank_stops_all_at_the_same_step(recipe_file, tmp_path):
     assert newest.name == "step_2"
 
 
+def slow_to_end(recipe_file: str) -> tuple[int, str]:
+    """Rank 0 has something to end beside it, such as servers, that takes its time."""
+
+    class SlowToEnd(Trainer):
+        def run_step(self, step, bar):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().run_step(step, bar)
+
+        def open_learner(self, total_steps):
+            super().open_learner(total_steps)
+            if os.environ["RANK"] == "0":
+                self.ends.callback(time.sleep, 2)
+
+    world._GRACE_S = 0.2
+    train_module.Trainer = SlowToEnd
+    return command(recipe_file, "--train.steps=1000")
+
+
+def test_ranks_wait_for_what_one_of_them_ends(recipe_file):
+    """Else those that are gone would be taken for dead, and the last one's exit code would be 1."""
+    (code, _), (other, _) = ranks.run(slow_to_end, 2, recipe_file)
+    assert (code, other) == (143, 143)
+
+
 DRIVER = """
 import os, signal, sys
 from flashgrpo.grpo import cli, train
