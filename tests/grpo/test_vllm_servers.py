@@ -191,7 +191,6 @@ def test_an_update_in_flight_shows_in_the_spans(recipe_for):
             models[1].lm_head_weight.mul_(1.5)
         sources = [DecoderSource(dict(m.named_parameters()), m.config, torch.float32) for m in models]
         generator = open_generator(recipe, open_policy(recipe.model, world.device, models[0]), world, longest_prompt=9)
-        generator.stop_token_ids = generator.client.stop_token_ids = []
         generator.load_weights(sources[0], 1)
         requests = [Request(i, [*range(5, 14)], sample_seeds(0, 0, i, 8)) for i in range(8)]
         with ThreadPoolExecutor(1) as thread:
