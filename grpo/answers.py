@@ -142,42 +142,15 @@ _DECIMAL = re.compile(
     r"([-+]?)\s*(\d+(?:,\d{3})*)?(?:\.(\d*)(?:\\overline\s*(?:\{(\d+)\}|(\d)))?)?(?:\s*(?:\\times|\\cdot|\*)\s*(10\^.*))?"
 )
 _POWER_OF_TEN = re.compile(r"10\^\s*(?:(\d{1,4})|\{\s*([-+]?\d{1,4})\s*\})")
-_UNITS = {
-    alias: line.split()[0]
-    for line in (
-        *(
-            "dollar $ usd",
-            "euro \u20ac eur",
-            "pound \u00a3 lb",
-            "yen \u00a5",
-            "cent \u00a2",
-            "rupee \u20b9 rs",
-            "percent %",
-        ),
-        *(
-            "degree circ deg",
-            "celsius degreec",
-            "fahrenheit degreef",
-            "meter m metre",
-            "kilometer km kilometre",
-            "centimeter cm centimetre",
-        ),
-        *(
-            "millimeter mm millimetre",
-            "inch inche",
-            "foot ft feet",
-            "yard yd",
-            "mile mi",
-            "mile/hour mph",
-            "second sec s",
-        ),
-        *("minute min", "hour hr h", "day", "week", "month", "year yr", "gram g", "kilogram kg", "milligram mg"),
-        *("ounce oz", "liter l litre", "milliliter ml millilitre"),
-        *("pascal pa", "kilopascal kpa", "watt", "kilowatt kw", "hertz hz", "kilohertz khz", "millisecond ms"),
-        *("kilobyte kb", "megabyte mb", "gigabyte gb", "kilojoule kj", "mole mol", "acre"),
-    )
-    for alias in line.split()
-}
+_UNIT_NAMES = """
+    dollar $ usd; euro \u20ac eur; pound \u00a3 lb; yen \u00a5; cent \u00a2; rupee \u20b9 rs; percent %;
+    degree circ deg; celsius degreec; fahrenheit degreef; meter m metre; kilometer km kilometre;
+    centimeter cm centimetre; millimeter mm millimetre; inch inche; foot ft feet; yard yd; mile mi; mile/hour mph;
+    second sec s; minute min; hour hr h; day; week; month; year yr; millisecond ms; gram g; kilogram kg;
+    milligram mg; ounce oz; liter l litre; milliliter ml millilitre; pascal pa; kilopascal kpa; watt;
+    kilowatt kw; hertz hz; kilohertz khz; kilobyte kb; megabyte mb; gigabyte gb; kilojoule kj; mole mol; acre
+"""
+_UNITS = {alias: line.split()[0] for line in _UNIT_NAMES.split(";") for alias in line.split()}
 _FILLER = re.compile("an?|all|and|at|ha(?:s|ve|d)?|s?he|i[nst]|o[fnr]|so|st|nd|rd|th|the|there|they|to|wa|we")
 _LEAD = re.compile(r"([^\d\\$(){}\[\]=<>^+*/-]+?)\s+(?=[-$\\(\[\d])(.+)")
 _AMOUNT = re.compile(r"(-?)\s*([$\u20ac\u00a3\u00a5\u20b9])\s*(-?[\d.,]+)")
@@ -194,7 +167,7 @@ def answers_match(found: str, gold: str) -> bool:
     A choice is its letter. Expected words, and what names and does not measure, are compared as text alone: as
     mathematics "listen" would equal "silent". Units may be left out, but 3 hours are not 3 minutes.
     """
-    import math_verify  # noqa: F401  # by the first call, whatever it compares, for imports count against no limit
+    import math_verify  # by the first call, whatever it compares, for imports count against no limit
 
     if max(len(found), len(gold)) > _MAX_CHARS:
         return found.split() == gold.split()
@@ -221,7 +194,7 @@ def answers_match(found: str, gold: str) -> bool:
         return False
     try:
         if is_sentence:  # of several numbers, which math-verify may tell apart
-            return _verify(_parse_gold(gold), _parse_box(boxed))
+            return _verify(_parse_gold(gold), math_verify.parse(boxed, parsing_timeout=0))
         return _same_quantity(found, gold)
     except Exception:  # sympy raises in many ways on formulas without a value, such as the square of a column
         return False
@@ -384,12 +357,6 @@ def _parse(text: str) -> list[Any]:
             text = str(value)
         text = r"\boxed{" + re.sub(r"\$|\\[()]", "", text) + "}"
     return math_verify.parse(text, parsing_timeout=0)
-
-
-def _parse_box(text: str) -> list[Any]:
-    from math_verify import parse
-
-    return parse(text, parsing_timeout=0)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flashgrpo.grpo.interrupts import Stopped
@@ -130,9 +131,11 @@ class RunLoop(abc.ABC):
         self.folder.save(self.step, self._write_model, tensors, self.extra_state(), keep)
 
     def _check_weights(self, error: type[Exception], hint: str) -> None:
-        for name, shard in self.learner.params.items():
-            if not is_finite(shard):
-                raise error(f"the weights of step {self.step} hold NaN or infinity, as {name}: {hint}")
+        params = self.learner.params
+        finite = torch.stack([is_finite(shard) for shard in params.values()]).tolist()  # the one wait for the device
+        if not all(finite):
+            name = [*params][finite.index(False)]
+            raise error(f"the weights of step {self.step} hold NaN or infinity, as {name}: {hint}")
 
     def _write_model(self, folder: Path) -> None:
         files, source = self.model_files(), self.policy.path

@@ -198,12 +198,8 @@ class Program:
         function: str = "",
         errors: IO[bytes] | int = subprocess.DEVNULL,
     ):
-        self._code, self._limits, self._function, self._errors = (
-            source.encode(errors="replace"),
-            limits,
-            function,
-            errors,
-        )
+        self._code = source.encode(errors="replace")
+        self._limits, self._function, self._errors = limits, function, errors
         self._is_program = b"\0" not in self._code and len(self._code) <= 100_000  # else no argument of a command
         self._stack = contextlib.ExitStack()
         self._cpu_s = self._asleep_s = 0.0

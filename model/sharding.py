@@ -57,10 +57,11 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     return local, chunk.offsets[0]
 
 
-def is_finite(parameter: Tensor) -> bool:
-    """Whether a parameter's rows on this rank hold numbers alone. Waits for the device."""
+def is_finite(parameter: Tensor) -> Tensor:
+    """Whether a parameter's rows on this rank hold numbers alone, 0-d bool on the device."""
     local, _ = local_rows(parameter)
-    return not local.numel() or bool(torch.stack(torch.aminmax(local)).isfinite().all())
+    ends = torch.stack(torch.aminmax(local)) if local.numel() else local  # in one pass, without a mask of its size
+    return ends.isfinite().all()
 
 
 def full_tensors(
