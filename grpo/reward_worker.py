@@ -135,9 +135,10 @@ class Worker:
         """Seconds, but for those that the process could have run and waited for a processor that others had."""
         try:
             with open(f"/proc/{self._process_id}/schedstat", encoding="ascii") as file:
-                return time.monotonic() - int(file.read().split()[1]) / 1e9
+                self._waited_s = int(file.read().split()[1]) / 1e9
         except (OSError, IndexError):  # not known: it starts, it has ended, or the kernel does not count
-            return time.monotonic()
+            pass
+        return time.monotonic() - self._waited_s
 
     def _restart(self) -> int:
         with self._lock:
@@ -151,8 +152,9 @@ class Worker:
     def _start(self) -> None:
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process, self._connection = start_child(serve, {**os.environ, **one_thread}, guarded=True)
-        self._process_id, self._received = 0, b""
-        self._connection.send(self._setup)
+        self._process_id, self._received, self._waited_s = 0, b"", 0.0
+        with contextlib.suppress(ConnectionError):  # it has ended already, as who waits for its answer will find
+            self._connection.send(self._setup)
 
 
 def serve(file_descriptor: int) -> None:

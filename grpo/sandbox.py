@@ -77,6 +77,11 @@ def _load(source):
     for left in os.scandir():  # in the temporary folder, by the test before
         if left.is_dir(follow_symlinks=False):
             import shutil
+            os.chmod(left, 0o700)  # and all below, from the top: it may have hidden them from itself
+            for folder, names, _ in os.walk(left):
+                for name in names:
+                    if not os.path.islink(below := os.path.join(folder, name)):
+                        os.chmod(below, 0o700)
             shutil.rmtree(left, ignore_errors=True)
         else:
             os.unlink(left)

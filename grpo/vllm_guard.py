@@ -49,7 +49,9 @@ class Guard:
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": json.dumps({"error": {"message": message}}).encode()})
         else:
-            await self.app(scope, _method_alone(scope) if scope["path"] == "/collective_rpc" else receive, send)
+            await self.app(
+                scope, _method_alone(scope, receive) if scope["path"] == "/collective_rpc" else receive, send
+            )
 
     def _refusal(self, scope: Any) -> tuple[int, str] | None:
         method, path = scope["method"], scope["path"]
@@ -65,10 +67,11 @@ def _method(scope: Any) -> str:
     return parse_qs(scope["query_string"].decode(errors="replace")).get("method", [""])[0]
 
 
-def _method_alone(scope: Any) -> Any:
+def _method_alone(scope: Any, receive: Any) -> Any:
     """The body of a call to the workers is written here: the method of the address, and no arguments."""
+    bodies = [{"type": "http.request", "body": json.dumps({"method": _method(scope)}).encode()}]
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": json.dumps({"method": _method(scope)}).encode()}
+    async def receive_written() -> Any:
+        return bodies.pop() if bodies else await receive()  # which tells of a client that is gone
 
-    return receive
+    return receive_written

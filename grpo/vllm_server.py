@@ -6,7 +6,6 @@ was asked for ends the generation: what else it gets wrong cannot be known.
 """
 
 import asyncio
-import json
 import logging
 import queue
 import re
@@ -21,6 +20,7 @@ from flashgrpo.grpo.rollout import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_answers import AnswerError, read_group
 from flashgrpo.grpo.vllm_options import sampling_fields
 from flashgrpo.grpo.world import GeneratorFailure
+from flashgrpo.model.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -221,8 +221,8 @@ class VllmServers:
         """A server's answer, an object of JSON; {} where it is empty."""
         text = await self._text(method, address, body)
         try:
-            answer = json.loads(text or "{}")
-        except (ValueError, RecursionError):
+            answer = parse_json(text or "{}")
+        except ValueError:
             answer = None
         if not isinstance(answer, dict):
             raise ServerRefusal(f"{address} answered {text[:100]!r}, wanted an object of JSON")
@@ -325,7 +325,7 @@ class VllmServers:
 def _reason(text: str) -> str:
     """The message in an answer of vLLM's."""
     try:
-        return str(json.loads(text)["error"]["message"])[:500]
+        return str(parse_json(text)["error"]["message"])[:500]
     except (ValueError, LookupError, TypeError, RecursionError):
         return text[:500]
 

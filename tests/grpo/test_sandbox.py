@@ -314,6 +314,7 @@ def test_a_program_sees_the_standard_library_and_no_other_packages_or_commands()
 def test_a_test_finds_nothing_of_the_one_before():
     program = (
         "import os, time\nos.makedirs('x/y')\nopen('x/y/z', 'x')\nos.symlink('/', 'link')\n"
+        "os.chmod('x/y', 0)\nos.chmod('x', 0)\n"
         "if os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nprint(input(), len(os.listdir()))"
     )
     with sandbox.Program(program, ProgramsSection(processes=3)) as twenty:
