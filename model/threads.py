@@ -2,7 +2,7 @@
 
 The threads of an operator wait for the slowest of them, and wait awake (GOMP_SPINCOUNT, see grpo/cli.py): where another
 process has taken the processor of one, the others burn theirs until the scheduler comes round, at every operator. With
-a thread on each of two processors and one busy process beside them, SFT falls to a fifteenth; a single thread has a
+a thread on each of two processors and one busy process beside them, SFT falls to a thirteenth; a single thread has a
 processor to itself and keeps three quarters.
 """
 
