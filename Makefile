@@ -36,9 +36,10 @@ sandbox:
 demo: setup
 	$(BIN)/python -m flashgrpo.grpo.demo --seed $(SEED)
 
-# The second run sends the kernels' tests through Triton's interpreter.
+# The second run sends the kernels' tests through Triton's interpreter. Hundreds of processes start, so bytecode is kept;
+# some of them wait, so that three run on two processors.
 test: vllm-cpu sandbox
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadgroup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 tests/kernels
 
 # The tests of random shapes and layouts at a thousand examples each, twenty kills of a run, five of recipes/r1_tiny.toml;

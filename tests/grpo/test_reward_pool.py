@@ -415,7 +415,8 @@ def test_closing_ends_hanging_workers_at_once(functions):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which Python leaves out in the background of a shell
 sys.path.append({folder!r})
 from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
