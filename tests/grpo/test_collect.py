@@ -414,8 +414,9 @@ def test_a_weights_hash_is_that_of_names_shapes_and_bytes(make_model, tmp_path):
 
 
 @pytest.mark.xdist_group("vllm")
-def test_a_server_samples_with_the_models_weights(values, make_model):
+def test_a_server_samples_with_the_models_weights(values, make_model, monkeypatch):
     """The likeliest tokens by vLLM are those by the trainer; a server is sent its weights."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process less to start
     path = str(make_model(**SIZES, initializer_range=0.3))
     rollout = {"top_k": 1, "group_size": 2}
     native = collect(

@@ -32,6 +32,8 @@ MINIATURE = {  # of recipes/r1_tiny.toml: every stage, with next to nothing in i
     **{f"{name}.train.checkpoint_every": 1 for name in ("r1_zero", "reasoning_rl", "final_rl", "student_rl")},
     **{f"{name}.rollout.prompts_per_step": 8 for name in ("r1_zero", "reasoning_rl", "final_rl", "student_rl")},
     **{f"{name}.rollout.group_size": 4 for name in ("r1_zero", "reasoning_rl", "final_rl", "student_rl")},
+    **{f"{name}.rewards.workers": 1 for name in ("r1_zero", "reasoning_rl", "final_rl", "student_rl", "scores")},
+    **{f"{name}.rewards.workers": 1 for name in ("cold_start_data", "examples")},
     **{f"{name}.eval.samples": 1 for name in ("r1_zero", "reasoning_rl", "final_rl", "student_rl")},
     **{f"{name}.eval.problems": 8 for name in ("r1_zero", "reasoning_rl", "final_rl", "student_rl", "scores")},
     **{f"{name}.rollout.prompts": 16 for name in ("cold_start_data", "examples")},

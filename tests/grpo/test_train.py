@@ -295,10 +295,10 @@ def test_ctrl_c_writes_a_checkpoint_and_exits_130(recipe_values, custom_rewards,
 
 
 def test_a_killed_run_resumes(recipe_values, custom_rewards, tmp_path):
-    """SIGKILL at a random moment, three times over: the run ends as if it had never been killed."""
-    recipe_values["train"] |= {"steps": 12, "checkpoint_every": 1}
+    """SIGKILL at a random moment, twice: the run ends as if it had never been killed."""
+    recipe_values["train"] |= {"steps": 9, "checkpoint_every": 1}
     rng = np.random.default_rng(time.time_ns())
-    for number in (2, 4, 6):
+    for number in (2, 5):
         process = run_command(recipe_values, custom_rewards, tmp_path, "--resume")
         wait_for_rows(tmp_path / "run", number, process)
         time.sleep(rng.uniform(0, 0.3))

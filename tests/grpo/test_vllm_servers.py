@@ -97,6 +97,24 @@ def test_a_run_is_the_same_with_servers_and_with_an_engine_of_its_own(recipe_for
     assert found[0] == found[1] == found[2]
 
 
+def test_weights_that_do_not_arrive_show(recipe_for, monkeypatch, capsys):
+    """The bound above can fail: here the first weights are sent again and again."""
+
+    def first_ones(self):
+        sent.extend(sent or [(name, tensor.clone()) for name, tensor in original(self)])
+        self.last = "a copy"
+        return iter(sent[: len(self.metadata())])
+
+    sent: list = []
+    original = DecoderSource._tensors
+    monkeypatch.setattr(DecoderSource, "_tensors", first_ones)
+    train(recipe := recipe_for(0, train={"lr": 3e-3, "mismatch_alarm": 1e-4}))
+    first, *others = rows_of(recipe)
+    assert first["mismatch/max"] <= BOUND
+    assert all(row["mismatch/max"] > 1e-3 for row in others)
+    assert "step 2: the sampler's log-probs are" in capsys.readouterr().err
+
+
 def test_two_ranks_feed_one_server(recipe_for, servers, tmp_path):
     alone, together = (
         dataclasses.replace(r, run=dataclasses.replace(r.run, output=str(tmp_path / str(size))))
