@@ -33,7 +33,7 @@ from flashgrpo.grpo.world import GeneratorFailure, RunInputError, open_world
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import gather_predictors
 
-pytestmark = [pytest.mark.xdist_group("vllm_servers"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(400)]
 BOUND = 1e-5
 SIZES = {"hidden_size": 64, "head_dim": 32}
 

@@ -95,6 +95,31 @@ def mend_interpreter():
         return TensorHandle((a[:, None] * b.T).sum(-1) + d.data, d.dtype.scalar)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+    patch_once_a_kernel()
+
+
+def patch_once_a_kernel():
+    """The interpreter puts its own functions into triton.language at every call of a device function, which takes
+    longer than what the function does. Those that its caller has put there stay there.
+    """
+    import inspect
+    from functools import cache
+
+    from triton.runtime import interpreter
+
+    @cache
+    def languages(fn):
+        return [m for m in fn.__globals__.values() if inspect.ismodule(m) and m in (tl, tl.core)]
+
+    def call(self, *arguments, **named):
+        if any(tl.core.is_builtin(language.load) for language in languages(self.fn)):
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*arguments, **named)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 if INTERPRETED:
