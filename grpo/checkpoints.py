@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -18,8 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from flashgrpo.grpo.world import RunInputError, World, misses_a_rank
 from flashgrpo.model.files import hash_files, write_text
 
-SUMS = "SHA256SUMS"
-_STATE = "state"
+SUMS, STATE = "SHA256SUMS", "state"
 _IN_METADATA = {  # all that torch's metadata of tensors is made of
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",
@@ -49,15 +48,10 @@ def newest_checkpoint(run: str | Path) -> Path | None:
     return next(reversed(list_checkpoints(run)), None)
 
 
-def save_tensors(tensors: dict[str, Tensor], checkpoint: Path) -> None:
-    """Write the shards of all ranks."""
-    state_dict_saver.save(tensors, checkpoint_id=checkpoint / _STATE)
-
-
 def load_tensors(tensors: dict[str, Tensor], checkpoint: Path) -> None:
     """Fill `tensors` in place, on any number of ranks. Raises RunInputError."""
     try:
-        state_dict_loader.load(tensors, storage_reader=_Reader(checkpoint / _STATE))
+        state_dict_loader.load(tensors, storage_reader=_Reader(checkpoint / STATE))
     except (OSError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
         causes = causes_of(error)
         if any(map(misses_a_rank, causes)):
@@ -83,7 +77,7 @@ def write_sums(checkpoint: Path, world: World) -> None:
     """Write the checksum of every file; each rank reads what it has written, while it is in memory."""
 
     def own() -> dict[str, str]:
-        files = [*(checkpoint / _STATE).glob(f"__{world.rank}_*.distcp")]
+        files = [*(checkpoint / STATE).glob(f"__{world.rank}_*.distcp")]
         if world.is_main:
             files += [p for p in checkpoint.rglob("*") if p.is_file() and p.suffix != ".distcp"]
         return {str(p.relative_to(checkpoint)): digest for p, digest in zip(files, hash_files(files), strict=True)}

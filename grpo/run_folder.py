@@ -20,17 +20,18 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from flashgrpo.grpo.checkpoints import (
+    STATE,
     causes_of,
     check_sums,
     is_of_the_disk,
     list_checkpoints,
     load_tensors,
     newest_checkpoint,
-    save_tensors,
     write_sums,
 )
 from flashgrpo.grpo.data import is_local
@@ -163,7 +164,7 @@ class RunFolder:
         try:
             with contextlib.ExitStack() as stack:
                 partial = on_main(lambda: stack.enter_context(whole_folder(final)))
-                save_tensors(tensors, partial)
+                state_dict_saver.save(tensors, checkpoint_id=partial / STATE)  # the shards of all ranks
                 self._world.everywhere(lambda: write_model(partial / "model"))
                 on_main(lambda: write_text(partial / "state.json", json.dumps({"step": step, **state})))
                 write_sums(partial, self._world)

@@ -138,7 +138,7 @@ def die(*_: object) -> None:
 
 
 CRASHES = {  # the function in place of which a rank dies
-    "before the shards": (run_folder, "save_tensors"),
+    "before the shards": (run_folder.state_dict_saver, "save"),
     "in the model": (checkpoint, "save_file"),
     "before the state": (run_folder, "write_text"),
     "before the sync": (files, "_sync"),

@@ -134,8 +134,8 @@ def stuck(kind: str, recipe_file: str, *options: str) -> tuple[int, str]:
 
     if kind == "slow":
         world._GRACE_S = 1.0  # nobody has died, and nobody is waited for
-    original = run_folder.save_tensors
-    run_folder.save_tensors = save
+    original = run_folder.state_dict_saver.save
+    run_folder.state_dict_saver.save = save
     train_module.Sampler = Stuck
     os.dup2(os.open(f"{recipe_file}.{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
     return command(recipe_file, *options)

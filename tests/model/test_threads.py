@@ -67,13 +67,14 @@ def test_a_number_that_the_environment_sets_stays(measure, monkeypatch):
     assert measure(4.0) == 2
 
 
-def test_the_number_of_threads_changes_no_bit_of_a_gradient(pack):
+@pytest.mark.parametrize("num_tokens", [100, 3])
+def test_the_number_of_threads_changes_no_bit_of_a_gradient(pack, num_tokens):
     """Otherwise a run that is resumed beside another process would not be the same run."""
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
     config = AutoConfig.for_model("qwen3", vocab_size=512, tie_word_embeddings=True, **sizes)
     decoder = init_decoder(ModelConfig.from_dict(config.to_dict()), seed=0)
-    completions = [[(7 * i + j) % 512 for j in range(100)] for i in range(8)]
-    batch = pack([list(range(64)), *completions], [-1, *[0] * 8])
+    completions = [[(7 * i + j) % 512 for j in range(num_tokens)] for i in range(min(num_tokens, 8))]
+    batch = pack([[1, 2], *completions], [-1, *[0] * len(completions)])
 
     def gradients(num_threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(num_threads)
