@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from flashgrpo.grpo.world import RunInputError, World, misses_a_rank
+from flashgrpo.grpo.errors import RunInputError
+from flashgrpo.grpo.world import World, misses_a_rank
 from flashgrpo.model.files import hash_files, write_text
 
 SUMS, STATE = "SHA256SUMS", "state"

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flashgrpo.grpo.errors import FlashgrpoError
 from flashgrpo.grpo.interrupts import Interrupts
 
 _RUNS = {  # commands that run a recipe; what a command needs is imported by it: --help must not wait for torch
@@ -119,20 +120,14 @@ def end_process_after(run: Callable[[], int | None]) -> NoReturn:
 
 
 def _report(error: Exception) -> int:
-    from flashgrpo.grpo.data import DataError
-    from flashgrpo.grpo.packing import PackingError
     from flashgrpo.grpo.progress import console
-    from flashgrpo.grpo.recipe import RecipeError
-    from flashgrpo.grpo.rewards import RewardError, RewardFailure
-    from flashgrpo.grpo.run_folder import RunError, RunInputError
     from flashgrpo.model.checkpoint import CheckpointError
 
-    early = RecipeError, DataError, CheckpointError, RewardError, RunInputError
-    if not isinstance(error, (*early, PackingError, RunError, RewardFailure, OSError)):
+    if not isinstance(error, FlashgrpoError | CheckpointError | OSError):
         raise error
     line = " ".join(str(error).split())  # a library's error may have many
     console.print(f"flashgrpo: {line}", markup=False, highlight=False, soft_wrap=True)
-    return 2 if isinstance(error, early) else 1
+    return 2 if isinstance(error, CheckpointError) else getattr(error, "exit_code", 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -301,7 +296,7 @@ def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
 def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
     module = importlib.import_module(f"flashgrpo.bench.{options.benchmark.replace('-', '_')}")  # may use everything
     if options.benchmark != "report":  # found now, not after minutes of measuring
-        from flashgrpo.grpo.run_folder import RunInputError
+        from flashgrpo.grpo.errors import RunInputError
 
         try:
             importlib.import_module("flashgrpo.bench.timing").results_folder()

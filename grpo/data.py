@@ -14,18 +14,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from flashgrpo.grpo.rewards import REASONING_GYM, fault_of_answer, nearest
+from flashgrpo.grpo.errors import DataError, nearest
+from flashgrpo.grpo.rewards import REASONING_GYM, fault_of_answer
+from flashgrpo.grpo.sections import DataSection, SourceSection, Template
 from flashgrpo.model.files import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from flashgrpo.grpo.sections import DataSection, SourceSection
-
 Prompt = str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its columns
-
-Template = Literal["r1", "chat", "none"]
 
 # arXiv 2501.12948, table 1
 _R1_TEMPLATE = (
@@ -45,10 +43,6 @@ class Rendering(Protocol):
     def template_options(self) -> Mapping[str, Any]: ...
     @property
     def system_prompt(self) -> str | None: ...
-
-
-class DataError(ValueError):
-    """Data that cannot be read or used; the message names the place, what was found and what was wanted."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def located(problem: Problem) -> Iterator[None]:
         raise DataError(f"{problem.where}: {error}") from error
 
 
-def load_problems(data: "DataSection", seed: int) -> tuple[list[Problem], list[Problem]]:
+def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Training problems in the order of the data, and `data.held_out` other ones drawn by `seed`.
 
     Problems with the same prompt fall on the same side; the held-out ones differ from each other. A reasoning-gym
@@ -98,7 +92,7 @@ def load_problems(data: "DataSection", seed: int) -> tuple[list[Problem], list[P
 
 
 def load_completions(
-    source: "SourceSection", completion_column: str, answer_column: str | None = None
+    source: SourceSection, completion_column: str, answer_column: str | None = None
 ) -> list[tuple[Problem, str]]:
     """(problem, completion) of every row.
 

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from flashgrpo.grpo.cli import end_process_after
 from flashgrpo.grpo.data import Problem, load_problems, render_text
+from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
 from flashgrpo.grpo.report import print_summary, write_report
-from flashgrpo.grpo.run_folder import RunInputError, read_rows
+from flashgrpo.grpo.run_folder import read_rows
 from flashgrpo.grpo.sft import sft
 from flashgrpo.grpo.train import train
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
+from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import Policy, open_sharded_model, resolve_dtype, warn_beyond_context
-from flashgrpo.grpo.recipe import RecipeError, SamplingRecipe
+from flashgrpo.grpo.recipe import SamplingRecipe
 from flashgrpo.grpo.rollout import Generator
 from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import World

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from flashgrpo.grpo.rewards import nearest
+from flashgrpo.grpo.errors import nearest
 
 _WINDOW_WORDS = (
     8  # fewer words do not show their language: of 7 of an English text 6% are taken for another's, of 4 22%

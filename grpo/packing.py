@@ -11,14 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flashgrpo.grpo.errors import PackingError
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages
 from flashgrpo.model.batch import PackedBatch
 
 _MAX_DEVIATION = 1e15  # of a reward in fp32; 1e-4, which is added to the standard deviation, is nothing beside it
-
-
-class PackingError(ValueError):
-    """Sequences that do not fit the token budget, or an empty prompt or completion."""
 
 
 @dataclass(frozen=True)

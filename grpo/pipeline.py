@@ -37,6 +37,7 @@ from rich.table import Table
 
 from flashgrpo.grpo.benchmarks import load_benchmark
 from flashgrpo.grpo.data import check_columns
+from flashgrpo.grpo.errors import RecipeError, RewardError, RunInputError, nearest
 from flashgrpo.grpo.evaluate import evaluate_models
 from flashgrpo.grpo.pipeline_report import draw_pipeline
 from flashgrpo.grpo.progress import console
@@ -45,18 +46,17 @@ from flashgrpo.grpo.recipe import (
     AnyRecipe,
     PipelineRecipe,
     Recipe,
-    RecipeError,
     RewardModelRecipe,
     build_recipe,
     parse_value,
     section_keys,
 )
 from flashgrpo.grpo.report import write_report
-from flashgrpo.grpo.rewards import RewardError, nearest, resolve_reward
+from flashgrpo.grpo.rewards import resolve_reward
 from flashgrpo.grpo.run_folder import hold_output, input_paths
 from flashgrpo.grpo.scores import markdown_of, table_of
 from flashgrpo.grpo.stages import run_recipe
-from flashgrpo.grpo.world import RunInputError, open_world
+from flashgrpo.grpo.world import open_world
 from flashgrpo.model.files import content_hash, parse_json, parse_toml, whole_folder, write_text
 
 _STATE, _REFERENCE = "stages.json", "stage:"

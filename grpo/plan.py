@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.grpo import plan_costs as assumed
+from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.machines import MACHINES, Machine
 from flashgrpo.grpo.plan_costs import Costs, Lengths, Parts
-from flashgrpo.grpo.recipe import Recipe, RecipeError
+from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.flops import ModelFlops

@@ -16,8 +16,9 @@ are assumptions until a GPU has measured them. Not counted: rewards, checkpoints
 import math
 from dataclasses import dataclass
 
+from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.machines import Machine
-from flashgrpo.grpo.recipe import Recipe, RecipeError
+from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.kernels.linear_grpo import default_chunk_tokens
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.flops import ModelFlops

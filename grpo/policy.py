@@ -12,7 +12,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flashgrpo.grpo.data import DataError, Problem, encode, located, render_problem
+from flashgrpo.grpo.data import Problem, encode, located, render_problem
+from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.sections import DataSection, ModelSection
 from flashgrpo.model.checkpoint import CheckpointError, empty_decoder, load_checkpoint, load_weights, read_config

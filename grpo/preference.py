@@ -23,8 +23,9 @@ from pydantic.dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from flashgrpo.grpo.child import Child
-from flashgrpo.grpo.data import DataError, Problem, Template, located, render_problem
-from flashgrpo.grpo.packing import Completion, Group, PackingError, best_fit, build_batch
+from flashgrpo.grpo.data import Problem, Template, located, render_problem
+from flashgrpo.grpo.errors import DataError, PackingError, RecipeError, RewardFailure
+from flashgrpo.grpo.packing import Completion, Group, best_fit, build_batch
 from flashgrpo.grpo.policy import (
     Policy,
     check_vocabulary,
@@ -34,9 +35,8 @@ from flashgrpo.grpo.policy import (
     resolve_dtype,
     stop_token_ids,
 )
-from flashgrpo.grpo.recipe import RecipeError
 from flashgrpo.grpo.reward_table import CompletionGroup, Scorer
-from flashgrpo.grpo.rewards import RewardFailure, with_opening
+from flashgrpo.grpo.rewards import with_opening
 from flashgrpo.grpo.sections import CHECKED, PreferenceSection
 from flashgrpo.grpo.vllm_options import own_environment
 from flashgrpo.grpo.world import World

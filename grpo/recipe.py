@@ -12,7 +12,8 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from flashgrpo.grpo.rewards import BUILTINS, RewardError, nearest, resolve_reward
+from flashgrpo.grpo.errors import RecipeError, RewardError, nearest
+from flashgrpo.grpo.rewards import BUILTINS, resolve_reward
 from flashgrpo.grpo.sections import (
     CHECKED,
     CollectDataSection,
@@ -39,10 +40,6 @@ from flashgrpo.grpo.sections import (
 )
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.files import parse_toml
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message is one line that names the key."""
 
 
 @dataclass(frozen=True, config=CHECKED)

@@ -17,8 +17,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.metrics import PHASES
-from flashgrpo.grpo.run_folder import RunInputError, read_rows
+from flashgrpo.grpo.run_folder import read_rows
 
 _SHOWN_SHARE = 0.005  # of the time; a thinner band could not be seen
 _LEGEND_COLUMNS = 3

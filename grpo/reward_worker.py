@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from flashgrpo.grpo.child import end_guarded, start_child
-from flashgrpo.grpo.rewards import BUILTINS, RewardFailure, RewardFunction, resolve_reward
+from flashgrpo.grpo.errors import RewardFailure
+from flashgrpo.grpo.rewards import BUILTINS, RewardFunction, resolve_reward
 
 _START_LIMIT_S = 600.0  # of a worker, imports included, and of what a built-in imports at its first use
 _STARTS = 3  # of a worker that ends before it has begun with a call

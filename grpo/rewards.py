@@ -9,7 +9,6 @@ Every argument is a list with one entry per completion: the text the model conti
 Workers import this module, so it costs nothing: heavy libraries are imported by the function that needs them.
 """
 
-import difflib
 import functools
 import importlib
 import json
@@ -17,26 +16,18 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flashgrpo.grpo.answers import answers_match, is_blank
+from flashgrpo.grpo.errors import RewardError, nearest
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
 REASONING_GYM = "reasoning_gym:"  # a row whose `task` starts so is scored by that task's own scorer
 _CORRECT = 1 - 1e-6
 _OVERLONG_CACHE = 0.2  # L_cache as a share of L_max
-_NEAR = 0.7  # as difflib measures; at 0.5 it takes a "solution" for a "question"
 _NGRAM = 8  # tokens; shorter phrases recur in sound reasoning
-
-
-class RewardError(ValueError):
-    """Reward functions or weights that cannot be used, found before the first step."""
-
-
-class RewardFailure(RuntimeError):
-    """A reward function that broke its contract, or gave no number for too long."""
 
 
 def is_correct(scores: Any) -> Any:
@@ -259,11 +250,3 @@ def reasoning_of(prompt: str, completion: str) -> str:
     """What precedes `</think>` or `<answer>`, without tags; all of the completion where it has neither."""
     text = with_opening(prompt, completion)
     return text.split("</think>")[0].split("<answer>")[0].replace("<think>", "")
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "", *, with_all: bool = False) -> str:
-    """The tail of an error message: a name so near that it was meant, or else (`with_all`: too) all that are known."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
-    guess = f"; did you mean {prefix}{near[0]}?" if near else ";"
-    return guess if near and not with_all else f"{guess} known: {', '.join(prefix + each for each in known)}"

@@ -35,9 +35,10 @@ from flashgrpo.grpo.checkpoints import (
     write_sums,
 )
 from flashgrpo.grpo.data import is_local
+from flashgrpo.grpo.errors import RunError, RunInputError
 from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import AnyRecipe, recipe_to_toml
-from flashgrpo.grpo.world import RunError, RunInputError, World, misses_a_rank
+from flashgrpo.grpo.world import World, misses_a_rank
 from flashgrpo.model.files import (
     LOCK,
     content_files,

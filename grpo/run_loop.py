@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashgrpo.grpo.errors import GeneratorFailure, RewardFailure, RunError, RunInputError
 from flashgrpo.grpo.interrupts import Stopped
 from flashgrpo.grpo.learner import Learner
 from flashgrpo.grpo.policy import open_policy, open_sharded_model, resolve_dtype
 from flashgrpo.grpo.progress import StepBar, console, step_bar
 from flashgrpo.grpo.recipe import Recipe, RewardModelRecipe, SftRecipe
-from flashgrpo.grpo.rewards import RewardFailure
-from flashgrpo.grpo.run_folder import RunError, RunFolder
-from flashgrpo.grpo.world import GeneratorFailure, RunInputError, World
+from flashgrpo.grpo.run_folder import RunFolder
+from flashgrpo.grpo.world import World
 from flashgrpo.model.checkpoint import save_checkpoint
 from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.sharding import is_finite

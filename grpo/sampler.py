@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashgrpo.grpo.errors import GeneratorFailure
 from flashgrpo.grpo.evaluate import completion_group, evaluate
 from flashgrpo.grpo.metrics import StepData, count_reflections
 from flashgrpo.grpo.mixture import Mixture, Position, interleaved
@@ -26,7 +27,7 @@ from flashgrpo.grpo.reward_table import RewardTable
 from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.scores import merge
 from flashgrpo.grpo.weight_sync import DecoderSource
-from flashgrpo.grpo.world import GeneratorFailure, World
+from flashgrpo.grpo.world import World
 
 _PROBES, _PROBE_TOKENS = 4, 64
 

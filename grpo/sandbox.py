@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 import psutil
 
-from flashgrpo.grpo.rewards import RewardError
+from flashgrpo.grpo.errors import RewardError
 
 if TYPE_CHECKING:
     from flashgrpo.grpo.sections import ProgramsSection

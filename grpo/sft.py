@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.balance import plan_packs
-from flashgrpo.grpo.data import DataError, load_completions, located, render_problem
+from flashgrpo.grpo.data import load_completions, located, render_problem
+from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import Policy, closed_ids, end_token_id, warn_beyond_context

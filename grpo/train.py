@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flashgrpo.grpo.balance import PackPlan, plan_packs
 from flashgrpo.grpo.data import Problem, load_problems
+from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.learner import Stats, packed_loss
@@ -29,7 +30,7 @@ from flashgrpo.grpo.mixture import Mixture, Position
 from flashgrpo.grpo.packing import Completion, Group, build_batch, centred, live_groups, loss_denominator
 from flashgrpo.grpo.policy import open_sharded_model, render_prompts
 from flashgrpo.grpo.progress import Clock, StepBar, console
-from flashgrpo.grpo.recipe import Recipe, RecipeError
+from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import RewardPool
 from flashgrpo.grpo.rollout import Rollout
 from flashgrpo.grpo.run_folder import RunFolder

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from flashgrpo.grpo.engine_process import EngineProcess
+from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RunInputError, SyncError
 from flashgrpo.grpo.policy import Policy, resolve_dtype
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import RecipeError, SamplingRecipe
+from flashgrpo.grpo.recipe import SamplingRecipe
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_launch import OwnServers
 from flashgrpo.grpo.vllm_options import API_KEY, IPC, NCCL, SHARED_MEMORY, EngineOptions, check_length, require_vllm
 from flashgrpo.grpo.vllm_server import ServerRefusal, VllmServers
-from flashgrpo.grpo.weight_sync import DecoderSource, SyncError, check_digests
-from flashgrpo.grpo.world import GeneratorFailure, RunInputError, World
+from flashgrpo.grpo.weight_sync import DecoderSource, check_digests
+from flashgrpo.grpo.world import World
 from flashgrpo.model.config import CheckpointError, ModelConfig
 
 _SAMPLE_TEXTS = "2 + 3 = 5.\n", "<think>Déjà vu — 数学</think>", "def f(x):\n\treturn x ** 2"

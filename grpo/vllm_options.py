@@ -9,7 +9,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from flashgrpo.grpo.recipe import RecipeError, SamplingRecipe
+from flashgrpo.grpo.errors import RecipeError
+from flashgrpo.grpo.recipe import SamplingRecipe
 from flashgrpo.grpo.rollout import Request, Sampling
 
 SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "flashgrpo_nccl", "flashgrpo_ipc"

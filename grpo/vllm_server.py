@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from flashgrpo.grpo.errors import GeneratorFailure
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_answers import AnswerError, read_group
 from flashgrpo.grpo.vllm_options import sampling_fields
-from flashgrpo.grpo.world import GeneratorFailure
 from flashgrpo.model.files import parse_json
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashgrpo.grpo.world import GeneratorFailure
+from flashgrpo.grpo.errors import SyncError
 from flashgrpo.model.checkpoint import empty_decoder
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.decoder import huggingface_views
@@ -19,10 +19,6 @@ from flashgrpo.model.sharding import full_tensors
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DIGEST_CHUNK = 1 << 24
-
-
-class SyncError(GeneratorFailure):
-    """Weights that did not reach a sampler; the message says whose fault it is, at which step, and the last tensor."""
 
 
 class TensorMeta(NamedTuple):

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RewardFailure, RunError
 from flashgrpo.grpo.interrupts import Interrupts
 from flashgrpo.grpo.policy import resolve_device
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import AnyRecipe, CollectRecipe, PipelineRecipe, RecipeError, recipe_to_toml
-from flashgrpo.grpo.rewards import RewardFailure
+from flashgrpo.grpo.recipe import AnyRecipe, CollectRecipe, PipelineRecipe, recipe_to_toml
 
 _FAILED = "rank 0 failed"
 _GRACE_S = 5.0  # for rank 0 to find the same error, and for torchrun to end the ranks beside one that died
@@ -35,18 +35,6 @@ _PULSE_S = 1.0  # between signs of life
 _ALIVE, _DONE = -2, -1  # what ranks say to each other beside the number of one that is lost
 
 T = TypeVar("T")
-
-
-class RunError(RuntimeError):
-    """A run that cannot start, continue or be saved; the message says what to do."""
-
-
-class GeneratorFailure(RunError):
-    """What samples the completions is gone, or has not taken the weights; the run ends after a checkpoint."""
-
-
-class RunInputError(RunError):
-    """Found before the first step: an output that is taken, a folder that is no run, a broken checkpoint."""
 
 
 @dataclass(frozen=True)

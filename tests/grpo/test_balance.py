@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashgrpo.grpo.balance import PackPlan, plan_packs
-from flashgrpo.grpo.packing import Completion, Group, PackingError, best_fit, build_batch
+from flashgrpo.grpo.errors import PackingError
+from flashgrpo.grpo.packing import Completion, Group, best_fit, build_batch
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.flops import ModelFlops
 

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from flashgrpo.grpo.benchmarks import load_benchmark
-from flashgrpo.grpo.data import DataError
+from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.rewards import accuracy
 
 GPQA = {"Question": "Which?", "Correct Answer": "right", **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}

@@ -10,15 +10,8 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from flashgrpo.grpo.data import (
-    DataError,
-    Problem,
-    load_problems,
-    located,
-    render_prompt,
-    render_text,
-    split_problems,
-)
+from flashgrpo.grpo.data import Problem, load_problems, located, render_prompt, render_text, split_problems
+from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.sections import DataSection
 
 

@@ -10,7 +10,8 @@ import ranks
 import torch
 from rich.console import Console
 
-from flashgrpo.grpo.data import DataError, Problem
+from flashgrpo.grpo.data import Problem
+from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.evaluate import (
     completion_group,
     evaluate,
@@ -21,11 +22,9 @@ from flashgrpo.grpo.evaluate import (
 )
 from flashgrpo.grpo.native_generator import NativeGenerator
 from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts
-from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.rollout import Rollout, Sampling
-from flashgrpo.grpo.run_folder import RunInputError
 from flashgrpo.grpo.scores import Evaluation, Graded, clustered_interval, markdown_of, table_of, wilson_interval
 from flashgrpo.grpo.sections import DataSection, ModelSection
 

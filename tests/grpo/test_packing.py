@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashgrpo.grpo.errors import PackingError
 from flashgrpo.grpo.packing import (
     Completion,
     Group,
-    PackingError,
     best_fit,
     build_batch,
     centred,

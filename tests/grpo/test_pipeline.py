@@ -13,10 +13,9 @@ import pytest
 import ranks
 
 from flashgrpo.grpo.cli import main
-from flashgrpo.grpo.data import DataError
+from flashgrpo.grpo.errors import DataError, RecipeError, RunInputError
 from flashgrpo.grpo.pipeline import _check_inputs, load_pipeline, run_pipeline
-from flashgrpo.grpo.recipe import RecipeError
-from flashgrpo.grpo.run_folder import RunInputError, read_rows
+from flashgrpo.grpo.run_folder import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_SOAK = "KILLS" in os.environ

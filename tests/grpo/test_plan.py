@@ -20,13 +20,14 @@ from flashgrpo.bench.report import PLANNED_MODELS
 from flashgrpo.bench.shapes import SHAPES as PUBLISHED
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.data import load_problems
+from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.machines import MACHINES, Machine, peak_flops
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.plan import plan, plan_recipe
 from flashgrpo.grpo.plan_costs import MATMUL_SHARE, Costs, Lengths
 from flashgrpo.grpo.progress import Clock
-from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe, load_recipe
+from flashgrpo.grpo.recipe import Recipe, build_recipe, load_recipe
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.grpo.world import open_world

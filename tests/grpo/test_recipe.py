@@ -7,11 +7,11 @@ import pytest
 import tomli_w
 
 from flashgrpo.grpo.cli import _labelled
+from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.pipeline import load_pipeline
 from flashgrpo.grpo.recipe import (
     CollectRecipe,
     Recipe,
-    RecipeError,
     RewardModelRecipe,
     SftRecipe,
     build_recipe,

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from flashgrpo.grpo.errors import RunError
 from flashgrpo.grpo.report import print_summary, write_report
-from flashgrpo.grpo.run_folder import RunError
 
 
 def step_row(step: int, **values) -> dict:

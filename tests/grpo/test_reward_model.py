@@ -16,15 +16,15 @@ import ranks
 import torch
 from safetensors.torch import load_file
 
-from flashgrpo.grpo.data import DataError, Problem
+from flashgrpo.grpo.data import Problem
+from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure
 from flashgrpo.grpo.packing import build_batch
 from flashgrpo.grpo.policy import Policy, open_policy, open_tokenizer
 from flashgrpo.grpo.preference import CARD, OwnProcess, RewardModel, open_preferences, scored_group, scored_ids
-from flashgrpo.grpo.recipe import RecipeError, RewardModelRecipe, build_recipe
+from flashgrpo.grpo.recipe import RewardModelRecipe, build_recipe
 from flashgrpo.grpo.report import print_summary
 from flashgrpo.grpo.reward_model import RewardModelTrainer, Row, load_rows, reward_model
 from flashgrpo.grpo.reward_pool import CompletionGroup
-from flashgrpo.grpo.rewards import RewardFailure
 from flashgrpo.grpo.run_folder import RunFolder, read_rows
 from flashgrpo.grpo.sections import ModelSection, PreferenceSection
 from flashgrpo.grpo.train import train

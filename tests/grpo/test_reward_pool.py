@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from flashgrpo.grpo.data import Problem
+from flashgrpo.grpo.errors import RewardError, RewardFailure
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool, RewardTable
-from flashgrpo.grpo.rewards import RewardError, RewardFailure
 
 # What each function does is told by the text of a completion.
 FUNCTIONS = """

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashgrpo.grpo.errors import RewardError
 from flashgrpo.grpo.rewards import (
     BUILTINS,
-    RewardError,
     accuracy,
     answers_match,
     exact_match,

@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from flashgrpo.grpo import run_folder
 from flashgrpo.grpo.checkpoints import SUMS, _Reader
 from flashgrpo.grpo.cli import main
-from flashgrpo.grpo.recipe import Recipe, RecipeError, load_recipe
+from flashgrpo.grpo.errors import RecipeError, RunError, RunInputError
+from flashgrpo.grpo.recipe import Recipe, load_recipe
 from flashgrpo.grpo.run_folder import read_rows
 from flashgrpo.grpo.train import train
-from flashgrpo.grpo.world import RunError, RunInputError
 from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
 from flashgrpo.model.files import content_hash, locked, parse_json
 

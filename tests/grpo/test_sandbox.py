@@ -23,9 +23,10 @@ import pytest
 from flashgrpo.grpo import code_reward, language, sandbox, sections
 from flashgrpo.grpo.code_reward import extract_program, parse_tests, score_programs
 from flashgrpo.grpo.data import Problem
-from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.errors import RecipeError, RewardError
+from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rewards import RewardError, code
+from flashgrpo.grpo.rewards import code
 from flashgrpo.grpo.sections import ProgramsSection
 
 LIMITS = ProgramsSection(time_s=1.0, memory_mb=128)

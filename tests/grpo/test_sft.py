@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from flashgrpo.grpo.balance import plan_packs
-from flashgrpo.grpo.data import DataError
+from flashgrpo.grpo.errors import DataError, RunError
 from flashgrpo.grpo.packing import build_batch
 from flashgrpo.grpo.policy import open_policy
 from flashgrpo.grpo.recipe import SftRecipe, build_recipe
-from flashgrpo.grpo.run_folder import RunError, RunFolder, read_rows
+from flashgrpo.grpo.run_folder import RunFolder, read_rows
 from flashgrpo.grpo.sections import ModelSection, SftDataSection
 from flashgrpo.grpo.sft import SftTrainer, load_examples, sft
 from flashgrpo.grpo.world import open_world

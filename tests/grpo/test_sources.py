@@ -13,13 +13,13 @@ import ranks
 
 from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.data import Problem
+from flashgrpo.grpo.errors import RecipeError, RewardError, RewardFailure, RunInputError
 from flashgrpo.grpo.mixture import Mixture, Position, interleaved
 from flashgrpo.grpo.policy import Prompt
-from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.reward_pool import RewardPool
 from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet
-from flashgrpo.grpo.rewards import RewardError, RewardFailure
-from flashgrpo.grpo.run_folder import RunInputError, newest_checkpoint, read_rows
+from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run_loop import epoch_order
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import train

@@ -18,13 +18,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from flashgrpo.grpo.data import load_problems
+from flashgrpo.grpo.errors import RecipeError, RewardFailure, RunError, RunInputError
 from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.native_generator import NativeGenerator, sample_tokens
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
-from flashgrpo.grpo.rewards import RewardFailure
-from flashgrpo.grpo.run_folder import RunError, RunFolder, RunInputError, newest_checkpoint, read_rows
+from flashgrpo.grpo.recipe import Recipe, build_recipe
+from flashgrpo.grpo.run_folder import RunFolder, newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import Trainer, train
 from flashgrpo.grpo.world import open_world

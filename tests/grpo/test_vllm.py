@@ -13,16 +13,17 @@ import pytest
 import ranks
 import torch
 
+from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, SyncError
 from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import open_policy, open_sharded_model
-from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.rollout import Request, Rollout, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import train
-from flashgrpo.grpo.weight_sync import DecoderSource, SyncError
-from flashgrpo.grpo.world import GeneratorFailure, open_world
+from flashgrpo.grpo.weight_sync import DecoderSource
+from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import gather_predictors
 from flashgrpo.model.decoder import Decoder

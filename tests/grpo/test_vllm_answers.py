@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from flashgrpo.grpo.errors import GeneratorFailure
 from flashgrpo.grpo.rollout import Request, Sampling
 from flashgrpo.grpo.vllm_answers import AnswerError, read_group
 from flashgrpo.grpo.vllm_server import VllmServers
-from flashgrpo.grpo.world import GeneratorFailure
 
 LONGEST = 3
 REQUEST = Request(7, [5, 6], np.arange(2, dtype=np.uint64))

@@ -18,10 +18,11 @@ import pytest
 import ranks
 import torch
 
+from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RunInputError
 from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import open_policy, open_sharded_model
-from flashgrpo.grpo.recipe import Recipe, RecipeError, build_recipe
+from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
@@ -29,7 +30,7 @@ from flashgrpo.grpo.train import train
 from flashgrpo.grpo.vllm_launch import OwnServers
 from flashgrpo.grpo.vllm_options import API_KEY, EngineOptions
 from flashgrpo.grpo.weight_sync import DecoderSource
-from flashgrpo.grpo.world import GeneratorFailure, RunInputError, open_world
+from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import gather_predictors
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from flashgrpo.grpo import run_folder, world
 from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.cli import main
-from flashgrpo.grpo.data import DataError
+from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import Trainer
