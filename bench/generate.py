@@ -30,8 +30,9 @@ from flashgrpo.grpo.demo import make_model
 from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.policy import open_policy, open_sharded_model, resolve_dtype
 from flashgrpo.grpo.recipe import Recipe, build_recipe
-from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
+from flashgrpo.grpo.rollout import sample_seeds
 from flashgrpo.grpo.run_folder import read_rows
+from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import World, open_world
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint

@@ -10,9 +10,10 @@ name something (a date, a time, a score, an address, a version) and measure noth
 import functools
 import itertools
 import logging
+import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -450,3 +451,37 @@ def _is_endless(expression: Any) -> bool:
 
 def _is_huge(size: Any) -> bool:
     return bool(size.is_number) and not abs(size.evalf(5)) <= _MAX_EXPONENT
+
+
+def fault_of_answer(answer: Any) -> str | None:
+    """Why no completion can equal an expected answer, or None."""
+    if answer is None:
+        return "is null"
+    if isinstance(answer, float) and not math.isfinite(answer):
+        return "is NaN" if math.isnan(answer) else "is infinite"
+    if isinstance(answer, Mapping | list | tuple | bytes):
+        inside = f" of {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
+        return f"holds {type(answer).__name__}{inside}, wanted text or a number"
+    return "is empty" if is_blank(expected_answer(answer)) else None
+
+
+def expected_answer(answer: Any) -> str:
+    """The final answer in a row's: what follows `####` (GSM8K) or is in its last box, if it has either."""
+    text = str(answer)
+    if "####" in text:
+        text = text.rsplit("####", 1)[1].replace(",", "")
+    return (last_boxed(text) or text).strip()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last complete `\boxed{...}`, its braces balanced."""
+    open_braces: list[tuple[bool, int]] = []
+    last_start, content = -1, None
+    for brace in re.finditer(r"\\[{}]|\\f?boxed\s*\{|\{|\}", text):
+        if brace.group() == "}" and open_braces:
+            is_box, start = open_braces.pop()
+            if is_box and start > last_start:
+                last_start, content = start, text[start : brace.start()]
+        elif brace.group().endswith("{") and brace.group() != r"\{":
+            open_braces.append((brace.group() != "{", brace.end()))
+    return content

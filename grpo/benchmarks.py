@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from flashgrpo.grpo.data import Problem, Row, read_rows, to_problem
+from flashgrpo.grpo.data import Row, read_rows, to_problem
 from flashgrpo.grpo.errors import DataError
+from flashgrpo.grpo.types import Problem
 
 _PROMPTS = "problem", "question", "Question", "Problem", "prompt", "question_stem"
 _ANSWERS = "answer", "Answer", "expected_answer", "Correct Answer", "solution"  # the shortest form first

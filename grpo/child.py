@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 from flashgrpo.grpo.interrupts import SIGNALS, outlive_output
 
+_RANK, _TORCHRUN = ("RANK", "WORLD_SIZE"), ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+
 _START_LIMIT_S = 1800.0
 _END_LIMIT_S = 5.0
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # of prctl
@@ -176,3 +178,8 @@ class Child:
 
     def _raise_dead(self, step: str) -> NoReturn:
         raise self.failure(f"{self.name} ended during {step} with exit code {self.process.wait()}")
+
+
+def own_environment() -> dict[str, str]:
+    """This process's, without the ranks of torchrun: for a process that is none of them."""
+    return {k: v for k, v in os.environ.items() if k not in _RANK and not k.startswith(_TORCHRUN)}

@@ -307,7 +307,7 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
     from flashgrpo.grpo.evaluate import sample_texts
-    from flashgrpo.grpo.rollout import Sampling
+    from flashgrpo.grpo.types import Sampling
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
     for text in sample_texts(options.model, options.prompt, options.template, options.n, sampling, options.seed):

@@ -22,18 +22,20 @@ import pyarrow.parquet as pq
 import torch
 from rich.table import Table
 
-from flashgrpo.grpo.data import Problem, encode, load_completions, load_problems, located, render_problem
+from flashgrpo.grpo.data import load_completions, load_problems
 from flashgrpo.grpo.errors import DataError, GeneratorFailure, RewardFailure, RunInputError
 from flashgrpo.grpo.evaluate import completion_group
 from flashgrpo.grpo.filters import FILTERS, Sample, Selection
 from flashgrpo.grpo.generators import open_for_collection
-from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts
+from flashgrpo.grpo.policy import Policy, open_policy
 from flashgrpo.grpo.progress import Clock, StepBar, console, step_bar
+from flashgrpo.grpo.prompts import encode, located, render_problem, render_prompts
 from flashgrpo.grpo.recipe import CollectRecipe, recipe_to_toml
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rollout import Generator, Request, Sampling, sample_seeds
+from flashgrpo.grpo.rollout import Generator, sample_seeds
 from flashgrpo.grpo.run_folder import changed_inputs, changed_keys, hash_inputs, hold_output, write_made_from
 from flashgrpo.grpo.sections import GivenSection
+from flashgrpo.grpo.types import Problem, Prompt, Request, Sampling
 from flashgrpo.grpo.world import World, open_world
 from flashgrpo.model.checkpoint import empty_decoder, read_config, weights_sha256
 from flashgrpo.model.files import whole_file, write_text

@@ -4,70 +4,20 @@ Everything ends as a list of `Problem`. Training and held-out problems never sha
 on the seed alone. A fault in the data is a `DataError` that says where it is.
 """
 
-import contextlib
 import json
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any
 
+from flashgrpo.grpo.answers import fault_of_answer
 from flashgrpo.grpo.errors import DataError, nearest
-from flashgrpo.grpo.rewards import REASONING_GYM, fault_of_answer
-from flashgrpo.grpo.sections import DataSection, SourceSection, Template
-from flashgrpo.model.files import parse_json
+from flashgrpo.grpo.sections import DataSection, SourceSection
+from flashgrpo.grpo.types import REASONING_GYM, Problem
+from flashgrpo.model.files import is_local, parse_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Prompt = str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its columns
-
-# arXiv 2501.12948, table 1
-_R1_TEMPLATE = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
-    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
-    "i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: {prompt}\nAssistant:"
-)
-
-
-class Rendering(Protocol):
-    """How a prompt becomes tokens, as a section of data or the card of a reward model says."""
-
-    @property
-    def template(self) -> Template: ...
-    @property
-    def template_options(self) -> Mapping[str, Any]: ...
-    @property
-    def system_prompt(self) -> str | None: ...
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A prompt and the other columns of its row, which the rewards get; the expected answer is `columns["answer"]`."""
-
-    prompt: Prompt
-    columns: dict[str, Any]
-    where: str = field(default="data", compare=False)  # its place in the data, for errors
-
-    @property
-    def question(self) -> str:
-        """The prompt as text: of chat messages, what the user says."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        return "\n".join(message["content"] for message in self.prompt if message["role"] == "user")
-
-
-@contextlib.contextmanager
-def located(problem: Problem) -> Iterator[None]:
-    """What raises DataError inside is at the problem's place."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{problem.where}: {error}") from error
 
 
 def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -132,92 +82,6 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
     drawn = random.Random(seed).sample(list(first_of), held_out)
     kept = set(drawn)
     return [p for p, key in zip(problems, keys, strict=True) if key not in kept], [problems[first_of[k]] for k in drawn]
-
-
-def render_problem(problem: Problem, how: Rendering, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids of a problem's prompt, as `render_prompt`."""
-    return render_prompt(problem.prompt, how.template, tokenizer, how.template_options, how.system_prompt)
-
-
-def render_prompt(
-    prompt: Prompt,
-    template: Template,
-    tokenizer: "PreTrainedTokenizerBase",
-    options: Mapping[str, Any] = MappingProxyType({}),
-    system_prompt: str | None = None,
-) -> list[int]:
-    """Token ids of a prompt in its template: "r1" (arXiv 2501.12948, table 1), "chat" (the tokenizer's) or "none".
-
-    The chat template is given `options`, and `system_prompt` before messages that have no system message; a last
-    message of the assistant's is left open, for the model to continue.
-
-    Raises:
-        DataError: a tokenizer without chat template, messages or options that it refuses, messages in a template for
-            text, a text that ends with the end-of-sequence token, or no tokens.
-    """
-    if template == "chat":
-        ids = encode(_render_chat(prompt, tokenizer, options, system_prompt), tokenizer)
-    else:
-        ids = _encode_opened(render_text(prompt, template), tokenizer)
-    if not ids:
-        raise DataError(f"prompt {str(prompt)[:80]!r} has no tokens in template {template!r}")
-    if ids[-1] == tokenizer.eos_token_id:
-        raise DataError(f"the prompt ends with {tokenizer.eos_token}, after which nothing comes; remove it")
-    return ids
-
-
-def render_text(prompt: Prompt, template: Template) -> str:
-    """A prompt in one of the templates that need no tokenizer, "r1" or "none". Raises DataError for chat messages."""
-    if not isinstance(prompt, str):
-        raise DataError(f'template {template!r} wants text, found chat messages; use template = "chat"')
-    return _R1_TEMPLATE.format(prompt=prompt) if template == "r1" else prompt
-
-
-def encode(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids of a text, and none that the tokenizer would add. Raises DataError for one that it refuses."""
-    try:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except Exception as error:  # tokenizers raises bare ones
-        raise DataError(f"the tokenizer refuses {text[:80]!r}: {error}") from error
-
-
-def _encode_opened(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids of a text behind what the tokenizer puts before it, once; what it would put after it ends a text, which
-    the model is to continue.
-    """
-    own = encode(text, tokenizer)
-    if not own:
-        return []
-    encoded = tokenizer(text, return_special_tokens_mask=True)
-    opening = list(encoded["input_ids"][: encoded["special_tokens_mask"].index(0)])
-    return own if own[: len(opening)] == opening else opening + own
-
-
-def _render_chat(
-    prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any], system_prompt: str | None
-) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            'the tokenizer has no chat template; use template = "r1" or "none", or a chat model\'s tokenizer'
-        )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if system_prompt and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system_prompt}, *messages]
-    is_continued = messages[-1]["role"] == "assistant"
-    try:
-        source = tokenizer.get_chat_template()
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=not is_continued,
-            continue_final_message=is_continued,
-            **options,
-        )
-    except Exception as error:  # a template is a program, and may raise anything
-        raise DataError(f"the chat template refuses {str(prompt)[:80]!r}: {str(error)[:200]}") from error
-    if unread := [name for name in options if not re.search(rf"\b{re.escape(name)}\b", source)]:
-        raise DataError(f"the chat template does not read template_options.{unread[0]}; remove it, or correct its name")
-    return str(text)
 
 
 def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
@@ -288,13 +152,6 @@ def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) 
         first_of.setdefault(item["question"], {key: item[key] for key in ("answer", "metadata")})
     shared = {"task": task, "task_options": dict(options)}
     return [Problem(question, shared | columns, task) for question, columns in first_of.items()]
-
-
-def is_local(path: str) -> bool:
-    """Whether a path to data is that of a file or folder, rather than a data set's name on the Hugging Face hub."""
-    file = Path(path)
-    by_name = path.startswith(("/", ".")) or file.suffix in (".jsonl", ".parquet") or path.count("/") > 1
-    return by_name or file.exists()
 
 
 def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterable[Row]:

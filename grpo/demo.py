@@ -17,14 +17,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from flashgrpo.grpo.cli import end_process_after
-from flashgrpo.grpo.data import Problem, load_problems, render_text
+from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.progress import console
+from flashgrpo.grpo.prompts import render_text
 from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
 from flashgrpo.grpo.report import print_summary, write_report
 from flashgrpo.grpo.run_folder import read_rows
 from flashgrpo.grpo.sft import sft
 from flashgrpo.grpo.train import train
+from flashgrpo.grpo.types import Problem
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
 from flashgrpo.model.config import ModelConfig
 

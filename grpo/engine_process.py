@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from flashgrpo.grpo.child import Child
+from flashgrpo.grpo.child import Child, own_environment
 from flashgrpo.grpo.errors import GeneratorFailure
-from flashgrpo.grpo.rollout import Request, Rollout, Sampling
-from flashgrpo.grpo.vllm_options import EngineOptions, own_environment
+from flashgrpo.grpo.types import Request, Rollout, Sampling
+from flashgrpo.grpo.vllm_options import EngineOptions
 
 
 class EngineError(GeneratorFailure):

@@ -21,21 +21,23 @@ import torch
 from rich.progress import track
 
 from flashgrpo.grpo.benchmarks import load_benchmark
-from flashgrpo.grpo.data import Problem, Template, load_problems, render_prompt
+from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.errors import DataError, RewardFailure, RunInputError
 from flashgrpo.grpo.generators import open_for_evaluation
 from flashgrpo.grpo.metrics import count_reflections
 from flashgrpo.grpo.native_generator import NativeGenerator
-from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts, resolve_device
+from flashgrpo.grpo.policy import Policy, open_policy, resolve_device
 from flashgrpo.grpo.progress import console
+from flashgrpo.grpo.prompts import render_prompt, render_prompts
 from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import RewardPool
-from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet
+from flashgrpo.grpo.reward_table import RewardSet
 from flashgrpo.grpo.rewards import extract_answer, is_correct
-from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
+from flashgrpo.grpo.rollout import Generator, sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint
 from flashgrpo.grpo.scores import Evaluation, Graded, merge
-from flashgrpo.grpo.sections import ModelSection, first_step
+from flashgrpo.grpo.sections import ModelSection, Template, first_step
+from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Rollout, Sampling
 from flashgrpo.grpo.world import World, open_world
 from flashgrpo.model.checkpoint import empty_decoder, read_config
 from flashgrpo.model.files import content_hash, parse_json, write_text

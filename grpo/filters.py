@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashgrpo.grpo.data import Prompt
 from flashgrpo.grpo.rewards import extract_answer, is_correct, reasoning_of, with_opening
 from flashgrpo.grpo.sections import FilterSection, WriteSection
+from flashgrpo.grpo.types import PromptText
 
 _TAG = re.compile(r"(</?(?:think|answer)>)")
 _EXAMPLES = 3
@@ -25,7 +25,7 @@ class Sample:
     function; NaN is a score that could not be.
     """
 
-    prompt: Prompt
+    prompt: PromptText
     context: str  # the text that was continued: the prompt in its template
     completion: str
     answer: str | None
@@ -67,7 +67,7 @@ def has_code_block(sample: Sample) -> bool:
     return "```" in reasoning_of(sample.context, sample.completion)
 
 
-def duplicate_key(prompt: Prompt, text: str) -> bytes:
+def duplicate_key(prompt: PromptText, text: str) -> bytes:
     """Equal for the same prompt and a completion that differs in white space and case alone."""
     return hashlib.sha256(json.dumps([prompt, " ".join(text.casefold().split())]).encode()).digest()
 
@@ -141,7 +141,7 @@ class Selection:
             "prompts_with_none": sum(not kept for kept in self.kept.values()) / num_prompts if num_prompts else 0.0,
         }
 
-    def _compare(self, prompt: Prompt, text: str) -> str | None:
+    def _compare(self, prompt: PromptText, text: str) -> str | None:
         key, of_prompt = duplicate_key(prompt, text), json.dumps(prompt)
         if key in self._seen:
             return "duplicate"

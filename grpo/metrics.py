@@ -15,7 +15,7 @@ from flashgrpo.grpo.mixture import Position
 from flashgrpo.grpo.packing import centred, has_signal
 from flashgrpo.grpo.progress import Clock, peak_memory_mb
 from flashgrpo.grpo.reward_table import RewardTable
-from flashgrpo.grpo.rollout import Rollout
+from flashgrpo.grpo.types import Rollout
 from flashgrpo.grpo.world import World
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, merge_stats
 

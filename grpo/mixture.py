@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from flashgrpo.grpo.policy import Prompt
 from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.run_loop import epoch_order
 from flashgrpo.grpo.sections import first_step
+from flashgrpo.grpo.types import Prompt
 
 
 class Position(NamedTuple):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashgrpo.grpo.rollout import Request, Rollout, Sampling, splitmix64
+from flashgrpo.grpo.rollout import splitmix64
+from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.model.decoder import Decoder, huggingface_views

@@ -52,7 +52,7 @@ from flashgrpo.grpo.recipe import (
     section_keys,
 )
 from flashgrpo.grpo.report import write_report
-from flashgrpo.grpo.rewards import resolve_reward
+from flashgrpo.grpo.rewards import check_names, resolve_reward
 from flashgrpo.grpo.run_folder import hold_output, input_paths
 from flashgrpo.grpo.scores import markdown_of, table_of
 from flashgrpo.grpo.stages import run_recipe
@@ -223,6 +223,11 @@ def _stage(
         values["models"] = models = {label: os.path.expanduser(str(path)) for label, path in models.items()}
         sections["model"] = {"path": next(iter(models.values())), **sections.get("model", {})}
     recipe = build_recipe(_KINDS[kind], sections, source, overrides)
+    if isinstance(recipe, Recipe):
+        try:
+            check_names(recipe)
+        except RecipeError as error:
+            raise RecipeError(f"{source}: {error}") from None
     if recipe.run.output != str(folder):
         raise RecipeError(
             f"{source}: run.output = {recipe.run.output}, wanted {folder}: a pipeline has one for all stages"

@@ -12,10 +12,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flashgrpo.grpo.data import Problem, encode, located, render_problem
-from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.sections import DataSection, ModelSection
+from flashgrpo.grpo.sections import ModelSection
 from flashgrpo.model.checkpoint import CheckpointError, empty_decoder, load_checkpoint, load_weights, read_config
 from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.sharding import shard
@@ -88,33 +86,6 @@ def open_sharded_model(
     return model
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A problem as the model sees it."""
-
-    problem: Problem
-    token_ids: list[int]
-    text: str
-    source: str = "data"
-
-
-def render_prompts(
-    problems: Sequence[Problem], policy: Policy, data: DataSection, source: str = "data"
-) -> list[Prompt]:
-    """Every problem through the template. Raises DataError for an empty prompt, or one over data.max_prompt_tokens."""
-    prompts = []
-    for problem in problems:
-        with located(problem):
-            token_ids = render_problem(problem, data, policy.tokenizer)
-        if len(token_ids) > data.max_prompt_tokens:
-            raise DataError(
-                f"{problem.where}: a prompt has {len(token_ids)} tokens, data.max_prompt_tokens = "
-                f"{data.max_prompt_tokens}; raise it or remove the prompt that begins {str(problem.prompt)[:60]!r}"
-            )
-        prompts.append(Prompt(problem, token_ids, policy.decode(token_ids), source))
-    return prompts
-
-
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder. Raises CheckpointError."""
     try:
@@ -176,12 +147,6 @@ def end_token_id(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that closes a text: the tokenizer's end of sequence, or the first that ends a completion."""
     end: Any = tokenizer.eos_token_id
     return stop_token_ids(path, tokenizer)[0] if end is None else end
-
-
-def closed_ids(text: str, tokenizer: PreTrainedTokenizerBase, end: int) -> np.ndarray:
-    """A completion's tokens, [num_tokens] int64; the last is `end`. Raises DataError."""
-    ids = encode(text, tokenizer)
-    return np.array(ids if ids[-1:] == [end] else [*ids, end], dtype=np.int64)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -22,23 +22,15 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
-from flashgrpo.grpo.child import Child
-from flashgrpo.grpo.data import Problem, Template, located, render_problem
+from flashgrpo.grpo.child import Child, own_environment
 from flashgrpo.grpo.errors import DataError, PackingError, RecipeError, RewardFailure
 from flashgrpo.grpo.packing import Completion, Group, best_fit, build_batch
-from flashgrpo.grpo.policy import (
-    Policy,
-    check_vocabulary,
-    closed_ids,
-    end_token_id,
-    open_tokenizer,
-    resolve_dtype,
-    stop_token_ids,
-)
-from flashgrpo.grpo.reward_table import CompletionGroup, Scorer
+from flashgrpo.grpo.policy import Policy, check_vocabulary, end_token_id, open_tokenizer, resolve_dtype, stop_token_ids
+from flashgrpo.grpo.prompts import closed_ids, located, render_problem
+from flashgrpo.grpo.reward_table import Scorer
 from flashgrpo.grpo.rewards import with_opening
-from flashgrpo.grpo.sections import CHECKED, PreferenceSection
-from flashgrpo.grpo.vllm_options import own_environment
+from flashgrpo.grpo.sections import CHECKED, PreferenceSection, Template
+from flashgrpo.grpo.types import CompletionGroup, Problem
 from flashgrpo.grpo.world import World
 from flashgrpo.model.checkpoint import CheckpointError, load_checkpoint, read_config, read_json
 

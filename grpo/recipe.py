@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -12,8 +12,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from flashgrpo.grpo.errors import RecipeError, RewardError, nearest
-from flashgrpo.grpo.rewards import BUILTINS, resolve_reward
+from flashgrpo.grpo.errors import RecipeError, nearest
 from flashgrpo.grpo.sections import (
     CHECKED,
     CollectDataSection,
@@ -82,14 +81,7 @@ class Recipe:
             )
         if "data" in self.sources:
             raise ValueError("sources.data: found the name that [data] has; choose another")
-        if same := sorted(self.reward_models.keys() & {*BUILTINS, "mean", "std", "missing", "group_std"}):
-            raise ValueError(f"reward_models.{same[0]}: found the name of a built-in reward or metric; choose another")
-        used = {"rewards": self.rewards.functions} | {f"sources.{n}": s.rewards for n, s in self.sources.items()}
-        for key, names in used.items():
-            for name in names:
-                if ":" not in name and name not in self.reward_models:  # a function of the user's is imported later
-                    _check_reward(key, name, self.reward_models)
-        known = {name for names in used.values() for name in names}
+        known = {*self.rewards.functions, *(name for source in self.sources.values() for name in source.rewards)}
         if unused := sorted({*self.rewards.start, *self.reward_models} - known):
             raise ValueError(f"{unused[0]!r} is in rewards.start or [reward_models], and no list of rewards has it")
         steps = self.train.steps
@@ -178,14 +170,6 @@ KINDS: dict[str, type] = {  # by the command that runs it
 def _check_generator(rollout: SamplingSection, vllm: VllmSection) -> None:
     if rollout.generator == "vllm_server" and bool(vllm.servers) == bool(vllm.devices):
         raise ValueError("rollout.generator = vllm_server wants either vllm.servers or vllm.devices")
-
-
-def _check_reward(key: str, name: str, models: Iterable[str]) -> None:
-    try:
-        resolve_reward(name)
-    except RewardError as error:
-        names = f"; [reward_models] has {', '.join(models)}" if models else ""
-        raise ValueError(f"{key}: {error}{names}") from None
 
 
 _R = TypeVar("_R", Recipe, SftRecipe, RewardModelRecipe, CollectRecipe, PipelineRecipe)

@@ -20,17 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashgrpo.grpo.balance import PackPlan, plan_packs
-from flashgrpo.grpo.data import Problem, load_problems, located, render_problem, split_problems
+from flashgrpo.grpo.data import load_problems, split_problems
 from flashgrpo.grpo.errors import DataError, nearest
 from flashgrpo.grpo.learner import Stats
 from flashgrpo.grpo.packing import build_batch
 from flashgrpo.grpo.policy import Policy, end_token_id, warn_beyond_context
 from flashgrpo.grpo.preference import CARD, Card, scored_group, scored_ids
 from flashgrpo.grpo.progress import Clock, StepBar, console, peak_memory_mb
+from flashgrpo.grpo.prompts import located, render_problem
 from flashgrpo.grpo.recipe import RewardModelRecipe
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop, epoch_order
 from flashgrpo.grpo.sections import DataSection, SourceSection
+from flashgrpo.grpo.types import Problem
 from flashgrpo.grpo.world import World, open_world
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.flops import ModelFlops

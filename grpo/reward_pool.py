@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.errors import RewardError, RewardFailure
-from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet, RewardTable, Scorer
+from flashgrpo.grpo.reward_table import RewardSet, RewardTable, Scorer
 from flashgrpo.grpo.reward_worker import WARM_UP, Result, Worker
 from flashgrpo.grpo.rewards import resolve_reward
 from flashgrpo.grpo.sections import ProgramsSection
+from flashgrpo.grpo.types import CompletionGroup, Problem
 
 logger = logging.getLogger(__name__)
 

@@ -7,19 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from flashgrpo.grpo.data import Problem
-
-
-@dataclass(frozen=True)
-class CompletionGroup:
-    """The completions of one problem, as rewards see them."""
-
-    problem: Problem
-    prompt: str  # the text that the model continued, in its template
-    completions: Sequence[str]  # [group_size]
-    completion_ids: Sequence[Sequence[int]]  # [group_size], each [num_tokens]
-    finish_reasons: Sequence[str]  # [group_size]
-    source: str = "data"  # whose functions score it
+from flashgrpo.grpo.types import CompletionGroup, Problem
 
 
 class RewardSet(NamedTuple):

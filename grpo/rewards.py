@@ -12,19 +12,21 @@ Workers import this module, so it costs nothing: heavy libraries are imported by
 import functools
 import importlib
 import json
-import math
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flashgrpo.grpo.answers import answers_match, is_blank
-from flashgrpo.grpo.errors import RewardError, nearest
+from flashgrpo.grpo.answers import answers_match, expected_answer, last_boxed
+from flashgrpo.grpo.errors import RecipeError, RewardError, nearest
+from flashgrpo.grpo.types import REASONING_GYM
+
+if TYPE_CHECKING:
+    from flashgrpo.grpo.recipe import Recipe
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
-REASONING_GYM = "reasoning_gym:"  # a row whose `task` starts so is scored by that task's own scorer
 _CORRECT = 1 - 1e-6
 _OVERLONG_CACHE = 0.2  # L_cache as a share of L_max
 _NGRAM = 8  # tokens; shorter phrases recur in sound reasoning
@@ -47,10 +49,10 @@ def extract_answer(completion: str, prompt: str = "", *, whole: bool = False) ->
     text = text.rpartition("</think>")[2]
     if "<answer>" in text:
         block = text.rpartition("</answer>")[0].rpartition("<answer>")[2]
-        return (_last_boxed(block) or block).strip() or None
+        return (last_boxed(block) or block).strip() or None
     if is_open:
         return None
-    if boxed := _last_boxed(text):
+    if boxed := last_boxed(text):
         return boxed.strip() or None
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip().split("\n")[0]
@@ -78,7 +80,7 @@ def accuracy(
             scores.append(_task_score(task, options, found, row))
         else:
             found = extract_answer(completion, prompt)
-            scores.append(float(found is not None and answers_match(found, _gold(answer[i]))))
+            scores.append(float(found is not None and answers_match(found, expected_answer(answer[i]))))
     return scores
 
 
@@ -87,7 +89,7 @@ def exact_match(
 ) -> list[float | None]:
     """1 where the final answer is the expected one, character by character but for white space at its ends."""
     found = map(extract_answer, completions, prompts)
-    return [float(text == _gold(gold)) for text, gold in zip(found, answer, strict=True)]
+    return [float(text == expected_answer(gold)) for text, gold in zip(found, answer, strict=True)]
 
 
 def format_tags(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
@@ -158,6 +160,25 @@ BUILTINS: Mapping[str, RewardFunction] = {
 }
 
 
+def check_names(recipe: "Recipe") -> None:
+    """Raises RecipeError for a reward that has no colon and is neither built in nor a reward model of the recipe's, and
+    for a reward model that hides what is built in. A function of the user's is imported when the pool opens.
+    """
+    models = recipe.reward_models
+    if same := sorted(models.keys() & {*BUILTINS, "mean", "std", "missing", "group_std"}):
+        raise RecipeError(f"reward_models.{same[0]}: found the name of a built-in reward or metric; choose another")
+    used = {"rewards": recipe.rewards.functions} | {f"sources.{n}": s.rewards for n, s in recipe.sources.items()}
+    for key, names in used.items():
+        for name in names:
+            if ":" in name or name in models:
+                continue
+            try:
+                resolve_reward(name)
+            except RewardError as error:
+                also = f"; [reward_models] has {', '.join(models)}" if models else ""
+                raise RecipeError(f"{key}: {error}{also}") from None
+
+
 def resolve_reward(name: str) -> RewardFunction:
     """The reward function of a name: a built-in, or `package.module:function`, also from the current folder.
 
@@ -182,18 +203,6 @@ def resolve_reward(name: str) -> RewardFunction:
     return function
 
 
-def fault_of_answer(answer: Any) -> str | None:
-    """Why no completion can equal an expected answer, or None."""
-    if answer is None:
-        return "is null"
-    if isinstance(answer, float) and not math.isfinite(answer):
-        return "is NaN" if math.isnan(answer) else "is infinite"
-    if isinstance(answer, Mapping | list | tuple | bytes):
-        inside = f" of {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
-        return f"holds {type(answer).__name__}{inside}, wanted text or a number"
-    return "is empty" if is_blank(_gold(answer)) else None
-
-
 def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict[str, Any]) -> float:
     if found is None:
         return 0.0
@@ -210,27 +219,6 @@ def _task_scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], flo
     import reasoning_gym
 
     return reasoning_gym.create_dataset(task, seed=0, **json.loads(options)).score_answer
-
-
-def _gold(answer: Any) -> str:
-    text = str(answer)
-    if "####" in text:
-        text = text.rsplit("####", 1)[1].replace(",", "")
-    return (_last_boxed(text) or text).strip()
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""Content of the last complete `\boxed{...}`, its braces balanced."""
-    open_braces: list[tuple[bool, int]] = []
-    last_start, content = -1, None
-    for brace in re.finditer(r"\\[{}]|\\f?boxed\s*\{|\{|\}", text):
-        if brace.group() == "}" and open_braces:
-            is_box, start = open_braces.pop()
-            if is_box and start > last_start:
-                last_start, content = start, text[start : brace.start()]
-        elif brace.group().endswith("{") and brace.group() != r"\{":
-            open_braces.append((brace.group() != "{", brace.end()))
-    return content
 
 
 def _is_formatted(text: str) -> bool:

@@ -5,57 +5,14 @@ generated beside it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.grpo.weight_sync import DecoderSource
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn. `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 leave out none."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    @property
-    def is_truncated(self) -> bool:
-        """Whether some tokens are left out."""
-        return self.top_k > 0 or self.top_p < 1
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt and the seeds of its completions: as many as there are seeds."""
-
-    group: int
-    prompt_ids: list[int]
-    seeds: np.ndarray  # [group_size] uint64
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One completion. `completion_ids` ends with the stop token where there is one."""
-
-    prompt_ids: list[int]
-    completion_ids: np.ndarray  # [num_tokens] int64
-    behavior_logprobs: np.ndarray  # [num_tokens] fp32, of the distribution that was sampled from
-    finish_reason: Literal["stop", "length"]
-    group: int
-    weight_versions: tuple[tuple[int, int], ...]  # (version, tokens sampled from it), in the order of the tokens
-    kept_logprobs: np.ndarray | None = None  # [num_tokens] fp32, of what top_k and top_p kept, where that is known
-    reflections: int = 0  # reflective phrases in its text, where they were counted
-
-    @property
-    def comparable_logprobs(self) -> np.ndarray:
-        """behavior_logprobs of the whole vocabulary, as the trainer's are; renormalised ones where nothing is known."""
-        return self.behavior_logprobs if self.kept_logprobs is None else self.behavior_logprobs + self.kept_logprobs
 
 
 class Generator(Protocol):

@@ -34,7 +34,6 @@ from flashgrpo.grpo.checkpoints import (
     newest_checkpoint,
     write_sums,
 )
-from flashgrpo.grpo.data import is_local
 from flashgrpo.grpo.errors import RunError, RunInputError
 from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import AnyRecipe, recipe_to_toml
@@ -43,6 +42,7 @@ from flashgrpo.model.files import (
     LOCK,
     content_files,
     content_hash,
+    is_local,
     locked,
     parse_json,
     parse_toml,

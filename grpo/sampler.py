@@ -19,13 +19,14 @@ from flashgrpo.grpo.evaluate import completion_group, evaluate
 from flashgrpo.grpo.metrics import StepData, count_reflections
 from flashgrpo.grpo.mixture import Mixture, Position, interleaved
 from flashgrpo.grpo.packing import has_signal
-from flashgrpo.grpo.policy import Policy, Prompt
+from flashgrpo.grpo.policy import Policy
 from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import RewardPool
 from flashgrpo.grpo.reward_table import RewardTable
-from flashgrpo.grpo.rollout import Generator, Request, Rollout, Sampling, sample_seeds
+from flashgrpo.grpo.rollout import Generator, sample_seeds
 from flashgrpo.grpo.scores import merge
+from flashgrpo.grpo.types import Prompt, Request, Rollout, Sampling
 from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import World
 

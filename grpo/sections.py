@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from flashgrpo.grpo.data import Template
+Template = Literal["r1", "chat", "none"]
 
 CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 WRITE_FIELDS = "reasoning", "summary", "answer"

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.balance import plan_packs
-from flashgrpo.grpo.data import load_completions, located, render_problem
+from flashgrpo.grpo.data import load_completions
 from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.packing import Completion, Group, build_batch
-from flashgrpo.grpo.policy import Policy, closed_ids, end_token_id, warn_beyond_context
+from flashgrpo.grpo.policy import Policy, end_token_id, warn_beyond_context
 from flashgrpo.grpo.progress import Clock, StepBar, peak_memory_mb
+from flashgrpo.grpo.prompts import closed_ids, located, render_problem
 from flashgrpo.grpo.recipe import SftRecipe
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop, epoch_order

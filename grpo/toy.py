@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flashgrpo.grpo.data import load_problems, render_text
+from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.demo import make_model
+from flashgrpo.grpo.prompts import render_text
 from flashgrpo.grpo.sections import DataSection
 
 _NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim", "Lea", "Max", "Nia", "Oto")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.balance import PackPlan, plan_packs
-from flashgrpo.grpo.data import Problem, load_problems
+from flashgrpo.grpo.data import load_problems
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.evaluate import open_reward_pool
 from flashgrpo.grpo.generators import open_generator
@@ -28,14 +28,16 @@ from flashgrpo.grpo.learner import Stats, packed_loss
 from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
 from flashgrpo.grpo.mixture import Mixture, Position
 from flashgrpo.grpo.packing import Completion, Group, build_batch, centred, live_groups, loss_denominator
-from flashgrpo.grpo.policy import open_sharded_model, render_prompts
+from flashgrpo.grpo.policy import open_sharded_model
 from flashgrpo.grpo.progress import Clock, StepBar, console
+from flashgrpo.grpo.prompts import render_prompts
 from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import RewardPool
-from flashgrpo.grpo.rollout import Rollout
+from flashgrpo.grpo.rewards import check_names
 from flashgrpo.grpo.run_folder import RunFolder
 from flashgrpo.grpo.run_loop import RunLoop
 from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.types import Problem, Rollout
 from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import World, open_world
 from flashgrpo.kernels.linear_grpo import linear_logprobs
@@ -65,6 +67,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises RecipeError, DataError, RewardError, CheckpointError and RunInputError before the first step, RunError and
     RewardFailure later. Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
+    check_names(recipe)
     with (
         open_world(recipe) as world,
         RunFolder(recipe, resume, world) as folder,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from flashgrpo.grpo.rollout import Request, Rollout, Sampling
+from flashgrpo.grpo.types import Request, Rollout, Sampling
 
 _NOT_FINITE = -9999.0  # what vLLM writes for a log-prob that is NaN or -inf
 _ROUNDING = 1e-5  # by which a GPU's log-softmax may be above 0

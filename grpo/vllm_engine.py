@@ -36,7 +36,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NC
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.sampling_params import RequestOutputKind
 
-from flashgrpo.grpo.rollout import Request, Rollout, Sampling
+from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_options import IPC, NCCL, SHARED_MEMORY, EngineOptions, sampling_fields
 from flashgrpo.grpo.weight_sync import DecoderSource, check_shapes, digest, wanted_shapes
 from flashgrpo.model.config import ModelConfig

@@ -19,7 +19,7 @@ from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RunInputError, 
 from flashgrpo.grpo.policy import Policy, resolve_dtype
 from flashgrpo.grpo.progress import console
 from flashgrpo.grpo.recipe import SamplingRecipe
-from flashgrpo.grpo.rollout import Request, Rollout, Sampling
+from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_launch import OwnServers
 from flashgrpo.grpo.vllm_options import API_KEY, IPC, NCCL, SHARED_MEMORY, EngineOptions, check_length, require_vllm
 from flashgrpo.grpo.vllm_server import ServerRefusal, VllmServers

@@ -13,9 +13,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from flashgrpo.grpo.child import own_environment
 from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.vllm_options import API_KEY, NCCL, SHARED_MEMORY, EngineOptions, own_environment
+from flashgrpo.grpo.vllm_options import API_KEY, NCCL, SHARED_MEMORY, EngineOptions
 
 _START_LIMIT_S, _END_LIMIT_S = 1500.0, 10.0  # the other ranks wait meanwhile, and not for ever
 _LOG_LINES = 5

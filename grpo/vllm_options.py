@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +10,13 @@ from packaging.version import Version
 
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe import SamplingRecipe
-from flashgrpo.grpo.rollout import Request, Sampling
+from flashgrpo.grpo.types import Request, Sampling
 
 SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "flashgrpo_nccl", "flashgrpo_ipc"
 API_KEY = "VLLM_API_KEY"  # vLLM's own name for it; in the environment, where no list of processes shows it
 _SUPPORTED = "0.32"
 _CPU_KV_CACHE_GB = 1.0
 _MIN_BATCHED_TOKENS = 8192
-_RANK, _TORCHRUN = ("RANK", "WORLD_SIZE"), ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 def require_vllm() -> None:
@@ -111,11 +109,6 @@ class EngineOptions:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(self.max_model_len, _MIN_BATCHED_TOKENS),
         }
-
-
-def own_environment() -> dict[str, str]:
-    """For a process of vLLM's: that of this one, without the ranks of torchrun."""
-    return {k: v for k, v in os.environ.items() if k not in _RANK and not k.startswith(_TORCHRUN)}
 
 
 def check_length(max_model_len: int, longest_prompt: int, recipe: SamplingRecipe) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from flashgrpo.grpo.errors import GeneratorFailure
-from flashgrpo.grpo.rollout import Request, Rollout, Sampling
+from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.grpo.vllm_answers import AnswerError, read_group
 from flashgrpo.grpo.vllm_options import sampling_fields
 from flashgrpo.model.files import parse_json

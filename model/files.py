@@ -208,3 +208,10 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path to data is that of a file or folder, rather than a data set's name on the Hugging Face hub."""
+    file = Path(path)
+    by_name = path.startswith(("/", ".")) or file.suffix in (".jsonl", ".parquet") or path.count("/") > 1
+    return by_name or file.exists()

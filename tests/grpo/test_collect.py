@@ -20,12 +20,13 @@ from flashgrpo.grpo.data import load_completions, load_problems
 from flashgrpo.grpo.errors import DataError, RecipeError, RunInputError
 from flashgrpo.grpo.filters import Sample, Selection, rejected_by
 from flashgrpo.grpo.generators import open_for_evaluation
-from flashgrpo.grpo.policy import open_policy, render_prompts
+from flashgrpo.grpo.policy import open_policy
+from flashgrpo.grpo.prompts import render_prompts
 from flashgrpo.grpo.recipe import CollectRecipe, SftRecipe, build_recipe
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rollout import Request, Sampling
 from flashgrpo.grpo.sections import FilterSection, ModelSection, SftDataSection, WriteSection
 from flashgrpo.grpo.sft import sft
+from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 
 GOOD = "<think>two and two make four</think><answer>4</answer>"

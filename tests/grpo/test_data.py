@@ -10,9 +10,11 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from flashgrpo.grpo.data import Problem, load_problems, located, render_prompt, render_text, split_problems
+from flashgrpo.grpo.data import load_problems, split_problems
 from flashgrpo.grpo.errors import DataError
+from flashgrpo.grpo.prompts import located, render_prompt, render_text
 from flashgrpo.grpo.sections import DataSection
+from flashgrpo.grpo.types import Problem
 
 
 def Spec(**values: Any) -> DataSection:

@@ -10,7 +10,6 @@ import ranks
 import torch
 from rich.console import Console
 
-from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.evaluate import (
     completion_group,
@@ -21,12 +20,13 @@ from flashgrpo.grpo.evaluate import (
     sample_texts,
 )
 from flashgrpo.grpo.native_generator import NativeGenerator
-from flashgrpo.grpo.policy import Policy, Prompt, open_policy, render_prompts
+from flashgrpo.grpo.policy import Policy, open_policy
+from flashgrpo.grpo.prompts import render_prompts
 from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rollout import Rollout, Sampling
 from flashgrpo.grpo.scores import Evaluation, Graded, clustered_interval, markdown_of, table_of, wilson_interval
 from flashgrpo.grpo.sections import DataSection, ModelSection
+from flashgrpo.grpo.types import Problem, Prompt, Rollout, Sampling
 
 NAN = float("nan")
 

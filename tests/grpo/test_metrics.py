@@ -13,8 +13,8 @@ from flashgrpo.grpo.metrics import StepData, count_reflections, device_metrics, 
 from flashgrpo.grpo.packing import Completion, Group
 from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.reward_pool import RewardTable
-from flashgrpo.grpo.rollout import Rollout
 from flashgrpo.grpo.sections import OptimizerSection
+from flashgrpo.grpo.types import Rollout
 from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import load_checkpoint

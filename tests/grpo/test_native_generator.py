@@ -6,7 +6,8 @@ import torch
 
 from flashgrpo.grpo.native_generator import NativeGenerator, _DecodingBatch, sample_tokens
 from flashgrpo.grpo.packing import Completion, Group, build_batch
-from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
+from flashgrpo.grpo.rollout import sample_seeds
+from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import gather_predictors
 from flashgrpo.model.checkpoint import init_decoder

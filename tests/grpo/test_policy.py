@@ -8,7 +8,8 @@ import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from flashgrpo.grpo.policy import Policy, closed_ids, open_policy, open_tokenizer, stop_token_ids, warn_beyond_context
+from flashgrpo.grpo.policy import Policy, open_policy, open_tokenizer, stop_token_ids, warn_beyond_context
+from flashgrpo.grpo.prompts import closed_ids
 from flashgrpo.grpo.rewards import accuracy, format_tags
 from flashgrpo.grpo.sections import ModelSection
 from flashgrpo.model.checkpoint import CheckpointError

@@ -177,7 +177,6 @@ WRONG_FILES = [
     (faulty("rewards", weights=[1.0]), r"rewards: found 1 weights for 2 functions, wanted one each"),
     (faulty("rewards", weights=[0, 0.0]), r"rewards: found weights = \[0\.0, 0\.0\], wanted one that is not 0"),
     (faulty("rewards", functions="accuracy"), r"functions: .*list, as \[.accuracy.\], found 'accuracy'"),
-    (faulty("rewards", functions=["acuracy"], weights=[1]), r"unknown reward 'acuracy', .* did you mean accuracy\?"),
     (faulty("rewards", functions=["format", "format"]), r"rewards: found functions = .*, wanted each of them once"),
     (faulty("rewards", weights=[1.0, float("inf")]), r"rewards\.weights\.1: .*finite number, found inf"),
     (faulty("data", template="chatt"), r"data\.template: .*'r1', 'chat' or 'none', found 'chatt'"),

@@ -14,13 +14,13 @@ import ranks
 
 from flashgrpo.grpo import run_folder
 from flashgrpo.grpo import train as train_module
-from flashgrpo.grpo.policy import Prompt
 from flashgrpo.grpo.progress import Clock
 from flashgrpo.grpo.recipe import Recipe
 from flashgrpo.grpo.reward_pool import RewardTable
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import Trainer
+from flashgrpo.grpo.types import Prompt
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model import checkpoint, files
 from flashgrpo.model.sharding import full_tensors

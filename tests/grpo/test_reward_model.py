@@ -16,7 +16,6 @@ import ranks
 import torch
 from safetensors.torch import load_file
 
-from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure
 from flashgrpo.grpo.packing import build_batch
 from flashgrpo.grpo.policy import Policy, open_policy, open_tokenizer
@@ -28,6 +27,7 @@ from flashgrpo.grpo.reward_pool import CompletionGroup
 from flashgrpo.grpo.run_folder import RunFolder, read_rows
 from flashgrpo.grpo.sections import ModelSection, PreferenceSection
 from flashgrpo.grpo.train import train
+from flashgrpo.grpo.types import Problem
 from flashgrpo.grpo.world import open_world
 from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
 from flashgrpo.model.config import CheckpointError

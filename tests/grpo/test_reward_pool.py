@@ -13,9 +13,9 @@ import numpy as np
 import psutil
 import pytest
 
-from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.errors import RewardError, RewardFailure
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool, RewardTable
+from flashgrpo.grpo.types import Problem
 
 # What each function does is told by the text of a completion.
 FUNCTIONS = """

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashgrpo.grpo.answers import fault_of_answer
 from flashgrpo.grpo.errors import RewardError
 from flashgrpo.grpo.rewards import (
     BUILTINS,
@@ -14,7 +15,6 @@ from flashgrpo.grpo.rewards import (
     answers_match,
     exact_match,
     extract_answer,
-    fault_of_answer,
     format_tags,
     is_correct,
     language_consistency,

@@ -22,12 +22,12 @@ import pytest
 
 from flashgrpo.grpo import code_reward, language, sandbox, sections
 from flashgrpo.grpo.code_reward import extract_program, parse_tests, score_programs
-from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.errors import RecipeError, RewardError
 from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.reward_pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rewards import code
 from flashgrpo.grpo.sections import ProgramsSection
+from flashgrpo.grpo.types import Problem
 
 LIMITS = ProgramsSection(time_s=1.0, memory_mb=128)
 UNPROTECTED = ProgramsSection(time_s=1.0, isolation="none: run programs unprotected")

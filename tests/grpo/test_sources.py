@@ -12,17 +12,17 @@ import pytest
 import ranks
 
 from flashgrpo.grpo import train as train_module
-from flashgrpo.grpo.data import Problem
 from flashgrpo.grpo.errors import RecipeError, RewardError, RewardFailure, RunInputError
 from flashgrpo.grpo.mixture import Mixture, Position, interleaved
-from flashgrpo.grpo.policy import Prompt
 from flashgrpo.grpo.recipe import Recipe, build_recipe
 from flashgrpo.grpo.reward_pool import RewardPool
-from flashgrpo.grpo.reward_table import CompletionGroup, RewardSet
+from flashgrpo.grpo.reward_table import RewardSet
+from flashgrpo.grpo.rewards import check_names
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run_loop import epoch_order
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import train
+from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt
 
 NOWHERE = Position({}, {})
 TIMING = ("time/", "tokens_per_s", "tflops", "idle", "memory/", "sync/")
@@ -397,6 +397,7 @@ def test_a_function_must_fit_the_columns_of_the_source_that_it_scores(values):
     ("changes", "message"),
     [
         ({"sources__chat__share": 0.6, "sources__b__share": 0.4, "sources__b__path": "x"}, "come to 1, wanted less"),
+        ({"rewards__functions": '["acuracy"]'}, "rewards: unknown reward 'acuracy'.*did you mean accuracy"),
         ({"sources__chat__rewards": '["acuracy"]'}, "sources.chat: unknown reward 'acuracy'.*did you mean accuracy"),
         ({"rewards__start": '{"safety" = 0.5}'}, "'safety' is in rewards.start or .* and no list of rewards has it"),
         ({"sources__data__share": 0.1, "sources__data__path": "x"}, "sources.data: found the name that .data. has"),
@@ -413,4 +414,4 @@ def test_a_function_must_fit_the_columns_of_the_source_that_it_scores(values):
 )
 def test_a_faulty_mixture_is_one_line(values, changes, message):
     with pytest.raises(RecipeError, match=message):
-        recipe_of(values, **changes)
+        check_names(recipe_of(values, **changes))

@@ -18,10 +18,11 @@ from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.recipe import Recipe, build_recipe
-from flashgrpo.grpo.rollout import Request, Rollout, Sampling, sample_seeds
+from flashgrpo.grpo.rollout import sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import train
+from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.grpo.weight_sync import DecoderSource
 from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.linear_grpo import linear_logprobs

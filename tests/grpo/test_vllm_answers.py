@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from flashgrpo.grpo.errors import GeneratorFailure
-from flashgrpo.grpo.rollout import Request, Sampling
+from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.grpo.vllm_answers import AnswerError, read_group
 from flashgrpo.grpo.vllm_server import VllmServers
 

@@ -23,10 +23,11 @@ from flashgrpo.grpo.generators import open_generator
 from flashgrpo.grpo.packing import Completion, Group, build_batch
 from flashgrpo.grpo.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.recipe import Recipe, build_recipe
-from flashgrpo.grpo.rollout import Request, Sampling, sample_seeds
+from flashgrpo.grpo.rollout import sample_seeds
 from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import train
+from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.grpo.vllm_launch import OwnServers
 from flashgrpo.grpo.vllm_options import API_KEY, EngineOptions
 from flashgrpo.grpo.weight_sync import DecoderSource
