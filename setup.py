@@ -2,11 +2,13 @@
 
 from setuptools import setup
 
-FOLDERS = ("kernels", "model", "grpo", "bench", "recipes")
+ROOMS = ("recipe", "learn", "run", "data", "rollout", "rollout/vllm", "rewards", "stages")
+FOLDERS = ("kernels", "model", "grpo", *(f"grpo/{room}" for room in ROOMS), "bench", "recipes")
+PACKAGES = {f"flashgrpo.{folder.replace('/', '.')}": folder for folder in FOLDERS}
 
 setup(
-    packages=[f"flashgrpo.{folder}" for folder in FOLDERS],
-    package_dir={f"flashgrpo.{folder}": folder for folder in FOLDERS},
+    packages=[*PACKAGES],
+    package_dir=PACKAGES,
     package_data={
         "": ["py.typed"],
         "flashgrpo.recipes": ["*.toml", "*.sh"],

@@ -16,14 +16,14 @@ import matplotlib.pyplot as plt
 import torch
 
 from flashgrpo.bench.timing import machine, option_parser, results_folder
-from flashgrpo.grpo.run_folder import read_rows
+from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.model.files import write_text
 
 
 def run_seed(seed: int, output: Path) -> dict:
     """One demo in a process of its own: its curves, and wall seconds from start to end."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "flashgrpo.grpo.demo", "--seed", str(seed), "--output", str(output)]
+    command = [sys.executable, "-m", "flashgrpo.grpo.stages.demo", "--seed", str(seed), "--output", str(output)]
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - start
     rows = read_rows(output / "grpo" / "metrics.jsonl")

@@ -26,15 +26,15 @@ from transformers import AutoModelForCausalLM
 from flashgrpo.bench.report import generate_table
 from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.bench.timing import console, machine, option_parser, results_folder, slug, time_turns
-from flashgrpo.grpo.demo import make_model
-from flashgrpo.grpo.generators import open_generator
-from flashgrpo.grpo.policy import open_policy, open_sharded_model, resolve_dtype
-from flashgrpo.grpo.recipe import Recipe, build_recipe
-from flashgrpo.grpo.rollout import sample_seeds
-from flashgrpo.grpo.run_folder import read_rows
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe
+from flashgrpo.grpo.rollout.generator import sample_seeds
+from flashgrpo.grpo.rollout.opening import open_generator
+from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.run.folder import read_rows
+from flashgrpo.grpo.run.policy import open_policy, open_sharded_model, resolve_dtype
+from flashgrpo.grpo.run.world import World, open_world
+from flashgrpo.grpo.stages.demo import make_model
 from flashgrpo.grpo.types import Request, Sampling
-from flashgrpo.grpo.weight_sync import DecoderSource
-from flashgrpo.grpo.world import World, open_world
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.files import write_text
@@ -118,8 +118,8 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
                 stack.callback(generator.close)
                 sides[name] = lambda own=generator: [*own.generate(requests, sampling)]
         if {"bare", "wrapped"} & {*options.generators}:
-            from flashgrpo.grpo.vllm_engine import Engine, sampling_params
-            from flashgrpo.grpo.vllm_options import EngineOptions
+            from flashgrpo.grpo.rollout.vllm.engine import Engine, sampling_params
+            from flashgrpo.grpo.rollout.vllm.options import EngineOptions
 
             dtype = str(resolve_dtype("auto", world.device)).removeprefix("torch.")
             engine_options = EngineOptions.of(recipes["vllm"], dtype, world.device.type == "cuda", length)

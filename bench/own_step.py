@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 from flashgrpo.bench.peer_trl import WARMUP_STEPS, parse_args, peak_mb
-from flashgrpo.grpo.data import load_problems
-from flashgrpo.grpo.evaluate import open_reward_pool
-from flashgrpo.grpo.progress import step_bar
-from flashgrpo.grpo.recipe import Recipe, build_recipe
-from flashgrpo.grpo.run_folder import RunFolder
+from flashgrpo.grpo.data.problems import load_problems
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe
+from flashgrpo.grpo.run.folder import RunFolder
+from flashgrpo.grpo.run.progress import step_bar
+from flashgrpo.grpo.run.world import open_world
+from flashgrpo.grpo.stages.evaluate import open_reward_pool
 from flashgrpo.grpo.train import Trainer
-from flashgrpo.grpo.world import open_world
 
 
 def time_steps(options: argparse.Namespace) -> dict:

@@ -51,7 +51,7 @@ from flashgrpo.bench.timing import (
     results_folder,
     slug,
 )
-from flashgrpo.grpo.machines import peak_flops
+from flashgrpo.grpo.run.machines import peak_flops
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.files import write_text
 from flashgrpo.model.footprint import BlockActivations, ModelSize

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from flashgrpo.grpo.balance import plan_packs
-from flashgrpo.grpo.learner import Learner, Stats, packed_loss
-from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.grpo.learn.balance import plan_packs
+from flashgrpo.grpo.learn.learner import Learner, Stats, packed_loss
+from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import empty_decoder

@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from flashgrpo.bench.generate import opened, parser_for, random_model, recipe_for, require
 from flashgrpo.bench.report import sync_table
 from flashgrpo.bench.timing import console, machine, results_folder, slug, time_turns
-from flashgrpo.grpo.world import open_world
+from flashgrpo.grpo.run.world import open_world
 from flashgrpo.model.files import write_text
 
 GENERATORS = "native", "vllm", "vllm_server"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from flashgrpo.grpo.progress import peak_memory_mb
+from flashgrpo.grpo.run.progress import peak_memory_mb
 from flashgrpo.kernels.common import HAS_TRITON, triton
 from flashgrpo.model.linear import product
 

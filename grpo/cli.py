@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flashgrpo.grpo.errors import FlashgrpoError
-from flashgrpo.grpo.interrupts import Interrupts
+from flashgrpo.grpo.run.interrupts import Interrupts
 
 _RUNS = {  # commands that run a recipe; what a command needs is imported by it: --help must not wait for torch
     "train": "train a policy by GRPO",
@@ -71,8 +71,8 @@ def _main(arguments: list[str] | None) -> int:
         print("flashgrpo", version("flashgrpo"))
         return 0
     if len(arguments) >= 2 and arguments[0] in _RUNS and {"-h", "--help"} & set(arguments[1:]):
-        from flashgrpo.grpo.recipe import KINDS
-        from flashgrpo.grpo.recipe_help import print_recipe_help
+        from flashgrpo.grpo.recipe.help import print_recipe_help
+        from flashgrpo.grpo.recipe.load import KINDS
 
         print_recipe_help(arguments[0], KINDS[arguments[0]])
         return 0
@@ -120,7 +120,7 @@ def end_process_after(run: Callable[[], int | None]) -> NoReturn:
 
 
 def _report(error: Exception) -> int:
-    from flashgrpo.grpo.progress import console
+    from flashgrpo.grpo.run.progress import console
     from flashgrpo.model.checkpoint import CheckpointError
 
     if not isinstance(error, FlashgrpoError | CheckpointError | OSError):
@@ -216,8 +216,8 @@ def _number(kind: type, wanted: str, is_valid: Callable[[float], bool]) -> Calla
 
 
 def _run_recipe(options: argparse.Namespace, overrides: list[str]) -> None:
-    from flashgrpo.grpo.recipe import KINDS, load_recipe
-    from flashgrpo.grpo.stages import run_recipe
+    from flashgrpo.grpo.recipe.load import KINDS, load_recipe
+    from flashgrpo.grpo.stages.runs import run_recipe
 
     recipe = load_recipe(KINDS[options.command], options.recipe, overrides)
     made = run_recipe(recipe, resume=options.resume)
@@ -228,7 +228,7 @@ def _run_recipe(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _run_pipeline(options: argparse.Namespace, overrides: list[str]) -> None:
-    from flashgrpo.grpo.pipeline import run_pipeline
+    from flashgrpo.grpo.stages.pipeline import run_pipeline
 
     run_pipeline(options.recipe, overrides, options.until)
 
@@ -236,9 +236,9 @@ def _run_pipeline(options: argparse.Namespace, overrides: list[str]) -> None:
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from rich.console import Console
 
-    from flashgrpo.grpo.evaluate import evaluate_models, newest_model
-    from flashgrpo.grpo.recipe import Recipe, load_recipe
-    from flashgrpo.grpo.scores import table_of
+    from flashgrpo.grpo.recipe.load import Recipe, load_recipe
+    from flashgrpo.grpo.stages.evaluate import evaluate_models, newest_model
+    from flashgrpo.grpo.stages.scores import table_of
 
     recipe = load_recipe(Recipe, options.recipe, overrides)
     if options.benchmark:
@@ -260,8 +260,8 @@ def _labelled(text: str) -> tuple[str, str]:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
-    from flashgrpo.grpo.plan import plan_recipe, print_plan
-    from flashgrpo.grpo.recipe import Recipe, load_recipe
+    from flashgrpo.grpo.recipe.load import Recipe, load_recipe
+    from flashgrpo.grpo.stages.plan import plan_recipe, print_plan
 
     recipe = load_recipe(Recipe, options.recipe, overrides)
     found = plan_recipe(
@@ -274,10 +274,10 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
-    from flashgrpo.grpo.policy import resolve_device, resolve_dtype
-    from flashgrpo.grpo.recipe import Recipe, load_recipe
-    from flashgrpo.grpo.vllm_launch import serve
-    from flashgrpo.grpo.vllm_options import EngineOptions, require_vllm
+    from flashgrpo.grpo.recipe.load import Recipe, load_recipe
+    from flashgrpo.grpo.rollout.vllm.launch import serve
+    from flashgrpo.grpo.rollout.vllm.options import EngineOptions, require_vllm
+    from flashgrpo.grpo.run.policy import resolve_device, resolve_dtype
     from flashgrpo.model.checkpoint import read_config
 
     recipe = load_recipe(Recipe, options.recipe, overrides)
@@ -306,7 +306,7 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
-    from flashgrpo.grpo.evaluate import sample_texts
+    from flashgrpo.grpo.stages.evaluate import sample_texts
     from flashgrpo.grpo.types import Sampling
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
@@ -315,7 +315,7 @@ def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _print_report(run_folder: str) -> None:
-    from flashgrpo.grpo.report import print_summary, write_report
+    from flashgrpo.grpo.stages.plots import print_summary, write_report
 
     picture = write_report(run_folder)
     print_summary(run_folder)

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashgrpo.grpo.balance import PackPlan
-from flashgrpo.grpo.learner import Learner, Stats
-from flashgrpo.grpo.machines import peak_flops
-from flashgrpo.grpo.mixture import Position
-from flashgrpo.grpo.packing import centred, has_signal
-from flashgrpo.grpo.progress import Clock, peak_memory_mb
-from flashgrpo.grpo.reward_table import RewardTable
+from flashgrpo.grpo.data.mixture import Position
+from flashgrpo.grpo.learn.balance import PackPlan
+from flashgrpo.grpo.learn.learner import Learner, Stats
+from flashgrpo.grpo.learn.packing import centred, has_signal
+from flashgrpo.grpo.rewards.table import RewardTable
+from flashgrpo.grpo.run.machines import peak_flops
+from flashgrpo.grpo.run.progress import Clock, peak_memory_mb
+from flashgrpo.grpo.run.world import World
 from flashgrpo.grpo.types import Rollout
-from flashgrpo.grpo.world import World
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, merge_stats
 
 _NAMES = {

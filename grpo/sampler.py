@@ -14,21 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashgrpo.grpo.data.mixture import Mixture, Position, interleaved
 from flashgrpo.grpo.errors import GeneratorFailure
-from flashgrpo.grpo.evaluate import completion_group, evaluate
+from flashgrpo.grpo.learn.packing import has_signal
 from flashgrpo.grpo.metrics import StepData, count_reflections
-from flashgrpo.grpo.mixture import Mixture, Position, interleaved
-from flashgrpo.grpo.packing import has_signal
-from flashgrpo.grpo.policy import Policy
-from flashgrpo.grpo.progress import Clock
-from flashgrpo.grpo.recipe import Recipe
-from flashgrpo.grpo.reward_pool import RewardPool
-from flashgrpo.grpo.reward_table import RewardTable
-from flashgrpo.grpo.rollout import Generator, sample_seeds
-from flashgrpo.grpo.scores import merge
+from flashgrpo.grpo.recipe.load import Recipe
+from flashgrpo.grpo.rewards.pool import RewardPool
+from flashgrpo.grpo.rewards.table import RewardTable
+from flashgrpo.grpo.rollout.generator import Generator, sample_seeds
+from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.run.policy import Policy
+from flashgrpo.grpo.run.progress import Clock
+from flashgrpo.grpo.run.world import World
+from flashgrpo.grpo.stages.evaluate import completion_group, evaluate
+from flashgrpo.grpo.stages.scores import merge
 from flashgrpo.grpo.types import Prompt, Request, Rollout, Sampling
-from flashgrpo.grpo.weight_sync import DecoderSource
-from flashgrpo.grpo.world import World
 
 _PROBES, _PROBE_TOKENS = 4, 64
 

@@ -19,27 +19,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashgrpo.grpo.balance import PackPlan, plan_packs
-from flashgrpo.grpo.data import load_problems
+from flashgrpo.grpo.data.mixture import Mixture, Position
+from flashgrpo.grpo.data.problems import load_problems
+from flashgrpo.grpo.data.prompts import render_prompts
 from flashgrpo.grpo.errors import RecipeError
-from flashgrpo.grpo.evaluate import open_reward_pool
-from flashgrpo.grpo.generators import open_generator
-from flashgrpo.grpo.learner import Stats, packed_loss
+from flashgrpo.grpo.learn.balance import PackPlan, plan_packs
+from flashgrpo.grpo.learn.learner import Stats, packed_loss
+from flashgrpo.grpo.learn.packing import Completion, Group, build_batch, centred, live_groups, loss_denominator
 from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
-from flashgrpo.grpo.mixture import Mixture, Position
-from flashgrpo.grpo.packing import Completion, Group, build_batch, centred, live_groups, loss_denominator
-from flashgrpo.grpo.policy import open_sharded_model
-from flashgrpo.grpo.progress import Clock, StepBar, console
-from flashgrpo.grpo.prompts import render_prompts
-from flashgrpo.grpo.recipe import Recipe
-from flashgrpo.grpo.reward_pool import RewardPool
-from flashgrpo.grpo.rewards import check_names
-from flashgrpo.grpo.run_folder import RunFolder
-from flashgrpo.grpo.run_loop import RunLoop
+from flashgrpo.grpo.recipe.load import Recipe
+from flashgrpo.grpo.rewards.pool import RewardPool
+from flashgrpo.grpo.rewards.rules import check_names
+from flashgrpo.grpo.rollout.opening import open_generator
+from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.run.folder import RunFolder
+from flashgrpo.grpo.run.loop import RunLoop
+from flashgrpo.grpo.run.policy import open_sharded_model
+from flashgrpo.grpo.run.progress import Clock, StepBar, console
+from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.stages.evaluate import open_reward_pool
 from flashgrpo.grpo.types import Problem, Rollout
-from flashgrpo.grpo.weight_sync import DecoderSource
-from flashgrpo.grpo.world import World, open_world
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import read_config
@@ -113,7 +113,7 @@ class Trainer(RunLoop):
             self.reference.requires_grad_(False)
         self.open_learner(recipe.train.steps)
         if recipe.reward_models:
-            from flashgrpo.grpo.preference import open_preferences
+            from flashgrpo.grpo.rewards.models import open_preferences
 
             used = {source: recipe.reward_weights[source].keys() for source in mixture.prompts}
             questions = {

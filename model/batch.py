@@ -20,7 +20,7 @@ from flashgrpo.kernels.common import accumulation_dtype, backward_once
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch on one rank. Built and checked on the host by `flashgrpo.grpo.packing`; offsets are int32."""
+    """One micro-batch on one rank. Built and checked on the host by learn/packing; offsets are int32."""
 
     input_ids: Tensor  # [total_tokens] int64
     position_ids: Tensor  # [total_tokens] int64

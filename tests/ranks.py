@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["flashgrpo.grpo.sft", "flashgrpo.grpo.train", "hypothesis", "pytest"])
+_CONTEXT.set_forkserver_preload(["flashgrpo.grpo.stages.sft", "flashgrpo.grpo.train", "hypothesis", "pytest"])
 
 
 class Outcome(NamedTuple):

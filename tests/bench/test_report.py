@@ -9,8 +9,8 @@ import torch
 from flashgrpo.bench import report
 from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.grpo.cli import _parser
-from flashgrpo.grpo.pipeline import load_pipeline
-from flashgrpo.grpo.recipe import Recipe, SftRecipe, load_recipe
+from flashgrpo.grpo.recipe.load import Recipe, SftRecipe, load_recipe
+from flashgrpo.grpo.stages.pipeline import load_pipeline
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig
 

@@ -15,8 +15,8 @@ import tomli_w
 import torch
 
 from flashgrpo.grpo.cli import main
-from flashgrpo.grpo.recipe import CollectRecipe, Recipe, SftRecipe
-from flashgrpo.grpo.recipe_help import recipe_keys
+from flashgrpo.grpo.recipe.help import recipe_keys
+from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SftRecipe
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ for command in f"{commands},sample model prompt,plan x.toml,serve x.toml,bench k
 
 
 def test_a_module_of_the_project_that_is_missing_is_no_missing_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flashgrpo.grpo.recipe", None)
+    monkeypatch.setitem(sys.modules, "flashgrpo.grpo.recipe.load", None)
     with pytest.raises(ModuleNotFoundError, match=r"flashgrpo\.grpo\.recipe"):
         main(["plan", "x.toml"])
 
@@ -297,7 +297,7 @@ def test_serving_says_who_can_do_what(host, key, who, is_warned, served, write_r
     said = capsys.readouterr().err
     assert f"{host}:8000: {who} can replace the weights, sample and pause; no route writes files" in said
     assert (f"warning: other machines reach {host}; set VLLM_API_KEY to a secret" in said) == is_warned
-    assert flags["--middleware"] == "flashgrpo.grpo.vllm_guard.Guard"
+    assert flags["--middleware"] == "flashgrpo.grpo.rollout.vllm.guard.Guard"
     assert "secret" not in flags.values()
 
 
@@ -308,7 +308,7 @@ def test_serving_without_a_vllm_that_fits_is_one_line_and_exit_2(found, message,
             return found
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("flashgrpo.grpo.vllm_options.importlib.metadata.version", installed)
+    monkeypatch.setattr("flashgrpo.grpo.rollout.vllm.options.importlib.metadata.version", installed)
     assert main(["serve", write_recipe()]) == 2
     line = error_line(capsys)
     assert message in line

@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from flashgrpo.grpo.learner import Learner, packed_loss
-from flashgrpo.grpo.packing import Completion, Group, build_batch
-from flashgrpo.grpo.policy import open_sharded_model
-from flashgrpo.grpo.recipe import Recipe
-from flashgrpo.grpo.world import open_world
+from flashgrpo.grpo.learn.learner import Learner, packed_loss
+from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
+from flashgrpo.grpo.recipe.load import Recipe
+from flashgrpo.grpo.run.policy import open_sharded_model
+from flashgrpo.grpo.run.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
 from flashgrpo.model.config import ModelConfig

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from flashgrpo.grpo.balance import PackPlan, plan_packs
-from flashgrpo.grpo.learner import Learner
+from flashgrpo.grpo.learn.balance import PackPlan, plan_packs
+from flashgrpo.grpo.learn.learner import Learner
+from flashgrpo.grpo.learn.packing import Completion, Group
 from flashgrpo.grpo.metrics import StepData, count_reflections, device_metrics, rollout_metrics, speed_metrics
-from flashgrpo.grpo.packing import Completion, Group
-from flashgrpo.grpo.progress import Clock
-from flashgrpo.grpo.reward_pool import RewardTable
-from flashgrpo.grpo.sections import OptimizerSection
+from flashgrpo.grpo.recipe.schema import OptimizerSection
+from flashgrpo.grpo.rewards.pool import RewardTable
+from flashgrpo.grpo.run.progress import Clock
+from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.types import Rollout
-from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import load_checkpoint
 from flashgrpo.model.flops import ModelFlops

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import ranks
 
-from flashgrpo.grpo import run_folder
 from flashgrpo.grpo import train as train_module
-from flashgrpo.grpo.progress import Clock
-from flashgrpo.grpo.recipe import Recipe
-from flashgrpo.grpo.reward_pool import RewardTable
-from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.recipe.load import Recipe
+from flashgrpo.grpo.rewards.pool import RewardTable
+from flashgrpo.grpo.run import folder as run_folder
+from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.run.progress import Clock
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.grpo.types import Prompt

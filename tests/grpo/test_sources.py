@@ -12,14 +12,14 @@ import pytest
 import ranks
 
 from flashgrpo.grpo import train as train_module
+from flashgrpo.grpo.data.mixture import Mixture, Position, interleaved
 from flashgrpo.grpo.errors import RecipeError, RewardError, RewardFailure, RunInputError
-from flashgrpo.grpo.mixture import Mixture, Position, interleaved
-from flashgrpo.grpo.recipe import Recipe, build_recipe
-from flashgrpo.grpo.reward_pool import RewardPool
-from flashgrpo.grpo.reward_table import RewardSet
-from flashgrpo.grpo.rewards import check_names
-from flashgrpo.grpo.run_folder import newest_checkpoint, read_rows
-from flashgrpo.grpo.run_loop import epoch_order
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe
+from flashgrpo.grpo.rewards.pool import RewardPool
+from flashgrpo.grpo.rewards.rules import check_names
+from flashgrpo.grpo.rewards.table import RewardSet
+from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.run.loop import epoch_order
 from flashgrpo.grpo.sampler import Sampler
 from flashgrpo.grpo.train import train
 from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt
@@ -327,7 +327,7 @@ def test_a_reward_model_counts_from_its_start_on(values, monkeypatch):
         assert max_new_tokens == values["rollout"]["max_new_tokens"]
         return {"taste": taste}
 
-    module = types.ModuleType("flashgrpo.grpo.preference")
+    module = types.ModuleType("flashgrpo.grpo.rewards.models")
     module.open_preferences = open_preferences
     monkeypatch.setitem(sys.modules, module.__name__, module)
     values["sources"]["chat"] |= {"rewards": [LETTERS, "taste"], "weights": [1, 0.5], "start": 0.0}

@@ -17,17 +17,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from flashgrpo.grpo.data import load_problems
+from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.errors import RecipeError, RewardFailure, RunError, RunInputError
-from flashgrpo.grpo.evaluate import open_reward_pool
-from flashgrpo.grpo.generators import open_generator
-from flashgrpo.grpo.native_generator import NativeGenerator, sample_tokens
-from flashgrpo.grpo.progress import console
-from flashgrpo.grpo.recipe import Recipe, build_recipe
-from flashgrpo.grpo.run_folder import RunFolder, newest_checkpoint, read_rows
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe
+from flashgrpo.grpo.rollout.native import NativeGenerator, sample_tokens
+from flashgrpo.grpo.rollout.opening import open_generator
+from flashgrpo.grpo.run.folder import RunFolder, newest_checkpoint, read_rows
+from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.stages.evaluate import open_reward_pool
 from flashgrpo.grpo.train import Trainer, train
-from flashgrpo.grpo.world import open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import CheckpointError
 
@@ -479,7 +479,7 @@ def test_log_probs_that_are_not_the_trainers_raise_an_alarm(recipe, options, off
         tokens, logprobs, kept = sample_tokens(logits, uniforms, sampling)
         return tokens, logprobs + off, kept
 
-    monkeypatch.setattr("flashgrpo.grpo.native_generator.sample_tokens", sample)
+    monkeypatch.setattr("flashgrpo.grpo.rollout.native.sample_tokens", sample)
     recipe = changed(changed(recipe, "train", steps=1), "rollout", **options)
     train(recipe)
     told = " ".join(capsys.readouterr().err.split())

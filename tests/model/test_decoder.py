@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss
 from flashgrpo.model.batch import gather_predictors

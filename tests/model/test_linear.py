@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashgrpo.grpo.packing import Completion, Group, build_batch
+from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig

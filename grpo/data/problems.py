@@ -1,0 +1,248 @@
+"""Problems and their prompts: reasoning-gym tasks, JSONL, Parquet and Hugging Face data sets.
+
+Everything ends as a list of `Problem`. Training and held-out problems never share a question, and the split depends
+on the seed alone. A fault in the data is a `DataError` that says where it is.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from flashgrpo.grpo.data.answers import fault_of_answer
+from flashgrpo.grpo.errors import DataError, nearest
+from flashgrpo.grpo.recipe.schema import DataSection, SourceSection
+from flashgrpo.grpo.types import REASONING_GYM, Problem
+from flashgrpo.model.files import is_local, parse_json
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its columns
+
+
+def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Training problems in the order of the data, and `data.held_out` other ones drawn by `seed`.
+
+    Problems with the same prompt fall on the same side; the held-out ones differ from each other. A reasoning-gym
+    task is made with `seed` and has each question once, so there may be fewer than `data.size`.
+
+    Raises:
+        DataError: unreadable data, missing column, empty prompt, or nothing left to train on.
+    """
+    if data.task is not None:
+        problems = _task_problems(data.task, data.options, data.size, seed)
+    else:
+        rows = list(read_rows(str(data.path), data.subset, data.split))
+        has_answer = bool(rows) and "answer" in rows[0][1]
+        answer_column = data.answer_column or ("answer" if has_answer else None)
+        problems = [to_problem(where, row, data.prompt_column, answer_column) for where, row in rows]
+    if not problems:
+        raise DataError(f"no problems in {data.task or data.path}")
+    return split_problems(problems, data.held_out, seed)
+
+
+def load_completions(
+    source: SourceSection, completion_column: str, answer_column: str | None = None
+) -> list[tuple[Problem, str]]:
+    """(problem, completion) of every row.
+
+    Raises:
+        DataError: unreadable data, no rows, missing column, or a row without a prompt or a completion.
+    """
+    found = []
+    for where, row in read_rows(str(source.path), source.subset, source.split):
+        problem = to_problem(where, row, source.prompt_column, answer_column)
+        _check_columns(where, row, completion_column)
+        text = row[completion_column]
+        if not (isinstance(text, str) and text.strip()):
+            is_empty = text is None or isinstance(text, str)
+            fault = "is empty" if is_empty else f"holds {type(text).__name__}"
+            raise DataError(f"{where}: column {completion_column!r} {fault}, wanted the text of a completion")
+        found.append((problem, text))
+    if not found:
+        raise DataError(f"no rows in {source.path}")
+    return found
+
+
+def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) with no prompt in common.
+
+    Raises:
+        DataError: `held_out` is as large as the number of different prompts.
+    """
+    first_of: dict[str, int] = {}
+    keys = [json.dumps(problem.prompt) for problem in problems]
+    for i, key in enumerate(keys):
+        first_of.setdefault(key, i)
+    if held_out >= len(first_of):
+        raise DataError(
+            f"held_out is {held_out}, and there are {len(first_of)} different prompts; it must be 0 to "
+            f"{len(first_of) - 1}, so that one is left to train on"
+        )
+    drawn = random.Random(seed).sample(list(first_of), held_out)
+    kept = set(drawn)
+    return [p for p, key in zip(problems, keys, strict=True) if key not in kept], [problems[first_of[k]] for k in drawn]
+
+
+def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
+    """The problem in a row. Raises DataError for a missing column, no prompt, or an answer that nothing can equal."""
+    _check_columns(where, row, prompt_column, answer_column)
+    prompt = row[prompt_column]
+    if isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        prompt = [_message(m, f"{where}: message {i} of column {prompt_column!r}") for i, m in enumerate(prompt, 1)]
+    elif not isinstance(prompt, str):
+        raise DataError(
+            f"{where}: column {prompt_column!r} holds {type(prompt).__name__}, wanted text or a list of chat messages"
+        )
+    columns = {name: value for name, value in row.items() if name != prompt_column}
+    if answer_column:
+        columns["answer"] = row[answer_column]
+        if fault := fault_of_answer(columns["answer"]):
+            raise DataError(f"{where}: column {answer_column!r} {fault}")
+    problem = Problem(prompt, columns, where)
+    if not problem.question.strip():
+        raise DataError(f"{where}: the prompt in column {prompt_column!r} is empty")
+    return problem
+
+
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A chat message whose content is text, without its nulls, which Parquet fills in."""
+    content = _text(message["content"])
+    if content is None:
+        raise DataError(
+            f"{where} has the content {str(message['content'])[:60]!r}, wanted text, or parts of the type text"
+        )
+    if not isinstance(message["role"], str):
+        raise DataError(f"{where} has the role {message['role']!r}, wanted text, such as user")
+    return {key: value for key, value in message.items() if value is not None} | {"content": content}
+
+
+def _text(content: Any) -> str | None:
+    """A message's content where it is text, or a list of parts of text, joined."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if len(known) == len(content) else None
+
+
+def _check_columns(where: str, row: Mapping[str, Any], *columns: str | None) -> None:
+    for column in filter(None, columns):
+        if column not in row:
+            raise DataError(f"{where}: no column {column!r}{nearest(column, row, with_all=True)}")
+
+
+def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) -> list[Problem]:
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    name = task.removeprefix(REASONING_GYM)
+    if not task.startswith(REASONING_GYM) or name not in DATASETS:
+        raise DataError(f"unknown task {task!r}{nearest(name, sorted(DATASETS), REASONING_GYM)}")
+    valid = sorted({field.name for field in fields(DATASETS[name][1])} - {"seed", "size"})
+    for option in options:
+        if option not in valid:
+            raise DataError(f"{task} has no option {option!r}{nearest(option, valid)}")
+    try:
+        first_item = random.Random(seed).getrandbits(31)  # items i of seed s and i - 1 of seed s + 1 would be equal
+        dataset = create_dataset(name, seed=first_item, size=size, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise DataError(f"{task} refuses size = {size} and options {dict(options)}: {error}") from error
+    first_of: dict[str, dict[str, Any]] = {}
+    for item in dataset:
+        first_of.setdefault(item["question"], {key: item[key] for key in ("answer", "metadata")})
+    shared = {"task": task, "task_options": dict(options)}
+    return [Problem(question, shared | columns, task) for question, columns in first_of.items()]
+
+
+def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterable[Row]:
+    """Rows of a JSONL or Parquet file, or of a Hugging Face data set. Raises DataError."""
+    file = Path(path)
+    if is_local(path) and not file.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if file.is_file():
+        if file.suffix == ".jsonl":
+            return _read_jsonl(file)
+        if file.suffix == ".parquet":
+            return _read_parquet(file)
+        raise DataError(f"{path}: files must be .jsonl or .parquet, found {file.suffix or 'no suffix'}")
+    return _read_dataset(file if file.exists() else path, subset, split)
+
+
+def check_columns(path: str, wanted: Iterable[str]) -> None:
+    """Raises DataError where the first row of a local JSONL or Parquet file has not all of the `wanted` columns; of
+    other data nothing is known before it is loaded.
+    """
+    file = Path(path)
+    if not file.is_file():
+        return
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        columns = pyarrow.parquet.read_schema(file).names
+    else:
+        with file.open("rb") as lines:
+            first = next((line for line in lines if line.strip()), b"{}")
+        try:
+            columns = [*parse_json(first)]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: unreadable first line: {error}") from error
+    for column in wanted:
+        if column not in columns:
+            raise DataError(f"{path}: no column {column!r}{nearest(column, columns, with_all=True)}")
+
+
+def _read_jsonl(file: Path) -> Iterator[Row]:
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = parse_json(line)
+            if b"\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise DataError(f"{where}: {half!r} is half of a character, of an emoji that was cut; remove it") from error
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            raise DataError(f"{where}: unreadable line: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: unreadable line: wanted a JSON object, found {type(row).__name__}")
+        yield where, row
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{file}: unreadable Parquet file: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{file} row {number}", row
+
+
+def _read_dataset(source: Path | str, subset: str | None, split: str) -> Iterator[Row]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if isinstance(source, Path) and any((source / n).exists() for n in ("state.json", "dataset_dict.json")):
+            loaded: Any = datasets.load_from_disk(str(source))
+        else:
+            loaded = datasets.load_dataset(str(source), subset, split=split)
+    except (DatasetsError, OSError, ValueError) as error:
+        wanted = f"split {split!r}" + (f" of subset {subset!r}" if subset else "")
+        raise DataError(
+            f"{source}: cannot load {wanted} as a Hugging Face data set: {error.__cause__ or error}"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError(f"{source}: no split {split!r}{nearest(split, map(str, loaded))}")
+        loaded = loaded[split]
+    for number, row in enumerate(loaded.to_list(), start=1):
+        yield f"{source} row {number}", row

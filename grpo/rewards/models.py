@@ -1,0 +1,268 @@
+"""Reward models as rewards: completions scored by what `flashgrpo reward-model` has made.
+
+A group goes through the model in passes of its own, its completions behind one copy of the question, so that a score
+depends neither on the other groups nor on when they come. A question is put in the reward model's template, not the
+policy's, and a completion is tokenised anew, from its text.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from transformers import PreTrainedTokenizerBase
+
+from flashgrpo.grpo.data.prompts import closed_ids, located, render_problem
+from flashgrpo.grpo.errors import DataError, PackingError, RecipeError, RewardFailure
+from flashgrpo.grpo.learn.packing import Completion, Group, best_fit, build_batch
+from flashgrpo.grpo.recipe.schema import CHECKED, PreferenceSection, Template
+from flashgrpo.grpo.rewards.rules import with_opening
+from flashgrpo.grpo.rewards.table import Scorer
+from flashgrpo.grpo.run.child import Child, own_environment
+from flashgrpo.grpo.run.policy import (
+    Policy,
+    check_vocabulary,
+    end_token_id,
+    open_tokenizer,
+    resolve_dtype,
+    stop_token_ids,
+)
+from flashgrpo.grpo.run.world import World
+from flashgrpo.grpo.types import CompletionGroup, Problem
+from flashgrpo.model.checkpoint import CheckpointError, load_checkpoint, read_config, read_json
+
+CARD = "reward_model.json"
+_SCORE_LIMIT_S = 600.0
+_PROBE = "<think>Déjà vu — 数学</think>\n\tdef f(x): return x ** 2  # 12,345"
+
+
+@dataclass(frozen=True, config=CHECKED)
+class Card:
+    """What a reward model's folder says of itself, in reward_model.json."""
+
+    scores: Literal["answer", "whole"]
+    objective: Literal["pairwise", "pointwise"]
+    template: Template
+    template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    system_prompt: str | None = None
+
+    def as_reward(self, logits: np.ndarray) -> np.ndarray:
+        """Pairwise, the raw logit, of which only differences mean anything; pointwise, the probability of "good"."""
+        return logits if self.objective == "pairwise" else 0.5 * (1 + np.tanh(logits / 2))
+
+
+def scored_ids(text: str, scores: str, tokenizer: PreTrainedTokenizerBase, end: int) -> np.ndarray:
+    """What a reward model reads of a completion, [num_tokens] int64, closed by `end`, at which the score is read.
+
+    With scores = "answer" it is what follows the reasoning, without <answer> tags: nothing where the reasoning is not
+    closed, and everything where there is none.
+    """
+    if scores == "answer":
+        is_open = "<think>" in text and "</think>" not in text
+        text = "" if is_open else re.sub(r"</?answer>", "", text.rpartition("</think>")[2]).strip()
+    return closed_ids(text, tokenizer, end)
+
+
+def scored_group(prompt_ids: list[int], texts: Sequence[np.ndarray], first_id: int = 0) -> Group:
+    """Texts behind one prompt; the token added to each is not fed, so that the last one fed is the text's own."""
+    return Group(prompt_ids, [Completion(np.append(ids, ids[-1]), first_id + i) for i, ids in enumerate(texts)])
+
+
+class RewardModel:
+    """A reward model in memory; `where` names it in errors. Raises CheckpointError."""
+
+    def __init__(self, path: str, device: str, batch_tokens: int, where: str, waits_on: str | None = None):
+        self.device, self.batch_tokens, self.where = torch.device(device), batch_tokens, where
+        self.card, self.tokenizer = read_card(path), open_tokenizer(path)
+        self.end = end_token_id(path, self.tokenizer)
+        dtype = resolve_dtype("auto", self.device)
+        self.model = load_checkpoint(path, dtype=dtype, device=waits_on or self.device, reward_model=True)
+
+    @torch.no_grad()
+    def score(self, group: CompletionGroup) -> np.ndarray:  # [group_size] float64
+        """Rewards of a group's completions. Raises RewardFailure for a question that does not suit the template, or is
+        too long with a completion for batch_tokens.
+        """
+        try:
+            prompt_ids = render_problem(group.problem, self.card, self.tokenizer)
+            texts = [with_opening(group.prompt, text) for text in group.completions]
+            ids = [scored_ids(text, self.card.scores, self.tokenizer, self.end) for text in texts]
+        except DataError as error:
+            raise RewardFailure(f"{self.where}: {error}") from error
+        logits = torch.empty(len(ids), dtype=torch.float64)
+        try:
+            packs = best_fit([scored_group(prompt_ids, ids)], self.batch_tokens)
+        except PackingError as error:
+            longest = len(prompt_ids) + max(map(len, ids))
+            raise RewardFailure(
+                f"{self.where}: a question and its completion have {longest} tokens, batch_tokens = "
+                f"{self.batch_tokens}; raise it to {longest} or more"
+            ) from error
+        for pack in packs:
+            batch = build_batch(pack)
+            logits[batch.sequence_ids] = self.model.scores(batch.to(self.device)).double().cpu()
+        return self.card.as_reward(logits.numpy())
+
+
+class InTurn(Scorer):
+    """On the policy's device for the time of a call; its weights, in the type of that device, wait on the host, on each
+    rank.
+    """
+
+    def __init__(self, section: PreferenceSection, where: str, device: torch.device):
+        self.model = RewardModel(section.path, str(device), section.batch_tokens, where, waits_on="cpu")
+        if device.type == "cuda":
+            for parameter in self.model.model.parameters():
+                parameter.data = parameter.data.pin_memory()
+
+    def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
+        try:
+            with self._on_device():
+                return np.array([self.model.score(group) for group in groups])
+        except torch.OutOfMemoryError as error:
+            hint = "lower its batch_tokens or train.token_budget, or give it a device of its own"
+            raise RewardFailure(f"{self.model.where}: {str(error).splitlines()[0]} Next: {hint}") from error
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        waiting = [(parameter, parameter.data) for parameter in self.model.model.parameters()]
+        try:
+            for parameter, on_host in waiting:
+                parameter.data = on_host.to(self.model.device, non_blocking=True)
+            yield
+        finally:
+            for parameter, on_host in waiting:
+                parameter.data = on_host
+
+
+class OwnProcess(Scorer):
+    """In a process of the rank's own on another device, where it scores while the generator still samples."""
+
+    def __init__(self, section: PreferenceSection, where: str):
+        environment = {**own_environment(), "TOKENIZERS_PARALLELISM": "false"}
+        setup = section.path, section.device, section.batch_tokens, where, torch.get_num_threads()
+        self.child = Child(f"the process of {where}", RewardFailure, serve, environment, setup)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
+        self._begun: dict[int, tuple[CompletionGroup, Future[np.ndarray]]] = {}  # by identity
+
+    def submit(self, group: CompletionGroup) -> None:
+        self._begun[id(group)] = group, self._thread.submit(self._score, group)
+
+    def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
+        for group in groups:
+            if id(group) not in self._begun:
+                self.submit(group)
+        return np.array([self._begun.pop(id(group))[1].result() for group in groups])
+
+    def close(self) -> None:
+        self.child.close()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _score(self, group: CompletionGroup) -> np.ndarray:
+        self.child.send(group, "scoring")
+        return self.child.receive("scoring", _SCORE_LIMIT_S)
+
+
+def open_preferences(
+    sections: Mapping[str, PreferenceSection],
+    policy: Policy,
+    world: World,
+    questions: Mapping[str, Sequence[Problem]],  # by reward model, what it will score completions of
+    max_new_tokens: int,
+) -> dict[str, Scorer]:
+    """The reward models of [reward_models] by name, each checked before any is loaded. All ranks must call it.
+
+    Raises CheckpointError for a folder that is no reward model, or has another tokenizer than the policy, DataError for
+    a question that does not suit its template, RecipeError for one too long with a completion for its batch_tokens.
+    """
+    device, scorers = world.device, {}
+
+    def open_all() -> None:
+        for name, section in sections.items():
+            card = _check(section.path, policy)
+            _check_lengths(f"reward_models.{name}", section, card, questions[name], max_new_tokens)
+        for name, section in sections.items():
+            where = f"reward_models.{name}"
+            in_turn = section.device == "trainer"
+            scorers[name] = InTurn(section, where, device) if in_turn else OwnProcess(section, where)
+
+    try:
+        world.everywhere(open_all)
+    except BaseException:
+        for scorer in scorers.values():
+            scorer.close()
+        raise
+    return scorers
+
+
+def read_card(path: str | Path) -> Card:
+    """What the folder of a reward model says of itself. Raises CheckpointError."""
+    file = Path(path) / CARD
+    if not file.exists():
+        raise CheckpointError(f"{path} has no {CARD}; make a reward model by `flashgrpo reward-model RECIPE`")
+    try:
+        return TypeAdapter(Card).validate_python(read_json(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _check(path: str, policy: Policy) -> Card:
+    config = read_config(path, reward_model=True)
+    theirs, ours = open_tokenizer(path), policy.tokenizer
+    check_vocabulary(path, theirs, config.vocab_size, stop_token_ids(path, theirs))
+    same_text = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
+    if theirs.get_vocab() != ours.get_vocab() or not same_text:
+        raise CheckpointError(
+            f"{path}: its tokenizer is not that of {policy.path}; train a reward model from one of the policy's family"
+        )
+    return read_card(path)
+
+
+def _check_lengths(
+    where: str, section: PreferenceSection, card: Card, questions: Sequence[Problem], max_new_tokens: int
+) -> None:
+    tokenizer, lengths = open_tokenizer(section.path), []
+    try:
+        for problem in questions:
+            with located(problem):
+                lengths.append(len(render_problem(problem, card, tokenizer)))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    needed = max(lengths, default=0) + max_new_tokens + 1
+    if needed > section.batch_tokens:
+        raise RecipeError(
+            f"{where}.batch_tokens = {section.batch_tokens} is below the longest question and completion together with "
+            f"the token that ends it, {needed}; raise it to that or more"
+        )
+
+
+def serve(file_descriptor: int) -> None:
+    """The process's life: scores groups until the other end of the pipe is closed."""
+    os.dup2(2, 1)  # what is printed must not mix with the trainer's output
+    with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
+        *options, num_threads = connection.recv()
+        torch.set_num_threads(num_threads)
+        group: CompletionGroup | None = None
+        model: RewardModel | None = None
+        while True:
+            try:
+                model = model or RewardModel(*options)
+                answer = None, model.score(group) if group else None
+            except (CheckpointError, RewardFailure) as error:  # both are raised again in the trainer
+                answer = error, None
+            except Exception as error:  # of torch or a tokenizer: told to the trainer, which ends the run with it
+                answer = RewardFailure(f"{options[-1]}: {type(error).__name__}: {error}"), None
+            connection.send(answer)
+            group = connection.recv()
+    os.kill(os.getpid(), signal.SIGKILL)

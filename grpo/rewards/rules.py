@@ -1,0 +1,240 @@
+r"""Rule-based rewards of DeepSeek-R1 (arXiv 2501.12948) and their kin, by name, in TRL's signature.
+
+    fn(prompts, completions, **columns) -> list[float | None]
+
+Every argument is a list with one entry per completion: the text the model continued (`prompts`), what it wrote
+(`completions`), the columns of the data set, and from the pool `questions` (the prompt before its template),
+`completion_ids`, `finish_reasons`; `max_new_tokens` is one number. None means that no score could be computed.
+
+Workers import this module, so it costs nothing: heavy libraries are imported by the function that needs them.
+"""
+
+import functools
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flashgrpo.grpo.data.answers import answers_match, expected_answer, last_boxed
+from flashgrpo.grpo.errors import RecipeError, RewardError, nearest
+from flashgrpo.grpo.types import REASONING_GYM
+
+if TYPE_CHECKING:
+    from flashgrpo.grpo.recipe.load import Recipe
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+_CORRECT = 1 - 1e-6
+_OVERLONG_CACHE = 0.2  # L_cache as a share of L_max
+_NGRAM = 8  # tokens; shorter phrases recur in sound reasoning
+
+
+def is_correct(scores: Any) -> Any:
+    """Whether a score counts as solved in an evaluation, for a number or an array: partial credit and NaN do not."""
+    return scores >= _CORRECT
+
+
+def extract_answer(completion: str, prompt: str = "", *, whole: bool = False) -> str | None:
+    r"""The final answer in a completion, or None.
+
+    The last `<answer>` block if there is an `<answer>` tag at all, else the last `\boxed{}`, else what follows
+    `####` (GSM8K), else the last line, or the whole text with `whole`. What precedes `</think>` is cut; where the
+    reasoning was not closed, only an `<answer>` block counts.
+    """
+    text = with_opening(prompt, completion)
+    is_open = "<think>" in text and "</think>" not in text
+    text = text.rpartition("</think>")[2]
+    if "<answer>" in text:
+        block = text.rpartition("</answer>")[0].rpartition("<answer>")[2]
+        return (last_boxed(block) or block).strip() or None
+    if is_open:
+        return None
+    if boxed := last_boxed(text):
+        return boxed.strip() or None
+    if "####" in text:
+        text = text.rsplit("####", 1)[1].strip().split("\n")[0]
+    lines = text.strip().splitlines()
+    if not lines:
+        return None
+    return text.strip() if whole else lines[-1].strip()
+
+
+def accuracy(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
+) -> list[float | None]:
+    """Score of the final answer: by the task's own scorer for reasoning-gym rows, else 1 or 0 by `answers_match`.
+
+    A reasoning-gym scorer may give partial credit between 0 and 1. An `answer` may be LaTeX, a number, plain words,
+    or a GSM8K solution that ends with `#### 42`.
+    """
+    tasks = columns.get("task") or [None] * len(completions)
+    scores: list[float | None] = []
+    for i, (prompt, completion, task) in enumerate(zip(prompts, completions, tasks, strict=True)):
+        if isinstance(task, str) and task.startswith(REASONING_GYM):
+            row = {"answer": answer[i], "metadata": columns["metadata"][i]}
+            options = columns["task_options"][i] if "task_options" in columns else {}
+            found = extract_answer(completion, prompt, whole=row["answer"] is None or "\n" in row["answer"])
+            scores.append(_task_score(task, options, found, row))
+        else:
+            found = extract_answer(completion, prompt)
+            scores.append(float(found is not None and answers_match(found, expected_answer(answer[i]))))
+    return scores
+
+
+def exact_match(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
+) -> list[float | None]:
+    """1 where the final answer is the expected one, character by character but for white space at its ends."""
+    found = map(extract_answer, completions, prompts)
+    return [float(text == expected_answer(gold)) for text, gold in zip(found, answer, strict=True)]
+
+
+def format_tags(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
+    """1 where the completion is `<think>..</think><answer>..</answer>` and nothing else, neither of them empty.
+
+    Each tag stands exactly once. The opening `<think>` may be the end of the prompt instead.
+    """
+    return [float(_is_formatted(with_opening(p, c))) for p, c in zip(prompts, completions, strict=True)]
+
+
+def overlong(
+    completions: Sequence[str], completion_ids: Sequence[Sequence[int]], max_new_tokens: int, **columns: Any
+) -> list[float | None]:
+    """Soft overlong punishment, arXiv 2503.14476 eq. 13: 0, then linearly down to -1 over the last fifth of tokens."""
+    cache = _OVERLONG_CACHE * max_new_tokens
+    return [min(0.0, max(-1.0, (max_new_tokens - cache - len(ids)) / cache)) for ids in completion_ids]
+
+
+def repetition(
+    completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **columns: Any
+) -> list[float | None]:
+    """Minus the share of 8-token sequences that occurred before in the completion: -1 to 0 (cf. arXiv 2502.03373)."""
+    scores: list[float | None] = []
+    for ids in completion_ids:
+        ngrams = [tuple(ids[i : i + _NGRAM]) for i in range(len(ids) - _NGRAM + 1)]
+        scores.append(len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0)
+    return scores
+
+
+def language_consistency(
+    prompts: Sequence[str], completions: Sequence[str], questions: Sequence[str], **columns: Any
+) -> list[float | None]:
+    """Share of the reasoning's words that are in the target language (arXiv 2501.12948, section 2.3.2).
+
+    The target is the column `language` (a name or an ISO 639-1 code), else the language of the question; below eight
+    words in Latin script English, for so few do not show theirs. A word in another script is foreign; words in the
+    right script are judged by lingua, eight or more together. Formulas, code and single letters are no words.
+    Reasoning without words scores 1, and none at all 0.
+
+    Raises:
+        ValueError: a `language` that lingua does not know.
+    """
+    from flashgrpo.grpo.rewards.language import share_in_language, target_language
+
+    targets = columns.get("language") or [None] * len(completions)
+    rows = zip(prompts, completions, questions, targets, strict=True)
+    return [share_in_language(reasoning_of(p, c), target_language(t, q)) for p, c, q, t in rows]
+
+
+def code(
+    prompts: Sequence[str], completions: Sequence[str], tests: Sequence[Any], programs: Any = None, **columns: Any
+) -> list[float | None]:
+    """1 where the completion's Python program passes all `tests`, run within the limits of `programs`, else 0."""
+    from flashgrpo.grpo.rewards import programs as code_reward
+
+    limits = programs or code_reward.ProgramsSection()
+    return code_reward.score_programs(prompts, completions, tests, limits, columns.get("metadata"))
+
+
+BUILTINS: Mapping[str, RewardFunction] = {
+    "accuracy": accuracy,
+    "code": code,
+    "exact_match": exact_match,
+    "format": format_tags,
+    "language_consistency": language_consistency,
+    "overlong": overlong,
+    "repetition": repetition,
+}
+
+
+def check_names(recipe: "Recipe") -> None:
+    """Raises RecipeError for a reward that has no colon and is neither built in nor a reward model of the recipe's, and
+    for a reward model that hides what is built in. A function of the user's is imported when the pool opens.
+    """
+    models = recipe.reward_models
+    if same := sorted(models.keys() & {*BUILTINS, "mean", "std", "missing", "group_std"}):
+        raise RecipeError(f"reward_models.{same[0]}: found the name of a built-in reward or metric; choose another")
+    used = {"rewards": recipe.rewards.functions} | {f"sources.{n}": s.rewards for n, s in recipe.sources.items()}
+    for key, names in used.items():
+        for name in names:
+            if ":" in name or name in models:
+                continue
+            try:
+                resolve_reward(name)
+            except RewardError as error:
+                also = f"; [reward_models] has {', '.join(models)}" if models else ""
+                raise RecipeError(f"{key}: {error}{also}") from None
+
+
+def resolve_reward(name: str) -> RewardFunction:
+    """The reward function of a name: a built-in, or `package.module:function`, also from the current folder.
+
+    Raises:
+        RewardError: no such built-in, module or function.
+    """
+    if name in BUILTINS:
+        return BUILTINS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise RewardError(f"unknown reward {name!r}, no package.module:function either{nearest(name, BUILTINS)}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module may raise anything while it is imported
+        raise RewardError(f"reward {name!r}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+    function: RewardFunction | None = getattr(module, attribute, None)
+    if not callable(function):
+        public = [key for key, value in vars(module).items() if callable(value)]
+        raise RewardError(f"reward {name!r}: {module_name} has no function {attribute!r}{nearest(attribute, public)}")
+    return function
+
+
+def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict[str, Any]) -> float:
+    if found is None:
+        return 0.0
+    score = _task_scorer(task.removeprefix(REASONING_GYM), json.dumps(options))
+    try:
+        return float(score(found, row))
+    except Exception:  # many scorers raise, in ways of their own, on an answer that they cannot read
+        score(row["answer"], row)  # raises again where the row is at fault, not the answer
+        return 0.0
+
+
+@functools.lru_cache(maxsize=64)
+def _task_scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(task, seed=0, **json.loads(options)).score_answer
+
+
+def _is_formatted(text: str) -> bool:
+    parts = re.split(r"(</?(?:think|answer)>)", text)
+    if parts[1::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return False
+    before, thought, between, answer, after = (part.strip() for part in parts[::2])
+    return bool(thought and answer) and not (before or between or after)
+
+
+def with_opening(prompt: str, completion: str) -> str:
+    """The completion, with the `<think>` before it that the end of the prompt may have."""
+    return f"<think>{completion}" if prompt.rstrip().endswith("<think>") else completion
+
+
+def reasoning_of(prompt: str, completion: str) -> str:
+    """What precedes `</think>` or `<answer>`, without tags; all of the completion where it has neither."""
+    text = with_opening(prompt, completion)
+    return text.split("</think>")[0].split("<answer>")[0].replace("<think>", "")

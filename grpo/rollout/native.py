@@ -1,0 +1,326 @@
+"""The embedded generator: the trainer's own weights, one KV cache, the whole batch at once.
+
+A prompt's keys and values are computed once and read by all of its completions; each completion keeps only its own.
+Where every prompt has one completion, it keeps the prompt's before its own: half the products.
+One decoding step of `rows` live completions reads the weights once, so its cost on a CPU is 2 N FLOPs a row and on a
+GPU the N weights' bytes. Finished rows leave the batch once an eighth of it is idle, and so do the prompts of finished
+groups. It runs without CUDA graphs and pages: it is the default where vLLM is not installed, and the reference that
+vLLM is tested against.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashgrpo.grpo.rollout.generator import splitmix64
+from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.types import Request, Rollout, Sampling
+from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.model.decoder import Decoder, huggingface_views
+from flashgrpo.model.linear import PackedWeights, product
+
+_CACHE_STEP = 64
+_IDLE_SHARE = 1 / 8
+_DRAWN_AHEAD = 64  # positions whose random numbers go to the device at once
+
+
+class NativeGenerator:
+    """Samples from `model` as it stands when `generate` is called; `weight_version` is stamped on the rollouts."""
+
+    def __init__(self, model: Decoder, stop_token_ids: list[int], device: torch.device | None = None):
+        self.model = model
+        self.stop_token_ids = stop_token_ids
+        self.device = device or model.lm_head_weight.device
+        self.weight_version = 0
+
+    def load_weights(self, source: DecoderSource, version: int) -> None:
+        """Copy every weight into a model of the generator's own."""
+        self.model.to_empty(device=self.device)
+        weights = huggingface_views({n: p.detach() for n, p in self.model.named_parameters()}, self.model.config)
+        for name, tensor in source:
+            if name in weights:  # a tied head is sent twice
+                weights[name].copy_(tensor)
+        self.weight_version = version
+
+    def free_weights(self) -> None:
+        """Give the memory of the weights back until the next `load_weights`."""
+        self.model.to("meta")
+        self.weight_version = -1
+
+    def close(self) -> None:
+        """Nothing runs for it."""
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
+        """Yield each request's rollouts, in the order of its seeds, as soon as the last of them is done."""
+        if not requests:
+            return
+        with torch.inference_mode():
+            batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids)
+        while batch.has_live_rows:
+            with torch.inference_mode():
+                finished = batch.step()
+            for index in finished:
+                yield [self._rollout(requests[index], *sample) for sample in batch.samples_of(index)]
+
+    def _rollout(
+        self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, kept: np.ndarray | None, stopped: bool
+    ) -> Rollout:
+        reason = "stop" if stopped else "length"
+        versions = ((self.weight_version, len(tokens)),)
+        return Rollout(request.prompt_ids, tokens, logprobs, reason, request.group, versions, kept)
+
+
+class _DecodingBatch:
+    """State of one call. A row is a completion; live rows sit in the first `len(self.rows)` places of the caches."""
+
+    def __init__(self, model: Decoder, requests: list[Request], sampling: Sampling, stop_token_ids: list[int]):
+        self.model, self.sampling = model, sampling
+        weight = model.lm_head_weight
+        self.device, self.dtype = weight.device, weight.dtype
+        counts = [len(request.seeds) for request in requests]
+        num_rows = sum(counts)
+        self.first_row = np.concatenate([[0], np.cumsum(counts)])
+        self.seeds = np.concatenate([request.seeds for request in requests]).astype(np.uint64)
+        self.stop_token_ids = np.array(stop_token_ids, dtype=np.int64)
+        self.tokens = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.int64)
+        self.logprobs = np.zeros((2, num_rows, sampling.max_new_tokens), dtype=np.float32)
+        self.lengths = np.zeros(num_rows, dtype=np.int64)
+        self.stopped = np.zeros(num_rows, dtype=bool)
+
+        self.rows = np.arange(num_rows)  # live rows, in cache order
+        self.done = np.zeros(num_rows, dtype=bool)  # by cache place
+        self.group_of_row = np.repeat(np.arange(len(requests)), counts)
+        self.unfinished = np.array(counts)
+        self.groups = np.arange(len(requests))  # those with a place in the prompts' cache, ascending
+        self.shared = set(counts) != {1}
+        self.prompt_lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=self.device)
+        self.own_start = 0 if self.shared else max(len(r.prompt_ids) for r in requests)  # in `own_cache`
+        self.prompt_cache: list[tuple[Tensor, Tensor]] = []
+        self.own_cache: list[tuple[Tensor, Tensor]] = []
+        self.position = 0  # tokens that the live rows have been given beyond their prompts
+        self._place_rows()
+        self.weights = PackedWeights(model, num_rows)
+        hidden = self._prefill([request.prompt_ids for request in requests])
+        self.hidden = hidden.index_select(0, self.group_of_place)
+
+    @property
+    def has_live_rows(self) -> bool:
+        return len(self.rows) > 0
+
+    def samples_of(self, index: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]]:
+        """(tokens, log-probs, those of what was kept or None, stopped) of every completion of request `index`."""
+        for row in range(self.first_row[index], self.first_row[index + 1]):
+            length = self.lengths[row]
+            logprobs, kept = self.logprobs[:, row, :length].copy()
+            kept = kept if self.sampling.is_truncated else None
+            yield self.tokens[row, :length].copy(), logprobs, kept, bool(self.stopped[row])
+
+    def step(self) -> list[int]:
+        """Sample one token for every live row, run the decoder on them; returns the requests that are now complete."""
+        with self.weights:
+            logits = product(self.hidden, self.model.lm_head_weight)
+        if self.position % _DRAWN_AHEAD == 0:
+            self.uniforms = self._draw_uniforms()
+        tokens, *logprobs = sample_tokens(logits, self.uniforms[:, self.position % _DRAWN_AHEAD], self.sampling)
+        sampled = torch.stack([tokens.double(), *(each.double() for each in logprobs)]).cpu().numpy()  # the one copy
+        live = ~self.done
+        self.tokens[self.rows[live], self.position] = sampled[0, live]
+        self.logprobs[:, self.rows[live], self.position] = sampled[1:, live]
+        self.position += 1
+
+        stops = (sampled[0, :, None] == self.stop_token_ids).any(1)
+        newly_done = live & (stops | (self.position == self.sampling.max_new_tokens))
+        complete = []
+        if newly_done.any():
+            ended = self.rows[newly_done]
+            self.lengths[ended] = self.position
+            self.stopped[ended] = stops[newly_done]
+            self.done |= newly_done
+            groups, counts = np.unique(self.group_of_row[ended], return_counts=True)
+            self.unfinished[groups] -= counts
+            complete = [int(group) for group in groups if self.unfinished[group] == 0]
+            if self.done.all():
+                self.rows = self.rows[:0]
+                return complete
+            tokens = self._drop_idle_rows(tokens)
+        positions = self.prompt_lengths.index_select(0, self.group_of_place) + (self.position - 1)
+        with self.weights:
+            self.hidden = self.model.run(tokens, positions, self._decode_attention)
+        return complete
+
+    def _draw_uniforms(self) -> Tensor:
+        """Numbers in [0, 1) for the next positions, each from its row's seed and its position: [rows, 64] float64."""
+        positions = np.arange(self.position, self.position + _DRAWN_AHEAD, dtype=np.uint64)
+        bits = splitmix64(self.seeds[self.rows, None] ^ splitmix64(positions))
+        return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).to(self.device)
+
+    def _drop_idle_rows(self, tokens: Tensor) -> Tensor:
+        step = max(1, len(self.seeds) // 16)  # few different numbers of rows, see `model.linear`
+        spare = self.done & (np.cumsum(self.done) > -np.count_nonzero(~self.done) % step)
+        if spare.sum() < max(1, _IDLE_SHARE * len(self.rows)):
+            return tokens
+        kept = ~spare
+        keep = torch.from_numpy(np.flatnonzero(kept)).to(self.device)
+        self.rows, self.done = self.rows[kept], self.done[kept]
+        written = self.own_start + self.position - 1
+        for layer, (k, v) in enumerate(self.own_cache):
+            self.own_cache[layer] = (_moved(k, written, k.shape[2], keep), _moved(v, written, v.shape[2], keep))
+        self.uniforms = self.uniforms.index_select(0, keep)
+        self._drop_finished_groups()
+        self._place_rows()
+        return tokens.index_select(0, keep)
+
+    def _drop_finished_groups(self) -> None:
+        kept = np.unique(self.group_of_row[self.rows])
+        if len(self.groups) - len(kept) < _IDLE_SHARE * len(self.groups):
+            return
+        keep = np.searchsorted(self.groups, kept)
+        num_kv_heads = self.model.config.num_kv_heads
+        heads = torch.from_numpy((keep[:, None] * num_kv_heads + np.arange(num_kv_heads)).ravel()).to(self.device)
+        self.groups = kept
+        self.prompt_cache = [(k.index_select(0, heads), v.index_select(0, heads)) for k, v in self.prompt_cache]
+        self.prompt_bias = self.prompt_bias.index_select(0, heads)
+        self.prompt_lengths = self.prompt_lengths.index_select(0, torch.from_numpy(keep).to(self.device))
+
+    def _place_rows(self) -> None:
+        """Lay the live rows of each group side by side in a grid [groups, width]: a prompt's keys are read by group."""
+        groups = np.searchsorted(self.groups, self.group_of_row[self.rows])  # places in the prompts' cache
+        num_groups = len(self.groups)
+        counts = np.bincount(groups, minlength=num_groups)
+        within = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.grid_width = int(counts.max(initial=0))
+        slots = groups * self.grid_width + within
+        row_of_slot = np.zeros(num_groups * self.grid_width, dtype=np.int64)
+        row_of_slot[slots] = np.arange(len(groups))
+        self.group_of_place = torch.from_numpy(groups).to(self.device)
+        self.slots = torch.from_numpy(slots).to(self.device)
+        self.row_of_slot = torch.from_numpy(row_of_slot).to(self.device)
+
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Run every prompt once, keep its keys and values; returns its last hidden state, [requests, hidden_size]."""
+        lengths = [len(prompt) for prompt in prompts]
+        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=self.device)
+        padding = [0] * (self.model.padded_tokens(sum(lengths)) - sum(lengths))  # tokens of no segment
+        input_ids = torch.tensor([token for prompt in prompts for token in prompt] + padding, device=self.device)
+        positions = torch.tensor([i for length in lengths for i in range(length)] + padding, device=self.device)
+        longest = max(lengths)
+        columns = torch.arange(longest, device=self.device)
+        inside = columns < self.prompt_lengths[:, None]
+        places = (cu_seqlens[:-1, None].long() + columns).where(inside, 0)
+        bias = torch.zeros_like(inside, dtype=self.dtype).masked_fill(~inside, float("-inf"))
+        if not self.shared:
+            bias = F.pad(bias, (0, self.sampling.max_new_tokens))
+        self.prompt_bias = bias.repeat_interleave(self.model.config.num_kv_heads, dim=0)[:, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = k[places].transpose(1, 2), v[places].transpose(1, 2)
+            if self.shared:  # [requests * num_kv_heads, head_dim, longest] and [.., longest, head_dim]
+                self.prompt_cache.append((keys.transpose(2, 3).flatten(0, 1), values.flatten(0, 1)))
+            else:  # [requests, num_kv_heads, longest, head_dim]
+                self.own_cache.append((keys, values))
+            return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest, backend=self.model.attention_backend)
+
+        hidden = self.model.run(input_ids, positions, attend)
+        return hidden.index_select(0, cu_seqlens[1:].long() - 1)
+
+    def _decode_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One query a row against its prompt's keys, shared by the group, and its own: one softmax over both."""
+        rows, num_heads, head_dim = q.shape
+        keys, values = self._append(layer, k, v)
+        q = (q * head_dim**-0.5).view(len(keys), -1, head_dim)  # [rows * num_kv_heads, heads of one kv head, head_dim]
+        if not self.shared:
+            scores = torch.baddbmm(self.prompt_bias[..., : keys.shape[1]], q, keys.transpose(1, 2))
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+            return torch.bmm(weights, values).view(rows, num_heads, head_dim)
+
+        prompt_keys, prompt_values = self.prompt_cache[layer]
+        longest = prompt_keys.shape[2]
+        shared = torch.baddbmm(self.prompt_bias, self._by_group(q), prompt_keys)
+        scores = torch.cat([self._by_row(shared, q.shape[1]), torch.bmm(q, keys.transpose(1, 2))], dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        shared = torch.bmm(self._by_group(weights[..., :longest]), prompt_values)
+        out = torch.baddbmm(self._by_row(shared, q.shape[1]), weights[..., longest:], values)
+        return out.view(rows, num_heads, head_dim)
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """[rows * num_kv_heads, n, d] -> [groups * num_kv_heads, width * n, d], whatever in the slots without a row."""
+        num_kv_heads, n, d = x.shape[0] // len(self.rows), *x.shape[1:]
+        grid = x.reshape(len(self.rows), -1).index_select(0, self.row_of_slot)
+        grid = grid.view(len(self.groups), self.grid_width, num_kv_heads, n, d).transpose(1, 2)
+        return grid.reshape(len(self.groups) * num_kv_heads, self.grid_width * n, d)
+
+    def _by_row(self, x: Tensor, n: int) -> Tensor:
+        """[groups * num_kv_heads, width * n, d] -> [rows * num_kv_heads, n, d]."""
+        num_kv_heads, d = x.shape[0] // len(self.groups), x.shape[2]
+        grid = x.view(len(self.groups), num_kv_heads, self.grid_width, n, d).transpose(1, 2)
+        rows = grid.reshape(len(self.row_of_slot), -1).index_select(0, self.slots)
+        return rows.view(len(self.rows) * num_kv_heads, n, d)
+
+    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the rows' newest keys and values; returns all, [rows * num_kv_heads, cached tokens, head_dim] each."""
+        if layer == len(self.own_cache):
+            shape = (k.shape[0], k.shape[1], 0, k.shape[2])
+            self.own_cache.append((k.new_empty(shape), v.new_empty(shape)))
+        cache, filled = self.own_cache[layer], self.own_start + self.position
+        room = cache[0].shape[2]
+        if room < filled:
+            room = min(max(2 * room, _CACHE_STEP), self.own_start + self.sampling.max_new_tokens)
+            cache = self.own_cache[layer] = (_moved(cache[0], filled - 1, room), _moved(cache[1], filled - 1, room))
+        cache[0].select(2, filled - 1).copy_(k)
+        cache[1].select(2, filled - 1).copy_(v)
+        return cache[0].flatten(0, 1)[:, :filled], cache[1].flatten(0, 1)[:, :filled]
+
+
+def sample_tokens(
+    logits: Tensor,  # [rows, vocab]
+    uniforms: Tensor,  # [rows] float64 in [0, 1)
+    sampling: Sampling,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token a row by inverting the distribution function; returns tokens [rows] and twice fp32 log-probs
+    [rows]: the token's in the distribution sampled from, after temperature and renormalised after top-k and top-p; and
+    that of all tokens which these kept, so that the sum is the token's in the whole vocabulary.
+
+    At temperature 0 the first is the model's own.
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        logprobs, tokens = torch.log_softmax(logits, dim=-1).max(dim=-1)
+        return tokens, logprobs, torch.zeros_like(logprobs)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    whole, order = torch.softmax(logits, dim=-1), None
+    probs = whole
+    if sampling.is_truncated:
+        whole, order = whole.sort(dim=-1, descending=True, stable=True)
+        probs = _truncate(whole, sampling)
+    cdf = probs.cumsum(dim=-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
+    places = drawn.clamp_max(logits.shape[-1] - 1)
+    tokens = places if order is None else order.gather(-1, places)
+    logprobs = probs.gather(-1, places).squeeze(-1).log()
+    kept = torch.zeros_like(logprobs) if order is None else whole.gather(-1, places).squeeze(-1).log() - logprobs
+    return tokens.squeeze(-1), logprobs, kept
+
+
+def _truncate(sorted_probs: Tensor, sampling: Sampling) -> Tensor:
+    """Keep the k likeliest, then the smallest set that holds top_p of what is left; renormalise. 0 elsewhere."""
+    if sampling.top_k:
+        sorted_probs = F.pad(sorted_probs[:, : sampling.top_k], (0, max(0, sorted_probs.shape[1] - sampling.top_k)))
+        sorted_probs = sorted_probs / sorted_probs.sum(dim=-1, keepdim=True)
+    if sampling.top_p < 1:
+        before = sorted_probs.cumsum(dim=-1) - sorted_probs
+        sorted_probs = sorted_probs.masked_fill(before >= sampling.top_p, 0)
+        sorted_probs = sorted_probs / sorted_probs.sum(dim=-1, keepdim=True)
+    return sorted_probs
+
+
+def _moved(cache: Tensor, written: int, room: int, keep: Tensor | None = None) -> Tensor:
+    """The first `written` tokens of all rows, or of those in `keep`, in a cache with room for `room` tokens."""
+    rows = cache.shape[0] if keep is None else len(keep)
+    moved = cache.new_empty(rows, cache.shape[1], room, cache.shape[3])
+    filled = cache[:, :, :written]
+    moved[:, :, :written] = filled if keep is None else filled.index_select(0, keep)
+    return moved

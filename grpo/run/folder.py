@@ -1,0 +1,360 @@
+"""A run's folder: recipe.toml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/step_N/. Whole or not at all.
+
+A checkpoint is written beside its place and renamed. `checkpoints/step_N/state` has the fp32 weights, the optimizer and
+the reference, each rank's shards written by itself and read by any number of ranks (torch DCP); `state.json` the step
+and the data position; `model` is a Hugging Face folder in the compute type. After a resume the logs are cut back to
+the checkpoint, so that every step stands once. Of several ranks the first one writes all but the shards.
+
+`made_from.json` has hashes of what a run reads: a model or a data set that was replaced in place would be another run
+under this one's name.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from flashgrpo.grpo.errors import RunError, RunInputError
+from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
+from flashgrpo.grpo.run.checkpoints import (
+    STATE,
+    causes_of,
+    check_sums,
+    is_of_the_disk,
+    list_checkpoints,
+    load_tensors,
+    newest_checkpoint,
+    write_sums,
+)
+from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.world import World, misses_a_rank
+from flashgrpo.model.files import (
+    LOCK,
+    content_files,
+    content_hash,
+    is_local,
+    locked,
+    parse_json,
+    parse_toml,
+    whole_folder,
+    write_text,
+)
+
+_MADE_FROM = "made_from.json"
+_SLOW_BYTES = 10e9  # more takes seconds to read, or minutes
+
+T = TypeVar("T")
+
+
+class RunFolder:
+    """The folder of a new run, or of one to continue: `checkpoint` is its newest, or None, `state` its state.
+
+    It is held against other processes. Nothing is left before `start`, so that a faulty recipe leaves nothing behind.
+    """
+
+    def __init__(self, recipe: AnyRecipe, resume: bool, world: World):
+        self.path, self._recipe, self._world = Path(recipe.run.output), recipe, world
+        self._stack = contextlib.ExitStack()
+        self.state: dict[str, Any] = {}
+        try:
+            self.checkpoint = world.on_main(lambda: self._open(resume))
+            if self.checkpoint:
+                _tell_of_reading(self.checkpoint, "to see that it is whole")
+                check_sums(self.checkpoint, world)
+            self.state, self._changes, self._made_from = world.on_main(self._compare)
+        except BaseException:  # nobody has it yet to close it
+            self._stack.close()
+            raise
+
+    def _open(self, resume: bool) -> Path | None:
+        self._stack.enter_context(hold_output(self.path, resume))
+        return newest_checkpoint(self.path)
+
+    def _compare(self) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+        """The state of the checkpoint, what has changed since, and what the run is made from now."""
+        made_from = hash_inputs(self._recipe)
+        if self.checkpoint is None:
+            return {}, [], made_from
+        state = _read_state(self.checkpoint)
+        changes = changed_keys(self.path / "recipe.toml", recipe_to_toml(self._recipe))
+        told = [*changed_inputs(self._recipe, made_from).values()]
+        if told and not self._recipe.run.accept_changes:
+            raise RunInputError(
+                f"{told[0]}; restore it, choose another run.output, or go on with it by --run.accept_changes=true"
+            )
+        return state, changes + told, made_from
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def start(self) -> None:
+        """Write recipe.toml, say what changed in it, cut the logs back to the checkpoint and open them."""
+        self._world.on_main(self._start)
+        self._world.everywhere(self._check_shared)
+
+    def _start(self) -> None:
+        last_step = self.state.get("step", -1)
+        logs = {self.path / name: read_rows(self.path / name) for name in ("metrics.jsonl", "samples.jsonl")}
+        for leftover in self.path.glob("checkpoints/.*.partial"):
+            shutil.rmtree(leftover)
+        write_made_from(self._recipe, self._made_from)
+        if self._changes:
+            console.print("changed on resume:", ", ".join(self._changes), style="yellow", markup=False, soft_wrap=True)
+        for path, rows in logs.items():
+            _write_rows(path, [row for row in rows if row["step"] <= last_step])
+        writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=last_step + 1)
+        self._tensorboard = self._stack.enter_context(writer)
+
+    def _check_shared(self) -> None:
+        if not (self.path / "recipe.toml").exists():
+            raise RunInputError(
+                f"{self.path}, which rank 0 has begun to write, is not there on rank {self._world.rank}; "
+                "run.output wants a place on storage that all ranks share, by a path that is the same on all"
+            )
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Append a row; NaN and infinity are written as null."""
+        if self._world.is_main:
+            _append(self.path / "metrics.jsonl", [self._row(step, metrics)])
+
+    def has_logged(self, step: int, name: str) -> bool:
+        """Whether the last row is that of `step` and has `name`."""
+        last = self._world.on_main(lambda: [{}, *read_rows(self.path / "metrics.jsonl")][-1])
+        return last.get("step") == step and name in last
+
+    def log_more(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Add to the last row, where it is that of `step`, or append one."""
+        if not self._world.is_main:
+            return
+        rows = read_rows(self.path / "metrics.jsonl")
+        before = rows.pop() if rows and rows[-1]["step"] == step else {}
+        _write_rows(self.path / "metrics.jsonl", [*rows, before | self._row(step, metrics)])
+
+    def _row(self, step: int, metrics: Mapping[str, float | None]) -> dict[str, Any]:
+        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}
+        for key, value in finite.items():
+            self._tensorboard.add_scalar(key, math.nan if value is None else value, step)
+        return {"step": step} | finite
+
+    def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
+        """Append sampled completions."""
+        if not self._world.is_main:
+            return
+        _append(self.path / "samples.jsonl", ({"step": step} | sample for sample in samples))
+
+    def save(self, step: int, write_model, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
+        """Write checkpoints/step_N and remove all but the newest `keep`. `write_model(path)` makes the model's folder.
+
+        On any failure the unfinished folder is removed, the last good checkpoint stays, and RunError is raised.
+        """
+        final = self.path / "checkpoints" / f"step_{step}"
+        on_main = self._world.on_main
+        try:
+            with contextlib.ExitStack() as stack:
+                partial = on_main(lambda: stack.enter_context(whole_folder(final)))
+                state_dict_saver.save(tensors, checkpoint_id=partial / STATE)  # the shards of all ranks
+                self._world.everywhere(lambda: write_model(partial / "model"))
+                on_main(lambda: write_text(partial / "state.json", json.dumps({"step": step, **state})))
+                write_sums(partial, self._world)
+                on_main(stack.close)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            causes = causes_of(error)
+            if any(map(misses_a_rank, causes)):
+                raise
+            kept, advice = newest_checkpoint(self.path), "continue with --resume"
+            if any(map(is_of_the_disk, causes)):
+                advice = f"free some space and {advice}"
+            raise RunError(
+                f"checkpoint of step {step} could not be written to {final.parent}: {causes[0]}; "
+                + (f"{kept.name} is kept: {advice}" if kept else "none was kept")
+            ) from error
+        self.checkpoint, self.state = final, {"step": step, **state}
+        on_main(lambda: [shutil.rmtree(old) for old in list_checkpoints(self.path)[:-keep]])
+
+    def stored(self, name: str, kind: type[T], at_start: T) -> T:
+        """A value of `extra_state`, as it was in the open checkpoint. Raises RunInputError."""
+        if self.checkpoint is None:
+            return at_start
+        try:
+            return TypeAdapter(kind).validate_python(self.state.get(name))
+        except ValidationError as error:
+            where, what = ".".join(map(str, (name, *error.errors()[0]["loc"]))), error.errors()[0]["msg"]
+            raise RunInputError(f"{self.checkpoint}: broken state.json ({where}: {what})") from None
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Fill `tensors` in place from the open checkpoint, on any number of ranks."""
+        assert self.checkpoint is not None
+        load_tensors(tensors, self.checkpoint)
+
+
+@contextlib.contextmanager
+def hold_output(path: Path, resume: bool) -> Iterator[None]:
+    """Make the folder and hold it against other processes. Raises RunInputError for one that cannot be written or is in
+    use, and for one that is there and is not to be continued.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            _check_output(path, resume)
+            stack.enter_context(locked(path))
+            _check_output(path, resume)  # another process may have been quicker
+        except BlockingIOError as error:
+            raise RunInputError(f"{error}; wait for it, or choose another run.output") from None
+        except (OSError, ValueError) as error:
+            raise RunInputError(
+                f"run.output = {path} cannot be written: {getattr(error, 'strerror', None) or error}"
+            ) from None
+        yield
+
+
+def _check_output(path: Path, resume: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunInputError(f"{path} is a file; run.output wants a folder")
+    if not resume and path.exists() and any(each.name != LOCK for each in path.iterdir()):
+        raise RunInputError(f"{path} exists: continue it with --resume, or choose another run.output")
+
+
+def input_paths(recipe: AnyRecipe) -> dict[str, str]:
+    """The files and folders that a run reads, by their keys; what a hub has is known by its name."""
+    values = dataclasses.asdict(recipe)
+    sections = {name: values[name] for name in ("model", "data") if name in values}
+    for kind in ("sources", "reward_models", "given"):
+        sections |= {f"{kind}.{name}": section for name, section in values.get(kind, {}).items()}
+    paths = {f"{name}.path": section["path"] for name, section in sections.items()}
+    return {key: path for key, path in paths.items() if path and (not _is_data(key) or is_local(path))}
+
+
+def _is_data(key: str) -> bool:
+    return key.startswith(("data.", "sources.", "given."))
+
+
+def hash_inputs(recipe: AnyRecipe) -> dict[str, str]:
+    """A hash of what each file or folder that a run reads holds, by key; one that is missing is left to its reader."""
+    hashes = {}
+    for key, path in input_paths(recipe).items():
+        try:
+            _tell_of_reading(Path(path), "to notice changes")
+            hashes[key] = content_hash(Path(path))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise RunInputError(f"{key}: {error.filename or path} cannot be read: {error.strerror}") from None
+    return hashes
+
+
+def _tell_of_reading(path: Path, why: str) -> None:
+    """Nobody should wait for it in silence."""
+    size = sum(file.stat().st_size for file in content_files(path))
+    if size > _SLOW_BYTES:
+        console.print(f"reading {path}, {size / 1e9:.0f} GB, {why}", markup=False, highlight=False, soft_wrap=True)
+
+
+def changed_inputs(recipe: AnyRecipe, made_from: Mapping[str, str]) -> dict[str, str]:
+    """The keys of those that hold something else than when the run in run.output began, and what to say of each."""
+    file, paths = Path(recipe.run.output) / _MADE_FROM, input_paths(recipe)
+    try:
+        known = parse_json(file.read_bytes())
+        changed = [key for key, found in made_from.items() if known.get(key, found) != found]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunInputError(f"{file}: not what a run has written ({error}); restore it, or remove it") from None
+    began = f"since the run in {recipe.run.output} began"
+    return {key: f"{key}: what {paths[key]} holds has changed {began}" for key in changed}
+
+
+def write_made_from(recipe: AnyRecipe, made_from: Mapping[str, str]) -> None:
+    """Write the recipe and the hashes of what it reads."""
+    output = Path(recipe.run.output)
+    write_text(output / "recipe.toml", recipe_to_toml(recipe))
+    write_text(output / _MADE_FROM, json.dumps(made_from, indent=1))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL log; a last line that was cut by a crash is left out. Raises RunInputError for any other that is
+    not a run's.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunInputError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_json(line)
+            if not (isinstance(row, dict) and type(row.get("step")) is int):
+                raise ValueError("it has no step")
+        except ValueError as error:
+            if not line.endswith(b"\n"):
+                break
+            raise RunInputError(f"{path}: line {number} is no row of a run ({error}); remove or restore it") from None
+        rows.append(row)
+    return rows
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = parse_json((checkpoint / "state.json").read_bytes())
+        if checkpoint.name != f"step_{state['step']}":
+            raise ValueError(f"it is of step {state['step']}")
+        return state
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunInputError(
+            f"{checkpoint}: broken state.json ({error!r:.200}); remove the folder to continue from before"
+        ) from error
+
+
+def _makes_another_run(section: str, key: str) -> bool:
+    """Another model, data set or seed would be another run under this one's name."""
+    return section in ("data", "sources") or (section, key) in (("model", "path"), ("run", "seed"))
+
+
+def changed_keys(
+    stored: Path, recipe_toml: str, is_fixed: Callable[[str, str], bool] = _makes_another_run
+) -> list[str]:
+    """What is new in a recipe. Raises RunInputError for a section and key that may not change."""
+    try:
+        before = _keys(stored.read_text(encoding="utf-8"))
+    except (OSError, ValueError, AttributeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RunInputError(f"{stored}: not the recipe of a run ({why}); restore it") from None
+    now = _keys(recipe_toml)
+    changes = []
+    for section, key in before | now:
+        old, new = before.get((section, key)), now.get((section, key))
+        if old != new and is_fixed(section, key) and (old is not None or new):  # a key may be newer than the run
+            raise RunInputError(
+                f"{section}.{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
+                "keep it, or choose another run.output"
+            )
+        changes += [f"{section}.{key} {old!r} -> {new!r}"] if old != new else []
+    return changes
+
+
+def _keys(recipe_toml: str) -> dict[tuple[str, str], Any]:
+    """The values of a recipe by section and key."""
+    sections = parse_toml(recipe_toml).items()
+    return {(section, key): value for section, keys in sections for key, value in keys.items()}
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

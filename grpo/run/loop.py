@@ -1,0 +1,156 @@
+"""What every kind of run shares: opening it, the loop over its steps, checkpoints, Ctrl-C, the final model."""
+
+import abc
+import contextlib
+import signal
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashgrpo.grpo.errors import GeneratorFailure, RewardFailure, RunError, RunInputError
+from flashgrpo.grpo.learn.learner import Learner
+from flashgrpo.grpo.recipe.load import Recipe, RewardModelRecipe, SftRecipe
+from flashgrpo.grpo.run.folder import RunFolder
+from flashgrpo.grpo.run.interrupts import Stopped
+from flashgrpo.grpo.run.policy import open_policy, open_sharded_model, resolve_dtype
+from flashgrpo.grpo.run.progress import StepBar, console, step_bar
+from flashgrpo.grpo.run.world import World
+from flashgrpo.model.checkpoint import save_checkpoint
+from flashgrpo.model.decoder import Decoder
+from flashgrpo.model.sharding import is_finite
+
+_MOST_SKIPPED = 3
+
+
+@lru_cache(maxsize=16)
+def epoch_order(seed: int, epoch: int, size: int, source: int = 0) -> np.ndarray:
+    """The order of `size` problems in a pass over them, from the seed, the pass and their source's number alone."""
+    return np.random.default_rng([seed, epoch, *([source] if source else [])]).permutation(size)
+
+
+class RunLoop(abc.ABC):
+    """A subclass calls `open_learner` once it knows its number of steps, and says what a step is."""
+
+    title: str
+
+    def __init__(self, recipe: Recipe | SftRecipe | RewardModelRecipe, folder: RunFolder, world: World):
+        self.folder, self.world, self.settings = folder, world, recipe.train
+        self.device = world.device
+        console.print(f"loading {recipe.model.path}", markup=False, highlight=False, soft_wrap=True)
+        opened: list[Decoder] = []
+        load = partial(
+            open_sharded_model,
+            recipe.model,
+            world.device,
+            world.mesh,
+            reshard_after_forward=recipe.train.reshard_after_forward,
+            read_weights=folder.checkpoint is None,
+            new_score=isinstance(recipe, RewardModelRecipe),
+        )
+        world.everywhere(lambda: opened.append(load()))  # a rank may find a fault in its own rows alone
+        self.policy = open_policy(recipe.model, world.device, *opened)
+        self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
+        self.step = folder.state.get("step", 0)
+        self.ends = contextlib.ExitStack()  # of what runs beside this rank
+
+    @abc.abstractmethod
+    def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
+        """Take a step, log it, set `self.step`; returns its metrics and the progress bar's text."""
+
+    def begin(self) -> None:  # noqa: B027  # most runs have nothing to do here
+        """What comes before the first step that is left."""
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint besides the learner's, filled in place on resume."""
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Plain values of a checkpoint besides the step."""
+        return {}
+
+    def model_files(self) -> dict[str, dict[str, Any]]:
+        """JSON files of the model's folder besides Hugging Face's, by name; all ranks make them."""
+        return {}
+
+    def open_learner(self, total_steps: int) -> None:
+        """Make the optimizer; on resume, everything becomes what it was."""
+        self.total_steps = total_steps
+        self.learner = Learner(self.policy.model, self.settings, total_steps)
+        if self.folder.checkpoint:
+            self.folder.restore(self.learner.state_tensors() | self.extra_tensors())
+            hint = f"remove {self.folder.checkpoint} to continue from the one before"
+            self.world.everywhere(lambda: self._check_weights(RunInputError, hint))
+
+    def run(self) -> Path:
+        """Every step that is left, then the final model; returns its folder.
+
+        Ctrl-C, a signal and a reward or generator that fails leave a checkpoint of the last whole step.
+        """
+        with self.ends:
+            self.folder.start()
+            with self.world.interrupts:
+                self._run()
+            final = self.folder.path / "model"
+            self.world.everywhere(lambda: self._write_model(final))
+            return final
+
+    def _run(self) -> None:
+        try:
+            self.begin()
+            with step_bar(self.title, self.step, self.total_steps) as bar:
+                for step in range(self.step + 1, self.total_steps + 1):
+                    self.world.together(lambda: None)  # where Ctrl-C came during an update or a checkpoint
+                    metrics, text = self.run_step(step, bar)
+                    bar.advance(step, text)
+                    self._raise_alarms(metrics)
+                    every = self.settings.checkpoint_every
+                    if (every and step % every == 0) or step == self.total_steps:
+                        self.save()
+        except (KeyboardInterrupt, RewardFailure, GeneratorFailure) as error:
+            self.save()
+            by = ""
+            if isinstance(error, Stopped) and self.world.size > 1:
+                by = f" ({signal.Signals(error.signum).name} on rank {error.rank})"
+            console.print(f"[yellow]stopped after step {self.step}; continue with --resume{by}[/yellow]")
+            self.world.everywhere(self.ends.close)  # a rank that ended sooner would be taken for one that has died
+            raise
+
+    def save(self) -> None:
+        """Write a checkpoint of the last whole step, unless it has one."""
+        if self.step == self.folder.state.get("step", 0):
+            return
+        kept = self.folder.checkpoint
+        hint = f"no checkpoint is written of them; {f'the last good one is {kept}' if kept else 'there is none'}"
+        self.world.everywhere(lambda: self._check_weights(RunError, hint))
+        tensors = self.learner.state_tensors() | self.extra_tensors()
+        keep = self.settings.keep_checkpoints
+        self.folder.save(self.step, self._write_model, tensors, self.extra_state(), keep)
+
+    def _check_weights(self, error: type[Exception], hint: str) -> None:
+        params = self.learner.params
+        finite = torch.stack([is_finite(shard) for shard in params.values()]).tolist()  # the one wait for the device
+        if not all(finite):
+            name = [*params][finite.index(False)]
+            raise error(f"the weights of step {self.step} hold NaN or infinity, as {name}: {hint}")
+
+    def _write_model(self, folder: Path) -> None:
+        files, source = self.model_files(), self.policy.path
+        save_checkpoint(
+            self.policy.model, folder, tokenizer_files_from=source, dtype=self.compute_dtype, json_files=files
+        )
+
+    def _raise_alarms(self, metrics: dict[str, float]) -> None:
+        if metrics["update/skipped"]:
+            skipped = f"{metrics['update/skipped']:.0f} updates skipped"
+            console.print(f"[yellow]step {self.step}: {skipped}: gradient not finite[/yellow]")
+        if metrics["update/skipped_in_a_row"] >= _MOST_SKIPPED:
+            kept = self.folder.checkpoint
+            raise RunError(
+                f"{_MOST_SKIPPED} updates in a row had a gradient that is not finite, up to step {self.step}; "
+                f"{f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'}: lower train.lr, "
+                "or look at samples.jsonl for what the rewards score"
+            )

@@ -1,0 +1,165 @@
+"""Opening a model: device, type, tokenizer, stop tokens."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flashgrpo.grpo.recipe.schema import ModelSection
+from flashgrpo.grpo.run.progress import console
+from flashgrpo.model.checkpoint import CheckpointError, empty_decoder, load_checkpoint, load_weights, read_config
+from flashgrpo.model.decoder import Decoder
+from flashgrpo.model.sharding import shard
+
+_TAGS = "</think>", "</answer>"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A decoder and what turns its tokens into text and back."""
+
+    path: Path
+    model: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: list[int]
+
+    def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
+        """Text of a prompt or completion as it was read or sampled, tags that are special tokens too, but without the
+        token that begins a text and the one that ends it.
+        """
+        ids = np.asarray(token_ids).tolist()
+        ids = ids[ids[:1] == [self.tokenizer.bos_token_id] :]
+        if ids and ids[-1] in self._silent_ends:
+            ids.pop()
+        text: Any = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text  # a list for a batch, which this is not
+
+    @functools.cached_property
+    def _silent_ends(self) -> set[int]:
+        """Stop tokens that are no text: not a tag at which a model is told to stop."""
+        added = self.tokenizer.added_tokens_decoder
+        return {token for token in self.stop_token_ids if token in added and added[token].content not in _TAGS}
+
+
+def open_policy(section: ModelSection, device: torch.device, model: Decoder | None = None) -> Policy:
+    """The model at section.path, loaded for sampling unless it is given, and its tokenizer. Raises CheckpointError."""
+    if model is None:
+        model = load_checkpoint(section.path, dtype=resolve_dtype(section.dtype, device), device=device)
+        model.attention_backend = section.attention_backend
+    tokenizer = open_tokenizer(section.path)
+    stops = stop_token_ids(section.path, tokenizer)
+    check_vocabulary(section.path, tokenizer, model.config.vocab_size, stops)
+    return Policy(Path(section.path), model, tokenizer, stops)
+
+
+def open_sharded_model(
+    section: ModelSection,
+    device: torch.device,
+    mesh: DeviceMesh,
+    *,
+    stored: torch.dtype = torch.float32,
+    reshard_after_forward: bool = True,
+    read_weights: bool = True,
+    new_score: bool = False,
+) -> Decoder:
+    """The model at section.path, sharded over `mesh`: it computes in section.dtype and keeps its shards in `stored`.
+    No rank ever holds more than its shard and the rows being read. With `new_score` it becomes a reward model
+    (`load_weights`). Raises CheckpointError.
+    """
+    config = read_config(section.path)
+    model = empty_decoder(config.as_reward_model() if new_score else config, stored)
+    model.activation_checkpointing = section.activation_checkpointing
+    model.attention_backend = section.attention_backend
+    if section.compile:
+        model.compile_blocks()
+    shard(model, mesh, resolve_dtype(section.dtype, device), reshard_after_forward)
+    model.to_empty(device=device)
+    if read_weights:
+        load_weights(model, section.path, new_score=new_score)
+    return model
+
+
+def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder. Raises CheckpointError."""
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # tokenizers raises bare ones, and broken files whatever comes first
+        raise CheckpointError(f"{path}: no usable tokenizer: {error or type(error).__name__}") from error
+
+
+def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: list[int]) -> None:
+    """Raises CheckpointError where a model has no embedding for a token of its tokenizer, or one to stop at."""
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has tokens up to {last} ({token!r}), and vocab_size = {vocab_size} in config.json; "
+            "add rows to the model's embedding (resize_token_embeddings), or take the tokens out"
+        )
+    if stops[-1] >= vocab_size:
+        raise CheckpointError(
+            f"{path}: eos_token_id = {stops[-1]} in config.json or generation_config.json is beyond vocab_size = "
+            f"{vocab_size}; name the token that ends a completion"
+        )
+
+
+def warn_beyond_context(policy: Policy, longest: int) -> None:
+    """Say so where a run's `longest` sequence of tokens is longer than any that the model was made for."""
+    if longest > (context := policy.model.config.context):
+        console.print(
+            f"{policy.path}: sequences may come to {longest:,} tokens, and the model was made for {context:,} "
+            "(max_position_embeddings in config.json): what it writes beyond may be nonsense",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion: those of the tokenizer, config.json and generation_config.json together."""
+    found: list[Any] = [tokenizer.eos_token_id]
+    for name in ("config.json", "generation_config.json"):
+        file = Path(path) / name
+        if file.exists():
+            try:
+                ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise CheckpointError(f"{file}: not a JSON object: {error}") from error
+            found += ids if isinstance(ids, list) else [ids]
+    ids = [token for token in found if token is not None]
+    if faulty := [token for token in ids if type(token) is not int]:
+        raise CheckpointError(f"{path}: eos_token_id has {faulty[0]!r}, wanted a token's number, or a list of those")
+    if not ids:
+        raise CheckpointError(
+            f"{path}: no end-of-sequence token in its tokenizer, config.json or generation_config.json"
+        )
+    return sorted({*ids})
+
+
+def end_token_id(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that closes a text: the tokenizer's end of sequence, or the first that ends a completion."""
+    end: Any = tokenizer.eos_token_id
+    return stop_token_ids(path, tokenizer)[0] if end is None else end
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("run.device = cuda, but torch finds no CUDA device; use run.device = cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA, float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)

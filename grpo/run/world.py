@@ -1,0 +1,277 @@
+"""The ranks of a run: torchrun's processes, or a world of one; and what they must do together.
+
+All of them hold the same recipe, read the same data and, from the gathered rollouts on, compute the same plans. What
+can fail or be interrupted on one of them alone goes through `together` or `on_main`, so that it ends on all of them.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RewardFailure, RunError
+from flashgrpo.grpo.recipe.load import AnyRecipe, CollectRecipe, PipelineRecipe, recipe_to_toml
+from flashgrpo.grpo.run.interrupts import Interrupts
+from flashgrpo.grpo.run.policy import resolve_device
+from flashgrpo.grpo.run.progress import console
+
+_FAILED = "rank 0 failed"
+_GRACE_S = 5.0  # for rank 0 to find the same error, and for torchrun to end the ranks beside one that died
+_PULSE_S = 1.0  # between signs of life
+_ALIVE, _DONE = -2, -1  # what ranks say to each other beside the number of one that is lost
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's view of all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh  # (shard,) or (replicate, shard)
+    interrupts: Interrupts = field(default_factory=Interrupts)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Every rank's result of its own `work`. Ctrl-C, or a reward or generator that fails, on one of them is raised
+        on all.
+        """
+
+        def interruptible() -> T:
+            with self.interrupts.allowed():
+                return work()
+
+        return self.everywhere(interruptible, (KeyboardInterrupt, RewardFailure, GeneratorFailure))
+
+    def everywhere(self, work: Callable[[], T], errors: tuple[type[BaseException], ...] = (Exception,)) -> list[T]:
+        """Every rank's result of `work`; where one of them raises one of `errors`, all do."""
+        outcome: tuple[T | None, BaseException | None]
+        try:
+            outcome = work(), None
+        except errors as error:
+            outcome = None, error
+        outcomes: list[tuple[Any, BaseException | None]] = [*self.gather(outcome)]
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """The first rank's result of `work`, which the others do not do; its error is raised on all."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [work(), None]
+            except Exception as error:  # it is raised below
+                outcome = [None, error]
+        if self.size > 1:
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Every rank's `values` on the device, stacked: [size, *values.shape]. Does not wait for the device."""
+        rows = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(rows, values)
+        return torch.stack(rows)
+
+
+@contextmanager
+def open_world(recipe: AnyRecipe) -> Iterator[World]:
+    """The ranks that torchrun started, or a world of one, each with its device.
+
+    Raises RecipeError where the ranks' recipes differ, or train.shard_ranks does not divide their number. An error
+    that all ranks raise is shown by the first alone; that of a single one, with the rank's name.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    console.quiet = rank > 0
+    logging.getLogger("flashgrpo").setLevel(logging.ERROR if rank else logging.NOTSET)
+    limit_s = recipe.run.collective_timeout_s
+    store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        if size > 1:
+            store = _own_store(next(rendezvous("env://"))[0], rank, size, limit_s)
+        device = resolve_device(recipe.run.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        limit = datetime.timedelta(seconds=limit_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        with _watched(rank, size, limit_s):
+            _compare_recipes(recipe, size)
+            shard_ranks = 0 if isinstance(recipe, CollectRecipe | PipelineRecipe) else recipe.train.shard_ranks
+            yield World(rank, size, device, _mesh(device, size, shard_ranks or size, limit))
+    except Exception as error:  # whatever it is, it is raised again below, once it is known which ranks tell it
+        is_lost = misses_a_rank(error)
+        if is_lost:
+            time.sleep(2 * _GRACE_S)  # where a rank has died or stopped, `_watched` ends this one, and knows which
+        if rank == 0:
+            store.set(_FAILED, str(error))
+        elif is_lost or not _is_set(store, _FAILED):
+            console.quiet = False
+            console.print(f"flashgrpo: rank {rank} of {size} on {socket.gethostname()}:", style="red", highlight=False)
+        if is_lost:
+            raise RunError(
+                f"a rank let the others wait for longer than run.collective_timeout_s = {limit_s:g}; raise it, or look "
+                f"at what the rank was doing, and continue with --resume: {error}"
+            ) from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def misses_a_rank(error: BaseException) -> bool:
+    """Whether it is torch's about another rank that has ended, or does not answer."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
+
+
+def _own_store(store: Any, rank: int, size: int, limit_s: float) -> Any:
+    """A part of torchrun's store for these processes alone. It outlives a restart, and the addresses that the ranks of
+    before have left in it would be taken for those of now: so rank 0 keeps a roster until all on it have confirmed it.
+    """
+    own, confirmed = uuid.uuid4().hex, ""
+    store.set_timeout(datetime.timedelta(seconds=limit_s))
+    store.set(f"member {rank}", own)
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if rank == 0:
+            store.set("roster", b" ".join(store.get(f"member {member}") for member in range(size)))
+        roster = store.get("roster").decode()
+        if own in roster and roster != confirmed:
+            store.add(roster, 1)
+            confirmed = roster
+        if confirmed == roster and store.add(roster, 0) == size:
+            prefix = hashlib.sha256(roster.encode()).hexdigest()
+            return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
+        time.sleep(0.05)
+    raise dist.DistStoreError(f"not all of the {size} ranks have started")
+
+
+@contextmanager
+def _watched(rank: int, size: int, limit_s: float) -> Iterator[None]:
+    """Ends this process soon after any rank has died, or has given no sign of life for `limit_s`, wherever it runs,
+    also while it waits in NCCL.
+
+    Each rank tells the one before it every second that it lives, and in the end that all is done. Where the connection
+    breaks instead, or nothing comes, the news goes round the ring.
+    """
+    if size == 1:
+        yield
+        return
+    # Silence is counted here: a time limit of gloo's would break the connections to all ranks.
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1000))
+    watched, watcher = (rank + 1) % size, (rank - 1) % size
+    silence_s = limit_s + 2 * _PULSE_S
+    is_done, is_heard = threading.Event(), threading.Event()
+
+    def tell(news: int) -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # that one is lost, or this one's group is closed
+            dist.send(torch.tensor(news), dst=watcher, group=group)
+
+    def pulse() -> None:
+        while not is_done.wait(_PULSE_S):
+            tell(_ALIVE)
+
+    def listen() -> None:
+        said = torch.tensor(_ALIVE)
+        while said == _ALIVE:
+            try:
+                dist.recv(said, src=watched, group=group)
+            except RuntimeError:
+                end(watched, "has died")
+            is_heard.set()
+        if said != _DONE:
+            end(int(said), "")
+
+    def count_silence() -> None:
+        silent_s = 0.0
+        while listener.is_alive() and silent_s < silence_s:
+            time.sleep(_PULSE_S)
+            silent_s = 0.0 if is_heard.is_set() else silent_s + _PULSE_S
+            is_heard.clear()
+        if listener.is_alive():
+            end(watched, f"has given no sign of life for {silence_s:g} s, as if stopped")
+
+    def end(lost: int, fate: str) -> None:
+        if lost != watcher:
+            threading.Thread(target=tell, args=(lost,), daemon=True).start()  # one that is stopped, too, takes nothing
+        time.sleep(_GRACE_S)
+        if fate:
+            os.write(2, f"flashgrpo: rank {lost} of {size} {fate}; continue with --resume\n".encode())
+        os._exit(1)
+
+    pulser, listener, counter = (threading.Thread(target=w, daemon=True) for w in (pulse, listen, count_silence))
+    for thread in (pulser, listener, counter):
+        thread.start()
+    yield
+    is_done.set()
+    pulser.join()
+    tell(_DONE)
+    listener.join()
+
+
+def _mesh(device: torch.device, size: int, shard_ranks: int, limit: datetime.timedelta) -> DeviceMesh:
+    if size % shard_ranks:
+        raise RecipeError(
+            f"train.shard_ranks = {shard_ranks} does not divide the {size} ranks; use one that does, or 0 for all"
+        )
+    if shard_ranks == size:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    ranks = torch.arange(size).view(-1, shard_ranks)
+    groups: list[Any] = [
+        dist.new_subgroups_by_enumeration(rows.tolist(), timeout=limit)[0] for rows in (ranks.T, ranks)
+    ]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def _compare_recipes(recipe: AnyRecipe, size: int) -> None:
+    """Before anything else that the ranks do together: what it is depends on the recipe."""
+    texts: list[Any] = [""] * size
+    dist.all_gather_object(texts, recipe_to_toml(recipe))
+    for rank, text in enumerate(texts):
+        differing = [pair for pair in zip(texts[0].splitlines(), text.splitlines(), strict=False) if len({*pair}) > 1]
+        if text != texts[0]:
+            found, wanted = differing[0] if differing else ("more keys", "fewer")
+            raise RecipeError(
+                f"the ranks have different recipes: {found} on rank 0, {wanted} on rank {rank}; start all with the same"
+            )
+
+
+def _is_set(store, key: str) -> bool:
+    try:
+        store.wait([key], datetime.timedelta(seconds=_GRACE_S))
+    except dist.DistStoreError:
+        return False
+    except dist.DistNetworkError:  # rank 0 held the store, and has ended
+        return True
+    return True

@@ -1,0 +1,152 @@
+"""Which completions become examples for SFT (arXiv 2501.12948, sections 2.3.1 and 2.3.3), and how they are written.
+
+`Selection.take` asks the filters in the order of `FILTERS`; the first one that rejects a completion is counted.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flashgrpo.grpo.recipe.schema import FilterSection, WriteSection
+from flashgrpo.grpo.rewards.rules import extract_answer, is_correct, reasoning_of, with_opening
+from flashgrpo.grpo.types import PromptText
+
+_TAG = re.compile(r"(</?(?:think|answer)>)")
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion and what is known of it; None where that does not apply. `scores` has what was computed, by
+    function; NaN is a score that could not be.
+    """
+
+    prompt: PromptText
+    context: str  # the text that was continued: the prompt in its template
+    completion: str
+    answer: str | None
+    prompt_id: int
+    num_tokens: int
+    scores: Mapping[str, float]
+    sample: int | None = None
+    seed: int | None = None
+    finish_reason: str | None = None
+    reward: float | None = None
+
+
+def is_right(sample: Sample) -> bool:
+    """Whether `code` solved it, where there are tests, or else `accuracy`; true where there is neither."""
+    score = sample.scores.get("code", sample.scores.get("accuracy"))
+    return score is None or bool(is_correct(score))
+
+
+def is_formatted(sample: Sample) -> bool:
+    """Reasoning in `<think>` tags, then a summary, or an `<answer>` block that may have one before it."""
+    parts = _TAG.split(with_opening(sample.context, sample.completion))
+    tags, (before, *texts) = parts[1::2], [part.strip() for part in parts[::2]]
+    if tags == ["<think>", "</think>"]:
+        return not before and all(texts)
+    if tags == ["<think>", "</think>", "<answer>", "</answer>"]:
+        reasoning, _, answer, after = texts
+        return bool(reasoning and answer) and not (before or after)
+    return False
+
+
+def longest_paragraph(sample: Sample) -> int:
+    """Words, by white space, of the longest paragraph of the reasoning."""
+    paragraphs = re.split(r"\n\s*\n", reasoning_of(sample.context, sample.completion))
+    return max(len(paragraph.split()) for paragraph in paragraphs)
+
+
+def has_code_block(sample: Sample) -> bool:
+    """Whether the reasoning has a fenced block."""
+    return "```" in reasoning_of(sample.context, sample.completion)
+
+
+def duplicate_key(prompt: PromptText, text: str) -> bytes:
+    """Equal for the same prompt and a completion that differs in white space and case alone."""
+    return hashlib.sha256(json.dumps([prompt, " ".join(text.casefold().split())]).encode()).digest()
+
+
+def rewritten(sample: Sample, write: WriteSection) -> str | None:
+    """The completion as write.completion has it, without the tags of its parts; None where a part is missing."""
+    if not write.completion:
+        return sample.completion
+    parts = {
+        "reasoning": reasoning_of(sample.context, sample.completion).strip(),
+        "summary": _TAG.sub("", sample.completion.partition("</think>")[2]).strip(),
+        "answer": extract_answer(sample.completion, sample.context) or "",
+    }
+    return write.completion.format(**parts) if all(parts[field] for field in write.fields) else None
+
+
+_CHECKS: dict[str, Callable[[Sample, FilterSection], bool]] = {
+    "truncated": lambda s, f: s.finish_reason != "length",
+    "correct": lambda s, f: not f.correct or is_right(s),
+    "format": lambda s, f: not f.format or is_formatted(s),
+    "language": lambda s, f: not f.min_language or s.scores["language_consistency"] >= f.min_language,
+    "min_tokens": lambda s, f: s.num_tokens >= f.min_tokens,
+    "max_tokens": lambda s, f: not f.max_tokens or s.num_tokens <= f.max_tokens,
+    "repetition": lambda s, f: f.max_repetition == 1 or -s.scores["repetition"] <= f.max_repetition,
+    "paragraphs": lambda s, f: not f.max_paragraph_words or longest_paragraph(s) <= f.max_paragraph_words,
+    "code_blocks": lambda s, f: f.code_blocks or not has_code_block(s),
+}
+FILTERS = *_CHECKS, "template", "duplicate", "max_per_prompt"
+
+
+def rejected_by(sample: Sample, filters: FilterSection) -> str | None:
+    """The first filter that rejects a completion by itself, whatever else there is."""
+    return next((name for name, passes in _CHECKS.items() if not passes(sample, filters)), None)
+
+
+class Selection:
+    """Filters over all completions, in their order; `seen` and `per_prompt` may be shared between sources."""
+
+    def __init__(self, filters: FilterSection, write: WriteSection, seen: set[bytes], per_prompt: Counter[str]):
+        self.filters, self.write, self._seen, self._per_prompt = filters, write, seen, per_prompt
+        self.rejected: Counter[str] = Counter()
+        self.kept: Counter[int] = Counter()  # by prompt_id, with those of which nothing was kept
+        self.examples: list[dict[str, str]] = []  # of the rejected ones
+
+    @property
+    def num_seen(self) -> int:
+        """Completions so far."""
+        return self.kept.total() + self.rejected.total()
+
+    def take(self, sample: Sample) -> str | None:
+        """The text to write, or None for a completion that is rejected."""
+        text = rewritten(sample, self.write)
+        name = rejected_by(sample, self.filters) or ("template" if text is None else self._compare(sample.prompt, text))
+        self.kept[sample.prompt_id] += name is None
+        if name is None:
+            return text
+        self.rejected[name] += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append({"prompt": str(sample.prompt), "completion": sample.completion, "filter": name})
+        return None
+
+    def report(self) -> dict[str, Any]:
+        """Counts: seen, kept, rejected by filter, prompts by how many completions were kept of them."""
+        num_prompts = len(self.kept)
+        return {
+            "seen": self.num_seen,
+            "kept": self.kept.total(),
+            "rejected": {name: self.rejected[name] for name in FILTERS},
+            "prompts": num_prompts,
+            "prompts_by_kept": {str(kept): n for kept, n in sorted(Counter(self.kept.values()).items())},
+            "prompts_with_none": sum(not kept for kept in self.kept.values()) / num_prompts if num_prompts else 0.0,
+        }
+
+    def _compare(self, prompt: PromptText, text: str) -> str | None:
+        key, of_prompt = duplicate_key(prompt, text), json.dumps(prompt)
+        if key in self._seen:
+            return "duplicate"
+        if self.filters.max_per_prompt and self._per_prompt[of_prompt] >= self.filters.max_per_prompt:
+            return "max_per_prompt"
+        self._seen.add(key)
+        self._per_prompt[of_prompt] += 1
+        return None

@@ -1,0 +1,401 @@
+"""Stages in a row, each from what earlier ones have made; `flashgrpo pipeline FILE`, or by torchrun as every run.
+
+The file is TOML: [run] has the folder of the whole and the seed of all stages, and each [stages.NAME] a `kind` (a
+command: train, sft, reward-model, collect, eval; or function), and the sections of that command's recipe.
+
+    [stages.cold_start]
+    kind = "sft"
+    model.path = "models/base"
+    data.path = "stage:examples"        # what the stage `examples` makes; "stage:NAME/FILE" is a file of its folder
+
+`like = "NAME"` begins with the sections of an earlier stage. An eval has `models = { label = "stage:NAME" }`. Of a
+function, `function = "package.module:name"` is called as name(folder, seed, **options) and fills the folder.
+
+A stage that is finished is not run again, and one that was interrupted goes on. `stages.json` keeps the values that
+each was made from, and hashes of its inputs' content: where they have changed since, the pipeline stops and says what.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import gc
+import inspect
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flashgrpo.grpo.data.benchmarks import load_benchmark
+from flashgrpo.grpo.data.problems import check_columns
+from flashgrpo.grpo.errors import RecipeError, RewardError, RunInputError, nearest
+from flashgrpo.grpo.recipe.load import (
+    KINDS,
+    AnyRecipe,
+    PipelineRecipe,
+    Recipe,
+    RewardModelRecipe,
+    build_recipe,
+    parse_value,
+    section_keys,
+)
+from flashgrpo.grpo.rewards.rules import check_names, resolve_reward
+from flashgrpo.grpo.run.folder import hold_output, input_paths
+from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.world import open_world
+from flashgrpo.grpo.stages.evaluate import evaluate_models
+from flashgrpo.grpo.stages.pipeline_report import draw_pipeline
+from flashgrpo.grpo.stages.plots import write_report
+from flashgrpo.grpo.stages.runs import run_recipe
+from flashgrpo.grpo.stages.scores import markdown_of, table_of
+from flashgrpo.model.files import content_hash, parse_json, parse_toml, whole_folder, write_text
+
+_STATE, _REFERENCE = "stages.json", "stage:"
+_PLAIN_WIDTH = 140  # of tables that go to a file
+_OWN_KEYS = {"kind", "like", "models", "function", "options"}
+_KINDS = {**KINDS, "eval": Recipe, "function": None}
+_MAKES = {"train": "model", "sft": "model", "reward-model": "model", "collect": "data.parquet", "eval": "scores.json"}
+_UNUSED_COLUMNS = {"pairwise": ("completion_column", "label_column"), "pointwise": ("chosen_column", "rejected_column")}
+_UNHASHED = {"run", "vllm"}  # where and how fast a stage runs, not what it makes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`made_from` is what decides what comes of it: the keys of its recipe that are not at their default."""
+
+    name: str
+    kind: str
+    folder: Path
+    made_from: dict[str, Any]
+    recipe: AnyRecipe | None  # of a function none
+    inputs: dict[str, "Stage | None"]  # local paths it reads, and the stage that makes each
+
+    @property
+    def made(self) -> Path:
+        """What a reference to it stands for."""
+        return self.folder / _MAKES[self.kind] if self.kind in _MAKES else self.folder
+
+
+def run_pipeline(path: str | Path, overrides: Sequence[str] = (), until: str | None = None) -> Path:
+    """Run the stages of a file that are not finished, up to `until`; returns the pipeline's folder.
+
+    `overrides` are `--run.key=value` and `--stages.NAME.section.key=value`, of that stage alone. Raises RecipeError for
+    any faulty stage before the first one runs, RunInputError for an input that is missing or has changed, and what the
+    stages raise.
+    """
+    settings, stages = load_pipeline(path, overrides)
+    names = [stage.name for stage in stages]
+    if until is not None and until not in names:
+        raise RecipeError(f"{path}: no stage {until!r}{nearest(until, names)}")
+    output = Path(settings.run.output)
+    last = len(names) if until is None else names.index(until) + 1
+    for stage in stages[:last]:
+        _check_inputs(stage, given_only=True)
+    with contextlib.ExitStack() as stack:
+        with open_world(settings) as world:
+            world.on_main(lambda: stack.enter_context(hold_output(output, resume=True)))
+        _run_stages(stages[:last], len(stages), settings)
+    if os.environ.get("RANK", "0") == "0":
+        _summarize(stages[:last], output)
+    return output
+
+
+def _run_stages(stages: Sequence[Stage], total: int, settings: PipelineRecipe) -> None:
+    """Those that are not finished."""
+    output = Path(settings.run.output)
+    for number, stage in enumerate(stages, start=1):
+        with open_world(settings) as world:
+            is_due = world.on_main(lambda stage=stage: _open(stage, output))
+            console.rule(f"{number}/{total} {stage.name} ({stage.kind}){'' if is_due else ': finished before'}")
+        if not is_due:
+            continue
+        start = time.perf_counter()
+        _run(stage, settings)
+        gc.collect()
+        torch.cuda.empty_cache()
+        seconds = time.perf_counter() - start
+        with open_world(settings) as world:
+            world.on_main(lambda stage=stage, seconds=seconds: _close(stage, output, seconds))
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineRecipe, list[Stage]]:
+    """The pipeline in a TOML file, every stage's recipe checked. Raises RecipeError."""
+    try:
+        values = parse_toml(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    found = values.pop("stages", None)
+    if not found or not isinstance(found, dict):
+        raise RecipeError(f"{path}: no [stages.NAME]; wanted one or more")
+    own = [o for o in overrides if not o.startswith("--stages.")]
+    settings = build_recipe(PipelineRecipe, values, str(path), own)
+    stages: dict[str, Stage] = {}
+    raw: dict[str, dict[str, Any]] = {}
+    for name, stage_values in found.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise RecipeError(f"{path}: stages.{name}: wanted a folder's name of letters, digits, _ and -")
+        source = f"{path}: stages.{name}"
+        raw[name] = _with_likeness(stage_values, raw, source)
+        prefix = f"--stages.{name}."
+        options = [f"--{o.removeprefix(prefix)}" for o in overrides if o.startswith(prefix)]
+        if faulty := [o for o in options if f"={_REFERENCE}" in o]:
+            raise RecipeError(f"{source}: {faulty[0]}: an override cannot name a stage; give the path of what it makes")
+        stages[name] = _stage(name, raw[name], stages, settings, source, options)
+    unknown = [o for o in overrides if o.startswith("--stages.") and o.split(".")[1] not in found]
+    if unknown:
+        raise RecipeError(f"{unknown[0]}: no such stage{nearest(unknown[0].split('.')[1], found)}")
+    return settings, [*stages.values()]
+
+
+def _with_likeness(values: Any, earlier: dict[str, dict[str, Any]], source: str) -> dict[str, Any]:
+    """A stage's values laid over those of the stage it is like; of another kind's, over the keys that both have."""
+    if not isinstance(values, dict) or values.get("kind") not in _KINDS:
+        found = values.get("kind") if isinstance(values, dict) else values
+        raise RecipeError(f"{source}: kind = {found!r}{nearest(str(found), _KINDS)}")
+    model = values.get("like")
+    if model is None:
+        return values
+    if model not in earlier:
+        raise RecipeError(f"{source}: like = {model!r}, wanted an earlier stage{nearest(str(model), earlier)}")
+    kind = _KINDS[values["kind"]]
+    base = {k: v for k, v in earlier[model].items() if k not in _OWN_KEYS}
+    if kind is not _KINDS[earlier[model]["kind"]]:
+        base = _shared_keys(base, section_keys(kind))
+    merged = copy.deepcopy(base)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def _shared_keys(values: dict[str, Any], keys: dict[str, list[str] | None]) -> dict[str, Any]:
+    """What of `values` another kind of recipe has too; its `keys` by section, None for sections that a person names."""
+    shared = {}
+    for section in values.keys() & keys.keys():
+        known = keys[section]
+        shared[section] = {k: v for k, v in values[section].items() if known is None or k in known}
+    return shared
+
+
+def _stage(
+    name: str,
+    raw: dict[str, Any],
+    stages: dict[str, Stage],
+    settings: PipelineRecipe,
+    source: str,
+    overrides: Sequence[str],
+) -> Stage:
+    folder = Path(settings.run.output) / name
+    values = _resolved(raw, stages, source)
+    kind = values["kind"]
+    if kind == "function":
+        if not isinstance(values.get("function"), str):
+            raise RecipeError(f"{source}: function = {values.get('function')!r}, wanted 'package.module:name'")
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not (equals and key.startswith("--options.")):
+                raise RecipeError(f"{source}: {override}: wanted --stages.{name}.options.key=value")
+            *tables, last = key.removeprefix("--").split(".")
+            functools.reduce(lambda table, name: table.setdefault(name, {}), tables, values)[last] = parse_value(text)
+        try:
+            inspect.signature(resolve_reward(values["function"])).bind(folder, 0, **values.get("options", {}))
+        except (RewardError, TypeError) as error:
+            raise RecipeError(f"{source}: {values['function']}: {error}") from None
+        made_from = {"function": values["function"], "options": values.get("options", {}), "seed": settings.run.seed}
+        return Stage(name, kind, folder, made_from, None, {})
+    sections = {k: v for k, v in values.items() if k not in _OWN_KEYS}
+    shared = {name: getattr(settings.run, name) for name in ("seed", "device", "accept_changes")}
+    own = {"output": str(folder), **shared}
+    sections["run"] = own | sections.get("run", {})
+    if kind == "eval":
+        models = values.get("models")
+        if not isinstance(models, dict) or not models:
+            raise RecipeError(f"{source}: an evaluation wants models = {{ label = 'path' }}, found {models!r}")
+        values["models"] = models = {label: os.path.expanduser(str(path)) for label, path in models.items()}
+        sections["model"] = {"path": next(iter(models.values())), **sections.get("model", {})}
+    recipe = build_recipe(_KINDS[kind], sections, source, overrides)
+    if isinstance(recipe, Recipe):
+        try:
+            check_names(recipe)
+        except RecipeError as error:
+            raise RecipeError(f"{source}: {error}") from None
+    if recipe.run.output != str(folder):
+        raise RecipeError(
+            f"{source}: run.output = {recipe.run.output}, wanted {folder}: a pipeline has one for all stages"
+        )
+    models = values.get("models", {})
+    made_from = {k: v for k, v in _chosen(recipe).items() if k not in _UNHASHED}
+    made_from |= {"models": models, "seed": recipe.run.seed}
+    inputs = _inputs(recipe, models, stages)
+    return Stage(name, kind, folder, json.loads(json.dumps(made_from)), recipe, inputs)
+
+
+def _chosen(value: Any) -> Any:
+    """A recipe as nested dictionaries, without the keys that have their default."""
+    if not dataclasses.is_dataclass(value):
+        return {k: _chosen(v) for k, v in value.items()} if isinstance(value, dict) else value
+    found = {}
+    for f in dataclasses.fields(value):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if (own := getattr(value, f.name)) != default:
+            found[f.name] = _chosen(own)
+    return found
+
+
+def _resolved(value: Any, stages: dict[str, Stage], source: str) -> Any:
+    """Every "stage:NAME" in a value replaced by the path of what the stage makes."""
+    if isinstance(value, dict):
+        return {key: _resolved(item, stages, source) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(item, stages, source) for item in value]
+    if not (isinstance(value, str) and value.startswith(_REFERENCE)):
+        return value
+    name, _, file = value.removeprefix(_REFERENCE).partition("/")
+    if name not in stages:
+        raise RecipeError(f"{source}: {value!r}: wanted an earlier stage{nearest(name, stages)}")
+    return str(stages[name].folder / file if file else stages[name].made)
+
+
+def _inputs(recipe: AnyRecipe, models: dict[str, str], stages: dict[str, Stage]) -> dict[str, Stage | None]:
+    """The files and folders that a stage reads, and which stage makes each."""
+    found = [*models.values(), *input_paths(recipe).values()]
+    found += recipe.eval.benchmarks if isinstance(recipe, Recipe) else []
+    return {path: next((s for s in stages.values() if Path(path).is_relative_to(s.folder)), None) for path in found}
+
+
+def _check_inputs(stage: Stage, given_only: bool) -> None:
+    """That what it reads is there; of given files, whose turn may come in days, the columns, too."""
+    for path, maker in stage.inputs.items():
+        if Path(path).exists() or (given_only and maker):
+            continue
+        if maker:
+            raise RunInputError(
+                f"stage {stage.name} wants {path}, which stage {maker.name} has made and which is gone; remove "
+                f"{maker.folder} to make it anew"
+            )
+        raise RunInputError(f"stage {stage.name} wants {path}: no such file or folder")
+    recipe: Any = stage.recipe
+    if recipe is None or not given_only:
+        return
+    for section in (recipe.data, *getattr(recipe, "sources", {}).values(), *getattr(recipe, "given", {}).values()):
+        if section.path in stage.inputs and not stage.inputs[section.path]:
+            unused = _UNUSED_COLUMNS[recipe.train.objective] if isinstance(recipe, RewardModelRecipe) else ()
+            columns = [f.name for f in dataclasses.fields(section) if f.name.endswith("_column")]
+            wanted = [getattr(section, name) for name in columns if name not in unused]
+            check_columns(section.path, filter(None, wanted))
+    if isinstance(recipe, Recipe):
+        for path in recipe.eval.benchmarks:
+            load_benchmark(path, recipe.run.seed)
+
+
+def _open(stage: Stage, output: Path) -> bool:
+    """Whether the stage is to be run; then it stands in stages.json with what it is made from."""
+    _check_inputs(stage, given_only=False)
+    state = _read_state(output)
+    entry = {"recipe": stage.made_from, "inputs": {path: content_hash(Path(path)) for path in stage.inputs}}
+    known = state.get(stage.name) if stage.folder.exists() else None
+    if known:
+        is_finished = "seconds" in known
+        parts = ("recipe",) if is_finished else ()  # a run in progress knows what may change
+        if stage.recipe is None or not stage.recipe.run.accept_changes:
+            parts += ("inputs",)
+        if changes := [f"{part}: {key}" for part in parts for key in _differing(known[part], entry[part])]:
+            raise RunInputError(
+                f"stage {stage.name} in {stage.folder} was made from another {', '.join(changes)}; restore it, remove "
+                "that folder to make the stage anew, choose another run.output, or accept inputs with other content by "
+                f"--stages.{stage.name}.run.accept_changes=true"
+            )
+    elif stage.folder.exists():
+        raise RunInputError(f"{stage.folder} was not made by this pipeline; choose another run.output")
+    is_due = not (known and "seconds" in known and stage.made.exists())
+    if known and not is_due:
+        entry["seconds"] = known["seconds"]
+    write_text(output / _STATE, json.dumps(state | {stage.name: entry}, indent=1))
+    return is_due
+
+
+def _close(stage: Stage, output: Path, seconds: float) -> None:
+    state = _read_state(output)
+    state[stage.name]["seconds"] = round(seconds, 1)
+    write_text(output / _STATE, json.dumps(state, indent=1))
+
+
+def _run(stage: Stage, settings: PipelineRecipe) -> None:
+    if stage.recipe is None:
+        with open_world(settings) as world:
+            world.on_main(lambda: _call(stage, settings.run.seed))
+    elif stage.kind == "eval" and isinstance(stage.recipe, Recipe):
+        evaluate_models(stage.recipe, stage.made_from["models"], stage.made)
+    else:
+        run_recipe(stage.recipe, resume=True)
+        if stage.kind != "collect" and os.environ.get("RANK", "0") == "0":
+            write_report(stage.folder)
+
+
+def _call(stage: Stage, seed: int) -> None:
+    function = resolve_reward(stage.made_from["function"])
+    with whole_folder(stage.folder) as folder:
+        function(folder, seed, **stage.made_from["options"])
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys of two nested dictionaries, those of a section as section.key, whose values differ."""
+    found = []
+    for key in before | now:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{key}.{name}" for name in _differing(old, new)]
+        elif old != new:
+            found.append(key)
+    return found
+
+
+def _read_state(output: Path) -> dict[str, Any]:
+    try:
+        state = parse_json((output / _STATE).read_bytes())
+        if not all({"recipe", "inputs"} <= entry.keys() for entry in state.values()):
+            raise ValueError("a stage lacks what it is made from")
+        return state
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunInputError(
+            f"{output / _STATE}: not what a pipeline has written ({error}); restore it, or remove {output}"
+        ) from error
+
+
+def _summarize(stages: list[Stage], output: Path) -> None:
+    """The scores of the last evaluation, the seconds of each stage and the picture of the whole."""
+    seconds = {name: entry.get("seconds", 0.0) for name, entry in _read_state(output).items()}
+    times = Table(title="stages", title_justify="left")
+    for column in ("stage", "kind", "seconds", "made"):
+        times.add_column(column, justify="right" if column == "seconds" else "left")
+    for stage in stages:
+        times.add_row(stage.name, stage.kind, f"{seconds[stage.name]:,.0f}", str(stage.made))
+    printer = Console(width=None if console.is_terminal else _PLAIN_WIDTH)
+    printer.print(times)
+    rows: list[dict[str, Any]] = []
+    for stage in stages:
+        if stage.kind == "eval":
+            rows = json.loads(stage.made.read_text(encoding="utf-8"))
+            rows = [row for row in rows if row["model"] in stage.made_from["models"]]  # not those of an edited file
+            printer.print(table_of(rows))
+            write_text(output / f"{stage.name}.md", markdown_of(rows))
+    curves = {stage.name: stage.folder for stage in stages if stage.kind == "train"}
+    if curves:
+        printer.print(f"picture: {draw_pipeline(curves, rows, output / 'report.png')}")
+
+
+if __name__ == "__main__":
+    from flashgrpo.grpo.cli import end_process_after, main
+
+    end_process_after(lambda: main(["pipeline", *sys.argv[1:]]))

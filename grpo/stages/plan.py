@@ -1,0 +1,175 @@
+"""`flashgrpo plan RECIPE`: whether a recipe fits its GPUs, and how fast it can be, before anything starts.
+
+Reads the recipe and the model's config.json, nothing else; `plan_costs` has what is counted and what is assumed.
+"""
+
+import bisect
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from flashgrpo.grpo.errors import RecipeError
+from flashgrpo.grpo.recipe.load import Recipe
+from flashgrpo.grpo.run.machines import MACHINES, Machine
+from flashgrpo.grpo.stages import plan_costs as assumed
+from flashgrpo.grpo.stages.plan_costs import Costs, Lengths, Parts
+from flashgrpo.model.checkpoint import read_config
+from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.flops import ModelFlops
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `flashgrpo plan` prints; memory is a GPU's, in bytes."""
+
+    num_params: int
+    num_gpus: int
+    lengths: Lengths
+    memory: dict[str, Parts]  # by moment
+    available: float
+    largest_token_budget: int  # of a micro-batch on a GPU
+    sequences: int  # of a rollout, on a GPU
+    largest_sequences: int  # of full length, whose keys and values fit at once
+    micro_batches: int  # of an update, on a GPU
+    seconds: dict[str, float]  # of a step, by phase
+    tokens_per_s_per_gpu: float  # sampled, over the whole step
+    mfu: float  # of the training phase, nothing recomputed counted
+
+    @property
+    def totals(self) -> Parts:
+        return {moment: sum(parts.values()) for moment, parts in self.memory.items()}
+
+
+def plan_recipe(
+    recipe: Recipe,
+    num_gpus: int,
+    gpu: str = "h200",
+    memory_gb: float | None = None,  # of each, in units of 10^9 bytes; None: the GPU's
+    prompt: float | None = None,  # mean tokens; None: 256
+    response: float | None = None,  # mean tokens; None: a quarter of the limit
+) -> Plan:
+    """`plan` of the model at model.path. Raises RecipeError also for an unknown GPU, CheckpointError for no model."""
+    if gpu not in MACHINES:
+        raise RecipeError(f"--gpu {gpu} is unknown; known are {', '.join(MACHINES)}")
+    machine = MACHINES[gpu]
+    if memory_gb is not None:
+        machine = dataclasses.replace(machine, memory=memory_gb * 1e9)
+    longest = recipe.rollout.max_new_tokens
+    if response is not None and not 1 <= response <= longest:
+        raise RecipeError(f"--response-tokens {response:g}: wanted a mean of 1 to rollout.max_new_tokens = {longest}")
+    lengths = Lengths(prompt or min(256, recipe.data.max_prompt_tokens), response or max(1.0, longest / 4), longest)
+    return plan(recipe, read_config(recipe.model.path), machine, num_gpus, lengths)
+
+
+def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, lengths: Lengths) -> Plan:
+    """What the recipe needs and how long its step takes.
+
+    Raises RecipeError where it cannot fit, or the ranks of a copy do not divide the GPUs.
+    """
+    run = Costs(recipe, config, machine, num_gpus, lengths)
+    needed = math.ceil(lengths.prompt) + lengths.longest - 1
+    if recipe.train.token_budget < needed:
+        raise RecipeError(
+            f"train.token_budget = {recipe.train.token_budget} is below a prompt and its longest completion, {needed} "
+            "tokens; raise it or lower rollout.max_new_tokens"
+        )
+    memory = run.memory(recipe.train.token_budget)
+    if not run.fits(recipe.train.token_budget):
+        raise RecipeError(_refusal(run, memory, needed))
+    rollout, seconds = memory["rollout"], run.seconds()
+    room = machine.memory - sum(rollout.values()) + rollout["KV cache"]
+    sampled = recipe.rollout.prompts_per_step * recipe.rollout.group_size * lengths.response
+    useful = 3 * recipe.train.epochs * ModelFlops.of(config).forward(*run.tokens_a_rank)
+    return Plan(
+        num_params=run.size.total,
+        num_gpus=num_gpus,
+        lengths=lengths,
+        memory=memory,
+        available=machine.memory,
+        largest_token_budget=_largest_budget(run),
+        sequences=run.groups_a_rank * recipe.rollout.group_size,
+        largest_sequences=int(room / run.kv_bytes / (lengths.longest + lengths.prompt / recipe.rollout.group_size)),
+        micro_batches=run.micro_batches,
+        seconds=seconds,
+        tokens_per_s_per_gpu=sampled / num_gpus / sum(seconds.values()),
+        mfu=useful / seconds["train"] / run.peak_flops,
+    )
+
+
+def _largest_budget(run: Costs) -> int:
+    """Most tokens of a micro-batch that fit, 0 for none."""
+    return bisect.bisect_left(range(1, 1 << 40), True, key=lambda tokens: not run.fits(tokens))
+
+
+def _refusal(run: Costs, memory: dict[str, Parts], needed: int) -> str:
+    """What is too large, and which changes are enough by themselves."""
+    moment, parts = max(memory.items(), key=lambda item: sum(item[1].values()))
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
+
+    def changed(section: str, **values: object) -> Costs:
+        new = dataclasses.replace(getattr(run.recipe, section), **values)
+        return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **{section: new}))
+
+    budget = _largest_budget(run)
+    doubled = [run.num_gpus << i for i in range(1, 13)]
+    prompts, updates = run.recipe.rollout.prompts_per_step, run.recipe.train.mini_batches
+    halved = [prompts >> i for i in range(1, prompts.bit_length()) if not prompts % (updates << i)]
+    changes = {  # each kind from the smallest change
+        "--train.token_budget": [(budget, changed("train", token_budget=budget))] if budget >= needed else [],
+        "--model.activation_checkpointing": [
+            (kind, changed("model", activation_checkpointing=kind)) for kind in ("selective", "full")
+        ],
+        "--train.shard_ranks": [(0, changed("train", shard_ranks=0))],
+        "--rollout.prompts_per_step": [(n, changed("rollout", prompts_per_step=n)) for n in halved],
+        "--gpus": [(n, dataclasses.replace(run, num_gpus=n)) for n in doubled],
+    }
+    enough = [
+        next((f"{name}={value}" for value, new in tried if new.fits(new.recipe.train.token_budget)), None)
+        for name, tried in changes.items()
+    ]
+    alone = " or ".join(filter(None, enough))
+    together = "several changes are needed: " + (
+        "lower rollout.prompts_per_step, rollout.group_size or rollout.max_new_tokens, or more GPUs"
+        if moment == "rollout"
+        else "model.activation_checkpointing=full, a lower train.token_budget or more GPUs"
+    )
+    sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in largest)
+    return (
+        f"{sum(parts.values()) / 1e9:,.1f} GB a GPU are needed ({moment}), {run.machine.memory / 1e9:,.1f} GB are "
+        f"there, on {run.num_gpus} GPUs; the largest are {sizes}; "
+        + (f"{alone} would be enough" if alone else together)
+    )
+
+
+def print_plan(found: Plan) -> None:
+    """The tables, to standard output."""
+    console, totals = Console(highlight=False), found.totals.values()
+    table = Table(title=f"memory of each of {found.num_gpus} GPUs, GB", title_justify="left")
+    table.add_column("")
+    for moment in found.memory:
+        table.add_column(moment, justify="right")
+    for name in dict.fromkeys(name for parts in found.memory.values() for name in parts):
+        sizes = [parts.get(name) for parts in found.memory.values()]
+        table.add_row(name, *("" if size is None else f"{size / 1e9:,.2f}" for size in sizes))
+    table.add_section()
+    sizes = (f"[bold]{size / 1e9:,.2f}[/bold]" if size == max(totals) else f"{size / 1e9:,.2f}" for size in totals)
+    table.add_row(f"of {found.available / 1e9:,.0f}", *sizes)
+    console.print(table)
+    step_s = sum(found.seconds.values())
+    shares = ", ".join(f"{phase} {s:,.1f} s ({s / step_s:.0%})" for phase, s in found.seconds.items())
+    lengths = found.lengths
+    console.print(
+        f"{found.num_params / 1e9:,.2f}B parameters. Largest token budget that fits: {found.largest_token_budget:,}.\n"
+        f"A rollout has {found.sequences:,} sequences a GPU; of the full {lengths.longest:,} tokens "
+        f"{found.largest_sequences:,} would fit at once.\n"
+        f"A step takes {step_s:,.1f} s: {shares};\n{found.micro_batches:,} micro-batches an update on every GPU, "
+        f"{found.tokens_per_s_per_gpu:,.0f} sampled tokens/s/GPU, training at {found.mfu:.0%} of the peak FLOP/s.\n"
+        f"[dim]A prediction. Assumed: prompts of {lengths.prompt:,.0f} tokens; completions of {lengths.response:,.0f} "
+        f"on average, the share longer than t being (1 - t/{lengths.longest})^{lengths.tail:.3g}; no group without "
+        f"gradient; products at {assumed.MATMUL_SHARE:.0%} of peak, attention at {assumed.ATTENTION_SHARE:.0%}, memory "
+        f"at {assumed.MEMORY_SHARE:.0%}, links at {assumed.LINK_SHARE:.0%}; decoding without CUDA graphs. "
+        "Not counted: rewards, evaluation, checkpoints.[/dim]"
+    )

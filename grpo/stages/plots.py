@@ -1,0 +1,255 @@
+"""`flashgrpo report RUN`: the paper's two curves (score and response length over steps), rewards, the time's shares.
+
+Of an SFT run or a reward model's, the loss.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from flashgrpo.grpo.errors import RunInputError
+from flashgrpo.grpo.metrics import PHASES
+from flashgrpo.grpo.run.folder import read_rows
+
+_SHOWN_SHARE = 0.005  # of the time; a thinner band could not be seen
+_LEGEND_COLUMNS = 3
+_LARGEST = 1e300  # beyond it a picture has no place
+_MARKED = 20  # steps that are few enough for a mark each
+_COLOURS = {phase: f"C{number}" for number, phase in enumerate(PHASES)}  # in every picture
+_NOT_REWARDS = {"mean", "std", "group_std", "missing"}
+_GRPO_SUMMARY = {  # column: key and format
+    "held-out pass@1": ("eval/pass@1", "{:.1%}"),
+    "reward": ("reward/mean", "{:.3f}"),
+    "length": ("length/mean", "{:.1f}"),
+    "sampled tokens/s": ("tokens_per_s", "{:,.0f}"),
+}
+_SFT_SUMMARY = {"loss": ("loss", "{:.4f}"), "trained tokens/s": ("tokens_per_s/trained", "{:,.0f}")}
+_REWARD_MODEL_SUMMARY = {"held-out accuracy": ("eval/accuracy", "{:.1%}"), **_SFT_SUMMARY}
+
+
+def write_report(run: str | Path) -> Path:
+    """Draw RUN/report.png from RUN/metrics.jsonl; returns its path. Raises RunInputError for no step to draw."""
+    run = Path(run)
+    rows = _read_metrics(run)
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise RunInputError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a run?")
+    panels = _panels(rows, steps)
+    num_columns = min(2, max(len(panels), 1))
+    num_rows = max(-(-len(panels) // num_columns), 1)
+    figure = Figure(figsize=(11, max(3.75 * num_rows, 5.0)), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for axis, draw in zip(axes, panels, strict=False):
+        draw(axis, rows, steps)
+    numbers = [row["step"] for row in rows]
+    margin = max(0.02 * (max(numbers) - min(numbers)), 0.5)
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.set_xlim(min(numbers) - margin, max(numbers) + margin)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[max(len(panels), 1) :]:
+        axis.remove()
+    figure.suptitle(str(run), fontsize="medium", color="0.4", parse_math=False)
+    path = run / "report.png"
+    temporary = path.with_name("report.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.rename(path)
+    return path
+
+
+def print_summary(run: str | Path, num_samples: int = 3) -> None:
+    """Held-out score or loss before and after, and the newest sampled completions, to standard output."""
+    run, console = Path(run), Console()
+    rows = _read_metrics(run)
+    evaluations = [row for row in rows if "eval/pass@1" in row or "eval/accuracy" in row]
+    steps = [row for row in rows if "loss" in row]
+    columns = _GRPO_SUMMARY if any("reward/mean" in row for row in steps) else _SFT_SUMMARY
+    if any("train/accuracy" in row for row in steps):
+        columns = _REWARD_MODEL_SUMMARY
+    table = Table(title=Text(str(run)), title_justify="left")
+    for column in ("step", *columns):
+        table.add_column(column, justify="right")
+    for row in evaluations or steps[:1] + steps[1:][-1:]:
+        cells = ["" if row.get(key) is None else form.format(row[key]) for key, form in columns.values()]
+        table.add_row(str(row["step"]), *cells)
+    console.print(table)
+    newest = {str(sample.get("prompt")): sample for sample in read_rows(run / "samples.jsonl")}
+    for prompt, sample in list(newest.items())[-num_samples:]:
+        reward = "missing"
+        if isinstance(sample.get("reward"), float | int):
+            _check_number(run / "samples.jsonl", sample, "reward")
+            reward = f"{sample['reward']:.3g}"
+        text = Text.assemble((prompt.strip(), "dim"), "\n", str(sample.get("completion")).strip())
+        console.print(Panel(text, title=f"step {sample['step']}, reward {reward}"))
+
+
+def _read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Rows of numbers. Raises RunInputError for anything else."""
+    path = run / "metrics.jsonl"
+    rows = read_rows(path)
+    for row in rows:
+        for key in row:
+            _check_number(path, row, key)
+    return rows
+
+
+def _check_number(path: Path, row: dict[str, Any], key: str) -> None:
+    value = row[key]
+    if not (value is None or (isinstance(value, int | float) and abs(value) < _LARGEST)):
+        raise RunInputError(f"{path}: {key} is {value!r:.80} in step {row['step']!s:.20}, wanted a number")
+
+
+def _panels(rows: list[dict], steps: list[dict]) -> list[Callable[[Axes, list[dict], list[dict]], None]]:
+    """What draws each panel that has something to show."""
+
+    def has(*keys: str, above_zero: bool = False) -> bool:
+        values = np.concatenate([_series(rows, key)[1] for key in keys])
+        return bool(np.nan_to_num(values).any() if above_zero else np.isfinite(values).any())
+
+    if any("reward/mean" in row for row in steps):
+        found = {
+            _draw_scores: has("eval/pass@1", "reward/accuracy"),
+            _draw_lengths: has("length/mean"),
+            _draw_rewards: has("reward/mean"),
+            _draw_times: has(*(f"time/{phase}_s" for phase in PHASES), above_zero=True),
+            partial(_draw_one, key="kl", title="KL to the reference, nats a token"): has("kl", above_zero=True),
+            partial(_draw_one, key="entropy", title="entropy, nats a token"): has("entropy"),
+            _draw_clipped: has("clip/low", "clip/high", above_zero=True),
+        }
+    else:
+        found = {_draw_loss: has("loss"), _draw_accuracy: has("train/accuracy", "eval/accuracy")}
+    found[partial(_draw_one, key="grad_norm", title="gradient norm, before clipping")] = has("grad_norm")
+    return [draw for draw, is_there in found.items() if is_there]
+
+
+def _draw_scores(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
+    evaluations = [row for row in rows if row.get("eval/pass@1") is not None]
+    _plot(axis, steps, "reward/accuracy", color="0.7", label="accuracy of the rollouts")
+    if evaluations:
+        low, high = (_series(evaluations, f"eval/pass@1/{end}")[1] for end in ("low", "high"))
+        _band(axis, evaluations, low, high, color="tab:blue", label="95% interval")
+        _plot(axis, evaluations, "eval/pass@1", marks=True, color="tab:blue", label="held-out pass@1")
+        if evaluations[-1].get("eval/k", 1) > 1:
+            label = f"held-out cons@{evaluations[-1]['eval/k']:.0f}"
+            _plot(axis, evaluations, "eval/cons@k", marks=True, linestyle="--", color="tab:green", label=label)
+    axis.set_ylim(-0.02, 1.02)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _label(axis, "score")
+
+
+def _draw_lengths(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
+    shortest, longest = (_series(steps, f"length/{end}")[1] for end in ("min", "max"))
+    _band(axis, steps, shortest, longest, color="tab:blue", label="shortest to longest")
+    _plot(axis, steps, "length/mean", color="tab:blue", label="mean")
+    axis.set_ylim(bottom=0)
+    if any(row.get("reflection/per_1000_tokens") for row in steps):
+        axis.plot([], [], ":", color="tab:red", label="reflections in 1,000")
+        right = axis.twinx()
+        _plot(right, steps, "reflection/per_1000_tokens", linestyle=":", color="tab:red")
+        right.set_ylim(bottom=0)
+        right.tick_params(colors="tab:red")
+        right.spines[["top", "right"]].set_visible(False)
+    _label(axis, "response length, tokens")
+
+
+def _draw_rewards(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
+    for name in steps[0]:
+        if name.startswith("reward/") and name.removeprefix("reward/") not in _NOT_REWARDS:
+            _plot(axis, steps, name, label=name.removeprefix("reward/"))
+    _plot(axis, steps, "reward/mean", color="black", label="weighted sum")
+    _label(axis, "mean reward")
+
+
+def _draw_times(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
+    seconds = {phase: np.array([row.get(f"time/{phase}_s") or 0.0 for row in steps]) for phase in PHASES}
+    total = sum(values.sum() for values in seconds.values())
+    bottom, numbers = np.zeros(len(steps)), [row["step"] for row in steps]
+    for phase, values in seconds.items():
+        if values.sum() <= _SHOWN_SHARE * total:
+            continue
+        style = {"color": _COLOURS[phase], "alpha": 0.85, "label": f"{phase} {values.sum() / total:.0%}"}
+        if len(steps) <= _MARKED:
+            axis.bar(numbers, values, 0.8, bottom, **style)
+        else:
+            axis.fill_between(numbers, bottom, bottom + values, linewidth=0, **style)
+        bottom = bottom + values
+    axis.set_ylim(bottom=0)
+    _label(axis, "seconds a step")
+
+
+def _draw_loss(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
+    _plot(axis, steps, "loss", color="tab:blue")
+    _label(axis, "loss, nats a row" if "train/accuracy" in steps[0] else "loss, nats a token")
+
+
+def _draw_accuracy(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
+    _plot(axis, steps, "train/accuracy", color="0.7", label="of a step")
+    evaluations = [row for row in rows if row.get("eval/accuracy") is not None]
+    _plot(axis, evaluations, "eval/accuracy", marks=True, color="tab:blue", label="held-out")
+    axis.set_ylim(-0.02, 1.02)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _label(axis, "accuracy")
+
+
+def _draw_clipped(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
+    for end in ("low", "high"):
+        _plot(axis, steps, f"clip/{end}", label=f"too {end}")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_ylim(bottom=0)
+    _label(axis, "share of tokens whose ratio is clipped")
+
+
+def _draw_one(axis: Axes, rows: list[dict], steps: list[dict], key: str, title: str) -> None:
+    _plot(axis, steps, key, color="tab:blue")
+    axis.set_ylim(bottom=0)
+    _label(axis, title)
+
+
+def _plot(axis: Axes, rows: list[dict], key: str, marks: bool = False, **style: Any) -> None:
+    """A line, if there is anything, and marks where it would not be seen: at few steps, and between missing ones."""
+    numbers, values = _series(rows, key)
+    known = np.isfinite(values)
+    if not known.any():
+        return
+    before, after = np.r_[False, known[:-1]], np.r_[known[1:], False]
+    marked = known if marks or len(numbers) <= _MARKED else known & ~before & ~after
+    axis.plot(numbers, values, marker="o", markersize=4, markevery=np.flatnonzero(marked).tolist(), **style)
+
+
+def _band(axis: Axes, rows: list[dict], low: np.ndarray, high: np.ndarray, color: str, label: str) -> None:
+    """Between two lines; of a single step a bar."""
+    if not np.isfinite(low + high).any():
+        return
+    numbers = [row["step"] for row in rows]
+    if len(numbers) == 1:
+        axis.vlines(numbers, low, high, color=color, alpha=0.25, linewidth=8, label=label)
+    else:
+        axis.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0, label=label)
+
+
+def _label(axis: Axes, title: str) -> None:
+    """Title, and the legend between it and the axes, where it hides no curve."""
+    handles, labels = axis.get_legend_handles_labels()
+    num_lines = -(-len(labels) // _LEGEND_COLUMNS)
+    axis.set_title(title, loc="left", pad=8 + 16 * num_lines, fontweight="bold")
+    if handles:
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.99), "frameon": False}
+        legend = axis.legend(handles, labels, **place, ncols=_LEGEND_COLUMNS, fontsize="small", columnspacing=1.2)
+        legend.set_in_layout(False)  # a wide one would make the axes narrow; the title has left it the room
+
+
+def _series(rows: list[dict], key: str) -> tuple[list[int], np.ndarray]:
+    values = [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
+    return [row["step"] for row in rows], np.array(values)

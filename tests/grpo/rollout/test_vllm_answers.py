@@ -1,0 +1,254 @@
+"""Servers that answer with what was not asked for, or not at all: a run must neither train on it nor wait for ever."""
+
+import asyncio
+import copy
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from flashgrpo.grpo.errors import GeneratorFailure
+from flashgrpo.grpo.rollout.vllm.answers import AnswerError, read_group
+from flashgrpo.grpo.rollout.vllm.servers import VllmServers
+from flashgrpo.grpo.types import Request, Sampling
+
+LONGEST = 3
+REQUEST = Request(7, [5, 6], np.arange(2, dtype=np.uint64))
+
+
+def group() -> dict[str, Any]:
+    """A right answer."""
+    choices = [
+        {
+            "index": number,
+            "token_ids": [4, 9, 1],
+            "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -2.0}, {"logprob": 0.0}]},
+            "finish_reason": "stop",
+            "weight_versions": [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 3}],
+        }
+        for number in (1, 0)  # in any order
+    ]
+    return {"choices": choices}
+
+
+def read(answer: dict[str, Any]) -> list:
+    return read_group(answer, REQUEST, Sampling(LONGEST), vocab_size=10, stop_token_ids=[1, 2], versions=range(3, 5))
+
+
+def test_a_right_answer_is_read():
+    first, second = read(group())
+    assert (first.group, first.prompt_ids, first.finish_reason) == (7, [5, 6], "stop")
+    assert first.weight_versions == second.weight_versions == ((3, 2), (4, 1))
+    assert first.completion_ids.tolist() == [4, 9, 1]
+    assert first.behavior_logprobs.tolist() == [-0.5, -2.0, 0.0]
+    assert first.behavior_logprobs.dtype == np.float32
+
+
+def spans(*ends: tuple[Any, int, int]) -> list[dict[str, Any]]:
+    return [{"version": version, "start": start, "end": end} for version, start, end in ends]
+
+
+def logprobs(*values: Any) -> dict[str, Any]:
+    return {"content": [{"logprob": value} for value in values]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": [4, 9]}, "weight versions from .* for 2 tokens"),
+        ({"token_ids": [4, 9, 1, 1], "weight_versions": spans(("3", 0, 4))}, "4 tokens, cut at 3"),
+        ({"token_ids": [], "weight_versions": []}, "no tokens"),
+        ({"token_ids": [4, 9, 10]}, "tokens from 4 to 10, wanted 0 to 9"),
+        ({"token_ids": [4, -9, 1]}, "tokens from -9 to 4, wanted 0 to 9"),
+        ({"token_ids": [4, 9, 10**30]}, "no whole numbers"),
+        ({"token_ids": [4.0, 9.0, 1.0]}, "no whole numbers"),
+        ({"token_ids": ["4", "9", "1"]}, "no whole numbers"),
+        ({"token_ids": [[4], [9], [1]]}, "no whole numbers"),
+        ({"token_ids": None}, "TypeError"),
+        ({"logprobs": None}, "TypeError"),
+        ({"logprobs": logprobs(-1.0, -1.0)}, "2 log-probs for 3 tokens"),
+        ({"logprobs": logprobs(-1.0, -1.0, 0.1)}, "a log-prob of 0.1, wanted at most 0"),
+        ({"logprobs": logprobs(-1.0, -1.0, math.nan)}, "not finite"),
+        ({"logprobs": logprobs(-1.0, -1.0, -math.inf)}, "not finite"),
+        ({"logprobs": logprobs(-1.0, -1.0, -9999.0)}, "not finite"),  # vLLM's word for NaN
+        ({"logprobs": logprobs(-1.0, -1.0, -1e300)}, "not finite"),
+        ({"logprobs": logprobs(-1.0, -1.0, None)}, "not finite"),
+        ({"logprobs": logprobs([-1.0], [-1.0], [-1.0])}, "log-probs for 3 tokens"),
+        ({"logprobs": logprobs(-1.0, -1.0, "-1.0")}, "log-probs that are no numbers"),
+        ({"logprobs": logprobs(-1.0, -1.0, False)}, "log-probs that are no numbers"),
+        ({"token_ids": [4, 9, 5]}, r"a stop at the token 5, wanted one of \[1, 2\]"),
+        ({"weight_versions": spans((3.9, 0, 3))}, "invalid literal"),
+        ({"finish_reason": "abort"}, "an end by 'abort', wanted stop or length"),
+        ({"token_ids": [4, 9], "weight_versions": spans(("3", 0, 2)), "finish_reason": "length"}, "2 tokens, cut at 3"),
+        ({"weight_versions": spans(("2", 0, 3))}, "weights 2, wanted 3 to 4"),
+        ({"weight_versions": spans(("5", 0, 3))}, "weights 5, wanted 3 to 4"),
+        ({"weight_versions": spans(("3", 0, 1), ("4", 2, 3))}, "weight versions from"),
+        ({"weight_versions": spans(("3", 0, 2))}, "weight versions from"),
+        ({"weight_versions": spans(("new", 0, 3))}, "invalid literal"),
+        ({"weight_versions": spans(("3", 0, 3), ("4", 3, 2), ("3", 2, 3))}, "-1 tokens of the weights 4"),
+        ({"index": 1}, r"completions \[1, 1\], wanted 2"),
+        ({"index": None}, "TypeError"),
+    ],
+)
+def test_an_answer_that_was_not_asked_for_is_refused(changes, message):
+    answer = group()
+    answer["choices"][1] |= changes
+    with pytest.raises(AnswerError, match=message):
+        read(answer)
+
+
+@pytest.mark.parametrize("key", ["index", "token_ids", "logprobs", "finish_reason", "weight_versions"])
+def test_an_answer_that_lacks_a_part_is_refused(key):
+    answer = group()
+    del answer["choices"][1][key]
+    with pytest.raises(AnswerError, match=key):
+        read(answer)
+
+
+class FakeServer:
+    """Answers what is asked of it by `generate(request)`; `tokens` is what it says that it has sampled."""
+
+    def __init__(self, generate: Callable[[web.Request], Any]):
+        self.tokens, self.keys = 0, set[str | None]()
+        self._loop, self._generate = asyncio.new_event_loop(), generate
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+
+    async def _start(self) -> str:
+        app = web.Application()
+        app.router.add_post("/{path:.*}", self._answer)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        self.keys.add(request.headers.get("Authorization"))
+        return await self._generate(request)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=f'# TYPE\nvllm:generation_tokens_total{{engine="0"}} {self.tokens}.0\nother 5\n')
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+@pytest.fixture
+def serve():
+    """serve(generate, ...) -> fake servers, a client of them."""
+    opened: list[Any] = []
+
+    def start(
+        *generates: Callable[[web.Request], Any], timeout_s: float = 30.0
+    ) -> tuple[list[FakeServer], VllmServers]:
+        servers = [FakeServer(generate) for generate in generates]
+        client = VllmServers([server.url for server in servers], [1], timeout_s, vocab_size=10, key="secret")
+        opened.extend([client, *servers])
+        return servers, client
+
+    yield start
+    for each in opened:
+        each.close()
+
+
+async def right(_: web.Request, **more: Any) -> web.Response:
+    answer = group()
+    for choice in answer["choices"]:
+        choice["weight_versions"] = [{"version": "3", "start": 0, "end": 3}]
+    return web.json_response(answer | more)
+
+
+async def never(_: web.Request) -> web.Response:
+    await asyncio.sleep(1000)
+    return web.Response()
+
+
+async def wrong(_: web.Request) -> web.Response:
+    answer = copy.deepcopy(group())
+    answer["choices"][0]["token_ids"][0] = 10
+    return web.json_response(answer)
+
+
+async def text(_: web.Request) -> web.Response:
+    return web.Response(text="<html>")
+
+
+async def nested(_: web.Request) -> web.Response:
+    return web.Response(text="[" * 100_000)
+
+
+async def elsewhere(_: web.Request) -> web.Response:
+    raise web.HTTPFound("http://127.0.0.1:9/")
+
+
+async def broken(request: web.Request) -> web.Response:
+    assert request.transport is not None
+    request.transport.write(b"SSH-2.0\r\n\r\n")
+    request.transport.close()
+    return web.Response()
+
+
+@pytest.mark.parametrize("generate", [wrong, text, nested, elsewhere, broken])
+def test_a_server_that_answers_something_else_ends_the_run_by_its_name(serve, generate):
+    (server,), client = serve(generate)
+    with pytest.raises(GeneratorFailure, match=server.url):
+        list(client.generate([REQUEST], Sampling(LONGEST)))
+
+
+@pytest.mark.parametrize("loaded", [2, 4])
+def test_a_server_that_another_run_gave_its_weights_ends_the_run(serve, loaded):
+    (server,), client = serve(right)
+    client.version = client.loaded = loaded
+    with pytest.raises(GeneratorFailure, match=f"{server.url} .* of the weights 3, wanted {loaded} to {loaded}"):
+        list(client.generate([REQUEST], Sampling(LONGEST)))
+
+
+def test_a_server_whose_health_answers_but_which_samples_nothing_is_dropped(serve, caplog):
+    (stuck, other), client = serve(never, right, timeout_s=1.0)
+    groups = list(client.generate([REQUEST, REQUEST], Sampling(LONGEST)))
+    assert len(groups) == 2
+    assert f"the vLLM server at {stuck.url} is dropped: it has sampled nothing for 1 s; 1 left" in caplog.text
+    assert client.servers == [other.url]
+    assert stuck.keys == other.keys == {"Bearer secret"}
+
+
+def test_a_server_that_gets_on_slowly_is_not_dropped(serve):
+    """By its count of tokens, which a long completion has long before its end."""
+
+    async def slow(request: web.Request) -> web.Response:
+        for _ in range(12):
+            server.tokens += 1
+            await asyncio.sleep(0.25)
+        return await right(request)
+
+    (server,), client = serve(slow, timeout_s=1.0)
+    assert len(list(client.generate([REQUEST], Sampling(LONGEST)))) == 1
+
+
+def test_a_trainer_that_was_stopped_itself_drops_no_server(serve):
+    """Its clock has run on meanwhile; the answers have come, as far as they fitted on the way."""
+
+    async def soon(request: web.Request) -> web.Response:
+        await asyncio.sleep(0.5)
+        return await right(request, more="x" * 30_000_000)
+
+    (server,), client = serve(soon, timeout_s=2.0)
+    with ThreadPoolExecutor(2) as threads:
+        groups = threads.submit(lambda: list(client.generate([REQUEST], Sampling(LONGEST))))
+        call = threads.submit(client.post, "pause")
+        time.sleep(0.2)
+        client._loop.call_soon_threadsafe(time.sleep, 4.0)
+        assert len(groups.result()) == 1
+        assert call.result().keys() == {server.url}

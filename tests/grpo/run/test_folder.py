@@ -1,0 +1,383 @@
+"""A run's folder that was damaged, is used by two, or comes from somebody else: one line that names the file."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from flashgrpo.grpo.cli import main
+from flashgrpo.grpo.errors import RecipeError, RunError, RunInputError
+from flashgrpo.grpo.recipe.load import Recipe, load_recipe
+from flashgrpo.grpo.run import folder as run_folder
+from flashgrpo.grpo.run.checkpoints import SUMS, _Reader
+from flashgrpo.grpo.run.folder import read_rows
+from flashgrpo.grpo.train import train
+from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
+from flashgrpo.model.files import content_hash, locked, parse_json
+
+
+def changed(recipe: Recipe, section: str, **values) -> Recipe:
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
+
+
+@pytest.fixture
+def run(recipe) -> Path:
+    """The folder of a run with checkpoints of the steps 2 and 4."""
+    train(recipe)
+    return Path(recipe.run.output)
+
+
+@pytest.fixture
+def go_on(recipe) -> Callable[[], Path]:
+    """Continue it to its sixth step."""
+    return lambda: train(changed(recipe, "train", steps=6), resume=True)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content)
+
+
+def sum_up(checkpoint: Path) -> None:
+    """Checksums that hold, as of somebody who has written the checkpoint by hand."""
+    files = [p for p in checkpoint.rglob("*") if p.is_file() and p.name != SUMS]
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(checkpoint)}\n" for p in files]
+    (checkpoint / SUMS).write_text("".join(lines))
+
+
+def test_every_file_of_a_checkpoint_has_a_checksum(run, go_on):
+    checkpoint = run / "checkpoints/step_4"
+    for file in [p for p in checkpoint.rglob("*") if p.is_file() and p.name != SUMS]:
+        content = file.read_bytes()
+        flip(file)
+        with pytest.raises(RunInputError) as error:
+            go_on()
+        assert str(file) in str(error.value)
+        assert "continue from step_2, the newest that is whole" in str(error.value)
+        file.unlink()
+        with pytest.raises(RunInputError, match=file.name):
+            go_on()
+        file.write_bytes(content)
+    done = subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=checkpoint, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
+    go_on()
+
+
+def test_a_list_of_checksums_that_was_cut_is_not_called_whole(run, go_on):
+    sums = run / "checkpoints/step_4" / SUMS
+    lines = sums.read_text().splitlines(keepends=True)
+    for kept in ([], lines[:-1], lines[1:], [*lines[:-1], lines[-1][:-3]]):
+        sums.write_text("".join(kept))
+        with pytest.raises(RunInputError, match=r"broken checkpoint.*continue from step_2, the newest that is whole"):
+            go_on()
+    sums.write_text("".join(lines))
+    (sums.parent / "model/more.safetensors").touch()
+    with pytest.raises(RunInputError, match=rf"more\.safetensors: broken checkpoint: it is not in {SUMS}"):
+        go_on()
+
+
+def test_a_broken_checkpoint_is_not_called_whole(run, go_on):
+    flip(run / "checkpoints/step_4/model/model.safetensors")
+    (run / "checkpoints/step_2" / SUMS).write_text("no checksum\n")
+    with pytest.raises(RunInputError, match="begin anew: none is whole"):
+        go_on()
+
+
+class Attack:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def hidden_in_values(checkpoint: Path, mark: Path) -> None:
+    """Metadata that calls a tensor an object, whose pickle stands in place of the tensor."""
+    metadata: Metadata = pickle.loads((checkpoint / "state/.metadata").read_bytes())
+    content = io.BytesIO()
+    torch.save(Attack(mark), content)
+    (checkpoint / "state/attack").write_bytes(content.getvalue())
+    name = next(iter(metadata.state_dict_metadata))
+    index = next(index for index in metadata.storage_data if index.fqn == name)
+    place = metadata.storage_data.pop(index)
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    changes = {"relative_path": "attack", "offset": 0, "length": len(content.getvalue())}
+    metadata.storage_data[type(index)(name)] = dataclasses.replace(place, **changes)
+    (checkpoint / "state/.metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("where", ["metadata", "values"])
+def test_somebody_elses_checkpoint_runs_no_code(run, go_on, where, tmp_path):
+    checkpoint, mark = run / "checkpoints/step_4", tmp_path / "code was run"
+    if where == "metadata":
+        (checkpoint / "state/.metadata").write_bytes(pickle.dumps(Attack(mark)))
+    else:
+        hidden_in_values(checkpoint, mark)
+    sum_up(checkpoint)
+    with pytest.raises(RunInputError, match=r"step_4: broken checkpoint.*its metadata asks for .*not of tensors"):
+        go_on()
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("shared", ["Metadata", "_MEM_FORMAT_ENCODING"])
+def test_somebody_elses_checkpoint_changes_no_class(shared, tmp_path):
+    for state in (b"N}\x8c\x05addedK\x01s\x86", b"}\x8c\x05addedK\x01s"):  # (None, {"added": 1}), {"added": 1}
+        name = f"torch.distributed.checkpoint.metadata\n{shared}\n".encode()
+        (tmp_path / ".metadata").write_bytes(b"\x80\x04c" + name + state + b"b.")
+        with pytest.raises(pickle.UnpicklingError, match=f"asks to change .*{shared}"):
+            _Reader(tmp_path).read_metadata()
+    assert not hasattr(getattr(torch.distributed.checkpoint.metadata, shared), "added")
+
+
+def test_two_runs_in_one_folder_are_not_possible(run, tmp_path, capsys):
+    """Whether both are new, or go on; the lock dies with its owner."""
+    code = "import sys, time; from pathlib import Path; from flashgrpo.model.files import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)\n"
+    for folder, options in {tmp_path / "new": [], run: ["--resume"]}.items():
+        with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"held\n"
+            recipe_file = tmp_path / "recipe.toml"
+            recipe_file.write_text((run / "recipe.toml").read_text())
+            assert main(["train", str(recipe_file), f"--run.output={folder}", *options]) == 2
+            line = capsys.readouterr().err.strip().splitlines()[-1]
+            assert line.startswith(f"flashgrpo: {folder} is in use by process {other.pid} on ")
+            other.kill()
+        with locked(folder):
+            pass
+
+
+def test_a_folder_that_is_left_without_content_is_taken_away(tmp_path):
+    with locked(tmp_path / "runs/first"):
+        assert (tmp_path / "runs/first").is_dir()
+    assert not (tmp_path / "runs").exists()
+    with locked(tmp_path / "runs/first"):
+        (tmp_path / "runs/first/recipe.toml").touch()
+    assert (tmp_path / "runs/first/recipe.toml").exists()
+
+
+def test_another_run_may_put_something_where_nothing_is_left(tmp_path, monkeypatch):
+    """Between two steps of the one that ends; what it has to say of itself is told."""
+    unlink = Path.unlink
+
+    def slowly(path: Path) -> None:
+        unlink(path)
+        (path.parent.parent / "second").mkdir()
+
+    monkeypatch.setattr(Path, "unlink", slowly)
+    with pytest.raises(RunError, match="its own"), locked(tmp_path / "runs/first"):
+        raise RunError("its own")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["second"]
+
+
+def test_a_lock_that_was_taken_away_as_it_was_opened_holds_nobody_off(tmp_path, monkeypatch):
+    """It would leave a third process a lock of its own under the same name."""
+    flock, other = fcntl.flock, contextlib.ExitStack()
+    other.enter_context(locked(tmp_path / "run"))
+
+    def after_the_other_has_ended(*arguments) -> None:
+        other.close()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other_has_ended)
+    with locked(tmp_path / "run"), pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()}"):
+        locked(tmp_path / "run").__enter__()
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.path"])
+def test_inputs_replaced_in_place_are_refused_unless_accepted(recipe, data_path, tmp_path, key, capsys):
+    path = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
+    recipe = changed(recipe, "model", path=str(path))
+    train(recipe)
+    if key == "data.path":
+        data_path.write_text(data_path.read_text().replace("1+1=", "1 + 1 ="))
+    else:
+        model = load_checkpoint(path)
+        model.model.norm.weight.data[0] += 1
+        save_checkpoint(model, path, tokenizer_files_from=path)
+    recipe = changed(recipe, "train", steps=5)
+    replaced = rf"{key}: what .*{'model' if key == 'model.path' else data_path.name} holds has changed since the run"
+    with pytest.raises(RunInputError, match=rf"{replaced}.*--run\.accept_changes=true"):
+        train(recipe, resume=True)
+    capsys.readouterr()
+    train(changed(recipe, "run", accept_changes=True), resume=True)
+    assert f"{key}: what " in capsys.readouterr().err
+    train(changed(recipe, "train", steps=6), resume=True)  # it is accepted for good
+
+
+def test_what_is_not_read_may_change(recipe, tmp_path):
+    path = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
+    before = content_hash(path)
+    for name in (".cache/downloaded", "README.md", "run/checkpoints/step_1/model/model.safetensors", "scores.json"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).touch()
+    assert content_hash(path) == before
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        (path / name).write_text((path / name).read_text("latin-1") + " " if (path / name).exists() else "")
+        before, now = content_hash(path), before
+        assert before != now, name
+
+
+def test_a_run_in_its_models_folder_goes_on(recipe, tmp_path):
+    path = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
+    recipe = changed(changed(recipe, "model", path=str(path)), "run", output=str(path / "run"))
+    train(changed(recipe, "train", steps=1))
+    train(changed(recipe, "train", steps=2), resume=True)
+    assert read_rows(path / "run/metrics.jsonl")[-1]["step"] == 2
+
+
+def test_what_takes_long_to_read_is_told_before(recipe, monkeypatch, capsys):
+    recipe = changed(recipe, "train", steps=1)
+    train(recipe)
+    assert "reading" not in capsys.readouterr().err
+    monkeypatch.setattr(run_folder, "_SLOW_BYTES", 0)
+    train(recipe, resume=True)
+    told = capsys.readouterr().err.partition(f"loading {recipe.model.path}\n")[0].splitlines()
+    assert told[0].startswith(f"reading {recipe.run.output}/checkpoints/step_1, 0 GB, to see that it is whole")
+    assert f"reading {recipe.model.path}, 0 GB, to notice changes" in told
+
+
+DEEP = "[" * 100_000
+LONG = "1" * 5_000
+LINES = {  # in front of the rows that were there
+    "a list": b"[]",
+    "no step": b'{"loss": 1}',
+    "a step that is none": b'{"step": null}',
+    "bytes": b"\xff\xfe",
+    "zeros": bytes(4096),
+    "deep": DEEP.encode(),
+    "an integer": b'{"step": %s}' % LONG.encode(),
+}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_broken_rows_of_a_log_are_named(name, tmp_path):
+    log = tmp_path / name
+    for line in LINES.values():
+        log.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+        with pytest.raises(RunInputError, match=rf"{name}: line 2 is no row of a run"):
+            read_rows(log)
+        log.write_bytes(b'{"step": 1}\n' + line[: len(line) // 2])
+        assert [row["step"] for row in read_rows(log)] == [1]  # cut by a crash
+
+
+RECIPES = {
+    "half": lambda text: text[:300],
+    "bytes": lambda text: b"\xff\xfe",
+    "deep": lambda text: f"a = {DEEP}",
+    "long": lambda text: f"a = {LONG}",
+    "no section": lambda text: "a = 1",
+    "gone": lambda text: None,
+}
+STATES = {
+    "another step": lambda state: state | {"step": 3},
+    "no step": lambda state: {},
+    "a list": lambda state: [],
+    "a place that is none": lambda state: state | {"position": {"taken": {"data": "x"}, "owed": {}}},
+    "a key that nobody knows": lambda state: state | {"position": {"x": 1}},
+}
+
+
+def test_a_damaged_folder_is_one_line_and_exit_2(run, model_path, tmp_path, capsys):
+    """Nothing is changed by the attempt: what was damaged can be restored."""
+    whole = shutil.copytree(run, tmp_path / "whole")
+    recipe_file = Path(shutil.copy(run / "recipe.toml", tmp_path / "recipe.toml"))
+
+    def refused(file: Path) -> None:
+        capsys.readouterr()
+        assert main(["train", str(recipe_file), "--train.steps=5", "--resume"]) == 2
+        line = capsys.readouterr().err.removeprefix(f"loading {model_path}\n")
+        assert (line.count("\n"), line.count("Traceback")) == (1, 0)
+        assert file.name in line
+        assert len(line) < 700
+        shutil.copy(whole / file.relative_to(run), file)
+        for log in ("metrics.jsonl", "samples.jsonl"):
+            assert (run / log).read_bytes() == (whole / log).read_bytes()
+
+    for change in RECIPES.values():
+        file = run / "recipe.toml"
+        content = change(file.read_text())
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        refused(file)
+    for change in STATES.values():
+        file = run / "checkpoints/step_4/state.json"
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+        sum_up(run / "checkpoints/step_4")
+        refused(file)
+        sum_up(run / "checkpoints/step_4")
+    for content in (b"[]", b"\xff", DEEP.encode(), b"3"):
+        (run / "made_from.json").write_bytes(content)
+        refused(run / "made_from.json")
+
+
+def test_toml_that_nobody_writes_is_refused_in_a_line(recipe_values, tmp_path):
+    for text in (f"a = {DEEP}", f"a = {LONG}", "a = 0x" + "f" * 9_999, f"a{'.a' * 9_999} = 1"):
+        (tmp_path / "recipe.toml").write_text(text)
+        with pytest.raises(RecipeError, match=r"recipe\.toml: not TOML") as error:
+            load_recipe(Recipe, tmp_path / "recipe.toml")
+        assert len(str(error.value)) < 500
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe_values))
+    for option in (f"--run.seed={LONG}", f"--train.lr={DEEP}", "--train.steps=99999999999999999999"):
+        with pytest.raises(RecipeError, match=option[:8]):
+            load_recipe(Recipe, tmp_path / "recipe.toml", [option])
+
+
+def test_a_file_of_scores_that_cannot_be_written_is_found_before_the_first_sample(recipe_values, tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe_values))
+    (tmp_path / "deep.json").write_text(DEEP)
+    for output in ("/proc/nowhere/scores.json", str(tmp_path / "recipe.toml/scores.json"), str(tmp_path / "deep.json")):
+        assert main(["eval", str(tmp_path / "recipe.toml"), "--output", output]) == 2
+        assert f"{output} cannot be read and written" in capsys.readouterr().err
+
+
+def test_deep_data_is_named_with_its_line(recipe_values, data_path, tmp_path, capsys):
+    data_path.write_text(data_path.read_text() + '{"prompt":' + DEEP + "\n")
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe_values))
+    assert main(["train", str(tmp_path / "recipe.toml")]) == 2
+    assert f"{data_path}:65: unreadable line: it is nested too deeply" in capsys.readouterr().err
+
+
+def test_json_that_nobody_writes_is_refused_in_a_line():
+    for text in (DEEP, LONG, '{"a":' * 100_000):
+        with pytest.raises(ValueError, match=r"nested too deeply|Exceeds the limit"):
+            parse_json(text)
+
+
+@pytest.mark.parametrize("command", ["train", "collect", "pipeline"])
+def test_an_output_that_cannot_be_written_is_found_before_the_first_step(recipe_values, tmp_path, command, capsys):
+    (tmp_path / "file").touch()
+    values = (
+        recipe_values if command != "pipeline" else {"run": {}, "stages": {"s": {"kind": "train", **recipe_values}}}
+    )
+    if command == "collect":
+        values = {key: values[key] for key in ("model", "data", "run")}
+    if command == "pipeline":
+        del values["stages"]["s"]["run"]
+    for output in ("/proc/nowhere/run", str(tmp_path / "file/run"), str(tmp_path / ("long" * 100)), "a\0b"):
+        values["run"] = {"output": output}
+        (tmp_path / "recipe.toml").write_text(tomli_w.dumps(values))
+        capsys.readouterr()
+        assert main([command, str(tmp_path / "recipe.toml")]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        assert "run.output" in line
+        assert output in line

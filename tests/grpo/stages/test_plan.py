@@ -1,0 +1,382 @@
+"""The plan is what runs do: saved activations to the byte, the peak memory of real steps on CPUs within 15%."""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from flashgrpo.bench.report import PLANNED_MODELS
+from flashgrpo.bench.shapes import SHAPES as PUBLISHED
+from flashgrpo.grpo.cli import main
+from flashgrpo.grpo.data.problems import load_problems
+from flashgrpo.grpo.errors import RecipeError
+from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe, load_recipe
+from flashgrpo.grpo.run.folder import RunFolder
+from flashgrpo.grpo.run.machines import MACHINES, Machine, peak_flops
+from flashgrpo.grpo.run.progress import Clock
+from flashgrpo.grpo.run.world import open_world
+from flashgrpo.grpo.stages.evaluate import open_reward_pool
+from flashgrpo.grpo.stages.plan import plan, plan_recipe
+from flashgrpo.grpo.stages.plan_costs import MATMUL_SHARE, Costs, Lengths
+from flashgrpo.grpo.train import Trainer
+from flashgrpo.kernels import attention
+from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
+from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.footprint import BlockActivations, ModelSize
+
+SHAPE = {
+    "model_type": "qwen3", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
+}  # fmt: skip
+SHAPES = {
+    "qwen3": SHAPE,
+    "qwen2": SHAPE | {"model_type": "qwen2", "intermediate_size": 96},
+    "llama": SHAPE | {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "biases": SHAPE | {"attention_bias": True, "num_key_value_heads": 1, "head_dim": 32},
+}
+SEVEN_B = {
+    "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+H200 = MACHINES["h200"]
+CPU = Machine(1e11, 24e9, 1e10, 1e9, 1e9, reserve=0, is_cpu=True)
+PROMPT, RESPONSE, GROUP, NUM_GROUPS = 32, 33, 4, 2  # 320 tokens: a multiple of 64, which the decoder pads to on a CPU
+
+
+def make_recipe(**sections: dict) -> Recipe:
+    defaults = {
+        "model": {"path": "models/none", "activation_checkpointing": "full"},
+        "data": {"path": "none.jsonl"},
+        "run": {"output": "runs/none"},
+        "rollout": {"prompts_per_step": 128, "max_new_tokens": 8192},
+        "loss": {"preset": "dapo"},
+        "train": {"token_budget": 32_768},
+    }
+    return build_recipe(Recipe, {k: defaults.get(k, {}) | sections.get(k, {}) for k in defaults | sections})
+
+
+def seven_b(num_gpus: int = 8, machine: Machine = H200, response: float = 2048, **sections: dict):
+    recipe = make_recipe(**sections)
+    lengths = Lengths(256, response, recipe.rollout.max_new_tokens)
+    return plan(recipe, ModelConfig.from_dict(SEVEN_B), machine, num_gpus, lengths)
+
+
+def make_batch(prompt: int, response: int, group: int, num_groups: int, vocab_size: int):
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (num_groups, group, response))
+    prompts = np.random.default_rng(1).integers(0, vocab_size, (num_groups, prompt)).tolist()
+    groups = [Group(p, [Completion(c, i) for i, c in enumerate(t)]) for p, t in zip(prompts, tokens, strict=True)]
+    return build_batch(groups)
+
+
+def allocated_bytes(run) -> int:
+    """What `run` has allocated and not freed: saved by autograd, cached by checkpointing, or returned."""
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            kept = run()
+    finally:
+        gc.enable()
+    assert kept is not None
+    return sum(e.nbytes() for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+def block_bytes_a_token(shape: dict, checkpointing: str) -> float:
+    """Of one more block, measured."""
+    found = []
+    for num_layers in (1, 3):
+        model = init_decoder(ModelConfig.from_dict(shape | {"num_hidden_layers": num_layers}), seed=0)
+        model.activation_checkpointing = checkpointing
+        batch = make_batch(PROMPT, RESPONSE, GROUP, NUM_GROUPS, shape["vocab_size"])
+        model(batch)  # caches
+        found.append(allocated_bytes(lambda model=model, batch=batch: model(batch)))
+    return (found[1] - found[0]) / 2 / batch.total_tokens
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_activations_are_those_that_the_decoder_keeps(name, checkpointing):
+    config = ModelConfig.from_dict(SHAPES[name])
+    counted = BlockActivations.of(config, checkpointing, 4, (PROMPT, RESPONSE - 1, GROUP)).kept
+    # a pack's copy of the weights of QK norm is less than a thousandth
+    assert block_bytes_a_token(SHAPES[name], checkpointing) == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_activations_of_the_kernels_path(name, checkpointing, monkeypatch):
+    """What a GPU keeps, but for the bytes of an element: the kernel's inputs and outputs, here of no kernel at all."""
+
+    class NoKernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(attention, "by_triton", lambda _: True)
+    monkeypatch.setattr(attention, "_attention_fwd_kernel", NoKernel())
+    counted = BlockActivations.of(ModelConfig.from_dict(SHAPES[name]), checkpointing, 4).kept
+    assert block_bytes_a_token(SHAPES[name], checkpointing) == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_sizes_are_those_of_the_decoder(name):
+    model = init_decoder(ModelConfig.from_dict(SHAPES[name]), seed=0)
+    size = ModelSize.of(model.config)
+    assert size.total == sum(p.numel() for p in model.parameters())
+    assert size.block == sum(p.numel() for p in model.model.layers[0].parameters())
+    assert size.head == model.lm_head_weight.numel()
+    assert size.root == size.total - size.block * model.config.num_layers
+
+
+DEEP = SHAPE | {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10} | {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "eos_token_id": 0
+}  # fmt: skip
+WIDE_HEAD = DEEP | {"model_type": "qwen2", "vocab_size": 50_000, "num_hidden_layers": 2}
+
+
+def peak_bytes(recipe: Recipe) -> tuple[int, dict[str, int]]:
+    """Tokens of a rank's largest micro-batch; the peaks of a step's rollout and training above a world without a model.
+
+    What glibc keeps of freed memory is no part of a plan: below this threshold 1.2 times the peak with one rank, twice
+    with two ranks. A run has no such threshold, since returning memory takes half as long again as training.
+    """
+    ctypes.CDLL(None).mallopt(-3, 65_536)  # M_MMAP_THRESHOLD
+    torch.set_num_threads(1)
+
+    def memory(name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.findall(rf"{name}:\s+(\d+) kB", status)[0])
+
+    def peak(work):
+        Path("/proc/self/clear_refs").write_text("5")
+        return work(), memory("VmHWM") - before
+
+    problems, held_out = load_problems(recipe.data, recipe.run.seed)
+    with (
+        open_world(recipe) as world,
+        open_reward_pool(recipe, problems[0]) as pool,
+        RunFolder(recipe, resume=False, world=world) as folder,
+    ):
+        torch.randn(64, 64) @ torch.randn(64, 64)
+        before = memory("VmRSS")
+        trainer = Trainer(recipe, folder, world, pool, problems, held_out)
+        data, rollout = peak(lambda: trainer.sampler.rollout(1, trainer.position, Clock()))
+        trainer.sampler.generator.free_weights()
+        data.table.rewards[:] = np.arange(data.table.rewards.shape[1])  # every group has a gradient
+        updates = trainer._plan_updates(data)
+        _, training = peak(lambda: trainer._learn(updates, data, Clock()))
+    return max(b.total_tokens for b in updates[0].batches), {"rollout": rollout, "training": training}
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize(
+    ("shape", "checkpointing", "kl_coef", "num_groups", "size"),
+    [(DEEP, "none", 0.0, 2, 1), (DEEP, "full", 0.01, 2, 2), (WIDE_HEAD, "none", 0.0, 1, 1)],
+    ids=["saved activations", "recomputed activations and reference, 2 ranks", "vocabulary"],
+)
+def test_the_peak_memory_of_a_step(
+    shape, checkpointing, kl_coef, num_groups, size, model_path, recipe_values, tmp_path
+):
+    config, (prompt, response, group_size) = ModelConfig.from_dict(shape), (64, 65, 4)
+    save_checkpoint(init_decoder(config, seed=0), tmp_path / "model", tokenizer_files_from=model_path)
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i:064}", "answer": "none"}) + "\n" for i in range(64))
+    )
+    budget = num_groups * (prompt + group_size * (response - 1))
+    rollout = {"prompts_per_step": 2 * num_groups * size, "group_size": group_size, "max_new_tokens": response}
+    recipe = build_recipe(Recipe, recipe_values | {
+        "model": {"path": str(tmp_path / "model"), "activation_checkpointing": checkpointing},
+        "data": recipe_values["data"] | {"path": str(tmp_path / "data.jsonl")},
+        "rewards": {"functions": ["exact_match"], "workers": 1},
+        "rollout": rollout,
+        "loss": {"preset": "dapo", "kl_coef": kl_coef},
+        "train": {"token_budget": budget},
+    })  # fmt: skip
+    memory = Costs(recipe, config, CPU, size, Lengths(prompt, response, response)).memory(budget)
+    wanted = {moment: sum(parts.values()) for moment, parts in memory.items()}
+    wanted = {"rollout": wanted["rollout"], "training": max(wanted["loss"], wanted["backward"])}
+    for num_tokens, measured in ranks.run(peak_bytes, size, recipe):
+        assert num_tokens > 0.9 * budget
+        assert wanted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("mean", [1, 512, 1024, 4000, 4096])
+def test_lengths_have_the_mean_they_were_given(mean):
+    lengths = Lengths(10, mean, 4096)
+    t = (np.arange(400_000) + 0.5) * 4096 / 400_000
+    alive = np.array([lengths.alive(x) for x in t])
+    assert alive.mean() * 4096 == pytest.approx(mean, rel=1e-3)
+    tokens, pairs, targets = lengths.group(4)
+    assert (tokens, targets) == (10 + 4 * (mean - 1), 4 * mean)
+    square = 2 * (alive * t).mean() * 4096
+    assert pairs == pytest.approx(10 * 11 / 2 + 4 * (10 * mean + (square + mean) / 2), rel=1e-3)
+    assert 0.99 * mean <= lengths.last(10_000) <= 4096
+
+
+def test_the_largest_token_budget_is_the_largest():
+    budget = seven_b().largest_token_budget
+    assert seven_b(train={"token_budget": budget}).largest_token_budget == budget
+    with pytest.raises(RecipeError, match=rf"--train.token_budget={budget}\b"):
+        seven_b(train={"token_budget": budget + 1})
+
+
+def test_more_gpus_hold_less_each_and_take_less_time():
+    plans = [seven_b(n, response=512) for n in (8, 64, 512, 4096)]
+    assert all(a.totals[m] >= b.totals[m] for a, b in pairwise(plans) for m in a.totals)
+    steps = [sum(p.seconds.values()) for p in plans]
+    assert steps == sorted(steps, reverse=True)
+    assert plans[0].memory["loss"]["parameters (fp32 shard)"] == 4 * plans[0].num_params / 8
+
+
+def test_copies_within_nodes_cost_memory_and_save_the_network():
+    whole, copies = seven_b(512), seven_b(512, train={"shard_ranks": 8})
+    assert copies.memory["loss"]["parameters (fp32 shard)"] == 64 * whole.memory["loss"]["parameters (fp32 shard)"]
+    assert copies.seconds["sync"] < whole.seconds["sync"]
+    with pytest.raises(RecipeError, match=r"train\.shard_ranks = 24 does not divide 512 GPUs"):
+        seven_b(512, train={"shard_ranks": 24})
+
+
+def test_one_gpu_waits_for_no_link():
+    slow_links = dataclasses.replace(H200, memory=1e12, node_rate=1.0, network_rate=1.0)
+    fast_links = dataclasses.replace(slow_links, node_rate=1e15, network_rate=1e15)
+    assert seven_b(1, slow_links).seconds == seven_b(1, fast_links).seconds
+    assert seven_b(8, slow_links).seconds["train"] > seven_b(8, fast_links).seconds["train"]
+
+
+def test_the_parts_that_a_recipe_adds():
+    base = seven_b()
+    assert base.seconds["score"] == 0  # exactly on-policy, no reference
+    assert 0.2 < base.mfu < MATMUL_SHARE
+    with_kl = seven_b(loss={"kl_coef": 0.01})
+    assert with_kl.memory["loss"]["reference (shard)"] == 2 * base.num_params / 8
+    assert with_kl.seconds["score"] > 0
+    assert seven_b(train={"mini_batches": 4}).seconds["score"] == pytest.approx(0.75 * with_kl.seconds["score"])
+    assert seven_b(train={"epochs": 2}).seconds["train"] == 2 * base.seconds["train"]
+    kept = seven_b(train={"reshard_after_forward": False}).memory
+    assert kept["loss"]["gathered weights"] == pytest.approx(2 * base.num_params)
+    everything, recomputed = (seven_b(model={"activation_checkpointing": c}, train={"token_budget": 16_384})
+                              for c in ("none", "full"))  # fmt: skip
+    assert everything.totals["backward"] > recomputed.totals["backward"]
+    assert everything.seconds["train"] < recomputed.seconds["train"]
+    assert everything.mfu > recomputed.mfu
+
+
+def test_decoding_reads_the_weights_at_every_step():
+    found = seven_b()
+    longest = found.lengths.last(128 * 16)
+    assert 7000 < longest < 8192
+    weights_s = 2 * (found.num_params - 152_064 * 3584) / H200.memory_rate
+    assert longest * weights_s < found.seconds["generate"] < 10 * longest * weights_s
+    assert found.sequences == 256
+    assert seven_b(response=512).seconds["generate"] < found.seconds["generate"]
+    slower = dataclasses.replace(H200, memory_rate=H200.memory_rate / 100)
+    assert seven_b(machine=slower).seconds["generate"] > 20 * found.seconds["generate"]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"token_budget": 500_000}},
+        {"model": {"activation_checkpointing": "none"}, "train": {"token_budget": 65_536}},
+        {"rollout": {"prompts_per_step": 1024, "max_new_tokens": 16_384}},
+        {"train": {"shard_ranks": 1}},
+    ],
+    ids=["budget", "checkpointing", "rollout", "sharding"],
+)
+def test_what_does_not_fit_is_refused_with_changes_that_help(sections):
+    with pytest.raises(
+        RecipeError, match=r"GB a GPU are needed \(\w+\), 141.0 GB are there, on 8 GPUs; the"
+    ) as refusal:
+        seven_b(**sections)
+    changes = re.findall(r"--([\w.]+)=(\w+)", str(refusal.value))
+    assert changes, refusal.value
+    for key, value in changes:
+        section, _, name = key.partition(".")
+        changed = {} if key == "gpus" else {name: value if name == "activation_checkpointing" else int(value)}
+        values = sections | ({section: sections.get(section, {}) | changed} if changed else {})
+        assert seven_b(int(value) if key == "gpus" else 8, **values).totals
+
+
+def test_a_hopeless_recipe_says_so():
+    with pytest.raises(RecipeError, match="several changes are needed"):
+        seven_b(machine=dataclasses.replace(H200, memory=5e9))
+
+
+def test_a_budget_below_the_longest_completion_is_refused():
+    with pytest.raises(RecipeError, match="token_budget = 8192 is below a prompt and its longest completion, 8447"):
+        seven_b(train={"token_budget": 8192})
+
+
+def test_the_shipped_recipes_fit_the_gpus_that_they_name():
+    recipes = Path(__file__).parents[3] / "recipes"
+    gsm8k, r1_zero = (load_recipe(Recipe, recipes / f"{name}.toml") for name in ("gsm8k_qwen2.5_1.5b", "r1_zero"))
+    later = load_recipe(Recipe, recipes / "r1_zero.toml", ["--rollout.max_new_tokens=65536"])
+    small, seven, large = (ModelConfig.from_dict(PUBLISHED[name]) for name in PLANNED_MODELS)
+    for recipe, config, num_gpus in [
+        (gsm8k, small, 8), (r1_zero, seven, 64), (r1_zero, large, 512), (later, seven, 128)
+    ]:  # fmt: skip
+        longest = recipe.rollout.max_new_tokens
+        plan(recipe, config, H200, num_gpus, Lengths(recipe.data.max_prompt_tokens, longest / 4, longest))
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_flops_of_a_device_name(name, tflops):
+    assert peak_flops(name) == (tflops and tflops * 1e12)
+
+
+def test_faulty_arguments():
+    recipe = make_recipe()
+    with pytest.raises(RecipeError, match="--gpu v100 is unknown; known are a100, h100"):
+        plan_recipe(recipe, 8, "v100")
+    with pytest.raises(
+        RecipeError, match=r"--response-tokens 9000: wanted a mean of 1 to rollout.max_new_tokens = 8192"
+    ):
+        plan_recipe(recipe, 8, response=9000)
+
+
+def test_the_command(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SEVEN_B))
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'model.path = "{tmp_path}/model"\ndata.path = "none"\nrun.output = "{tmp_path}/run"\n')
+    command = ["plan", str(path), "--gpus", "8", "--train.token_budget=8192"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("KV cache", "rollout", "7.62B parameters", "A prediction", "score"))
+    assert len(printed.splitlines()) <= 40
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lengths"] == {"prompt": 256, "response": 256, "longest": 1024}
+    assert set(found["memory"]) == {"loss", "backward", "rollout"}
+    assert main([*command, "--memory", "20"]) == 2
+    assert "20.0 GB are there" in capsys.readouterr().err
+
+
+def test_the_command_starts_without_the_large_libraries():
+    program = (
+        "import sys, flashgrpo.grpo.plan\nassert not {'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
