@@ -34,7 +34,7 @@ sandbox:
 		|| { echo "bubblewrap is missing; install it with this system's package manager" >&2; exit 1; }
 
 demo: setup
-	$(BIN)/python -m flashgrpo.grpo.stages.demo --seed $(SEED)
+	$(BIN)/flashgrpo demo --seed $(SEED)
 
 # The second run sends the kernels' tests through Triton's interpreter. Hundreds of processes start, so bytecode is kept;
 # some of them wait, so that three run on two processors.

@@ -23,7 +23,7 @@ from flashgrpo.model.files import write_text
 def run_seed(seed: int, output: Path) -> dict:
     """One demo in a process of its own: its curves, and wall seconds from start to end."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "flashgrpo.grpo.stages.demo", "--seed", str(seed), "--output", str(output)]
+    command = [sys.executable, "-m", "flashgrpo.grpo.cli", "demo", "--seed", str(seed), "--output", str(output)]
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - start
     rows = read_rows(output / "grpo" / "metrics.jsonl")

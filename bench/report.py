@@ -15,8 +15,7 @@ from flashgrpo.bench.timing import ROOT, option_parser
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.run.machines import MACHINES
-from flashgrpo.grpo.stages.plan import plan
-from flashgrpo.grpo.stages.plan_costs import Lengths
+from flashgrpo.grpo.stages.plan import Lengths, plan
 from flashgrpo.grpo.stages.scores import markdown_of
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.files import write_text

@@ -200,6 +200,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("benchmark", choices=_BENCHMARKS, metavar="BENCHMARK")
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="of the benchmark; `--help` tells them")
     command.set_defaults(run=_bench)
+    command = commands.add_parser("demo", help="from nothing to a policy that GRPO has taught to add, on a CPU")
+    command.add_argument("--recipe", default="recipes/demo.toml", help="default recipes/demo.toml")
+    command.add_argument("--output", type=Path, default=Path("runs/demo"), help="removed first; default runs/demo")
+    command.add_argument("--seed", type=int, default=1, help="default 1")
+    command.set_defaults(run=_demo)
     command = commands.add_parser("report", help="draw RUN/report.png, print a summary and samples")
     command.add_argument("run_folder", metavar="RUN", help="a run's output folder")
     command.set_defaults(run=lambda options, _: _print_report(options.run_folder))
@@ -312,6 +317,12 @@ def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
     for text in sample_texts(options.model, options.prompt, options.template, options.n, sampling, options.seed):
         print(text)
+
+
+def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
+    from flashgrpo.grpo.stages.demo import demo
+
+    demo(options.recipe, options.output, options.seed)
 
 
 def _print_report(run_folder: str) -> None:

@@ -1,5 +1,5 @@
 """GRPO: sample groups, reward them, pack what has a gradient, update, once a step; `flashgrpo train RECIPE`, or on
-many GPUs `torchrun --nproc_per_node 8 -m flashgrpo.grpo.train RECIPE`.
+many GPUs `torchrun --nproc_per_node 8 -m flashgrpo.grpo.cli train RECIPE`.
 
 The methods of `Trainer` stand in the order of a step. It waits for the device once a step, in `device_metrics`, besides
 what the generator does.
@@ -339,7 +339,5 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-if __name__ == "__main__":
-    from flashgrpo.grpo.cli import end_process_after, main
-
-    end_process_after(lambda: main(["train", *sys.argv[1:]]))
+if __name__ == "__main__":  # a launcher's script that names this file must not end well without a step
+    sys.exit("flashgrpo.grpo.train is no command; wanted -m flashgrpo.grpo.cli train RECIPE")

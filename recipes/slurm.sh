@@ -27,7 +27,7 @@ srun torchrun \
     --rdzv_endpoint "$first_node:${MASTER_PORT:-29500}" \
     --rdzv_id "$SLURM_JOB_ID" \
     --max-restarts 3 \
-    -m flashgrpo.grpo.train "$@" --resume &
+    -m flashgrpo.grpo.cli train "$@" --resume &
 code=0
 while kill -0 $! 2>/dev/null; do # a trap ends a wait
     wait $! || true

@@ -1,5 +1,5 @@
 """Examples for SFT from samples of a model and from given files, filtered and mixed; `flashgrpo collect RECIPE`, or on
-many GPUs `torchrun --nproc_per_node 8 -m flashgrpo.grpo.stages.collect RECIPE`.
+many GPUs `torchrun --nproc_per_node 8 -m flashgrpo.grpo.cli collect RECIPE`.
 
 The problems are the training problems of [data]; with the `run.seed` of the stages that train and evaluate on it, none
 of their held-out ones is among them. `run.output` gets parts/part_N.parquet with every sample of prompts_per_part
@@ -10,7 +10,6 @@ number and run.seed alone: not on ranks, parts or restarts. Filters read the par
 import contextlib
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -381,9 +380,3 @@ def _print_report(report: dict[str, dict[str, Any]]) -> None:
             console.print(
                 f"{name}: {each['prompts']:,} prompts, {none}; by completions kept: {histogram}", highlight=False
             )
-
-
-if __name__ == "__main__":
-    from flashgrpo.grpo.cli import end_process_after, main
-
-    end_process_after(lambda: main(["collect", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""`make demo`: from nothing to a policy that GRPO has taught to add, on two CPU cores.
+"""`make demo`, which is `flashgrpo demo`: from nothing to a policy that GRPO has taught to add, on two CPU cores.
 
 A tokenizer and a small Qwen3-shaped model are made from nothing; a cold start by SFT on worked examples of a small
 share of the problems teaches the form and some of the arithmetic (recipes/sft.toml); then GRPO learns from rewards
@@ -6,7 +6,6 @@ share of the problems teaches the form and some of the arithmetic (recipes/sft.t
 The held-out score is accuracy, with no credit for form.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -16,7 +15,6 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from flashgrpo.grpo.cli import end_process_after
 from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_text
 from flashgrpo.grpo.errors import RunInputError
@@ -38,16 +36,11 @@ _CAREFUL = 0.45
 _VOCAB_SIZE = 512
 
 
-def main() -> None:
-    """Make the model, cold-start it, train it, show what came of it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flashgrpo.grpo.stages.demo", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--recipe", default="recipes/demo.toml")
-    parser.add_argument("--output", type=Path, default="runs/demo", help="removed first: the demo always runs afresh")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    output, seed = options.output, options.seed
+def demo(recipe_file: str, output: Path, seed: int) -> None:
+    """Make the model, cold-start it, train it, show what came of it. An `output` of an earlier demo is removed first.
+
+    Raises RunInputError for an `output` that no demo has made, and whatever SFT and training do.
+    """
     start = time.perf_counter()
     if output.exists():
         if any(output.iterdir()) and not (output / _MARK).exists():
@@ -60,7 +53,7 @@ def main() -> None:
         f"--run.output={output / 'grpo'}",
         f"--run.seed={seed}",
     ]
-    recipe = load_recipe(Recipe, options.recipe, overrides)
+    recipe = load_recipe(Recipe, recipe_file, overrides)
     problems, held_out = load_problems(recipe.data, seed)
     console.print(f"{len(problems):,} problems to train on, {len(held_out):,} held out; seed {seed}")
     base = make_model(output / "base", [render_text(p.prompt, recipe.data.template) for p in problems[:500]], seed)
@@ -144,7 +137,3 @@ def worked_answer(expression: str, careful: bool) -> str:
         if not careful:
             break
     return f"<think>{' '.join(steps)}</think><answer>{total}</answer>"
-
-
-if __name__ == "__main__":
-    end_process_after(main)

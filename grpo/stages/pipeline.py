@@ -24,7 +24,6 @@ import inspect
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,8 +52,7 @@ from flashgrpo.grpo.run.folder import hold_output, input_paths
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.stages.evaluate import evaluate_models
-from flashgrpo.grpo.stages.pipeline_report import draw_pipeline
-from flashgrpo.grpo.stages.plots import write_report
+from flashgrpo.grpo.stages.plots import draw_pipeline, write_report
 from flashgrpo.grpo.stages.runs import run_recipe
 from flashgrpo.grpo.stages.scores import markdown_of, table_of
 from flashgrpo.model.files import content_hash, parse_json, parse_toml, whole_folder, write_text
@@ -393,9 +391,3 @@ def _summarize(stages: list[Stage], output: Path) -> None:
     curves = {stage.name: stage.folder for stage in stages if stage.kind == "train"}
     if curves:
         printer.print(f"picture: {draw_pipeline(curves, rows, output / 'report.png')}")
-
-
-if __name__ == "__main__":
-    from flashgrpo.grpo.cli import end_process_after, main
-
-    end_process_after(lambda: main(["pipeline", *sys.argv[1:]]))

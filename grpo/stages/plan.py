@@ -1,6 +1,19 @@
 """`flashgrpo plan RECIPE`: whether a recipe fits its GPUs, and how fast it can be, before anything starts.
 
-Reads the recipe and the model's config.json, nothing else; `plan_costs` has what is counted and what is assumed.
+Reads the recipe and the model's config.json, nothing else: arithmetic on a recipe, a model's shape and a machine's
+rates.
+
+Memory is counted from what the code keeps: FSDP2's shards and gathered weights, what the decoder saves for its backward
+pass, the loss's chunk of logits and fp32 gradient of the head, the sampler's copy of the weights and its KV cache. It
+is counted at the three moments that can be the worst, with the shards of gradients from the micro-batch before:
+
+    loss       a full micro-batch is saved; the head's gradient exists twice in fp32, or once beside a chunk of logits
+    backward   the same, with the last block recomputed where it is checkpointed, and in its MLP's backward pass
+    rollout    no gradients; a copy of all weights, the KV cache, the sampled rows' logits
+
+When embedding and head are reduced, at the end, nothing is saved any more: that is always less than the loss held.
+Times are a roofline: the larger of computing at a share of the machine's rate and of moving the bytes. The shares below
+are assumptions until a GPU has measured them. Not counted: rewards, checkpoints, evaluation, dropped groups.
 """
 
 import bisect
@@ -14,11 +27,230 @@ from rich.table import Table
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.run.machines import MACHINES, Machine
-from flashgrpo.grpo.stages import plan_costs as assumed
-from flashgrpo.grpo.stages.plan_costs import Costs, Lengths, Parts
+from flashgrpo.kernels.linear_grpo import default_chunk_tokens
 from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.flops import ModelFlops
+from flashgrpo.model.footprint import BlockActivations, ModelSize
+
+MATMUL_SHARE = 0.6  # of peak FLOP/s in products, with the norms and RoPE between them: assumed
+ATTENTION_SHARE = 0.45  # of peak FLOP/s in attention: predicted from the kernels' issue cycles on sm_90
+FP32_SHARE = 1 / 15  # fp32 FLOP/s of bf16's: 67 of 989 TFLOP/s on an H100
+MEMORY_SHARE = 0.8  # of memory bandwidth in decoding: assumed
+LINK_SHARE = 0.7  # of link bandwidth in collectives: assumed
+IMBALANCE = 1.08  # slowest rank's work over the mean: what packing promises
+DECODE_OPERATORS = 33  # of the native generator, a layer and step: counted
+OPERATOR_S = 6e-6  # host time of an eager operator, which CUDA graphs would save: assumed
+FRAGMENTATION = 0.05  # of memory: assumed
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of prompts and completions. A completion is longer than t with probability (1 - t/longest)^tail, where
+    the tail follows from the mean: longest / mean - 1, so 0 if all reach the limit and 3 if they use a quarter.
+    """
+
+    prompt: float
+    response: float
+    longest: int
+
+    @property
+    def tail(self) -> float:
+        return self.longest / self.response - 1
+
+    def alive(self, t: float) -> float:
+        """Share of completions with more than t tokens."""
+        return (1 - min(t / self.longest, 1.0)) ** self.tail if t < self.longest else 0.0
+
+    def last(self, num_completions: float) -> float:
+        """Length of the longest of so many."""
+        return self.longest * (1 - num_completions ** (-1 / self.tail)) if self.tail else self.longest
+
+    def group(self, group_size: int) -> tuple[float, float, float]:
+        """Packed tokens, attention's query-key pairs and targets of a group, in expectation."""
+        square = 2 * self.longest**2 / ((self.tail + 1) * (self.tail + 2))
+        own = group_size * (self.prompt * self.response + (square + self.response) / 2)
+        tokens = self.prompt + group_size * (self.response - 1)
+        return tokens, self.prompt * (self.prompt + 1) / 2 + own, group_size * self.response
+
+
+Parts = dict[str, float]  # bytes by name
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A recipe on a machine, and what is counted of it."""
+
+    recipe: Recipe
+    config: ModelConfig
+    machine: Machine
+    num_gpus: int
+    lengths: Lengths
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of the compute type."""
+        dtype = self.recipe.model.dtype
+        return 4 if dtype == "float32" or (dtype == "auto" and self.machine.is_cpu) else 2
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        ranks = self.recipe.train.shard_ranks or self.num_gpus
+        if self.num_gpus % ranks:
+            raise RecipeError(
+                f"train.shard_ranks = {ranks} does not divide {self.num_gpus} GPUs; choose a divisor, or 0"
+            )
+        return ranks
+
+    @property
+    def size(self) -> ModelSize:
+        return ModelSize.of(self.config)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of a token."""
+        return 2 * self.config.num_layers * self.config.num_kv_heads * self.config.head_dim * self.itemsize
+
+    @property
+    def groups_a_rank(self) -> int:
+        return -(-self.recipe.rollout.prompts_per_step // self.num_gpus)
+
+    def memory(self, token_budget: int) -> dict[str, Parts]:
+        """The parts of a GPU's memory at each moment of the docstring above, with micro-batches of `token_budget`."""
+        size, config, shard = self.itemsize, self.config, self.size.total / self.shard_ranks
+        state = {
+            "reserve": self.machine.reserve + FRAGMENTATION * self.machine.memory * (not self.machine.is_cpu),
+            "parameters (fp32 shard)": 4 * shard,
+            "optimizer (2 fp32 shards)": 8 * shard,
+        }
+        if self.recipe.loss.kl_coef:
+            state["reference (shard)"] = size * shard
+        group_size, blocks = self.recipe.rollout.group_size, config.num_layers
+        tokens, _, targets = self.lengths.group(group_size)
+        rows = token_budget * targets / tokens
+        cpu_group = (self.lengths.prompt, self.lengths.response - 1, group_size) if self.machine.is_cpu else None
+        block = BlockActivations.of(config, self.recipe.model.activation_checkpointing, size, cpu_group)
+        outside = 2 * size * config.hidden_size + 8 * config.head_dim  # final norm's input and output, cos and sin
+        saved = token_budget * (blocks * block.kept + outside)
+        gathered, resharded = size * self.size.root, self.recipe.train.reshard_after_forward
+        all_blocks, head = size * blocks * self.size.block, self.size.head
+        trained = {**state, "gradients (fp32 shard)": 4 * shard}
+        chunk = min(rows, default_chunk_tokens(config.vocab_size, size, not self.machine.is_cpu))
+        logits = chunk * config.vocab_size * size * (3 if self.machine.is_cpu else 1)
+        d_head = max(4 * head + logits, 8 * head + (size * head if size < 4 else 0))
+        rollout_rows, room = self.rollout_peak()
+        unsharded, reduced = "gathered weights", "gradients before reduction"
+        return {
+            "loss": {
+                **trained,
+                unsharded: gathered + (0 if resharded else all_blocks),
+                "activations": saved + 2 * size * rows * config.hidden_size,
+                "logits and head gradient": d_head,
+            },
+            "backward": {
+                **trained,
+                unsharded: gathered + (size * min(2, blocks) * self.size.block if resharded else all_blocks),
+                reduced: size * head + (size + 4) * self.size.block,
+                "activations": saved + token_budget * (block.recomputed + block.working),
+            },
+            "rollout": {
+                **state,
+                "sampler's weights": size * self.size.total * (2 if self.machine.is_cpu else 1),  # oneDNN's copy
+                "KV cache": self.kv_bytes * (rollout_rows * room + self.groups_a_rank * self.lengths.prompt),
+                "sampled logits": rollout_rows * self.sampled_bytes,
+            },
+        }
+
+    def fits(self, token_budget: int) -> bool:
+        """Whether every moment does."""
+        return max(sum(parts.values()) for parts in self.memory(token_budget).values()) <= self.machine.memory
+
+    def rollout_peak(self) -> tuple[float, float]:
+        """Rows and room a row of the native generator's cache, which doubles for all rows at once, at its largest."""
+        total, longest = self.groups_a_rank * self.recipe.rollout.group_size, self.lengths.longest
+        rooms = [min(64 << i, longest) for i in range(longest.bit_length())]
+        # no room is made before the last is full, and an eighth of the rows may be idle
+        rows = [min(1.0, self.lengths.alive(room / 2 if i else 0) * 8 / 7) * total for i, room in enumerate(rooms)]
+        logits = self.sampled_bytes / self.kv_bytes
+        return max(zip(rows, rooms, strict=True), key=lambda x: x[0] * (x[1] + logits))
+
+    @property
+    def sampled_bytes(self) -> int:
+        """Logits of a row, in fp32 too with their softmax, and its sums in float64."""
+        return self.config.vocab_size * (self.itemsize + 16)
+
+    def collective_s(self, num_bytes: float) -> float:
+        """Of an all-gather or reduce-scatter of so many bytes in all over the ranks of a copy; nodes share the load."""
+        local = min(self.shard_ranks, self.machine.gpus_per_node)
+        nodes = -(-self.shard_ranks // local)
+        inside, between = (local - 1) / local / self.machine.node_rate, (nodes - 1) / nodes / local
+        return num_bytes * max(inside, between / self.machine.network_rate) / LINK_SHARE
+
+    def all_reduce_s(self) -> float:
+        """Of a rank's gradients with those of the other copies."""
+        copies, crosses = self.num_gpus // self.shard_ranks, self.num_gpus > self.machine.gpus_per_node
+        rate = self.machine.network_rate if crosses else self.machine.node_rate
+        return 2 * (copies - 1) / copies * 4 * self.size.total / self.shard_ranks / rate / LINK_SHARE
+
+    @property
+    def peak_flops(self) -> float:
+        """A GPU's, in the compute type."""
+        return self.machine.flops * (FP32_SHARE if self.itemsize == 4 and not self.machine.is_cpu else 1.0)
+
+    def work(self, blocks: float, attention: float, head: float) -> float:
+        """Seconds of a rank's share of a step, as multiples of the forward pass' work."""
+        tokens, pairs, targets = self.tokens_a_rank
+        flops, rate = ModelFlops.of(self.config), self.peak_flops * MATMUL_SHARE
+        products = (blocks * flops.per_token * tokens + head * flops.per_target * targets) / rate
+        return IMBALANCE * (products + attention * flops.per_pair * pairs / (self.peak_flops * ATTENTION_SHARE))
+
+    @property
+    def tokens_a_rank(self) -> tuple[float, float, float]:
+        """Of a step: packed tokens, query-key pairs, targets."""
+        tokens, pairs, targets = self.lengths.group(self.recipe.rollout.group_size)
+        groups = self.recipe.rollout.prompts_per_step / self.num_gpus
+        return tokens * groups, pairs * groups, targets * groups
+
+    @property
+    def micro_batches(self) -> int:
+        """Of an update, on a rank."""
+        train = self.recipe.train
+        return math.ceil(self.tokens_a_rank[0] / train.mini_batches / train.token_budget)
+
+    def seconds(self) -> dict[str, float]:
+        """Of a step, by phase."""
+        train, moved = self.recipe.train, self.itemsize * self.size.total
+        memory_rate = self.machine.memory_rate * MEMORY_SHARE
+        passes = (train.mini_batches - 1) / train.mini_batches + (self.recipe.loss.kl_coef > 0)
+        score = passes * max(self.work(1, 1, 1), train.mini_batches * self.micro_batches * self.collective_s(moved))
+        again = self.recipe.model.activation_checkpointing == "full"  # attention: 2 products, backward 7
+        compute = self.work(3 + again, 4.5 + again, 3 + (self.recipe.loss.ratio_level == "sequence"))
+        gathers = 2 if train.reshard_after_forward else 1
+        exchange = self.micro_batches * (gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total))
+        adamw = 28 * self.size.total / self.shard_ranks / memory_rate  # reads 4 and writes 3 fp32 numbers a weight
+        one_pass = max(compute, train.mini_batches * (exchange + self.all_reduce_s())) + train.mini_batches * adamw
+        sync = self.collective_s(moved) + moved / memory_rate
+        return {"generate": self.generate_s(), "score": score, "train": train.epochs * one_pass, "sync": sync}
+
+    def generate_s(self, num_points: int = 256) -> float:
+        """Prompts once; then every step reads the weights and the live keys and values, until the last row ends."""
+        config, lengths, size = self.config, self.lengths, self.recipe.rollout.group_size
+        flops = ModelFlops.of(config)
+        rate, memory_rate = self.peak_flops * MATMUL_SHARE, self.machine.memory_rate * MEMORY_SHARE
+        rows, prompts = self.groups_a_rank * size, self.groups_a_rank * lengths.prompt
+        seconds = flops.forward(prompts, prompts * lengths.prompt / 2, self.groups_a_rank) / rate
+        weights = self.itemsize * (config.num_layers * self.size.block + self.size.head)
+        host_s = config.num_layers * DECODE_OPERATORS * OPERATOR_S
+        width = lengths.last(self.recipe.rollout.prompts_per_step * size) / num_points
+        for i in range(num_points):
+            t = (i + 0.5) * width
+            live = rows * lengths.alive(t)
+            read = live * t + prompts * (1 - (1 - lengths.alive(t)) ** size)  # a prompt is read once for its group
+            read_s = (weights + self.kv_bytes * read) / memory_rate
+            compute_s = flops.forward(live, live * (t + lengths.prompt), live) / rate
+            seconds += width * max(read_s, compute_s, host_s)
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -169,7 +401,7 @@ def print_plan(found: Plan) -> None:
         f"{found.tokens_per_s_per_gpu:,.0f} sampled tokens/s/GPU, training at {found.mfu:.0%} of the peak FLOP/s.\n"
         f"[dim]A prediction. Assumed: prompts of {lengths.prompt:,.0f} tokens; completions of {lengths.response:,.0f} "
         f"on average, the share longer than t being (1 - t/{lengths.longest})^{lengths.tail:.3g}; no group without "
-        f"gradient; products at {assumed.MATMUL_SHARE:.0%} of peak, attention at {assumed.ATTENTION_SHARE:.0%}, memory "
-        f"at {assumed.MEMORY_SHARE:.0%}, links at {assumed.LINK_SHARE:.0%}; decoding without CUDA graphs. "
+        f"gradient; products at {MATMUL_SHARE:.0%} of peak, attention at {ATTENTION_SHARE:.0%}, memory "
+        f"at {MEMORY_SHARE:.0%}, links at {LINK_SHARE:.0%}; decoding without CUDA graphs. "
         "Not counted: rewards, evaluation, checkpoints.[/dim]"
     )

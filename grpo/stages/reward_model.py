@@ -8,7 +8,6 @@ prompt in the pack, and are never in different ones.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,9 +194,3 @@ def load_rows(recipe: RewardModelRecipe, policy: Policy) -> tuple[list[Row], lis
     if not is_pair and len({row.signs[0] for row in training}) == 1:
         raise DataError(f"{data.path}: all labels of column {data.label_column!r} are the same; wanted both kinds")
     return training, held_out
-
-
-if __name__ == "__main__":
-    from flashgrpo.grpo.cli import end_process_after, main
-
-    end_process_after(lambda: main(["reward-model", *sys.argv[1:]]))

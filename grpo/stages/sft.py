@@ -5,7 +5,6 @@ the completion's tokens, the prompt's tokens are not trained on, and there is no
 """
 
 import functools
-import sys
 from pathlib import Path
 
 import torch
@@ -101,9 +100,3 @@ def load_examples(data: SftDataSection, policy: Policy, token_budget: int) -> li
         examples.append(Group(prompt_ids, [Completion(completion_ids, sequence_id=number)]))
     warn_beyond_context(policy, max(group.num_tokens + 1 for group in examples))
     return examples
-
-
-if __name__ == "__main__":
-    from flashgrpo.grpo.cli import end_process_after, main
-
-    end_process_after(lambda: main(["sft", *sys.argv[1:]]))

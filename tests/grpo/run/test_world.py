@@ -262,7 +262,7 @@ def test_torchrun_restarts_a_run_from_its_checkpoint(recipe_file, custom_rewards
 
 
 def test_torchrun_hands_ctrl_c_to_all_ranks(recipe_file, custom_rewards, tmp_path):
-    process = torchrun(custom_rewards, "-m", "flashgrpo.grpo.train", recipe_file, "--train.steps=100000")
+    process = torchrun(custom_rewards, "-m", "flashgrpo.grpo.cli", "train", recipe_file, "--train.steps=100000")
     deadline = time.monotonic() + 60
     while len(read_rows(tmp_path / "run/metrics.jsonl")) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -236,7 +236,7 @@ def command(output: Path) -> list[str]:
     changes = {} if IS_SOAK else MINIATURE
     overrides = [f"--stages.{key}={value}" for key, value in changes.items()]
     recipe = str(ROOT / "recipes/r1_tiny.toml")
-    return [sys.executable, "-m", "flashgrpo.grpo.stages.pipeline", recipe, f"--run.output={output}", *overrides]
+    return [sys.executable, "-m", "flashgrpo.grpo.cli", "pipeline", recipe, f"--run.output={output}", *overrides]
 
 
 @pytest.mark.timeout(0 if IS_SOAK else 300)

@@ -28,8 +28,7 @@ from flashgrpo.grpo.run.machines import MACHINES, Machine, peak_flops
 from flashgrpo.grpo.run.progress import Clock
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.stages.evaluate import open_reward_pool
-from flashgrpo.grpo.stages.plan import plan, plan_recipe
-from flashgrpo.grpo.stages.plan_costs import MATMUL_SHARE, Costs, Lengths
+from flashgrpo.grpo.stages.plan import MATMUL_SHARE, Costs, Lengths, plan, plan_recipe
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.kernels import attention
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
