@@ -18,9 +18,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashgrpo.grpo.data.answers import answers_match, expected_answer, last_boxed
+from flashgrpo.grpo.data.answers import REASONING_GYM, answers_match, expected_answer, last_boxed
 from flashgrpo.grpo.errors import RecipeError, RewardError, nearest
-from flashgrpo.grpo.types import REASONING_GYM
 
 if TYPE_CHECKING:
     from flashgrpo.grpo.recipe.load import Recipe
