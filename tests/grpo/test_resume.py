@@ -18,7 +18,7 @@ from flashgrpo.grpo.rewards.pool import RewardTable
 from flashgrpo.grpo.run import folder as run_folder
 from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run.progress import Clock
-from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.grpo.types import Prompt
 from flashgrpo.kernels.grpo_loss import LossConfig
