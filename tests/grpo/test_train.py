@@ -349,7 +349,7 @@ def test_ctrl_c_in_an_evaluation_is_made_up_for(recipe, tmp_path, monkeypatch):
         train(recipe)
     with pytest.raises(KeyboardInterrupt):  # and in making up for it
         train(recipe, resume=True)
-    assert seen == [1, 2]  # a crash in the second evaluation would leave the row of step 2
+    assert seen == [2, 2]  # the row of the step stands before its evaluation
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(tmp_path / "user_code"))
     train(recipe, resume=True)
