@@ -144,10 +144,12 @@ class RunFolder:
         _write_rows(self.path / "metrics.jsonl", [*rows, before | self._row(step, metrics)])
 
     def _row(self, step: int, metrics: Mapping[str, float | None]) -> dict[str, Any]:
-        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}
-        for key, value in finite.items():
-            self._tensorboard.add_scalar(key, math.nan if value is None else value, step)
-        return {"step": step} | finite
+        row: dict[str, Any] = {"step": step}
+        for key, value in metrics.items():
+            is_finite = value is not None and math.isfinite(value)
+            row[key] = value if is_finite else None  # JSON has no NaN
+            self._tensorboard.add_scalar(key, value if is_finite else math.nan, step)
+        return row
 
     def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
         """Append sampled completions."""
@@ -164,6 +166,7 @@ class RunFolder:
         on_main = self._world.on_main
         try:
             with contextlib.ExitStack() as stack:
+                # Only the first rank's stack has something in it: the rename, when all is written.
                 partial = on_main(lambda: stack.enter_context(whole_folder(final)))
                 state_dict_saver.save(tensors, checkpoint_id=partial / STATE)  # the shards of all ranks
                 self._world.everywhere(lambda: write_model(partial / "model"))

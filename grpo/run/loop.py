@@ -51,7 +51,8 @@ class RunLoop(abc.ABC):
             read_weights=folder.checkpoint is None,
             new_score=isinstance(recipe, RewardModelRecipe),
         )
-        world.everywhere(lambda: opened.append(load()))  # a rank may find a fault in its own rows alone
+        # A rank may find a fault in its own rows alone; then all of them end.
+        world.everywhere(lambda: opened.append(load()))
         self.policy = open_policy(recipe.model, world.device, *opened)
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
         self.step = folder.state.get("step", 0)
@@ -103,7 +104,8 @@ class RunLoop(abc.ABC):
             self.begin()
             with step_bar(self.title, self.step, self.total_steps) as bar:
                 for step in range(self.step + 1, self.total_steps + 1):
-                    self.world.together(lambda: None)  # where Ctrl-C came during an update or a checkpoint
+                    # Here a Ctrl-C is raised that came during an update or a checkpoint, on all ranks.
+                    self.world.together(lambda: None)
                     metrics, text = self.run_step(step, bar)
                     bar.advance(step, text)
                     self._raise_alarms(metrics)
@@ -116,7 +118,8 @@ class RunLoop(abc.ABC):
             if isinstance(error, Stopped) and self.world.size > 1:
                 by = f" ({signal.Signals(error.signum).name} on rank {error.rank})"
             console.print(f"[yellow]stopped after step {self.step}; continue with --resume{by}[/yellow]")
-            self.world.everywhere(self.ends.close)  # a rank that ended sooner would be taken for one that has died
+            # All ranks wait for the slowest end here: one that ended sooner would be taken for one that has died.
+            self.world.everywhere(self.ends.close)
             raise
 
     def save(self) -> None:

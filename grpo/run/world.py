@@ -127,6 +127,7 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
     console.quiet = rank > 0
     logging.getLogger("flashgrpo").setLevel(logging.ERROR if rank else logging.NOTSET)
     limit_s = recipe.run.collective_timeout_s
+    # A single process opens a group, too: one program for one rank and for many.
     store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     try:
         if size > 1:
@@ -135,6 +136,7 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
+        # Objects and what is on the host go through gloo, so that nothing of theirs waits for the device.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = datetime.timedelta(seconds=limit_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
@@ -145,7 +147,9 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
     except Exception as error:  # whatever it is, it is raised again below, once it is known which ranks tell it
         is_lost = misses_a_rank(error)
         if is_lost:
-            time.sleep(2 * _GRACE_S)  # where a rank has died or stopped, `_watched` ends this one, and knows which
+            # Where a rank has died or stopped, `_watched` ends this one meanwhile, and knows which it was.
+            time.sleep(2 * _GRACE_S)
+        # Ranks find the same fault within seconds of each other; a person should read it once.
         if rank == 0:
             store.set(_FAILED, str(error))
         elif is_lost or not _is_set(store, _FAILED):
@@ -176,12 +180,14 @@ def _own_store(store: Any, rank: int, size: int, limit_s: float) -> Any:
     store.set(f"member {rank}", own)
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
+        # A member of before is overwritten when its successor starts: then the roster is a new one.
         if rank == 0:
             store.set("roster", b" ".join(store.get(f"member {member}") for member in range(size)))
         roster = store.get("roster").decode()
         if own in roster and roster != confirmed:
             store.add(roster, 1)
             confirmed = roster
+        # As many confirmations as ranks: nobody on it is of before.
         if confirmed == roster and store.add(roster, 0) == size:
             prefix = hashlib.sha256(roster.encode()).hexdigest()
             return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
@@ -215,6 +221,7 @@ def _watched(rank: int, size: int, limit_s: float) -> Iterator[None]:
             tell(_ALIVE)
 
     def listen() -> None:
+        # A connection that breaks is a death, and the word of a rank further on passes by.
         said = torch.tensor(_ALIVE)
         while said == _ALIVE:
             try:
@@ -226,6 +233,7 @@ def _watched(rank: int, size: int, limit_s: float) -> Iterator[None]:
             end(int(said), "")
 
     def count_silence() -> None:
+        # A stopped process keeps its connections: only that it says nothing gives it away.
         silent_s = 0.0
         while listener.is_alive() and silent_s < silence_s:
             time.sleep(_PULSE_S)
@@ -235,8 +243,8 @@ def _watched(rank: int, size: int, limit_s: float) -> Iterator[None]:
             end(watched, f"has given no sign of life for {silence_s:g} s, as if stopped")
 
     def end(lost: int, fate: str) -> None:
-        if lost != watcher:
-            threading.Thread(target=tell, args=(lost,), daemon=True).start()  # one that is stopped, too, takes nothing
+        if lost != watcher:  # in a thread: a watcher that is stopped, too, never takes the news
+            threading.Thread(target=tell, args=(lost,), daemon=True).start()
         time.sleep(_GRACE_S)
         if fate:
             os.write(2, f"flashgrpo: rank {lost} of {size} {fate}; continue with --resume\n".encode())
@@ -271,9 +279,9 @@ def _compare_recipes(recipe: AnyRecipe, size: int) -> None:
     texts: list[Any] = [""] * size
     dist.all_gather_object(texts, recipe_to_toml(recipe))
     for rank, text in enumerate(texts):
-        differing = [pair for pair in zip(texts[0].splitlines(), text.splitlines(), strict=False) if len({*pair}) > 1]
         if text != texts[0]:
-            found, wanted = differing[0] if differing else ("more keys", "fewer")
+            lines = zip(texts[0].splitlines(), text.splitlines(), strict=False)
+            found, wanted = next((pair for pair in lines if pair[0] != pair[1]), ("more keys", "fewer"))
             raise RecipeError(
                 f"the ranks have different recipes: {found} on rank 0, {wanted} on rank {rank}; start all with the same"
             )
