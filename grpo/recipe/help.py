@@ -1,7 +1,8 @@
-"""`flashgrpo train --help`: every key of a recipe with its meaning, type and default, read from the dataclasses."""
+"""Every key of a recipe with its meaning, type and default, read from the sections; `flashgrpo train --help`."""
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -9,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flashgrpo.grpo.recipe.load import AnyRecipe, named_section
 from flashgrpo.kernels.grpo_loss import LossConfig
 
 
@@ -22,38 +22,24 @@ class Key(NamedTuple):
     meaning: str
 
 
-def recipe_keys(kind: type[AnyRecipe]) -> list[Key]:
-    """Every key, in the order of the dataclasses, and `loss.preset`."""
-    keys = []
-    for section, hint in get_type_hints(kind).items():
-        item = named_section(hint)
-        keys += _section_keys(f"{section}.NAME" if item else section, item or hint)
-    return keys
+def recipe_keys(kind: Any, section: str = "") -> Iterator[Key]:
+    """The keys of a recipe, or of a section, in the order of the schema."""
+    for name, hint in get_type_hints(kind).items():
+        path = f"{section}.{name}" if section else name
+        if get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
+            yield from recipe_keys(get_args(hint)[1], f"{path}.NAME")  # which a person gives
+        elif hint is LossConfig:
+            yield from _loss_keys()
+        elif dataclasses.is_dataclass(hint):
+            yield from recipe_keys(hint, path)
+        else:
+            field = kind.__pydantic_fields__[name]
+            default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+            yield Key(path, _type_name(hint), default, _meaning(kind, name))
 
 
-def _section_keys(section: str, section_type: Any) -> list[Key]:
-    keys, hints = [], get_type_hints(section_type)
-    if section_type is LossConfig:
-        presets = " | ".join(LossConfig.presets())
-        keys.append(Key("loss.preset", presets, "grpo", "Published method that the other keys start from."))
-    for f in dataclasses.fields(section_type):
-        if dataclasses.is_dataclass(hints[f.name]):
-            keys += _section_keys(f"{section}.{f.name}", hints[f.name])
-            continue
-        default, meaning = _default(section_type, f), _meaning(section_type, f.name)
-        keys.append(Key(f"{section}.{f.name}", _type_name(hints[f.name]), default, meaning))
-    return keys
-
-
-def print_recipe_help(command: str, kind: type[AnyRecipe]) -> None:
-    """Usage of a command that takes a recipe, and the recipe's keys, to standard output."""
-    console = Console(highlight=False, markup=False)
-    console.print(f"usage: flashgrpo {command} RECIPE.toml [--resume] [--section.key=value ...]\n")
-    usage = Table.grid(padding=(0, 2, 0, 0))
-    usage.add_row("  RECIPE.toml", "the keys below in TOML; examples are in recipes/")
-    usage.add_row("  --resume", "continue the run in run.output, or start it if there is none")
-    usage.add_row("  --section.key=value", "overrides a key of the recipe, as --train.lr=1e-5")
-    console.print(usage)
+def print_recipe_keys(kind: type) -> None:
+    """The keys of a recipe, to standard output."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     section = None
@@ -63,7 +49,25 @@ def print_recipe_help(command: str, kind: type[AnyRecipe]) -> None:
             table.add_row(Text(f"[{section}]", "bold"))
         facts = f"{key.type}, required" if key.default == "required" else f"{key.type}, default {key.default}"
         table.add_row(f"  {key.name}", Text.assemble(key.meaning, " ", (f"({facts})", "dim")))
-    console.print(table)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _loss_keys() -> Iterator[Key]:
+    presets = LossConfig.presets()
+    yield Key("loss.preset", " | ".join(presets), "grpo", "Published method that the other keys start from.")
+    for name, hint in get_type_hints(LossConfig, include_extras=True).items():
+        kind, meaning = get_args(hint)  # of Annotated
+        values = {getattr(LossConfig.preset(preset), name) for preset in presets}
+        yield Key(f"loss.{name}", _type_name(kind), "of the preset" if len(values) > 1 else _shown(*values), meaning)
+
+
+def _meaning(section: type, name: str) -> str:
+    # pydantic reads the text under a key where the key is declared, and not for the sections that inherit it.
+    for owner in section.__mro__:
+        field = getattr(owner, "__pydantic_fields__", {}).get(name)
+        if field and field.description:
+            return field.description
+    return ""
 
 
 def _type_name(hint: Any) -> str:
@@ -74,26 +78,5 @@ def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
-def _default(section: type, f: dataclasses.Field) -> str:
-    if section is LossConfig:
-        values = {getattr(LossConfig.preset(preset), f.name) for preset in LossConfig.presets()}
-        return "of the preset" if len(values) > 1 else _shown(values.pop())
-    if f.default is not dataclasses.MISSING:
-        return _shown(f.default)
-    return "required" if f.default_factory is dataclasses.MISSING else _shown(f.default_factory())
-
-
 def _shown(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _meaning(section: type, name: str) -> str:
-    """The text under a key of a section, or beside a field of the loss."""
-    if section is LossConfig:
-        return get_type_hints(LossConfig, include_extras=True)[name].__metadata__[0]
-    described = (vars(owner).get("__pydantic_fields__", {}).get(name) for owner in section.__mro__)
-    return next((field.description for field in described if field and field.description), "")
+    return "none" if value is None else json.dumps(value)
