@@ -77,7 +77,8 @@ def labelled(text: str) -> tuple[str, str]:
     label, equals, path = text.partition("=")
     if not equals or Path(text).exists():
         label = path = text
-    return label, os.path.expanduser(path)  # a shell leaves ~ in --model=~/x
+    # A shell leaves ~ in --model=~/x.
+    return label, os.path.expanduser(path)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -85,9 +86,8 @@ def _plan(options: argparse.Namespace) -> None:
     from flashgrpo.grpo.stages.plan import plan_recipe, print_plan
 
     recipe = load_recipe(Recipe, options.recipe, options.overrides)
-    found = plan_recipe(
-        recipe, options.gpus, options.gpu, options.memory, options.prompt_tokens, options.response_tokens
-    )
+    lengths = options.prompt_tokens, options.response_tokens
+    found = plan_recipe(recipe, options.gpus, options.gpu, options.memory, *lengths)
     if options.json:
         print(json.dumps(dataclasses.asdict(found)))
     else:
@@ -109,7 +109,8 @@ def _serve(options: argparse.Namespace) -> None:
     # vLLM refuses more than the model's context.
     context = read_config(recipe.model.path).raw.get("max_position_embeddings", sys.maxsize)
     room = (recipe.vllm.max_model_len or context) - recipe.rollout.max_new_tokens
-    longest_prompt = max(source.max_prompt_tokens for source in (recipe.data, *recipe.sources.values()))
+    sources = recipe.data, *recipe.sources.values()
+    longest_prompt = max(source.max_prompt_tokens for source in sources)
     longest_prompt = max(1, min(longest_prompt, room))
     dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     serve(EngineOptions.of(recipe, dtype, on_gpu, longest_prompt), options.host, options.port, devices)
@@ -125,8 +126,10 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    module = importlib.import_module(f"flashgrpo.bench.{options.benchmark.replace('-', '_')}")  # may use everything
-    if options.benchmark != "report":  # found now, not after minutes of measuring
+    name = options.benchmark.replace("-", "_")
+    module = importlib.import_module(f"flashgrpo.bench.{name}")
+    if options.benchmark != "report":
+        # Found now, not after minutes of measuring.
         try:
             importlib.import_module("flashgrpo.bench.timing").results_folder()
         except OSError as error:
@@ -149,14 +152,20 @@ def _print_report(run_folder: str) -> None:
 
 
 class _RecipeHelp(argparse.Action):
-    """The help of a command, and every key of the recipe that it runs."""
+    """The help of a command, with every key of the recipe that it runs."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from flashgrpo.grpo.recipe.help import print_recipe_keys
-        from flashgrpo.grpo.recipe.load import KINDS
+        from flashgrpo.grpo.recipe.load import KINDS, recipe_keys
 
+        parser.usage = "%(prog)s RECIPE.toml [--resume] [--section.key=value ...]"
+        groups: dict[str, Any] = {}
+        for key in recipe_keys(KINDS[parser.prog.split()[-1]]):
+            section = key.name.rpartition(".")[0]
+            if section not in groups:
+                groups[section] = parser.add_argument_group(f"[{section}]")
+            default = key.default if key.default == "required" else f"default {key.default}"
+            groups[section].add_argument(f"--{key.name}", metavar=key.type, help=f"{key.meaning} ({default})")
         parser.print_help()
-        print_recipe_keys(KINDS[parser.prog.split()[-1]])
         parser.exit()
 
 
@@ -175,8 +184,8 @@ _positive = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
 _temperature = _number(float, "a number, 0 or more", lambda t: 0 <= t < math.inf)
 _share = _number(float, "a number above 0, at most 1", lambda p: 0 < p <= 1)
 
-
-_option = partial(methodcaller, "add_argument")  # called with a parser
+# An option is called with the parser that it is for.
+_option = partial(methodcaller, "add_argument")
 _several = partial(_option, nargs="+", action="extend")
 _flag = partial(_option, action="store_true")
 
@@ -185,7 +194,7 @@ _RECIPE = _option("recipe", metavar="RECIPE.toml", help="any key can be overridd
 _RUN = (
     _RECIPE,
     _flag("--resume", help="continue the run in run.output, or start it if there is none"),
-    _option("-h", "--help", action=_RecipeHelp, nargs=0, default=argparse.SUPPRESS, help="show this, and every key"),
+    _option("-h", "--help", action=_RecipeHelp, nargs=0, default=argparse.SUPPRESS, help="this, and every key"),
 )
 _BENCHMARKS = {  # modules of bench/, each with a `main`
     "kernels": "each kernel against every peer that is installed, beside the machine's limits",
@@ -200,7 +209,8 @@ _BENCHMARKS = {  # modules of bench/, each with a `main`
 }
 _BENCHMARKS_HELP = "; ".join(f"{name}: {text}" for name, text in _BENCHMARKS.items())
 
-COMMANDS: dict[str, tuple[Any, ...]] = {  # what runs and may return an exit code; the line of its help; its options
+# What runs, and may return an exit code; the line of its help; its options.
+COMMANDS: dict[str, tuple[Any, ...]] = {
     "train": (_run_recipe, "train a policy by GRPO", *_RUN),
     "sft": (_run_recipe, "fine-tune on prompts and completions", *_RUN),
     "reward-model": (_run_recipe, "train a reward model on pairs or labels", *_RUN),
@@ -273,14 +283,16 @@ COMMANDS: dict[str, tuple[Any, ...]] = {  # what runs and may return an exit cod
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code. Raises SystemExit, as argparse does, for a command line it cannot read."""
+    """Run a command; returns the exit code. Raises SystemExit for a command line that argparse refuses."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
+        # A sample that a terminal cannot show must not end a run.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a sample that a terminal cannot show must not end a run
+            stream.reconfigure(errors="replace")
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     if arguments[:1] == ["--version"]:
-        from importlib.metadata import version  # which a checkout that is not installed does not have
+        # Asked for no sooner: a checkout that is not installed has none.
+        from importlib.metadata import version
 
         print("flashgrpo", version("flashgrpo"))
         return 0
@@ -314,6 +326,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options, overrides = parser.parse_known_args(arguments)
     if overrides and _RECIPE not in COMMANDS[options.command]:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    # A flag that is nearly one of the command's is no key of a recipe, which has a dot.
     not_given = [f"--{name}" for name, value in vars(options).items() if value in (None, False)]
     for override in overrides:
         near = difflib.get_close_matches(override, not_given, n=1)
@@ -324,11 +337,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _report(error: Exception) -> int:
-    """Tell of what a person can mend in a line; returns the exit code. Another error is a bug: it shows its traceback.
+    """Tell of what a person can mend in a line; returns the exit code.
 
-    What is missing is the extra `train`, unless a user's function has asked for it.
+    Raises what is a bug again, for its traceback.
     """
     if isinstance(error, ModuleNotFoundError):
+        # What one of our own modules misses is the extra `train`; a user's function may miss anything.
         package = (error.name or "flashgrpo").partition(".")[0]
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         is_ours = frame.f_globals.get("__name__", "").startswith("flashgrpo.")
@@ -338,7 +352,8 @@ def _report(error: Exception) -> int:
         return 2
     if not (hasattr(error, "exit_code") or isinstance(error, OSError)):
         raise error
-    from flashgrpo.grpo.run.progress import console  # it is quiet on a rank whose error another one tells
+    # It is quiet on a rank whose error another one tells.
+    from flashgrpo.grpo.run.progress import console
 
     line = " ".join(str(error).split())  # a library's error may have many
     console.print(f"flashgrpo: {line}", markup=False, highlight=False, soft_wrap=True)

@@ -1,11 +1,11 @@
-"""The recipes, and how one is read: TOML, `--section.key=value` laid over it, all of it checked by pydantic."""
+"""The recipes, how one is read from TOML and options and checked by pydantic, and the keys that it may have."""
 
 import copy
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -14,14 +14,11 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 
 from flashgrpo.grpo.errors import RecipeError, nearest
 from flashgrpo.grpo.recipe import schema
-from flashgrpo.grpo.recipe.help import recipe_keys
 from flashgrpo.grpo.recipe.schema import CHECKED, first_step, weights_of
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.files import parse_toml
 
-_UNKNOWN = "unexpected_keyword_argument"  # pydantic's names of faults
-_NO_TABLE = "dataclass_type", "dict_type"
-_NO_LIST = "list_type", "tuple_type"
+_UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for a key that is not there
 
 
 def _from_preset(found: Any) -> Any:
@@ -30,10 +27,11 @@ def _from_preset(found: Any) -> Any:
         return found
     keys = dict(found)
     preset = str(keys.pop("preset", "grpo"))
-    # Only the names are pydantic's affair: of a plain dataclass it would take "5" and true for numbers.
+    # Only the names are left to pydantic: of a plain dataclass it takes "5" and true for numbers.
     for key in keys:
         if key not in LossConfig.__dataclass_fields__:
-            raise ValidationError.from_exception_data("loss", [InitErrorDetails(type=_UNKNOWN, loc=(key,), input=None)])
+            unknown = InitErrorDetails(type=_UNKNOWN, loc=(key,), input=keys[key])
+            raise ValidationError.from_exception_data("loss", [unknown])
     config = LossConfig.preset(preset, **keys)
     whole = {name: float(value) for name, value in vars(config).items() if type(value) is int}
     return dataclasses.replace(config, **whole)
@@ -56,6 +54,7 @@ class Recipe:
     vllm: schema.VllmSection = schema.VllmSection()
 
     def __post_init__(self) -> None:
+        # What sections want of each other; what a section wants of itself is checked by now.
         _check_generator(self.rollout, self.vllm)
         self._check_off_policy()
         self._check_rewards()
@@ -93,6 +92,7 @@ class Recipe:
         unused = sorted({*self.rewards.start, *self.reward_models} - known)
         if unused:
             raise ValueError(f"{unused[0]!r} is in rewards.start or [reward_models], and no list of rewards has it")
+        # Completions without any reward are nothing to learn from, and would end the run.
         steps = self.train.steps
         for source, weights in self.reward_weights.items():
             first = first_step(self.sources[source].start if source in self.sources else 0.0, steps)
@@ -189,7 +189,8 @@ def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ())
     """
     path = Path(path)
     try:
-        values = parse_toml(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark before it
+        # Editors on Windows write a mark before the text.
+        values = parse_toml(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except ValueError as error:
@@ -202,7 +203,7 @@ def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe",
 
     Raises RecipeError as `load_recipe`.
     """
-    values = copy.deepcopy(values)
+    values = copy.deepcopy(values)  # a pipeline builds several from the same
     for override in overrides:
         _lay_over(kind, values, override, source)
     try:
@@ -220,7 +221,10 @@ def recipe_to_toml(recipe: AnyRecipe) -> str:
 
 def section_keys(kind: type[AnyRecipe]) -> dict[str, list[str] | None]:
     """The keys of every section; None of those that a person names."""
-    return {n: None if get_origin(hint) is dict else _keys(hint) for n, hint in get_type_hints(kind).items()}
+    found: dict[str, list[str] | None] = {}
+    for name, hint in get_type_hints(kind).items():
+        found[name] = None if get_origin(hint) is dict else _keys(hint)
+    return found
 
 
 def parse_value(text: str) -> Any:
@@ -236,7 +240,8 @@ def _lay_over(kind: type, values: dict[str, Any], override: str, source: str) ->
     path, equals, text = override.removeprefix("--").partition("=")
     *sections, key = path.split(".")
     if not (override.startswith("--") and equals and sections):
-        raise RecipeError(f"{override}: wanted --section.key=value{_elsewhere(key, kind)}")
+        hint = "" if sections or key in get_type_hints(kind) else _hint([key], kind)
+        raise RecipeError(f"{override}: wanted --section.key=value{hint}")
     table = values
     for depth, name in enumerate(sections, start=1):
         table = table.setdefault(name, {})
@@ -250,26 +255,27 @@ def _lay_over(kind: type, values: dict[str, Any], override: str, source: str) ->
 
 
 def _in_one_line(fault: ErrorDetails, kind: type, source: str, overrides: Sequence[str]) -> str:
-    """The file or the options, the key, what is wrong and what was found."""
-    *sections, _ = loc = [str(part) for part in fault["loc"]] or [""]
-    key, found, message = ".".join(loc), fault["input"], fault["msg"].removeprefix("Value error, ")
+    """The file or the options, the key, what was found and what was wanted."""
+    path, found, message = [str(part) for part in fault["loc"]], fault["input"], fault["msg"]
+    key = ".".join(path)
     setters = [o for o in overrides if _is_part(key, o.removeprefix("--").partition("=")[0])]
     where = " ".join(setters) or source
-    if fault["type"] == "missing":
-        return f"{source}: {key}: missing, and it has no default"
-    if fault["type"] == _UNKNOWN:
-        known = _keys(_type_at(sections, kind))
-        hint = _elsewhere(loc[-1], kind) or nearest(loc[-1], known, "".join(f"{name}." for name in sections))
-        return f"{where}: {key}: unknown {'key' if sections else 'section'}{hint}"
-    if fault["type"] in _NO_TABLE:
-        return f"{where}: {key}: found {found!r}, wanted a section [{key}]"
-    if fault["type"] in _NO_LIST:
-        items = [parse_value(item.strip()) for item in str(found).strip("[]").split(",")]
-        quote = "'" if setters else ""  # a shell would take away those within
-        message += f", as {quote}{json.dumps(items, default=str)}{quote}"
-    if not isinstance(found, dict):  # else it is a whole section, whose keys the message names
-        message += f", found {found!r:.200}"
-    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+    match fault["type"]:
+        case "missing":
+            where, message = source, "missing, and it has no default"
+        case "unexpected_keyword_argument":
+            message = f"unknown {'key' if path[1:] else 'section'}{_hint(path, kind)}"
+        case "dataclass_type" | "dict_type":
+            message = f"found {found!r}, wanted a section [{key}]"
+        case "list_type" | "tuple_type":
+            # What was meant, as it may be typed: a shell takes away bare quotes.
+            items = [parse_value(item.strip()) for item in str(found).strip("[]").split(",")]
+            quote = "'" if setters else ""
+            message += f", as {quote}{json.dumps(items, default=str)}{quote}, found {found!r:.200}"
+        # A dict is a whole section, of which the message names what it found.
+        case _ if not isinstance(found, dict):
+            message += f", found {found!r:.200}"
+    return ": ".join(filter(None, (where, key, message.removeprefix("Value error, "))))
 
 
 def _is_part(key: str, other: str) -> bool:
@@ -277,10 +283,14 @@ def _is_part(key: str, other: str) -> bool:
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
-def _elsewhere(name: str, kind: type) -> str:
-    """The tail of an error message: which sections have a key of that name, if any."""
-    places = [key.name for key in recipe_keys(kind) if key.name.rpartition(".")[2] == name]
-    return f"; did you mean {' or '.join(places)}?" if places else ""
+def _hint(path: Sequence[str], kind: type) -> str:
+    """The tail of an error message: where else a key has this name, or the nearest name of its section."""
+    *sections, name = path
+    places = [key.name for key in recipe_keys(kind) if key.name.endswith(f".{name}")]
+    if places:
+        return f"; did you mean {' or '.join(places)}?"
+    known = _keys(_type_at(sections, kind))
+    return nearest(name, known, ".".join([*sections, ""]))
 
 
 def _type_at(path: Iterable[str], kind: Any) -> Any:
@@ -296,3 +306,60 @@ def _type_at(path: Iterable[str], kind: Any) -> Any:
 def _keys(section: Any) -> list[str]:
     names = [field.name for field in dataclasses.fields(section)]
     return ["preset", *names] if section is LossConfig else names
+
+
+class Key(NamedTuple):
+    """A key as a person reads of it."""
+
+    name: str  # section.key
+    type: str
+    default: str
+    meaning: str
+
+
+def recipe_keys(kind: Any, section: str = "") -> Iterator[Key]:
+    """The keys of a recipe, or of a section, in the order of the schema."""
+    for name, hint in get_type_hints(kind).items():
+        path = f"{section}.{name}" if section else name
+        if get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
+            yield from recipe_keys(get_args(hint)[1], f"{path}.NAME")  # which a person gives
+        elif hint is LossConfig:
+            yield from _loss_keys()
+        elif dataclasses.is_dataclass(hint):
+            yield from recipe_keys(hint, path)
+        else:
+            field = kind.__pydantic_fields__[name]
+            default = field.get_default(call_default_factory=True)
+            default = "required" if field.is_required() else _shown(default)
+            yield Key(path, _type_name(hint), default, _meaning(kind, name))
+
+
+def _loss_keys() -> Iterator[Key]:
+    presets = LossConfig.presets()
+    yield Key("loss.preset", " | ".join(presets), "grpo", "Published method that the other keys start from.")
+    for name, hint in get_type_hints(LossConfig, include_extras=True).items():
+        kind, meaning = get_args(hint)  # of Annotated
+        values = {getattr(LossConfig.preset(preset), name) for preset in presets}
+        default = "of the preset" if len(values) > 1 else _shown(values.pop())
+        yield Key(f"loss.{name}", _type_name(kind), default, meaning)
+
+
+def _meaning(section: type, name: str) -> str:
+    # pydantic reads the text under a key where the key is declared, and not for the sections that inherit it.
+    for owner in section.__mro__:
+        field = getattr(owner, "__pydantic_fields__", {}).get(name)
+        if field and field.description:
+            return field.description
+    return ""
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(get_args(hint))
+    # None is a default to read of, and no value that TOML has.
+    name = hint.__name__ if type(hint) is type else str(hint).removesuffix(" | None")
+    return name.replace("typing.", "")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)

@@ -1,4 +1,7 @@
-"""The sections of recipes, as frozen dataclasses; the text under each key is its help."""
+"""The sections of recipes, as frozen dataclasses; the text under each key is its help.
+
+A section that inherits a key may give it another default, and has its help from where the key is first declared.
+"""
 
 import dataclasses
 import math
@@ -16,7 +19,7 @@ WRITE_FIELDS = "reasoning", "summary", "answer"
 _Positive = Annotated[int, Field(strict=True, ge=1)]
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Bool = Annotated[bool, Field(strict=True)]
-# Strict floats take integers, not text
+# A strict float takes an integer, but neither "1e-5" nor true.
 _Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 _PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
 _PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
@@ -33,6 +36,7 @@ def expanded(path: str) -> str:
     return found
 
 
+# Every path of a person's own is one of these two, or ~ would be the name of a folder.
 _Path = Annotated[str, AfterValidator(expanded)]
 _PathOrNone = Annotated[str | None, AfterValidator(lambda path: path and expanded(path))]
 
@@ -106,7 +110,8 @@ def weights_of(functions: list[str], weights: list[float]) -> dict[str, float]:
 
 
 def first_step(start: float, steps: int) -> int:
-    """The first step after a share of them; rounded, as 0.29 * 100 is just below 29."""
+    """The first step after a share of them."""
+    # As floats 0.29 * 100 is just below 29.
     return math.floor(round(start * steps, 6)) + 1
 
 
@@ -128,7 +133,8 @@ class MixedSection(DataSection):
         weights_of(self.rewards, self.weights)
 
 
-_PROGRAM_WALL = 10  # in processor time limits, for a program that others keep from its core
+# In limits of processor time: how long a program may last that others keep from its core.
+_PROGRAM_WALL = 10
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -308,8 +314,8 @@ class RunSection:
 
 @dataclass(frozen=True, config=CHECKED)
 class SftDataSection(SourceSection):
-    path: _Path = Field()  # required here
-    """JSONL or Parquet file, or Hugging Face dataset (folder or hub name)."""
+    # Required here, where no task can stand for it.
+    path: _Path = Field()
     completion_column: str = "completion"
     """Column with the text to learn; the end-of-sequence token is appended."""
     max_tokens: _Positive = 32_768
@@ -330,8 +336,6 @@ class PairDataSection(SftDataSection):
     """Column with the better completion of a pair."""
     rejected_column: str = "rejected"
     """Column with the worse one."""
-    completion_column: str = "completion"
-    """Pointwise: column with the completion."""
     label_column: str = "label"
     """Pointwise: column with 1 or true where the completion is good, 0 or false where it is not."""
     held_out: _Count = 64
@@ -345,11 +349,8 @@ class PreferenceTrainSection(SftTrainSection):
     scores: Literal["answer", "whole"] = "whole"
     """What it reads of a completion: the text after the reasoning (helpfulness), or all of it (safety)."""
     lr: _PositiveFloat = 6e-6
-    """Peak learning rate (AdamW)."""
     epochs: _Positive = 1
-    """Passes over the data."""
     batch_size: _Positive = 256
-    """Rows of one optimizer update (a step)."""
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -370,7 +371,6 @@ class CollectDataSection(DataSection):
 @dataclass(frozen=True, config=CHECKED)
 class CollectSection(SamplingSection):
     group_size: _Positive = 16
-    """Completions a prompt."""
     prompts_per_part: _Positive = 256
     """Prompts sampled between two parts written to the disk, which are what an interrupted run keeps."""
     prompts: _Count = 0
@@ -401,8 +401,8 @@ class FilterSection:
 
 @dataclass(frozen=True, config=CHECKED)
 class GivenSection(SourceSection):
-    path: _Path = Field()  # required here
-    """JSONL or Parquet file, or Hugging Face dataset (folder or hub name)."""
+    # Required here, where no task can stand for it.
+    path: _Path = Field()
     completion_column: str = "completion"
     """Column with the completion."""
     answer_column: str | None = None

@@ -8,7 +8,6 @@ import tomli_w
 
 from flashgrpo.grpo.cli import labelled
 from flashgrpo.grpo.errors import RecipeError
-from flashgrpo.grpo.recipe.help import recipe_keys
 from flashgrpo.grpo.recipe.load import (
     CollectRecipe,
     Recipe,
@@ -16,6 +15,7 @@ from flashgrpo.grpo.recipe.load import (
     SftRecipe,
     build_recipe,
     load_recipe,
+    recipe_keys,
     recipe_to_toml,
 )
 from flashgrpo.grpo.stages.pipeline import load_pipeline
