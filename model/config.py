@@ -24,6 +24,8 @@ _CAUSAL, _SCORING = "ForCausalLM", "ForSequenceClassification"
 class CheckpointError(ValueError):
     """A checkpoint that is missing, broken, or describes a model this package cannot run."""
 
+    exit_code = 2  # of the command line: it is found before the first step
+
 
 @dataclass(frozen=True)
 class ModelConfig:

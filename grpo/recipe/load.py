@@ -1,73 +1,63 @@
-"""A recipe: TOML (and `--section.key=value`) checked into frozen dataclasses."""
+"""The recipes, how one is read from TOML and options and checked by pydantic, and the keys that it may have."""
 
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails, InitErrorDetails
 
 from flashgrpo.grpo.errors import RecipeError, nearest
-from flashgrpo.grpo.recipe.schema import (
-    CHECKED,
-    CollectDataSection,
-    CollectSection,
-    DataSection,
-    EvalSection,
-    FilterSection,
-    GivenSection,
-    MixedSection,
-    ModelSection,
-    PairDataSection,
-    PreferenceSection,
-    PreferenceTrainSection,
-    RewardsSection,
-    RolloutSection,
-    RunSection,
-    SamplingSection,
-    SftDataSection,
-    SftTrainSection,
-    TrainSection,
-    VllmSection,
-    WriteSection,
-    first_step,
-)
+from flashgrpo.grpo.recipe import schema
+from flashgrpo.grpo.recipe.schema import CHECKED, first_step, weights_of
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.files import parse_toml
+
+_UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for a key that is not there
+
+
+def _from_preset(found: Any) -> Any:
+    """The LossConfig of `loss.preset` with the section's other keys on top."""
+    if not isinstance(found, dict):
+        return found
+    keys = dict(found)
+    preset = str(keys.pop("preset", "grpo"))
+    # Only the names are left to pydantic: of a plain dataclass it takes "5" and true for numbers.
+    for key in keys:
+        if key not in LossConfig.__dataclass_fields__:
+            unknown = InitErrorDetails(type=_UNKNOWN, loc=(key,), input=keys[key])
+            raise ValidationError.from_exception_data("loss", [unknown])
+    config = LossConfig.preset(preset, **keys)
+    whole = {name: float(value) for name, value in vars(config).items() if type(value) is int}
+    return dataclasses.replace(config, **whole)
 
 
 @dataclass(frozen=True, config=CHECKED)
 class Recipe:
     """GRPO: `flashgrpo train`."""
 
-    model: ModelSection
-    data: DataSection
-    run: RunSection
-    sources: dict[str, MixedSection] = dataclasses.field(default_factory=dict)
-    rewards: RewardsSection = RewardsSection()
-    reward_models: dict[str, PreferenceSection] = dataclasses.field(default_factory=dict)
-    rollout: RolloutSection = RolloutSection()
-    loss: LossConfig = dataclasses.field(default_factory=lambda: LossConfig.preset("grpo"))
-    train: TrainSection = TrainSection()
-    eval: EvalSection = EvalSection()
-    vllm: VllmSection = VllmSection()
+    model: schema.ModelSection
+    data: schema.DataSection
+    run: schema.RunSection
+    sources: dict[str, schema.MixedSection] = dataclasses.field(default_factory=dict)
+    rewards: schema.RewardsSection = schema.RewardsSection()
+    reward_models: dict[str, schema.PreferenceSection] = dataclasses.field(default_factory=dict)
+    rollout: schema.RolloutSection = schema.RolloutSection()
+    loss: Annotated[LossConfig, BeforeValidator(_from_preset)] = LossConfig.preset("grpo")
+    train: schema.TrainSection = schema.TrainSection()
+    eval: schema.EvalSection = schema.EvalSection()
+    vllm: schema.VllmSection = schema.VllmSection()
 
     def __post_init__(self) -> None:
+        # What sections want of each other; what a section wants of itself is checked by now.
         _check_generator(self.rollout, self.vllm)
-        if self.rollout.overlap and self.rollout.generator != "vllm_server":
-            raise ValueError(f"rollout.overlap needs generator = vllm_server, found {self.rollout.generator}")
-        if self.rollout.is_truncated and (self.rollout.overlap or self.loss.behavior_cap is not None):
-            key = "rollout.overlap" if self.rollout.overlap else f"loss.behavior_cap = {self.loss.behavior_cap:g}"
-            raise ValueError(
-                f"{key} weighs tokens by the sampler's log-probs, and with rollout.top_p = {self.rollout.top_p:g} and "
-                f"rollout.top_k = {self.rollout.top_k} those are of the tokens that were kept alone, the trainer's of "
-                "all: every ratio would be too small, by what was left out; wanted top_p = 1 and top_k = 0"
-            )
+        self._check_off_policy()
+        self._check_rewards()
         if self.rollout.prompts_per_step % self.train.mini_batches:
             raise ValueError(
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not a multiple of "
@@ -75,15 +65,34 @@ class Recipe:
             )
         if self.eval.every and not self.data.held_out:
             raise ValueError(f"eval.every = {self.eval.every}, but data.held_out = 0 leaves no problem to evaluate on")
-        if (shares := sum(source.share for source in self.sources.values())) >= 1:
+        shares = sum(source.share for source in self.sources.values())
+        if shares >= 1:
             raise ValueError(
                 f"the shares of [sources] come to {shares:g}, wanted less than 1: the rest is that of [data]"
             )
         if "data" in self.sources:
             raise ValueError("sources.data: found the name that [data] has; choose another")
-        known = {*self.rewards.functions, *(name for source in self.sources.values() for name in source.rewards)}
-        if unused := sorted({*self.rewards.start, *self.reward_models} - known):
+
+    def _check_off_policy(self) -> None:
+        rollout, cap = self.rollout, self.loss.behavior_cap
+        if rollout.overlap and rollout.generator != "vllm_server":
+            raise ValueError(f"rollout.overlap needs generator = vllm_server, found {rollout.generator}")
+        if rollout.is_truncated and (rollout.overlap or cap is not None):
+            key = "rollout.overlap" if rollout.overlap else f"loss.behavior_cap = {cap:g}"
+            raise ValueError(
+                f"{key} weighs tokens by the sampler's log-probs, and with rollout.top_p = {rollout.top_p:g} and "
+                f"rollout.top_k = {rollout.top_k} those are of the tokens that were kept alone, the trainer's of all: "
+                "every ratio would be too small, by what was left out; wanted top_p = 1 and top_k = 0"
+            )
+
+    def _check_rewards(self) -> None:
+        known = set(self.rewards.functions)
+        for source in self.sources.values():
+            known.update(source.rewards)
+        unused = sorted({*self.rewards.start, *self.reward_models} - known)
+        if unused:
             raise ValueError(f"{unused[0]!r} is in rewards.start or [reward_models], and no list of rewards has it")
+        # Completions without any reward are nothing to learn from, and would end the run.
         steps = self.train.steps
         for source, weights in self.reward_weights.items():
             first = first_step(self.sources[source].start if source in self.sources else 0.0, steps)
@@ -97,45 +106,45 @@ class Recipe:
     @property
     def reward_weights(self) -> dict[str, dict[str, float]]:
         """By source, [data]'s named "data": the weights of its reward functions."""
-        sets = {"data": (self.rewards.functions, self.rewards.weights)}
+        found = {"data": weights_of(self.rewards.functions, self.rewards.weights)}
         for name, source in self.sources.items():
-            sets[name] = (source.rewards, source.weights) if source.rewards else sets["data"]
-        return {n: dict(zip(names, weights or [1.0] * len(names), strict=True)) for n, (names, weights) in sets.items()}
+            found[name] = weights_of(source.rewards, source.weights) or found["data"]
+        return found
 
 
 @dataclass(frozen=True, config=CHECKED)
 class SftRecipe:
     """Supervised fine-tuning: `flashgrpo sft`."""
 
-    model: ModelSection
-    data: SftDataSection
-    run: RunSection
-    train: SftTrainSection = SftTrainSection()
+    model: schema.ModelSection
+    data: schema.SftDataSection
+    run: schema.RunSection
+    train: schema.SftTrainSection = schema.SftTrainSection()
 
 
 @dataclass(frozen=True, config=CHECKED)
 class RewardModelRecipe:
     """A reward model, by pairs or labels: `flashgrpo reward-model`."""
 
-    model: ModelSection
-    data: PairDataSection
-    run: RunSection
-    train: PreferenceTrainSection = PreferenceTrainSection()
+    model: schema.ModelSection
+    data: schema.PairDataSection
+    run: schema.RunSection
+    train: schema.PreferenceTrainSection = schema.PreferenceTrainSection()
 
 
 @dataclass(frozen=True, config=CHECKED)
 class CollectRecipe:
     """Samples of a model, filtered into examples for SFT: `flashgrpo collect`."""
 
-    model: ModelSection
-    run: RunSection
-    data: CollectDataSection = CollectDataSection()
-    rollout: CollectSection = CollectSection()
-    filters: FilterSection = FilterSection()
-    given: dict[str, GivenSection] = dataclasses.field(default_factory=dict)
-    write: WriteSection = WriteSection()
-    rewards: RewardsSection = RewardsSection()
-    vllm: VllmSection = VllmSection()
+    model: schema.ModelSection
+    run: schema.RunSection
+    data: schema.CollectDataSection = schema.CollectDataSection()
+    rollout: schema.CollectSection = schema.CollectSection()
+    filters: schema.FilterSection = schema.FilterSection()
+    given: dict[str, schema.GivenSection] = dataclasses.field(default_factory=dict)
+    write: schema.WriteSection = schema.WriteSection()
+    rewards: schema.RewardsSection = schema.RewardsSection()
+    vllm: schema.VllmSection = schema.VllmSection()
 
     def __post_init__(self) -> None:
         _check_generator(self.rollout, self.vllm)
@@ -143,18 +152,18 @@ class CollectRecipe:
             raise ValueError("rewards.start is for training runs; a function counts for every sample, or is not listed")
         if not (self.data.has_problems or self.given):
             raise ValueError("nothing to collect: wanted data.path or data.task to sample, or a [given.NAME]")
+        if "samples" in self.given:
+            raise ValueError("given.samples: found the name that the samples have; choose another")
         for name, section in self.given.items():
             if section.ratio and not self.data.has_problems:
                 raise ValueError(f"given.{name}.ratio is per sample, and without [data] nothing is sampled; wanted 0")
-            if name == "samples":
-                raise ValueError("given.samples: found the name that the samples have; choose another")
 
 
 @dataclass(frozen=True, config=CHECKED)
 class PipelineRecipe:
     """What all stages of a pipeline share: `flashgrpo pipeline`."""
 
-    run: RunSection
+    run: schema.RunSection
 
 
 SamplingRecipe = Recipe | CollectRecipe
@@ -165,14 +174,12 @@ KINDS: dict[str, type] = {  # by the command that runs it
     "reward-model": RewardModelRecipe,
     "collect": CollectRecipe,
 }
+_R = TypeVar("_R", bound=AnyRecipe)
 
 
-def _check_generator(rollout: SamplingSection, vllm: VllmSection) -> None:
+def _check_generator(rollout: schema.SamplingSection, vllm: schema.VllmSection) -> None:
     if rollout.generator == "vllm_server" and bool(vllm.servers) == bool(vllm.devices):
         raise ValueError("rollout.generator = vllm_server wants either vllm.servers or vllm.devices")
-
-
-_R = TypeVar("_R", Recipe, SftRecipe, RewardModelRecipe, CollectRecipe, PipelineRecipe)
 
 
 def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ()) -> _R:
@@ -182,7 +189,8 @@ def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ())
     """
     path = Path(path)
     try:
-        values = parse_toml(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark before it
+        # Editors on Windows write a mark before the text.
+        values = parse_toml(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except ValueError as error:
@@ -195,112 +203,28 @@ def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe",
 
     Raises RecipeError as `load_recipe`.
     """
-    _refuse_unknown_keys(kind, values, source)
-    values = copy.deepcopy(values)
+    values = copy.deepcopy(values)  # a pipeline builds several from the same
     for override in overrides:
-        _apply_override(kind, values, override)
-    if "loss" in values:
-        values = values | {"loss": _loss_config(values["loss"], _origin("loss", source, overrides))}
+        _lay_over(kind, values, override, source)
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            raise RecipeError(f"{source}: {key}: missing, and it has no default") from None
-        found = "" if isinstance(first["input"], dict) else f", found {first['input']!r:.200}"
-        where = _origin(key, source, overrides)
-        if first["type"] in ("list_type", "tuple_type"):
-            items = [parse_value(item.strip()) for item in str(first["input"]).strip("[]").split(",")]
-            quote = "'" if where != source else ""  # for the shell
-            message += f", as {quote}{json.dumps(items, default=str)}{quote}"
-        raise RecipeError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
+        # A misspelt key before the key that is missing for it.
+        first = min(error.errors(), key=lambda fault: fault["type"] != _UNKNOWN)
+        raise RecipeError(_in_one_line(first, kind, source, overrides)) from None
 
 
-def recipe_to_toml(recipe: Any) -> str:
+def recipe_to_toml(recipe: AnyRecipe) -> str:
     """The resolved recipe, every default written out; keys without a value are left out."""
-    return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
-
-
-def _loss_config(values: dict[str, Any], source: str) -> LossConfig:
-    hints = get_type_hints(LossConfig)
-    fields = {k: float(v) if type(v) is int and not _is_text(hints.get(k)) else v for k, v in values.items()}
-    try:
-        return LossConfig.preset(str(fields.pop("preset", "grpo")), **fields)
-    except ValueError as error:
-        raise RecipeError(f"{source}: loss: {error}") from None
-
-
-def _origin(key: str, source: str, overrides: Sequence[str]) -> str:
-    """The options that set `key` or what is below it, or else `source`."""
-    return " ".join(o for o in overrides if o.removeprefix("--").startswith((f"{key}=", f"{key}."))) or source
-
-
-def _refuse_unknown_keys(kind: type, values: dict[str, Any], source: str) -> None:
-    sections = get_type_hints(kind)
-    for name, section_values in values.items():
-        if name not in sections:
-            raise RecipeError(f"{source}: {name}: unknown section{nearest(name, sections)}")
-        tables = {name: section_values}
-        if item := named_section(sections[name]):
-            _check_table(source, name, section_values)
-            tables = {f"{name}.{key}": table for key, table in section_values.items()}
-        for path, table in tables.items():
-            _check_table(source, path, table)
-            keys = _keys(item or sections[name])
-            for key in table:
-                if key not in keys:
-                    hint = _elsewhere(kind, key) or nearest(key, keys, f"{path}.")
-                    raise RecipeError(f"{source}: {path}.{key}: unknown key{hint}")
-
-
-def _check_table(source: str, path: str, found: Any) -> None:
-    if not isinstance(found, dict):
-        raise RecipeError(f"{source}: {path}: found {found!r}, wanted a section [{path}]")
-
-
-def named_section(hint: Any) -> type | None:
-    """The type of the sections that a person names, as those of [sources.NAME], or None for a single section."""
-    return get_args(hint)[1] if get_origin(hint) is dict else None
+    return tomli_w.dumps(TypeAdapter(type(recipe)).dump_python(recipe, exclude_none=True))
 
 
 def section_keys(kind: type[AnyRecipe]) -> dict[str, list[str] | None]:
     """The keys of every section; None of those that a person names."""
-    return {n: None if named_section(hint) else _keys(hint) for n, hint in get_type_hints(kind).items()}
-
-
-def _elsewhere(kind: type, key: str) -> str:
-    """The tail of an error message: which sections have the key, if any."""
-    found = []
+    found: dict[str, list[str] | None] = {}
     for name, hint in get_type_hints(kind).items():
-        item = named_section(hint)
-        found += [f"{name}.NAME.{key}" if item else f"{name}.{key}"] if key in _keys(item or hint) else []
-    return f"; did you mean {' or '.join(found)}?" if found else ""
-
-
-def _apply_override(kind: type, values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.removeprefix("--").partition("=")
-    section, *rest = key.split(".")
-    if not (override.startswith("--") and equals and rest):
-        raise RecipeError(f"{override}: wanted --section.key=value{_elsewhere(kind, key)}")
-    hint, target = get_type_hints(kind).get(section), values.setdefault(section, {})
-    if item := named_section(hint):
-        name, *rest = rest
-        if not rest:
-            raise RecipeError(f"{override}: wanted --{section}.NAME.key=value")
-        _refuse_unknown_keys(kind, {section: {name: {rest[0]: text}}}, override)
-        section, hint, target = f"{section}.{name}", item, target.setdefault(name, {})
-    else:
-        _refuse_unknown_keys(kind, {section: {rest[0]: text}}, override)
-    name, *option = rest
-    hint = get_type_hints(hint).get(name, str)  # loss.preset is not a field
-    if option:
-        target = target.setdefault(name, {})
-        if not (get_origin(hint) is dict or dataclasses.is_dataclass(hint)) or not isinstance(target, dict):
-            raise RecipeError(f"{override}: {section}.{name} is not a table; wanted --{section}.{name}=value")
-        name = ".".join(option)
-    target[name] = text if _is_text(hint) else parse_value(text)
+        found[name] = None if get_origin(hint) is dict else _keys(hint)
+    return found
 
 
 def parse_value(text: str) -> Any:
@@ -311,15 +235,131 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def _keys(section: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(section)] + (["preset"] if section is LossConfig else [])
+def _lay_over(kind: type, values: dict[str, Any], override: str, source: str) -> None:
+    """Set in `values` the key of `--section.key=value`."""
+    path, equals, text = override.removeprefix("--").partition("=")
+    *sections, key = path.split(".")
+    if not (override.startswith("--") and equals and sections):
+        hint = "" if sections or key in get_type_hints(kind) else _hint([key], kind)
+        raise RecipeError(f"{override}: wanted --section.key=value{hint}")
+    table = values
+    for depth, name in enumerate(sections, start=1):
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            section = ".".join(sections[:depth])
+            raise RecipeError(f"{source}: {section}: found {table!r}, wanted a section [{section}] for {override}")
+    # A key of text takes it as it is: a folder that is called 5 is not the number 5.
+    wanted = _type_at([*sections, key], kind)
+    is_text = wanted in (str, str | None) or get_origin(wanted) is Literal
+    table[key] = text if is_text else parse_value(text)
 
 
-def _is_text(hint: Any) -> bool:
-    return hint is str or (isinstance(hint, UnionType) and str in get_args(hint)) or get_origin(hint) is Literal
+def _in_one_line(fault: ErrorDetails, kind: type, source: str, overrides: Sequence[str]) -> str:
+    """The file or the options, the key, what was found and what was wanted."""
+    path, found, message = [str(part) for part in fault["loc"]], fault["input"], fault["msg"]
+    key = ".".join(path)
+    setters = [o for o in overrides if _is_part(key, o.removeprefix("--").partition("=")[0])]
+    where = " ".join(setters) or source
+    match fault["type"]:
+        case "missing":
+            where, message = source, "missing, and it has no default"
+        case "unexpected_keyword_argument":
+            message = f"unknown {'key' if path[1:] else 'section'}{_hint(path, kind)}"
+        case "dataclass_type" | "dict_type":
+            message = f"found {found!r}, wanted a section [{key}]"
+        case "list_type" | "tuple_type":
+            # What was meant, as it may be typed: a shell takes away bare quotes.
+            items = [parse_value(item.strip()) for item in str(found).strip("[]").split(",")]
+            quote = "'" if setters else ""
+            message += f", as {quote}{json.dumps(items, default=str)}{quote}, found {found!r:.200}"
+        # A dict is a whole section, of which the message names what it found.
+        case _ if not isinstance(found, dict):
+            message += f", found {found!r:.200}"
+    return ": ".join(filter(None, (where, key, message.removeprefix("Value error, "))))
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return list(value) if isinstance(value, tuple) else value
+def _is_part(key: str, other: str) -> bool:
+    """Whether one of two dotted keys is the other or lies below it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def _hint(path: Sequence[str], kind: type) -> str:
+    """The tail of an error message: where else a key has this name, or the nearest name of its section."""
+    *sections, name = path
+    places = [key.name for key in recipe_keys(kind) if key.name.endswith(f".{name}")]
+    if places:
+        return f"; did you mean {' or '.join(places)}?"
+    known = _keys(_type_at(sections, kind))
+    return nearest(name, known, ".".join([*sections, ""]))
+
+
+def _type_at(path: Iterable[str], kind: Any) -> Any:
+    """The type of the section or key at a path, None where a recipe has nothing there."""
+    for name in path:
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind
+
+
+def _keys(section: Any) -> list[str]:
+    names = [field.name for field in dataclasses.fields(section)]
+    return ["preset", *names] if section is LossConfig else names
+
+
+class Key(NamedTuple):
+    """A key as a person reads of it."""
+
+    name: str  # section.key
+    type: str
+    default: str
+    meaning: str
+
+
+def recipe_keys(kind: Any, section: str = "") -> Iterator[Key]:
+    """The keys of a recipe, or of a section, in the order of the schema."""
+    for name, hint in get_type_hints(kind).items():
+        path = f"{section}.{name}" if section else name
+        if get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
+            yield from recipe_keys(get_args(hint)[1], f"{path}.NAME")  # which a person gives
+        elif hint is LossConfig:
+            yield from _loss_keys()
+        elif dataclasses.is_dataclass(hint):
+            yield from recipe_keys(hint, path)
+        else:
+            field = kind.__pydantic_fields__[name]
+            default = field.get_default(call_default_factory=True)
+            default = "required" if field.is_required() else _shown(default)
+            yield Key(path, _type_name(hint), default, _meaning(kind, name))
+
+
+def _loss_keys() -> Iterator[Key]:
+    presets = LossConfig.presets()
+    yield Key("loss.preset", " | ".join(presets), "grpo", "Published method that the other keys start from.")
+    for name, hint in get_type_hints(LossConfig, include_extras=True).items():
+        kind, meaning = get_args(hint)  # of Annotated
+        values = {getattr(LossConfig.preset(preset), name) for preset in presets}
+        default = "of the preset" if len(values) > 1 else _shown(values.pop())
+        yield Key(f"loss.{name}", _type_name(kind), default, meaning)
+
+
+def _meaning(section: type, name: str) -> str:
+    # pydantic reads the text under a key where the key is declared, and not for the sections that inherit it.
+    for owner in section.__mro__:
+        field = getattr(owner, "__pydantic_fields__", {}).get(name)
+        if field and field.description:
+            return field.description
+    return ""
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(get_args(hint))
+    # None is a default to read of, and no value that TOML has.
+    name = hint.__name__ if type(hint) is type else str(hint).removesuffix(" | None")
+    return name.replace("typing.", "")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)

@@ -1,4 +1,7 @@
-"""The sections of recipes, as frozen dataclasses; the text under each key is its help."""
+"""The sections of recipes, as frozen dataclasses; the text under each key is its help.
+
+A section that inherits a key may give it another default, and has its help from where the key is first declared.
+"""
 
 import dataclasses
 import math
@@ -16,7 +19,9 @@ WRITE_FIELDS = "reasoning", "summary", "answer"
 _Positive = Annotated[int, Field(strict=True, ge=1)]
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Bool = Annotated[bool, Field(strict=True)]
-_Share = Annotated[float, Field(strict=True, ge=0, le=1)]  # strict floats take integers, not text
+# A strict float takes an integer, but neither "1e-5" nor true.
+_Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+_PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
 _PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 _NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -31,6 +36,7 @@ def expanded(path: str) -> str:
     return found
 
 
+# Every path of a person's own is one of these two, or ~ would be the name of a folder.
 _Path = Annotated[str, AfterValidator(expanded)]
 _PathOrNone = Annotated[str | None, AfterValidator(lambda path: path and expanded(path))]
 
@@ -72,14 +78,6 @@ class SourceSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
-class FileSection(SourceSection):
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is None:
-            raise ValueError("path is missing, and it has no default")
-
-
-@dataclass(frozen=True, config=CHECKED)
 class DataSection(SourceSection):
     task: str | None = None
     """Instead of a path: a reasoning-gym task, as "reasoning_gym:chain_sum"."""
@@ -100,8 +98,20 @@ class DataSection(SourceSection):
             raise ValueError(f"found task={self.task!r} and path={self.path!r}, wanted exactly one of them")
 
 
+def weights_of(functions: list[str], weights: list[float]) -> dict[str, float]:
+    """The weight of each function. Raises ValueError for one that stands twice, or weights that do not fit."""
+    if len(set(functions)) < len(functions):
+        raise ValueError(f"found functions = {functions}, wanted each of them once")
+    if weights and len(weights) != len(functions):
+        raise ValueError(f"found {len(weights)} weights for {len(functions)} functions, wanted one each")
+    if weights and not any(weights):
+        raise ValueError(f"found weights = {weights}, wanted one that is not 0")
+    return dict(zip(functions, weights, strict=True)) if weights else dict.fromkeys(functions, 1.0)
+
+
 def first_step(start: float, steps: int) -> int:
-    """The first step after a share of them; rounded, as 0.29 * 100 is just below 29."""
+    """The first step after a share of them."""
+    # As floats 0.29 * 100 is just below 29.
     return math.floor(round(start * steps, 6)) + 1
 
 
@@ -120,10 +130,11 @@ class MixedSection(DataSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rewards(self.rewards, self.weights)
+        weights_of(self.rewards, self.weights)
 
 
-_PROGRAM_WALL = 10  # in processor time limits, for a program that others keep from its core
+# In limits of processor time: how long a program may last that others keep from its core.
+_PROGRAM_WALL = 10
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -135,10 +146,6 @@ class ProgramsSection:
     """Address space of a process, and resident memory of all processes of a program, in 2^20 bytes."""
     processes: _Positive = 16
     """Most processes and threads of a program."""
-    files_mb: _Positive = 16
-    """Size of its temporary folder, which is in memory."""
-    output_kb: _Positive = 64
-    """Most it may write beyond twice the expected output."""
     isolation: Literal["bubblewrap", "none: run programs unprotected"] = "bubblewrap"
     """none: only where bubblewrap cannot be had; programs then read and do what you may, and processes is not held."""
 
@@ -167,17 +174,7 @@ class RewardsSection:
     def __post_init__(self) -> None:
         if not self.functions:
             raise ValueError("functions is empty, wanted at least one reward function")
-        check_rewards(self.functions, self.weights)
-
-
-def check_rewards(functions: list[str], weights: list[float]) -> None:
-    """Raises ValueError for a function that stands twice, or weights that do not fit."""
-    if len(set(functions)) < len(functions):
-        raise ValueError(f"found functions = {functions}, wanted each of them once")
-    if weights and len(weights) != len(functions):
-        raise ValueError(f"found {len(weights)} weights for {len(functions)} functions, wanted one each")
-    if weights and not any(weights):
-        raise ValueError(f"found weights = {weights}, wanted one that is not 0")
+        weights_of(self.functions, self.weights)
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -201,7 +198,7 @@ class SamplingSection:
     """Longest completion."""
     temperature: _PositiveFloat = 1.0
     """Sampling temperature; the trainer's log-probs are taken at the same."""
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    top_p: _PositiveShare = 1.0
     """Nucleus sampling: smallest set of tokens with at least this probability."""
     top_k: _Count = 0
     """Sample among the k likeliest tokens; 0: all."""
@@ -230,18 +227,16 @@ class VllmSection:
     """Addresses of servers that `flashgrpo serve` has started, as ["http://node2:8000"]."""
     devices: list[str] = dataclasses.field(default_factory=list)
     """Instead: start one server on each of these sets of GPUs, as ["4,5", "6,7"]; on a CPU ["cpu"]."""
-    memory_share: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.5
+    memory_share: _PositiveShare = 0.5
     """Share of a GPU's memory for vLLM's weights and KV cache."""
     kv_cache_gb: _NonNegative = 0.0
     """KV cache of an engine in 10^9 bytes; 0: what memory_share leaves, on a CPU 1."""
     max_model_len: _Count = 0
     """Most tokens of a prompt and its completion; 0: data.max_prompt_tokens + rollout.max_new_tokens."""
-    enforce_eager: _Bool = False
-    """Run without CUDA graphs, as on a CPU."""
     sync_timeout_s: _PositiveFloat = 300.0
     """Longest wait for one step of a weight sync, and for the next token of a server, or an engine, that samples."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further engine arguments of vLLM's, as [vllm.options]."""
+    """Further engine arguments of vLLM's, as { enforce_eager = true }, which is to run without CUDA graphs."""
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -296,7 +291,7 @@ class EvalSection:
     """Held-out problems used."""
     temperature: _NonNegative = 0.6
     """Sampling temperature; 0: greedy."""
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.95
+    top_p: _PositiveShare = 0.95
     """Nucleus sampling."""
     benchmarks: list[_Path] = dataclasses.field(default_factory=list)
     """Apart from training: JSONL or Parquet files with the columns of AIME, MATH-500, GPQA or GSM8K, in place of
@@ -318,7 +313,9 @@ class RunSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
-class SftDataSection(FileSection):
+class SftDataSection(SourceSection):
+    # Required here, where no task can stand for it.
+    path: _Path = Field()
     completion_column: str = "completion"
     """Column with the text to learn; the end-of-sequence token is appended."""
     max_tokens: _Positive = 32_768
@@ -339,8 +336,6 @@ class PairDataSection(SftDataSection):
     """Column with the better completion of a pair."""
     rejected_column: str = "rejected"
     """Column with the worse one."""
-    completion_column: str = "completion"
-    """Pointwise: column with the completion."""
     label_column: str = "label"
     """Pointwise: column with 1 or true where the completion is good, 0 or false where it is not."""
     held_out: _Count = 64
@@ -354,11 +349,8 @@ class PreferenceTrainSection(SftTrainSection):
     scores: Literal["answer", "whole"] = "whole"
     """What it reads of a completion: the text after the reasoning (helpfulness), or all of it (safety)."""
     lr: _PositiveFloat = 6e-6
-    """Peak learning rate (AdamW)."""
     epochs: _Positive = 1
-    """Passes over the data."""
     batch_size: _Positive = 256
-    """Rows of one optimizer update (a step)."""
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -379,7 +371,6 @@ class CollectDataSection(DataSection):
 @dataclass(frozen=True, config=CHECKED)
 class CollectSection(SamplingSection):
     group_size: _Positive = 16
-    """Completions a prompt."""
     prompts_per_part: _Positive = 256
     """Prompts sampled between two parts written to the disk, which are what an interrupted run keeps."""
     prompts: _Count = 0
@@ -409,7 +400,9 @@ class FilterSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
-class GivenSection(FileSection):
+class GivenSection(SourceSection):
+    # Required here, where no task can stand for it.
+    path: _Path = Field()
     completion_column: str = "completion"
     """Column with the completion."""
     answer_column: str | None = None

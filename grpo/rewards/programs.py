@@ -17,6 +17,7 @@ _FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)")
 _INTEGER = re.compile(r"[+-]?\d+")
 _TOLERANCE = 1e-6  # relative
 _TINY = 1e-9  # absolute, beside an expected 0
+_OUTPUT_KB = 64  # that a program may write beyond twice the expected output
 
 
 class Tests(NamedTuple):
@@ -132,7 +133,7 @@ def _score(program: str, tests: Tests, limits: ProgramsSection) -> float:
     try:
         with Program(program, limits, tests.function) as runner:
             for given, wanted, text in runs:
-                output = runner.run(given, max_bytes=(limits.output_kb << 10) + 2 * len(text))
+                output = runner.run(given, max_bytes=(_OUTPUT_KB << 10) + 2 * len(text))
                 if output is None or not is_same(output, wanted):
                     return 0.0
     except NoVerdict:

@@ -39,6 +39,7 @@ _TICK_S = 0.1  # between two looks at the time, memory and output of a program
 _TEST_S = 0.05  # what each test has of its own, for imports
 _BARE_END_S = 2.0  # in which the harness, without a namespace, ends and reaps its test
 _OPEN_FILES = 64
+_FILES_MB = 16  # of a program's temporary folder, which is in memory
 _TRANSIENT_UIDS = range(61_184, 65_520)  # systemd's, of users who exist only as long as a service runs
 _PYTHON = Path(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
 _LIBRARY = Path(os.__file__).parent  # the standard one
@@ -320,7 +321,7 @@ def _family(pid: int) -> list[psutil.Process]:
 def _python(code: bytes, function: str, limits: "ProgramsSection", bare: bool, control: int) -> list[Any]:
     """The command of the harness."""
     uid = 0 if bare or os.geteuid() else _TRANSIENT_UIDS[os.getpid() % len(_TRANSIENT_UIDS)]
-    seconds, memory, files = math.ceil(limits.time_s) + 1, limits.memory_mb << 20, limits.files_mb << 20
+    seconds, memory, files = math.ceil(limits.time_s) + 1, limits.memory_mb << 20, _FILES_MB << 20
     values = f"{control} {uid} CORE=0 CPU={seconds} AS={memory} FSIZE={files} NOFILE={_OPEN_FILES}"
     if not bare:  # outside of a namespace it would count all processes of the user
         values += f" NPROC={limits.processes}"
@@ -366,7 +367,7 @@ def _bubblewrap(limits: "ProgramsSection") -> list[str]:
         *(part for path in _packages(folders) for part in ("--perms", "0000", "--tmpfs", path, "--remount-ro", path)),
         *("--ro-bind", str(_PYTHON), str(_PYTHON)),
         *("--dev-bind", os.devnull, os.devnull),
-        *f"--perms 1777 --size {limits.files_mb << 20} --tmpfs /tmp --chdir /tmp --remount-ro /".split(),
+        *f"--perms 1777 --size {_FILES_MB << 20} --tmpfs /tmp --chdir /tmp --remount-ro /".split(),
     ]
 
 

@@ -14,9 +14,9 @@ import pytest
 import tomli_w
 import torch
 
-from flashgrpo.grpo.cli import main
-from flashgrpo.grpo.recipe.help import recipe_keys
-from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SftRecipe
+from flashgrpo.grpo.cli import COMMANDS, main
+from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SftRecipe, recipe_keys
+from flashgrpo.model.config import CheckpointError
 
 
 @pytest.fixture
@@ -80,9 +80,9 @@ def test_a_module_that_a_users_function_lacks_is_no_missing_extra(monkeypatch, t
     """Its traceback is what its author wants to see."""
     (tmp_path / "of_a_user.py").write_text("def plan(*_):\n    import not_to_be_found\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("flashgrpo.grpo.cli._plan", importlib.import_module("of_a_user").plan)
+    monkeypatch.setitem(COMMANDS, "report", (importlib.import_module("of_a_user").plan, "a user's"))
     with pytest.raises(ModuleNotFoundError, match="not_to_be_found"):
-        main(["plan", "x.toml"])
+        main(["report"])
 
 
 def test_a_benchmark_finds_its_folder_before_it_measures(capsys, monkeypatch, tmp_path):
@@ -113,15 +113,15 @@ def test_the_version_is_that_of_the_package(capsys):
 def test_recipe_help_lists_every_key(command, kind, width, capsys, monkeypatch):
     """Whole, and with its meaning and default, at any usual width."""
     monkeypatch.setenv("COLUMNS", str(width))
-    assert main([command, "--help"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= width
-    words = " ".join(line[34:].strip() for line in printed.splitlines())
     for key in recipe_keys(kind):
-        assert f"\n  {key.name} " in printed
-    texts = ["(str, required)"] + ["Peak learning rate (AdamW). (float, default 1e-06)"] * hasattr(kind, "train")
-    for text in texts:
-        assert text in " ".join(words.split())
+        assert f"\n  --{key.name} {key.type}" in printed
+    words = " ".join(printed.split())
+    for text in ["(required)"] + ["Peak learning rate (AdamW). (default 1e-06)"] * hasattr(kind, "train"):
+        assert text in words
     for section in {key.name.rpartition(".")[0] for key in recipe_keys(kind)}:
         assert f"\n[{section}]" in printed
     assert "--resume" in printed
@@ -223,7 +223,6 @@ def test_a_faulty_recipe_is_one_line_and_exit_2(command, write_recipe, tmp_path,
     ("options", "message"),
     [
         (["--train.lrr=1"], "--train.lrr=1: train.lrr: unknown key; did you mean train.lr?"),
-        (["--resum"], "--resum: did you mean --resume?"),
         (["--lr", "1"], "--lr: wanted --section.key=value; did you mean train.lr?"),
         (["--train.lr", "1"], "--train.lr: wanted --section.key=value"),
         (["another.toml"], "another.toml: wanted --section.key=value"),
@@ -235,6 +234,12 @@ def test_a_faulty_recipe_is_one_line_and_exit_2(command, write_recipe, tmp_path,
 def test_faulty_options_are_one_line_and_exit_2(options, message, write_recipe, capsys):
     assert main(["train", write_recipe(), *options]) == 2
     assert message in error_line(capsys)
+
+
+def test_a_misspelt_flag_is_no_key(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "recipe.toml", "--resum"])
+    assert error_line(capsys) == "flashgrpo: --resum: did you mean --resume?"
 
 
 @pytest.fixture
@@ -390,27 +395,28 @@ def test_a_bad_checkpoint_is_one_line_and_exit_2(command, case, write_recipe, mo
     assert str(folder) in line
 
 
-def test_bad_sft_data_is_one_line_and_exit_2(model_path, tmp_path, capsys):
-    (tmp_path / "sft.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n{"prompt": "2+2="}\n')
-    recipe = {
-        "model": {"path": str(model_path)},
-        "data": {"path": str(tmp_path / "sft.jsonl")},
-        "run": {"output": str(tmp_path / "run")},
-    }
-    (tmp_path / "sft.toml").write_text(tomli_w.dumps(recipe))
-    assert main(["sft", str(tmp_path / "sft.toml")]) == 2
+@pytest.fixture
+def run_sft(model_path, tmp_path):
+    def run(rows: str, *options: str) -> int:
+        (tmp_path / "sft.jsonl").write_text(rows)
+        recipe = {
+            "model": {"path": str(model_path)},
+            "data": {"path": str(tmp_path / "sft.jsonl"), "template": "none"},
+            "run": {"output": str(tmp_path / "run")},
+        }
+        (tmp_path / "sft.toml").write_text(tomli_w.dumps(recipe))
+        return main(["sft", str(tmp_path / "sft.toml"), *options])
+
+    return run
+
+
+def test_bad_sft_data_is_one_line_and_exit_2(run_sft, capsys):
+    assert run_sft('{"prompt": "1+1=", "completion": "2"}\n{"prompt": "2+2="}\n') == 2
     assert "sft.jsonl:2: no column 'completion'" in error_line(capsys)
 
 
-def test_sft_from_the_command_line(model_path, tmp_path, capsys):
-    (tmp_path / "sft.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 3)
-    recipe = {
-        "model": {"path": str(model_path)},
-        "data": {"path": str(tmp_path / "sft.jsonl"), "template": "none"},
-        "run": {"output": str(tmp_path / "run")},
-    }
-    (tmp_path / "sft.toml").write_text(tomli_w.dumps(recipe))
-    assert main(["sft", str(tmp_path / "sft.toml"), "--train.epochs=1"]) == 0
+def test_sft_from_the_command_line(run_sft, tmp_path, capsys):
+    assert run_sft('{"prompt": "1+1=", "completion": "2"}\n' * 3, "--train.epochs=1") == 0
     printed = capsys.readouterr().out
     assert f"model: {tmp_path / 'run/model'}\n" in printed
     assert f"picture: {tmp_path / 'run/report.png'}\n" in printed
@@ -428,36 +434,24 @@ def test_a_run_that_is_not_there_has_no_report(tmp_path, capsys):
     assert "no training step found" in error_line(capsys)
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1)])
-def test_other_ends(error, code, write_recipe, monkeypatch, capsys):
-    """Ctrl-C, and a disk that is full."""
+@pytest.fixture
+def run_that_raises(write_recipe, monkeypatch):
+    def run(error: BaseException) -> int:
+        def train(recipe, resume):
+            raise error
 
-    def end(recipe, resume):
-        raise error
+        monkeypatch.setattr("flashgrpo.grpo.train.train", train)
+        return main(["train", write_recipe()])
 
-    monkeypatch.setattr("flashgrpo.grpo.train.train", end)
-    assert main(["train", write_recipe()]) == code
-    if code == 1:
-        assert "No space left on device" in error_line(capsys)
+    return run
 
 
-def test_errors_of_many_lines_become_one(write_recipe, monkeypatch, capsys):
-    from flashgrpo.model.checkpoint import CheckpointError
-
-    def end(recipe, resume):
-        raise CheckpointError("x: no usable tokenizer:\n\n  try this\n  or that")
-
-    monkeypatch.setattr("flashgrpo.grpo.train.train", end)
-    assert main(["train", write_recipe()]) == 2
+def test_other_ends(run_that_raises, capsys):
+    """Ctrl-C, a disk that is full, an error of many lines, and a bug, which must show its traceback."""
+    assert run_that_raises(KeyboardInterrupt()) == 130
+    assert run_that_raises(OSError(28, "No space left on device")) == 1
+    assert "No space left on device" in error_line(capsys)
+    assert run_that_raises(CheckpointError("x: no usable tokenizer:\n\n  try this\n  or that")) == 2
     assert error_line(capsys) == "flashgrpo: x: no usable tokenizer: try this or that"
-
-
-def test_faults_of_the_program_are_not_hidden(write_recipe, monkeypatch):
-    """A bug must show its traceback."""
-
-    def end(recipe, resume):
-        raise KeyError("bug")
-
-    monkeypatch.setattr("flashgrpo.grpo.train.train", end)
     with pytest.raises(KeyError, match="bug"):
-        main(["train", write_recipe()])
+        run_that_raises(KeyError("bug"))

@@ -57,7 +57,7 @@ class EngineOptions:
             max_model_len=own.max_model_len or longest_prompt + recipe.rollout.max_new_tokens,
             memory_share=own.memory_share,
             kv_cache_gb=own.kv_cache_gb or (0.0 if on_gpu else _CPU_KV_CACHE_GB),
-            enforce_eager=own.enforce_eager or not on_gpu,
+            enforce_eager=not on_gpu,
             seed=recipe.run.seed,
             options=own.options,
         )
