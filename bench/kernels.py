@@ -50,16 +50,16 @@ _NOTE_LENGTH = 120
 _FAULTS = "wrong", "failed", "out of memory"
 _BUDGETS_S = {"small": 150.0, "full": 165.0}
 _COLUMNS = {  # of the terminal's table, from a row's values
-    "p20 ms": ("p20_ms", "{:.4g}"),
-    "p50": ("p50_ms", "{:.4g}"),
-    "p80": ("p80_ms", "{:.4g}"),
-    "spread": ("spread", "{:.1%}"),
-    "peak MiB": ("peak_mib", "{:.0f}"),
-    "TFLOP/s": ("tflops_per_s", "{:.4g}"),
-    "GB/s": ("gb_per_s", "{:.4g}"),
-    "limit": ("share_of_limit", "{:.0%}"),
-    "x ours": ("ratio", "{:.2f}"),
-    "error": ("error", "{:.1e}"),
+    "p20 ms:": ("p20_ms", "{:.4g}"),
+    "p50:": ("p50_ms", "{:.4g}"),
+    "p80:": ("p80_ms", "{:.4g}"),
+    "spread:": ("spread", "{:.1%}"),
+    "peak MiB:": ("peak_mib", "{:.0f}"),
+    "TFLOP/s:": ("tflops_per_s", "{:.4g}"),
+    "GB/s:": ("gb_per_s", "{:.4g}"),
+    "limit:": ("share_of_limit", "{:.0%}"),
+    "x ours:": ("ratio", "{:.2f}"),
+    "error:": ("error", "{:.1e}"),
 }
 
 
@@ -188,20 +188,21 @@ def table(found: Sequence[Row]) -> list[str]:
 
 
 def listing(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """A table an operation of all that was measured; and a note for what a provider could measure nowhere."""
-    lines, notes = [], {}
-    for op in dict.fromkeys(row["op"] for row in rows):
-        group = [row for row in rows if row["op"] == op]
-        measured = {row["provider"] for row in group if "peak_mib" in row}
-        cells = []
-        for row in group:
-            if row["provider"] in measured:
-                values = [_cell(row.get(key), form) for key, form in _COLUMNS.values()]
-                cells.append([row["case"], row["provider"], *values, _note(row)])
-            else:
-                notes.setdefault((op, row["provider"]), f"{op}: {row['provider']}: {_note(row)}")
-        if cells:
-            lines += [*markdown(["case", "provider", *_COLUMNS, "note"], cells), ""]
+    """A table a case of all that was measured; and a note for what a provider could measure nowhere."""
+    measured = {(row["op"], row["provider"]) for row in rows if "peak_mib" in row}
+    by_case: dict[str, list[list[str]]] = {}
+    notes = {}
+    for row in rows:
+        key = row["op"], row["provider"]
+        note = row["note"] if row["status"] == "ok" else f"{row['status']}: {row['note']}"
+        if key in measured:
+            values = [_cell(row.get(name), form) for name, form in _COLUMNS.values()]
+            by_case.setdefault(row["case"], []).append([row["provider"], *values, note])
+        else:
+            notes.setdefault(key, f"{row['op']}: {row['provider']}: {note}")
+    lines = []
+    for case, cells in by_case.items():
+        lines += [f"`{case}`", "", *markdown(["", *_COLUMNS, "note"], cells), ""]
     return lines, [*notes.values()]
 
 
@@ -278,10 +279,6 @@ def _rates(case: Case, timing: Timing, limit_ms: float) -> Row:
 
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def _note(row: Row) -> str:
-    return row["note"] if row["status"] == "ok" else f"{row['status']}: {row['note']}"
 
 
 def _versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ for case in cases(SIZES, DTYPE):
         CHOSEN.setdefault((case.op, case.variant), [(case, provider) for provider in providers(case)])
 
 
-@pytest.mark.parametrize(("case", "provider"), itertools.chain(*CHOSEN.values()), ids=lambda value: value.name)
+@pytest.mark.parametrize(("case", "provider"), [*itertools.chain(*CHOSEN.values())], ids=lambda value: value.name)
 def test_kernel(benchmark, case, provider):
     gate = case.reduced()
     if gate.name not in GATES:
