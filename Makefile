@@ -53,19 +53,48 @@ soak: setup
 # Needs nothing but a GPU and a python3 with torch, triton and pytest.
 WITH_TORCH = @python3 -c 'import importlib.util as u, sys; \
 	sys.exit(u.find_spec("torch") is None and f"{sys.executable} has no torch; put a python3 that has it first on PATH")'
+WITH_GPU = @python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	"torch finds no GPU; on a CPU run `flashgrpo bench kernels` and `flashgrpo bench step`")'
 
 gpu-test:
 	$(WITH_TORCH)
-	@python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU")'
+	$(WITH_GPU)
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
 	PYTHONPATH=.types:$$PYTHONPATH python3 -m pytest -c /dev/null --rootdir . --import-mode=importlib -q --durations 10 tests/kernels
 
 # All benchmarks of one GPU, within nine minutes, on the same machine with transformers and rich; WHEELS is a folder of
-# peers' wheels, COMMIT what the results should name where there is no git.
+# peers' wheels, COMMIT what the results should name where there is no git. `timeout` ends a part with all that it has
+# started, and none takes the others along. Results and logs go to bench/results, or OUT.
+RESULTS := $(or $(OUT),bench/results)
+WHEELS_S := 30
+TESTS_S := 180
+KERNELS_S := 180
+STEP_S := 135
+
 gpu:
 	$(WITH_TORCH)
-	mkdir -p .types && ln -sfn .. .types/flashgrpo
-	PYTHONPATH=.types python3 -m flashgrpo.bench.gpu $(if $(WHEELS),--wheels $(WHEELS))
+	$(WITH_GPU)
+	mkdir -p .types $(RESULTS) && ln -sfn .. .types/flashgrpo
+	@export PYTHONPATH=.wheels:.types:$$PYTHONPATH PYTHONUNBUFFERED=1 COLUMNS=160; \
+	failed=0; \
+	part() { \
+		name=$$1; limit=$$2; log=$(RESULTS)/gpu_$$1.log; start=$$(date +%s); shift 2; \
+		timeout --kill-after 3 $$limit "$$@" >$$log 2>&1; code=$$?; \
+		case $$code in \
+			0) outcome=passed;; \
+			124|137) outcome="ended at its limit of $$limit s"; failed=1;; \
+			*) outcome="failed: exit code $$code"; failed=1;; \
+		esac; \
+		tail -n 60 $$log; \
+		echo "--- $$name: $$outcome, $$(($$(date +%s) - start)) s"; \
+	}; \
+	$(if $(WHEELS),part wheels $(WHEELS_S) \
+		python3 -m pip install -q --no-index --no-deps --upgrade --target .wheels $(WHEELS)/*.whl;) \
+	part tests $(TESTS_S) $(MAKE) gpu-test; \
+	part kernels $(KERNELS_S) python3 -m flashgrpo.grpo.cli bench kernels; \
+	part step $(STEP_S) python3 -m flashgrpo.grpo.cli bench step; \
+	echo "results and logs: $(RESULTS)"; \
+	exit $$failed
 
 # Faults planted in the kernels, each of which must fail a test; two minutes.
 mutations: setup

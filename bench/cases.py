@@ -1,4 +1,5 @@
-"""What `bench kernels` measures: operations at named shapes, their useful work, inputs, and what torch makes of them.
+"""What `bench kernels` measures: operations at named shapes, their useful work, inputs, and what
+torch makes of them.
 
 | op | from | to |
 | --- | --- | --- |
@@ -11,13 +12,14 @@
 | grpo_loss | log-probs | loss and d_logprobs |
 | memory | as linear_grpo_loss, for its peak memory alone | |
 
-The loss is that of a token-level clipped ratio with given advantages, a mean over tokens without KL, which every peer
-has. Completions are of one length, so no peer pays for padding. FLOPs are those of matmuls on live rows, and of causal
-query-key pairs in attention: 2 matmuls forward, 5 backward. Bytes are what must cross the memory bus at the least.
+The loss is that of a token-level clipped ratio with given advantages, a mean over tokens without
+KL, which every peer has. Completions are of one length, so no peer pays for padding. FLOPs are
+those of matmuls on live rows, and of causal query-key pairs in attention: 2 matmuls forward, 5
+backward. Bytes are what must cross the memory bus at the least.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +30,12 @@ from flashgrpo.kernels.common import accumulation_dtype
 Inputs = dict[str, Any]
 Results = dict[str, Tensor]
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
-_LOGITS_STD = 4.0  # about 4 nats of entropy at a vocabulary of 128k
+# About 4 nats of entropy at a vocabulary of 128k.
+_LOGITS_STD = 4.0
 _GROUP = 8
 _GATE_TOKENS = 128
-_GATE_CHUNKED = 6144 + 128  # from hidden states on a GPU: more than `linear_grpo` takes at once
+# From hidden states on a GPU the gate takes more rows than `linear_grpo` does at once, so that it sees chunks.
+_GATE_CHUNKED = 6144 + 128
 _WANTED = {
     "attention": ("q", "k", "v"),
     "gather_grpo_loss": ("logits",),
@@ -46,14 +50,15 @@ _WANTED = {
 class Case:
     """An operation at a shape.
 
-    Attention has `sequences` of `length` tokens, each a prompt shared by `group` completions of `completion` tokens.
-    The others have `n` targets in `completions`; with `dead` every second completion has advantage 0.
+    Attention has `sequences` of `length` tokens, each a prompt shared by `group` completions of
+    `completion` tokens. The others have `n` targets in `completions`; with `dead` every second
+    completion has advantage 0.
     """
 
     op: str
     dtype: torch.dtype
     shape: Mapping[str, int]
-    variant: str = field(default="")  # what sets it apart from the cases that a plot joins by a line
+    variant: str = ""  # what sets it apart from the cases that a plot joins by a line
 
     @property
     def name(self) -> str:
@@ -83,6 +88,7 @@ class Case:
             return (14 if self.wanted else 4) * s["sequences"] * pairs * s["heads"] * s["head_dim"]
         if "hidden" not in s:
             return 0
+        # Of rows without an advantage the loss has no gradient: only their logits are needed.
         live = s["n"] - s["n"] // s["completions"] * (s["completions"] // 2) * s["dead"]
         return (2 * s["n"] + (4 * live if self.wanted else 0)) * s["vocab"] * s["hidden"]
 
@@ -103,72 +109,81 @@ class Case:
         """The same operation on fewer tokens, for the gate: float64 takes its time."""
         s = dict(self.shape)
         if self.is_attention:
-            s |= {key: min(s[key], most) for key, most in (("sequences", 4), ("length", 512), ("completion", 128))}
+            for key, most in (("sequences", 4), ("length", 512), ("completion", 128)):
+                s[key] = min(s[key], most)
         else:
             most = _GATE_CHUNKED if "hidden" in s and self.dtype == torch.bfloat16 else _GATE_TOKENS
             s["n"] = min(s["n"], most)
             s["completions"] = min(s["completions"], _GROUP)
         return Case("linear_grpo_loss" if self.op == "memory" else self.op, self.dtype, s, self.variant)
 
-    def make(self, seed: int, device: torch.device) -> Inputs:
+    def make(self, device: torch.device) -> Inputs:
         """Random inputs; what is differentiated by requires a gradient."""
-        rng = torch.Generator(device).manual_seed(seed)
-
-        def normal(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.randn(shape, generator=rng, device=device, dtype=dtype)
-
-        s = self.shape
-        if self.is_attention:
-            kv = self.tokens, s["kv_heads"], s["head_dim"]
-            inputs: Inputs = {"q": normal(self.tokens, s["heads"], s["head_dim"]), "k": normal(*kv), "v": normal(*kv)}
-            lengths, prefix = [], []
-            for _ in range(s["sequences"]):
-                prefix += [-1] + [len(lengths)] * s["group"]
-                lengths += [s["length"]] + [s["completion"]] * s["group"]
-            inputs |= {"d_out": normal(*inputs["q"].shape), "max_seqlen": max(lengths), "cu_seqlens": _ends(lengths)}
-            inputs["cu_seqlens"] = inputs["cu_seqlens"].to(device)
-            inputs["prefix"] = torch.tensor(prefix, dtype=torch.int32, device=device) if s["group"] else None
-        else:
-            n, completions = s["n"], s["completions"]
-            if self.op == "grpo_loss":
-                logprobs, inputs = -normal(n).abs(), {}
-                inputs["logprobs"] = logprobs
-            else:
-                if "hidden" in s:
-                    inputs = {"hidden": normal(n, s["hidden"]), "weight": normal(s["vocab"], s["hidden"])}
-                    inputs["weight"] *= _LOGITS_STD / s["hidden"] ** 0.5
-                else:
-                    inputs = {"logits": normal(n, s["vocab"]).mul_(_LOGITS_STD)}
-                inputs["targets"], logprobs = _sample(inputs, rng)
-            # Ratios near 1, one in twenty clipped; none so near a bound that rounding would decide.
-            shift = normal(n, dtype=torch.float32).mul_(0.05).clamp_(-0.1, 0.1)
-            shift[::20] = torch.where(shift[::20] > 0, 0.5, -0.5)
-            inputs["old_logprobs"] = logprobs + shift
-            inputs["target_cu_seqlens"] = _ends([n // completions] * completions).to(device)
-            inputs["advantages"] = normal(completions, dtype=torch.float32)
-            if s["dead"]:
-                inputs["advantages"][1::2] = 0
-            if self.op == "grpo_loss" and completions % _GROUP == 0:
-                inputs["rewards"] = normal(completions // _GROUP, _GROUP, dtype=torch.float32)
+        rng = torch.Generator(device).manual_seed(0)
+        inputs = self._make_attention(rng) if self.is_attention else self._make_targets(rng)
         for name in self.wanted:
             inputs[name].requires_grad_()
         return inputs
 
+    def _normal(self, rng: torch.Generator, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device=rng.device, dtype=self.dtype)
+
+    def _make_attention(self, rng: torch.Generator) -> Inputs:
+        s = self.shape
+        heads, kv = (self.tokens, s["heads"], s["head_dim"]), (self.tokens, s["kv_heads"], s["head_dim"])
+        inputs: Inputs = {"q": self._normal(rng, *heads), "k": self._normal(rng, *kv), "v": self._normal(rng, *kv)}
+        lengths, prefix = [], []
+        for _ in range(s["sequences"]):
+            prefix += [-1] + [len(lengths)] * s["group"]
+            lengths += [s["length"]] + [s["completion"]] * s["group"]
+        inputs |= {"d_out": self._normal(rng, *heads), "max_seqlen": max(lengths)}
+        inputs["cu_seqlens"] = _ends(lengths).to(rng.device)
+        inputs["prefix"] = torch.tensor(prefix, dtype=torch.int32, device=rng.device) if s["group"] else None
+        return inputs
+
+    def _make_targets(self, rng: torch.Generator) -> Inputs:
+        s, inputs = self.shape, {}
+        n, completions = s["n"], s["completions"]
+        if self.op == "grpo_loss":
+            inputs["logprobs"] = logprobs = -self._normal(rng, n).abs()
+        else:
+            if "hidden" in s:
+                inputs["hidden"] = self._normal(rng, n, s["hidden"])
+                inputs["weight"] = self._normal(rng, s["vocab"], s["hidden"]).mul_(_LOGITS_STD / s["hidden"] ** 0.5)
+            else:
+                inputs["logits"] = self._normal(rng, n, s["vocab"]).mul_(_LOGITS_STD)
+            inputs["targets"], logprobs = _sample(inputs, rng)
+        # Ratios near 1, one in twenty clipped; none so near a bound that rounding would decide.
+        shift = torch.randn(n, generator=rng, device=rng.device).mul_(0.05).clamp_(-0.1, 0.1)
+        shift[::20] = torch.where(shift[::20] > 0, 0.5, -0.5)
+        inputs["old_logprobs"] = logprobs + shift
+        inputs["target_cu_seqlens"] = _ends([n // completions] * completions).to(rng.device)
+        inputs["advantages"] = torch.randn(completions, generator=rng, device=rng.device)
+        if s["dead"]:
+            # Whole completions, as where all rewards of a group are equal.
+            inputs["advantages"][1::2] = 0
+        if self.op == "grpo_loss" and completions % _GROUP == 0:
+            inputs["rewards"] = torch.randn(completions // _GROUP, _GROUP, generator=rng, device=rng.device)
+        return inputs
+
     def gradients(self, results: Results, inputs: Inputs) -> Results:
         """`results`, detached, and the gradients by what is `wanted`."""
-        first = next(iter(results.values()))
-        made = torch.autograd.grad(first, [inputs[x] for x in self.wanted], inputs.get("d_out")) if self.wanted else ()
-        named = zip(self.wanted, made, strict=True)
-        return {name: value.detach() for name, value in results.items()} | {f"d_{name}": value for name, value in named}
+        made = {name: value.detach() for name, value in results.items()}
+        if self.wanted:
+            sources = [inputs[name] for name in self.wanted]
+            gradients = torch.autograd.grad(next(iter(results.values())), sources, inputs.get("d_out"))
+            made |= zip([f"d_{name}" for name in self.wanted], gradients, strict=True)
+        return made
 
     def plain(self, inputs: Inputs) -> Results:
         """What torch makes of the inputs in their own dtype; `terms` are the loss of each token.
 
-        Log-softmax is of fp32 at the least, attention dense, softmax in fp32 and probabilities in the inputs' dtype.
+        Log-softmax is of fp32 at the least, attention dense, softmax in fp32 and probabilities in
+        the inputs' dtype.
         """
         if self.is_attention:
             return self.gradients({"out": _dense_attention(inputs)}, inputs)
-        logprobs = inputs["logprobs"] if self.op == "grpo_loss" else plain_logprobs(inputs)
+        logprobs = plain_logprobs(inputs)
         if not self.wanted:
             return {"logprobs": logprobs}
         loss, terms = plain_loss(logprobs, inputs)
@@ -185,7 +200,9 @@ def as_float64(inputs: Inputs) -> Inputs:
 
 
 def plain_logprobs(inputs: Inputs) -> Tensor:  # [n]
-    """Of targets, from logits, or from hidden and weight."""
+    """Of targets: as they are, from logits, or from hidden and weight."""
+    if "logprobs" in inputs:
+        return inputs["logprobs"]
     logits = inputs["logits"] if "logits" in inputs else inputs["hidden"] @ inputs["weight"].T
     logprobs = logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
     return logprobs.gather(1, inputs["targets"][:, None]).squeeze(1)
@@ -206,10 +223,12 @@ def plain_loss(logprobs: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:  # []
 def repeat_prompts(case: Case, inputs: Inputs) -> Inputs:
     """Attention's inputs with a copy of the prompt before each completion.
 
-    A copy has its share of the prompt's upstream gradient, so that gradients of copies add up to the prompt's.
+    A copy has its share of the prompt's upstream gradient, so that gradients of copies add up to
+    the prompt's.
     """
     s, rows = case.shape, _copied_rows(case, inputs["q"].device)
     share = torch.ones(rows.shape, device=rows.device, dtype=case.dtype)
+    # A prompt's gradient counts once, however many copies of it there are.
     share[:, : s["length"]] /= s["group"]
     copied = {x: inputs[x].detach()[rows.flatten()].requires_grad_(inputs[x].requires_grad) for x in ("q", "k", "v")}
     cu_seqlens = _ends([rows.shape[1]] * rows.shape[0]).to(rows.device)
@@ -223,6 +242,7 @@ def fold_prompts(case: Case, results: Results) -> Results:
     for name, value in results.items():
         rows = _copied_rows(case, value.device).flatten()
         whole = torch.zeros(case.tokens, *value.shape[1:], device=value.device, dtype=torch.float64)
+        # Copies of an output are equal, gradients of copies add up.
         add = whole.index_copy_ if name == "out" else whole.index_add_
         folded[name] = add(0, rows, value.double())
     return folded
@@ -292,7 +312,8 @@ def cases(sizes: str, dtype: torch.dtype) -> Iterator[Case]:
     if full:
         yield from (attention(op, 1, 4 * tokens) for op in ("attention_fwd", "attention"))
         yield rows("linear_grpo_loss", 2 * n, hidden)
-        yield rows("memory", 256 * 1024, hidden)  # last: some peers take many seconds
+        # Last, for some peers take many seconds.
+        yield rows("memory", 256 * 1024, hidden)
 
 
 def _ends(lengths: list[int]) -> Tensor:  # [len(lengths) + 1]
@@ -302,6 +323,7 @@ def _ends(lengths: list[int]) -> Tensor:  # [len(lengths) + 1]
 def _sample(inputs: Inputs, rng: torch.Generator) -> tuple[Tensor, Tensor]:  # [n], [n]
     """Targets as a sampler would draw them, and their log-probs, a few rows at a time."""
     targets, logprobs = [], []
+    # All rows at once would need a second copy of the logits, in fp32.
     for rows in inputs["logits" if "logits" in inputs else "hidden"].split(512):
         logits = (rows if "logits" in inputs else rows @ inputs["weight"].T).float()
         every = logits.log_softmax(-1)

@@ -3,12 +3,13 @@
     make .venv-trl/.done
     flashgrpo bench cpu-step
 
-A step is one rollout of 8 prompts x 8 completions of 64 tokens each, their rewards, one optimizer update and its log
-line. Both sides run as processes of their own with 2 threads, in turns, so that a slow spell of the machine meets both.
-TRL runs with all completions in one backward pass, as ours does, and with fewer, which is as fast or faster and needs
-less memory. The machine should be idle: on 2 busy cores a step takes up to ten times as long, by chance.
-Prints the README's table and writes every run to bench/results/cpu_step.json. Times are seconds, memory is in units of
-10^6 bytes.
+A step is one rollout of 8 prompts x 8 completions of 64 tokens each, their rewards, one optimizer
+update and its log line. Both sides run as processes of their own with 2 threads, in turns, so that
+a slow spell of the machine meets both. TRL runs with all completions in one backward pass, as ours
+does, and with fewer, which is as fast or faster and needs less memory. The machine should be idle:
+on 2 busy cores a step takes up to ten times as long, by chance. Prints the README's table and
+writes every run to bench/results/cpu_step.json. Times are seconds, memory is in units of 10^6
+bytes.
 """
 
 import json
@@ -18,47 +19,40 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from flashgrpo.bench.report import cpu_step_table
-from flashgrpo.bench.timing import ROOT, machine, option_parser, results_folder
-from flashgrpo.model.files import write_text
+from flashgrpo.bench.timing import ROOT, Row, machine, markdown, option_parser, show, write_results
+from flashgrpo.grpo.run.progress import console
 
 PEER_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 THREADS = 2
 SIZES = {"num_prompts": 8, "group_size": 8, "max_new_tokens": 64}  # of a step
-STEPS = 5  # of a run; the first two are not timed
+# The first two are not timed: caches fill, and lazily imported code is loaded.
+STEPS = 5
 ROUNDS = 2
 PROMPT_LENGTHS = (64, 256)
 PEER_MICRO_BATCHES = (64, 8)
 OURS = "flashgrpo"
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What both sides read."""
-
-    model: Path  # Hugging Face folder: config, weights, tokenizer
-    prompts: Path  # JSONL with a `prompt` column
-
-
-def make_inputs(folder: Path, prompt_len: int, *, num_prompts: int = 64, num_words: int = 61, seed: int = 0) -> Inputs:
+def make_inputs(folder: Path, prompt_len: int, *, num_prompts: int = 64, num_words: int = 61) -> Row:
     """Write a random Qwen3 of 4.7M parameters, its word-level tokenizer, and prompts of exactly `prompt_len` tokens.
 
-    Neighbouring words are never merged, so both sides read a prompt of `prompt_len` words as that many tokens. The
-    vocabulary is small in TRL's favour: on CPU its LM head runs on the prompts' positions too.
+    Returns the paths that both sides read: `model`, a Hugging Face folder, and `prompts`, JSONL
+    with a `prompt` column.
+
+    Neighbouring words are never merged, so both sides read a prompt of `prompt_len` words as that
+    many tokens. The vocabulary is small in TRL's favour: on CPU its LM head runs on the prompts'
+    positions too.
     """
     words = [f"w{number}" for number in range(num_words)]
     vocabulary = {token: row for row, token in enumerate(["<pad>", "<eos>", "<unk>", *words])}
@@ -77,103 +71,98 @@ def make_inputs(folder: Path, prompt_len: int, *, num_prompts: int = 64, num_wor
         pad_token_id=vocabulary["<pad>"],
         eos_token_id=vocabulary["<eos>"],
     )
-    inputs = Inputs(model=folder / "model", prompts=folder / "prompts.jsonl")
-    torch.manual_seed(seed)
-    Qwen3ForCausalLM(config).save_pretrained(inputs.model)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(inputs.model)
-    rng = random.Random(seed)
-    rows = [{"prompt": " ".join(rng.choices(words, k=prompt_len))} for _ in range(num_prompts)]
-    inputs.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return inputs
+    model, prompts = str(folder / "model"), folder / "prompts.jsonl"
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(model)
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(model)
+    rng = random.Random(0)
+    with prompts.open("w") as file:
+        for _ in range(num_prompts):
+            row = {"prompt": " ".join(rng.choices(words, k=prompt_len))}
+            file.write(json.dumps(row) + "\n")
+    return {"model": model, "prompts": str(prompts)}
 
 
-def run_process(command: list[str]) -> dict[str, Any]:
-    """Run one side to its end; the last line of its stdout is the JSON object that it reports."""
+def run_side(command: Sequence[str], settings: Mapping[str, Any]) -> Row:
+    """Run one side, in a process of its own, to its end; the last line of its stdout is a JSON object, its report."""
+    # Both sides get as many threads, and none waits for a network.
     environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    every = [*command, json.dumps(settings)]
+    done = subprocess.run(every, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(every)} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def flags(inputs: Inputs) -> list[str]:
-    """What both sides are called with."""
-    values = {"model": inputs.model, "prompts": inputs.prompts, "steps": STEPS, "threads": THREADS}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in (values | SIZES).items()]
-
-
-def run_peer(inputs: Inputs, micro_batch: int) -> dict[str, Any]:
-    """TRL's step in its own environment. Raises FileNotFoundError if that has not been made."""
-    if not PEER_PYTHON.exists():
-        raise FileNotFoundError(f"{PEER_PYTHON} does not exist; make TRL's environment with `make .venv-trl/.done`")
-    return run_process([str(PEER_PYTHON), "bench/peer_trl.py", f"--micro-batch={micro_batch}", *flags(inputs)])
-
-
-def run_ours(inputs: Inputs) -> dict[str, Any]:
-    """Our side, in a process of its own."""
-    return run_process([sys.executable, "-m", "flashgrpo.bench.own_step", *flags(inputs)])
-
-
-def measure(prompt_len: int, inputs: Inputs, progress: Progress) -> list[dict[str, Any]]:
-    """Every contender in turn, `ROUNDS` times over; one row a run, with the load average it started under."""
-    contenders: dict[str, Callable[[], dict[str, Any]]] = {
-        **{f"TRL, micro-batch {size}": partial(run_peer, inputs, size) for size in PEER_MICRO_BATCHES},
-        OURS: partial(run_ours, inputs),
-    }
-    task = progress.add_task(f"prompts of {prompt_len} tokens", total=ROUNDS * len(contenders))
+def run_in_turns(prompt_len: int, inputs: Row, progress: Progress) -> list[Row]:
+    """Both sides, TRL's with each micro-batch, `ROUNDS` times over; a row a run, with the load it started under."""
+    settings = inputs | SIZES | {"steps": STEPS, "threads": THREADS}
+    peer, own = [str(PEER_PYTHON), "bench/peer_trl.py"], [sys.executable, "-m", "flashgrpo.bench.own_step"]
+    sides = {}
+    for size in PEER_MICRO_BATCHES:
+        sides[f"TRL, micro-batch {size}"] = peer, settings | {"micro_batch": size}
+    sides[OURS] = own, settings
+    task = progress.add_task(f"prompts of {prompt_len} tokens", total=ROUNDS * len(sides))
     runs = []
-    for round_number in range(ROUNDS):
-        for name, run in contenders.items():
-            row = {"name": name, "round": round_number, "load_average": os.getloadavg()[0], "prompt_len": prompt_len}
-            runs.append(row | SIZES | {"steps": STEPS} | run())
+    # In turns, so that a slow spell of the machine meets every side.
+    for number in range(ROUNDS):
+        for name, (command, own_settings) in sides.items():
+            row = {"name": name, "round": number, "load_average": os.getloadavg()[0], "prompt_len": prompt_len}
+            runs.append(row | SIZES | {"steps": STEPS} | run_side(command, own_settings))
             progress.advance(task)
     return runs
 
 
-def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a contender and prompt length: median step, largest peak, and both as multiples of ours."""
-    grouped: dict[tuple[int, str], list[dict[str, Any]]] = {}
+def summarize(runs: Sequence[Row]) -> list[Row]:
+    """A row a side and prompt length: median step, largest peak, and both as multiples of ours."""
+    seconds: dict[tuple[int, str], list[float]] = {}
+    peaks: dict[tuple[int, str], float] = {}
     for run in runs:
-        grouped.setdefault((run["prompt_len"], run["name"]), []).append(run)
-    rows = {
-        (prompt_len, name): {
-            "prompt_len": prompt_len,
-            "name": name,
-            "median_step_s": statistics.median(second for run in same for second in run["step_s"]),
-            "peak_mb": max(run["peak_mb"] for run in same),
-        }
-        for (prompt_len, name), same in grouped.items()
-    }
-    for (prompt_len, _), row in rows.items():
-        ours = rows[prompt_len, OURS]
-        row["step_ratio"] = row["median_step_s"] / ours["median_step_s"]
-        row["peak_ratio"] = row["peak_mb"] / ours["peak_mb"]
-    return list(rows.values())
+        key = run["prompt_len"], run["name"]
+        seconds.setdefault(key, []).extend(run["step_s"])
+        peaks[key] = max(peaks.get(key, 0.0), run["peak_mb"])
+    rows = []
+    for (prompt_len, name), taken in seconds.items():
+        median, peak = statistics.median(taken), peaks[prompt_len, name]
+        ours = prompt_len, OURS
+        row = {"prompt_len": prompt_len, "name": name, "median_step_s": median, "peak_mb": peak}
+        row |= {"step_ratio": median / statistics.median(seconds[ours]), "peak_ratio": peak / peaks[ours]}
+        rows.append(row)
+    return rows
+
+
+def table(found: Row) -> list[str]:
+    """Of the results file."""
+    cells = []
+    for row in found["summary"]:
+        seconds, step_ratio = f"{row['median_step_s']:.2f}", f"{row['step_ratio']:.2f}"
+        peak, peak_ratio = f"{row['peak_mb']:.0f}", f"{row['peak_ratio']:.2f}"
+        cells.append([str(row["prompt_len"]), row["name"], seconds, step_ratio, peak, peak_ratio])
+    return markdown(["prompt tokens", "", "seconds a step", "x ours", "peak MB", "x ours"], cells)
+
+
+def headline(found: Row) -> tuple[str, str]:
+    rows = [row for row in found["summary"] if row["prompt_len"] == 256 and row["name"] != OURS]
+    peer = min(rows, key=lambda row: row["step_ratio"])
+    factors = f"{peer['step_ratio']:.1f} times as fast in {peer['peak_ratio']:.1f} times less memory"
+    return "a GRPO step, prompts of 256 tokens, against TRL at its fastest", factors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure everything once, write it, print it."""
+    """Measure everything once, write it, print it. Raises FileNotFoundError where TRL's environment is missing."""
     option_parser("cpu-step", __doc__).parse_args(arguments)
+    # Found now, not after minutes of measuring the other side.
+    if not PEER_PYTHON.exists():
+        raise FileNotFoundError(f"{PEER_PYTHON} does not exist; make TRL's environment with `make .venv-trl/.done`")
     runs = []
-    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
-        inputs = {length: make_inputs(Path(folder) / str(length), length) for length in PROMPT_LENGTHS}
-        for prompt_len in PROMPT_LENGTHS:
-            runs += measure(prompt_len, inputs[prompt_len], progress)
-    summary = summarize(runs)
-    results = {
-        "machine": machine(torch.device("cpu")),
-        "threads": THREADS,
-        "summary": summary,
-        "runs": runs,
-    }
-    write_text(results_folder() / "cpu_step.json", json.dumps(results, indent=1) + "\n")
-    print(*cpu_step_table(results), sep="\n")
+    with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
+        for length in PROMPT_LENGTHS:
+            runs += run_in_turns(length, make_inputs(Path(folder) / str(length), length), progress)
+    where = machine(torch.device("cpu"))
+    found = {"machine": where, "threads": THREADS, "summary": summarize(runs), "runs": runs}
+    path = write_results("cpu_step.json", found)
     busiest = max(run["load_average"] for run in runs)
-    print(f"load average before a run: up to {busiest:.1f}, about {THREADS} if idle otherwise")
+    load = f"load average before a run: up to {busiest:.1f}, about {THREADS} if idle otherwise"
+    show(table(found), load, f"written to {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,51 +2,44 @@
 
     flashgrpo bench demo-seeds --seeds 1 2 3
 
-Each seed makes its own problems, model, cold start and run. Writes bench/results/demo.json and demo.png.
+Each seed makes its own problems, model, cold start and run. Writes bench/results/demo.json and
+demo.png.
 """
 
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
-from flashgrpo.bench.timing import machine, option_parser, results_folder
+from flashgrpo.bench.plots import draw_demo
+from flashgrpo.bench.timing import Row, machine, markdown, option_parser, show, write_results
 from flashgrpo.grpo.run.folder import read_rows
-from flashgrpo.model.files import write_text
 
 
-def run_seed(seed: int, output: Path) -> dict:
+def run_seed(seed: int, output: Path) -> Row:
     """One demo in a process of its own: its curves, and wall seconds from start to end."""
     start = time.perf_counter()
+    # A user's own start of it: imports and the installation's checks are in the seconds.
     command = [sys.executable, "-m", "flashgrpo.grpo.cli", "demo", "--seed", str(seed), "--output", str(output)]
     subprocess.run(command, check=True)
-    seconds = time.perf_counter() - start
-    rows = read_rows(output / "grpo" / "metrics.jsonl")
-    scores = {row["step"]: row["eval/pass@1"] for row in rows if "eval/pass@1" in row}
-    lengths = {row["step"]: row["length/mean"] for row in rows if "length/mean" in row}
-    return {"seed": seed, "seconds": seconds, "pass@1": scores, "length": lengths}
+    run: Row = {"seed": seed, "seconds": time.perf_counter() - start, "pass@1": {}, "length": {}}
+    for row in read_rows(output / "grpo" / "metrics.jsonl"):
+        for name, key in (("pass@1", "eval/pass@1"), ("length", "length/mean")):
+            if key in row:
+                run[name][row["step"]] = row[key]
+    return run
 
 
-def draw(runs: list[dict], path: Path) -> None:
-    """The paper's two curves, one line a seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    curves = {"pass@1": "held-out pass@1", "length": "response length, tokens"}
-    for axis, (key, title) in zip(axes, curves.items(), strict=True):
-        for run in runs:
-            axis.plot([int(step) for step in run[key]], list(run[key].values()), label=f"seed {run['seed']}")
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(0, 1)
-    axes[1].set_ylim(bottom=0)
-    axes[0].legend(loc="lower right")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def table(found: Row) -> list[str]:
+    """Of demo.json."""
+    cells = []
+    for run in found["runs"]:
+        first, *_, last = run["pass@1"].values()
+        cells.append([str(run["seed"]), f"{first:.1%}", f"{last:.1%}", f"{run['seconds']:.0f}"])
+    return markdown(["seed", "after the cold start", "after GRPO", "seconds in all"], cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,10 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     runs = [run_seed(seed, options.output / str(seed)) for seed in options.seeds]
     found = {"machine": machine(torch.device("cpu")), "runs": runs}
-    write_text(results_folder() / "demo.json", json.dumps(found, indent=1) + "\n")
-    draw(runs, results_folder() / "demo.png")
+    path = write_results("demo.json", found)
+    draw_demo(runs, path.with_suffix(".png"))
+    show(table(found), f"written to {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,28 +4,26 @@
     flashgrpo bench generate --model Qwen2.5-1.5B --prompts 64 --max-new-tokens 512 --generators native vllm
     flashgrpo bench generate --runs native=RUN vllm=RUN    # instead: scores of runs of one recipe
 
-`transformers` is `transformers.generate`, `native` the trainer's decoder, `bare` an `LLM.generate` in this process and
-`wrapped` what ours puts around the same engine, `vllm` an engine in a process beside this one, `vllm_server` one behind
-HTTP. Weights are random, and every completion has its full length. The machine should be idle. Writes
-bench/results/generate_<device>.json.
+`transformers` is `transformers.generate`, `native` the trainer's decoder, `bare` an `LLM.generate`
+in this process and `wrapped` what ours puts around the same engine, `vllm` an engine in a process
+beside this one, `vllm_server` one behind HTTP. Weights are random, and every completion has its
+full length. The machine should be idle. Writes bench/results/generate_<device>.json.
 """
 
 import argparse
 import contextlib
+import functools
 import importlib.util
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markdown import Markdown
 from transformers import AutoModelForCausalLM
 
-from flashgrpo.bench.report import generate_table
 from flashgrpo.bench.shapes import SHAPES
-from flashgrpo.bench.timing import console, machine, option_parser, results_folder, slug, time_turns
+from flashgrpo.bench.timing import Row, machine, markdown, option_parser, show, time_turns, write_results
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.rollout.generator import sample_seeds
 from flashgrpo.grpo.rollout.opening import open_generator
@@ -37,9 +35,15 @@ from flashgrpo.grpo.stages.demo import make_model
 from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.files import write_text
 
-GENERATORS = "transformers", "native", "bare", "wrapped", "vllm", "vllm_server"
+GENERATORS = {  # by the names of --generators, how a table calls them
+    "transformers": "`transformers.generate`",
+    "native": "`native`, the trainer's decoder",
+    "bare": "vLLM's `LLM.generate` alone",
+    "wrapped": "the same engine, our groups and log-probs",
+    "vllm": "`vllm`, a process of its own",
+    "vllm_server": "`vllm_server`, HTTP",
+}
 
 
 def parser_for(name: str, description: str | None, model: str, generators: Sequence[str]) -> argparse.ArgumentParser:
@@ -79,6 +83,7 @@ def recipe_for(model: Path, generator: str, longest: int, devices: Sequence[str]
         "rollout": {"generator": generator, "max_new_tokens": longest},
         "vllm": {
             "devices": ([*devices] or ["cpu"]) if generator == "vllm_server" else [],
+            # All generators stay open, for they take turns.
             **({"memory_share": 0.2} if is_gpu else {"kv_cache_gb": 0.5}),
         },
         "run": {"output": str(model.parent / generator), "device": "auto" if is_gpu else "cpu"},
@@ -94,47 +99,69 @@ def opened(recipe: Recipe, world: World, longest_prompt: int) -> tuple[Any, Deco
     generator: Any = open_generator(recipe, policy, world, longest_prompt)
     source = DecoderSource(dict(decoder.named_parameters()), decoder.config, dtype)
     generator.load_weights(source, 0)
+    # Every completion has its full length.
     getattr(generator, "client", generator).stop_token_ids = []
     return generator, source
 
 
-def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+def sample_rates(options: argparse.Namespace, model: Path) -> Row:
     """Tokens a second of each side."""
-    length, longest = options.prompt_tokens, options.max_new_tokens
-    requests = [
-        Request(i, [5 + (i * 31 + j * 7) % 500 for j in range(length)], sample_seeds(0, 0, i, options.group_size))
-        for i in range(options.prompts)
-    ]
-    sampling, num_samples = Sampling(longest), options.prompts * options.group_size
-    recipes = {name: recipe_for(model, name, longest, options.devices) for name in ("native", "vllm", "vllm_server")}
+    longest, num_samples = options.max_new_tokens, options.prompts * options.group_size
+    requests = []
+    for i in range(options.prompts):
+        tokens = [5 + (i * 31 + j * 7) % 500 for j in range(options.prompt_tokens)]
+        requests.append(Request(i, tokens, sample_seeds(0, 0, i, options.group_size)))
+    sampling = Sampling(longest)
     sides: dict[str, Callable[[], Any]] = {}
-    if "transformers" in options.generators:
-        sides["transformers"] = transformers_sampler(model, requests, longest)
     with contextlib.ExitStack() as stack:
-        world = stack.enter_context(open_world(recipes["native"]))
-        for name in recipes:
-            if name in options.generators:
-                generator, _ = opened(recipes[name], world, length)
+        world = stack.enter_context(open_world(recipe_for(model, "native", longest, [])))
+        engine = functools.cache(lambda: open_engine(model, world.device, longest, options.prompt_tokens))
+        # vLLM's own processes start before there is an engine in this one.
+        for name in sorted(options.generators, key=lambda name: name in ("bare", "wrapped")):
+            if name == "transformers":
+                sides[name] = transformers_sampler(model, requests, longest)
+            elif name == "bare":
+                sides[name] = bare_sampler(engine(), requests, sampling)
+            elif name == "wrapped":
+                sides[name] = generator_sampler(engine(), requests, sampling)
+            else:
+                recipe = recipe_for(model, name, longest, options.devices)
+                generator, _ = opened(recipe, world, options.prompt_tokens)
                 stack.callback(generator.close)
-                sides[name] = lambda own=generator: [*own.generate(requests, sampling)]
-        if {"bare", "wrapped"} & {*options.generators}:
-            from flashgrpo.grpo.rollout.vllm.engine import Engine, sampling_params
-            from flashgrpo.grpo.rollout.vllm.options import EngineOptions
-
-            dtype = str(resolve_dtype("auto", world.device)).removeprefix("torch.")
-            engine_options = EngineOptions.of(recipes["vllm"], dtype, world.device.type == "cuda", length)
-            engine = Engine(engine_options, [], load_format="auto")
-            prompts: Any = [{"prompt_token_ids": request.prompt_ids} for request in requests]
-            params = [sampling_params(sampling, request, []) for request in requests]
-            sides["bare"] = lambda: engine.llm.generate(prompts, params, use_tqdm=False)
-            sides["wrapped"] = lambda: [*engine.generate(requests, sampling)]
-        sides = {name: sides[name] for name in GENERATORS if name in options.generators}
-        found = time_turns(sides, torch.device("cpu"), rounds=-(-options.rounds // 2))  # a call ends with its tokens
+                sides[name] = generator_sampler(generator, requests, sampling)
+        sides = {name: sides[name] for name in GENERATORS if name in sides}
+        found = time_turns(sides, world.device, rounds=-(-options.rounds // 2))
         device = world.device
-    rates = {name: num_samples * longest / timing.p50_ms * 1e3 for name, timing in found.items()}
-    spread = {name: timing.spread for name, timing in found.items()}
     sizes = {name: getattr(options, name) for name in ("model", "prompts", "group_size", "prompt_tokens")}
-    return {"machine": machine(device), **sizes, "max_new_tokens": longest, "tokens_per_s": rates, "spread": spread}
+    row: Row = {"machine": machine(device), **sizes, "max_new_tokens": longest, "tokens_per_s": {}, "spread": {}}
+    for name, timing in found.items():
+        row["tokens_per_s"][name] = 1e3 * num_samples * longest / timing.p50_ms
+        row["spread"][name] = timing.spread
+    return row
+
+
+def open_engine(model: Path, device: torch.device, max_new_tokens: int, longest_prompt: int) -> Any:
+    """What ours puts around vLLM's engine, in this process."""
+    from flashgrpo.grpo.rollout.vllm.engine import Engine
+    from flashgrpo.grpo.rollout.vllm.options import EngineOptions
+
+    dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
+    recipe = recipe_for(model, "vllm", max_new_tokens, [])
+    options = EngineOptions.of(recipe, dtype, device.type == "cuda", longest_prompt)
+    return Engine(options, [], load_format="auto")
+
+
+def generator_sampler(generator: Any, requests: list[Request], sampling: Sampling) -> Callable[[], Any]:
+    return lambda: [*generator.generate(requests, sampling)]
+
+
+def bare_sampler(engine: Any, requests: Sequence[Request], sampling: Sampling) -> Callable[[], Any]:
+    """The same engine without anything of ours."""
+    from flashgrpo.grpo.rollout.vllm.engine import sampling_params
+
+    prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+    params = [sampling_params(sampling, request, []) for request in requests]
+    return lambda: engine.llm.generate(prompts, params, use_tqdm=False)
 
 
 def transformers_sampler(model: Path, requests: Sequence[Request], max_new_tokens: int) -> Callable[[], None]:
@@ -144,52 +171,71 @@ def transformers_sampler(model: Path, requests: Sequence[Request], max_new_token
     causal: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     causal.to(device).eval()
     ids = torch.tensor([request.prompt_ids for request in requests], device=device)
-    lengths = {"min_new_tokens": max_new_tokens, "max_new_tokens": max_new_tokens}
+    options = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "num_return_sequences": len(requests[0].seeds)}
+    options |= {"min_new_tokens": max_new_tokens, "max_new_tokens": max_new_tokens}
 
     def sample() -> None:
-        output = causal.generate(
-            input_ids=ids,
-            do_sample=True,
-            top_k=0,
-            num_return_sequences=len(requests[0].seeds),
-            pad_token_id=0,
-            **lengths,
-        )
+        output = causal.generate(input_ids=ids, **options)
+        # A side that stops early would look fast.
         assert output.shape[1] == ids.shape[1] + max_new_tokens
 
     return sample
 
 
-def scores(runs: list[str]) -> dict[str, dict[str, float]]:
+def table(found: Row) -> list[str]:
+    """Of a results file."""
+    cells = []
+    rates = found["tokens_per_s"]
+    for name, rate in rates.items():
+        share = f"{rate / rates['bare']:.2f}" if "bare" in rates else ""
+        cells.append([GENERATORS[name], f"{rate:,.0f}", share, f"{found['spread'][name]:.0%}"])
+    return markdown(["", "tokens/s:", "of `LLM.generate`:", "spread:"], cells)
+
+
+def headline(found: Row) -> tuple[str, str]:
+    rates = found["tokens_per_s"]
+    peer, engine = rates["native"] / rates["transformers"], rates["native"] / rates["bare"]
+    of_peer = f"{peer:.1f} times as fast as `transformers.generate`"
+    return "sampling, 8 completions a prompt", f"{of_peer}, {engine:.1f} times as vLLM's CPU build"
+
+
+def scores(runs: list[str]) -> Row:
     """First and last held-out score, and the largest mismatch and staleness, of runs given as NAME=FOLDER."""
     found = {}
     for run in runs:
         name, _, folder = run.partition("=")
         rows = read_rows(Path(folder) / "metrics.jsonl")
         evaluated = [row["eval/pass@1"] for row in rows if "eval/pass@1" in row]
-        mismatch = max(row.get("mismatch/max", 0.0) for row in rows)
-        staleness = max(row.get("staleness/max", 0.0) for row in rows)
-        found[name] = {"first": evaluated[0], "last": evaluated[-1], "mismatch": mismatch, "staleness": staleness}
+        found[name] = {
+            "first": evaluated[0],
+            "last": evaluated[-1],
+            "mismatch": max(row.get("mismatch/max", 0.0) for row in rows),
+            "staleness": max(row.get("staleness/max", 0.0) for row in rows),
+        }
     return found
 
 
+def scores_table(found: Row) -> list[str]:
+    """Of what `scores` gives."""
+    cells = []
+    for name, run in found.items():
+        mismatch, staleness = f"{run['mismatch']:.1e}", f"{run['staleness']:.0f}"
+        cells.append([f"`{name}`", f"{run['first']:.1%}", f"{run['last']:.1%}", mismatch, staleness])
+    return markdown(["the demo, 50 steps", "held-out before", "after", "largest mismatch, nats", "staleness"], cells)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = parser_for("generate", __doc__, "small", GENERATORS)
+    parser = parser_for("generate", __doc__, "small", [*GENERATORS])
     for name, default in (("prompts", 32), ("group-size", 8), ("prompt-tokens", 64), ("max-new-tokens", 64)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--runs", nargs="+", metavar="NAME=RUN", help="write the scores of these, and measure nothing")
     options = parser.parse_args(arguments)
     if options.runs:
-        write_text(results_folder() / "demo_runs.json", json.dumps(scores(options.runs), indent=1) + "\n")
+        found = scores(options.runs)
+        show(scores_table(found), f"written to {write_results('demo_runs.json', found)}")
         return 0
     require(options.generators)
     with random_model(options.model) as model:
-        found = measure(options, model)
-    file = results_folder() / f"generate_{slug(found['machine']['device'])}.json"
-    write_text(file, json.dumps(found, indent=1) + "\n")
-    console().print(Markdown("\n".join(generate_table(found))), f"written to {file}")
+        found = sample_rates(options, model)
+    show(table(found), f"written to {write_results('generate_{device}.json', found)}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,21 +1,24 @@
 """The peer of `cpu_step.py`: one GRPO step of TRL's GRPOTrainer on CPU.
 
-    python bench/peer_trl.py --model DIR --prompts FILE --group-size 8 --num-prompts 8 --max-new-tokens 64 --steps 6
+    python bench/peer_trl.py '{"model": FOLDER, "prompts": JSONL, "num_prompts": 8, "group_size": 8,
+        "max_new_tokens": 64, "micro_batch": 64, "steps": 5, "threads": 2}'
 
-Runs in an environment of its own (`make .venv-trl/.done`) and needs nothing of flashgrpo. Everything is fp32. A step is
-one rollout, its rewards, one optimizer update and its log line; no KL, no reference model, no old log-probs. TRL's
-defaults that would slow it down here are off: bf16 autocast and gradient checkpointing. Every completion has exactly
-`max_new_tokens` tokens, since `min_new_tokens` bars the end-of-sequence token; the run fails if one came out shorter.
-The last line on stdout is one JSON object; times are seconds, memory is in units of 10^6 bytes.
+Runs in an environment of its own (`make .venv-trl/.done`) and needs nothing of flashgrpo.
+Everything is fp32. A step is one rollout, its rewards, one optimizer update and its log line; no
+KL, no reference model, no old log-probs. TRL's defaults that would slow it down here are off: bf16
+autocast and gradient checkpointing. Every completion has exactly `max_new_tokens` tokens, since
+`min_new_tokens` bars the end-of-sequence token; the run fails if one came out shorter. The last
+line on stdout is one JSON object; times are seconds, memory is in units of 10^6 bytes.
 """
 
-import argparse
 import importlib
 import itertools
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -27,8 +30,11 @@ WARMUP_STEPS = 2
 
 def even_words(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Share of a completion's words that end in an even digit: cheap, and hardly ever equal throughout a group."""
-    words = [completion.split() for completion in completions]
-    return [sum(word[-1] in "02468" for word in row) / max(len(row), 1) for row in words]
+    shares = []
+    for completion in completions:
+        last_digits = [word[-1] for word in completion.split()]
+        shares.append(sum(map(last_digits.count, "02468")) / max(len(last_digits), 1))
+    return shares
 
 
 class StepClock(TrainerCallback):
@@ -60,26 +66,26 @@ def read_prompts(path: Path, needed: int) -> list[str]:
     return prompts
 
 
-def grpo_config(trl: Any, args: argparse.Namespace, output: str) -> Any:
+def grpo_config(trl: Any, settings: SimpleNamespace, output: str) -> Any:
     """TRL's settings for the step described above; what is not named keeps its default."""
-    num_completions = args.num_prompts * args.group_size
+    num_completions = settings.num_prompts * settings.group_size
     return trl.GRPOConfig(
         output_dir=output,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=args.micro_batch,
-        gradient_accumulation_steps=num_completions // args.micro_batch,
-        num_generations=args.group_size,
-        max_completion_length=args.max_new_tokens,
-        generation_kwargs={"min_new_tokens": args.max_new_tokens},
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=num_completions // settings.micro_batch,
+        num_generations=settings.group_size,
+        max_completion_length=settings.max_new_tokens,
+        generation_kwargs={"min_new_tokens": settings.max_new_tokens},
         temperature=1.0,
         loss_type="grpo",
         beta=0.0,
         num_iterations=1,
         learning_rate=1e-6,
         lr_scheduler_type="constant",
-        max_steps=args.steps,
+        max_steps=settings.steps,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
@@ -88,42 +94,35 @@ def grpo_config(trl: Any, args: argparse.Namespace, output: str) -> Any:
     )
 
 
-def time_steps(args: argparse.Namespace) -> dict[str, Any]:
-    """Train for `args.steps` steps; report all but the warm-up."""
-    trl = importlib.import_module("trl")  # not installed where flashgrpo is, so a type checker cannot see it
-    prompts = read_prompts(args.prompts, args.num_prompts)
+def time_steps(settings: SimpleNamespace) -> dict[str, Any]:
+    """Train for `steps` steps; report all but the warm-up."""
+    # It is not installed where flashgrpo is, so a type checker cannot see it.
+    trl = importlib.import_module("trl")
+    prompts = read_prompts(Path(settings.prompts), settings.num_prompts)
     clock = StepClock()
     with tempfile.TemporaryDirectory() as output:
         trainer = trl.GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32),
             reward_funcs=even_words,
-            args=grpo_config(trl, args, output),
+            args=grpo_config(trl, settings, output),
             train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-            processing_class=AutoTokenizer.from_pretrained(args.model, padding_side="left"),
+            processing_class=AutoTokenizer.from_pretrained(settings.model, padding_side="left"),
             callbacks=[clock],
         )
         trainer.train()
+    # A completion that ends early is less work than the table says.
     shortest = min(row["completions/min_length"] for row in trainer.state.log_history if "reward" in row)
-    if shortest != args.max_new_tokens:
-        raise RuntimeError(f"a completion has {shortest} tokens, all must have {args.max_new_tokens}")
+    if shortest != settings.max_new_tokens:
+        raise RuntimeError(f"a completion has {shortest} tokens, all must have {settings.max_new_tokens}")
     return {"peer": f"trl {trl.__version__}", "step_s": clock.step_seconds()[WARMUP_STEPS:], "peak_mb": peak_mb()}
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags that both sides take; sets the number of threads."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
-    parser.add_argument("--prompts", type=Path, required=True, help="JSONL with a prompt column")
-    parser.add_argument("--num-prompts", type=int, default=8, help="prompts a step")
-    parser.add_argument("--group-size", type=int, default=8, help="completions a prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of every completion")
-    parser.add_argument("--micro-batch", type=int, default=64, help="TRL: completions a backward pass")
-    parser.add_argument("--steps", type=int, default=6, help=f"more than {WARMUP_STEPS}, which are not reported")
-    parser.add_argument("--threads", type=int, default=2, help="torch's intra-op threads")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    return args
+def read_settings() -> SimpleNamespace:
+    """What both sides are called with: one JSON object. Sets the number of threads."""
+    settings = SimpleNamespace(**json.loads(sys.argv[1]))
+    torch.set_num_threads(settings.threads)
+    return settings
 
 
 if __name__ == "__main__":
-    print(json.dumps(time_steps(parse_args())))
+    print(json.dumps(time_steps(read_settings())))

@@ -1,8 +1,10 @@
-"""Who offers an operation of cases.py: flashgrpo first, then torch, then what others have published, where installed.
+"""Who offers an operation of cases.py: flashgrpo first, then torch, then what others have
+published, where installed.
 
-A provider prepares inputs (layout, masks, offsets: not timed) and gives the call that is timed. Those that know no
-prefixes attend over repeated prompts. Those that have log-probs but no loss get torch's loss and its gradient behind
-them. Gradients of logits are written beside the logits, which a benchmark needs again, by all.
+A provider loads: it prepares inputs (layout, masks, offsets: not timed) and gives the call that is
+timed. Those that know no prefixes attend over repeated prompts. Those that have log-probs but no
+loss get torch's loss and its gradient behind them. Gradients of logits are written beside the
+logits, which a benchmark needs again, by all.
 """
 
 import functools
@@ -32,17 +34,17 @@ from flashgrpo.kernels.grpo_loss import LossConfig, grpo_loss, logits_grpo_loss
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
 
-Call = Callable[[], Results]
-_UNCOMPILED = "Liger, compiled=False"  # its compilation may fail where shapes change
+Load = Callable[[Inputs], Callable[[], Any]]
 _CONFIG = LossConfig.preset("dapo", clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
 
 
 @dataclass(frozen=True)
 class Provider:
-    """`prepare` raises ImportError where the package is missing, and whatever the package raises."""
+    """`load` raises ImportError where the package is missing, and whatever the package raises."""
 
     name: str
-    prepare: Callable[[Case, Inputs], Call]
+    gives: str  # what the loaded call gives: "out", "logprobs", "loss", or all "results"
+    load: Load
     is_repeated: bool = False  # takes the inputs of `repeat_prompts`
     is_bound: bool = False  # not the operation: nothing to check
 
@@ -50,11 +52,18 @@ class Provider:
     def is_ours(self) -> bool:
         return self.name.startswith("flashgrpo")
 
-    def call(self, case: Case, inputs: Inputs) -> Call:
-        return self.prepare(case, repeat_prompts(case, inputs) if self.repeats(case) else inputs)
-
     def repeats(self, case: Case) -> bool:
         return self.is_repeated and bool(case.shape["group"])
+
+    def call(self, case: Case, inputs: Inputs) -> Callable[[], Results]:
+        """The whole operation: what is loaded, a loss where it gives none, and the gradients."""
+        own = repeat_prompts(case, inputs) if self.repeats(case) else inputs
+        forward = self.load(own)
+        if self.gives == "results":
+            return forward
+        if self.gives == "logprobs" and case.wanted:
+            return lambda: case.gradients({"loss": plain_loss(forward(), own)[0]}, own)
+        return lambda: case.gradients({self.gives: forward()}, own)
 
 
 def providers(case: Case, names: Iterable[str] | None = None) -> list[Provider]:
@@ -63,101 +72,69 @@ def providers(case: Case, names: Iterable[str] | None = None) -> list[Provider]:
     return [x for x in fit if names is None or x.name in names]
 
 
-def _attend(load: Callable[[Case, Inputs], Callable[[], Tensor]]) -> Callable[[Case, Inputs], Call]:
-    """From what attends to what also gives gradients."""
-
-    def prepare(case: Case, inputs: Inputs) -> Call:
-        attend = load(case, inputs)
-        return lambda: case.gradients({"out": attend()}, inputs)
-
-    return prepare
+def _ready(use: Callable[[Inputs], Any]) -> Load:
+    """Of what has nothing to prepare."""
+    return lambda inputs: functools.partial(use, inputs)
 
 
-def _score(load: Callable[[Inputs], Callable[[], Tensor]]) -> Callable[[Case, Inputs], Call]:
-    """From log-probs to the operation: themselves, or torch's loss of them and its gradients."""
-
-    def prepare(case: Case, inputs: Inputs) -> Call:
-        score = load(inputs)
-        if case.wanted:
-            return lambda: case.gradients({"loss": plain_loss(score(), inputs)[0]}, inputs)
-        return lambda: {"logprobs": score()}
-
-    return prepare
-
-
-def _published(
-    module: str, name: str, use: Callable[[Callable[..., Any], Inputs], Tensor]
-) -> Callable[[Case, Inputs], Call]:
-    """The operation from the log-probs that a published function gives."""
+def _published(module: str, name: str, use: Callable[[Callable[..., Any], Inputs], Tensor]) -> Load:
+    """Of what a package's function gives."""
 
     def load(inputs: Inputs) -> Callable[[], Tensor]:
-        function = _peer(module, name)
-        return lambda: use(function, inputs)
+        return functools.partial(use, _peer(module, name), inputs)
 
-    return _score(load)
+    return load
 
 
 def _peer(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _loss(make: Callable[[Inputs], tuple[Tensor, object]]) -> Callable[[Case, Inputs], Call]:
-    """From a function that gives (loss, anything else)."""
-    return lambda case, inputs: lambda: case.gradients({"loss": make(inputs)[0]}, inputs)
+def _own_attention(backend: str) -> Load:
+    def attend(x: Inputs) -> Tensor:
+        own = {"max_seqlen": x["max_seqlen"], "backend": backend}
+        return packed_attention(x["q"], x["k"], x["v"], x["cu_seqlens"], x["prefix"], **own)
+
+    return _ready(attend)
 
 
-def _own(backend: str) -> Callable[[Case, Inputs], Call]:
-    return _attend(
-        lambda case, x: (
-            lambda: packed_attention(
-                x["q"], x["k"], x["v"], x["cu_seqlens"], x["prefix"], max_seqlen=x["max_seqlen"], backend=backend
-            )
-        )
-    )
-
-
-def _heads_first(x: Inputs, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:  # [1, heads, rows, head_dim]
-    q, k, v = (x[name][rows].transpose(0, 1)[None] for name in ("q", "k", "v"))
-    return q, k, v
-
-
-def _sdpa(case: Case, x: Inputs) -> Callable[[], Tensor]:
-    """One call: all sequences are of one length."""
+def _sdpa(x: Inputs) -> Tensor:
+    """In one call: all sequences are of one length."""
     num = len(x["cu_seqlens"]) - 1
-
-    def attend() -> Tensor:
-        q, k, v = (x[name].unflatten(0, (num, -1)).transpose(1, 2) for name in ("q", "k", "v"))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
-
-    return attend
+    q, k, v = (x[name].unflatten(0, (num, -1)).transpose(1, 2) for name in ("q", "k", "v"))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
-def _varlen(case: Case, x: Inputs) -> Callable[[], Tensor]:
+def _varlen(x: Inputs) -> Callable[[], Tensor]:
     varlen_attn = _peer("torch.nn.attention.varlen", "varlen_attn")
-    known = inspect.signature(varlen_attn).parameters  # releases differ in how they are told to be causal
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    options |= {"enable_gqa": True} if "enable_gqa" in known else {}
+    # Releases differ in how they are told to be causal.
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
     offsets, most = x["cu_seqlens"], x["max_seqlen"]
     return lambda: varlen_attn(x["q"], x["k"], x["v"], offsets, offsets, most, most, **options)
 
 
-def _flash(module: str) -> Callable[[Case, Inputs], Call]:
-    def load(case: Case, x: Inputs) -> Callable[[], Tensor]:
+def _flash(module: str) -> Load:
+    def load(x: Inputs) -> Callable[[], Tensor]:
         attend = _peer(module, "flash_attn_varlen_func")
-        options = {f"cu_seqlens_{side}": x["cu_seqlens"] for side in "qk"} | {"causal": True}
-        options |= {f"max_seqlen_{side}": x["max_seqlen"] for side in "qk"}
+        options: dict[str, Any] = {"causal": True}
+        for side in "qk":
+            options |= {f"cu_seqlens_{side}": x["cu_seqlens"], f"max_seqlen_{side}": x["max_seqlen"]}
 
         def call() -> Tensor:
             out = attend(x["q"], x["k"], x["v"], **options)
+            # Releases differ in whether they give the log-sum-exp, too.
             return out[0] if isinstance(out, tuple) else out
 
         return call
 
-    return _attend(load)
+    return load
 
 
-def _flex(case: Case, x: Inputs) -> Callable[[], Tensor]:
+def _flex(x: Inputs) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not x["q"].is_cuda:
@@ -168,31 +145,36 @@ def _flex(case: Case, x: Inputs) -> Callable[[], Tensor]:
     def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return ((segment[i] == segment[j]) & (i >= j)) | (parent[i] == segment[j])
 
-    mask = create_block_mask(sees, None, None, case.tokens, case.tokens, device=str(x["q"].device))
+    mask = create_block_mask(sees, None, None, len(segment), len(segment), device=str(x["q"].device))
     attend = _compiled(flex_attention)
-    return lambda: attend(*_heads_first(x), block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    def call() -> Tensor:
+        q, k, v = (x[name].transpose(0, 1)[None] for name in ("q", "k", "v"))  # [1, heads, tokens, head_dim]
+        return attend(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return call
 
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    torch._dynamo.config.recompile_limit = 64  # many shapes; beyond it fullgraph raises where else it would run eagerly
+    # There are many shapes; beyond the limit fullgraph raises where else it would run eagerly.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True)
 
 
-def _compiled_loss(inputs: Inputs) -> Tensor:
-    return plain_loss(inputs["logprobs"] if "logprobs" in inputs else plain_logprobs(inputs), inputs)[0]
+def _torch_compile(function: Callable[..., Tensor]) -> Load:
+    def load(inputs: Inputs) -> Callable[[], Tensor]:
+        for name, value in inputs.items():
+            if name != "weight":
+                # One compilation is for every number of tokens.
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+        return functools.partial(_compiled(function), inputs)
+
+    return load
 
 
-def _torch_compile(case: Case, inputs: Inputs) -> Call:
-    for name, value in inputs.items():
-        if name != "weight":
-            torch._dynamo.maybe_mark_dynamic(value, 0)  # one compilation for every number of tokens
-    call = _compiled(_compiled_loss if case.wanted else plain_logprobs)
-    return lambda: case.gradients({"loss" if case.wanted else "logprobs": call(inputs)}, inputs)
-
-
-def _plain(case: Case, inputs: Inputs) -> Call:
-    return lambda: case.plain(inputs)
+def _loss_of(inputs: Inputs) -> Tensor:
+    return plain_loss(plain_logprobs(inputs), inputs)[0]
 
 
 def _own_arguments(x: Inputs) -> dict[str, Any]:
@@ -200,14 +182,28 @@ def _own_arguments(x: Inputs) -> dict[str, Any]:
     return {name: x[name], "old_logprobs": x["old_logprobs"], "denominator": float(len(x["old_logprobs"]))}
 
 
-def _own_gather_loss(x: Inputs) -> tuple[Tensor, object]:
-    logprobs, _ = gather_logprobs(x["logits"], x["targets"])
-    return grpo_loss(logprobs, x["target_cu_seqlens"], _CONFIG, **_own_arguments(x))
+def _own_logprobs(x: Inputs) -> Tensor:
+    return gather_logprobs(x["logits"], x["targets"])[0]
 
 
-def _own_linear_loss(x: Inputs) -> tuple[Tensor, object]:
+def _own_loss(x: Inputs) -> Tensor:
+    """From log-probs, which the operation has or makes first."""
+    logprobs = x["logprobs"] if "logprobs" in x else _own_logprobs(x)
+    return grpo_loss(logprobs, x["target_cu_seqlens"], _CONFIG, **_own_arguments(x))[0]
+
+
+def _own_logits_loss(x: Inputs) -> Tensor:
+    fixed = x["logits"], x["targets"], x["target_cu_seqlens"], _CONFIG
+    return logits_grpo_loss(*fixed, **_own_arguments(x))[0]
+
+
+def _own_linear_logprobs(x: Inputs) -> Tensor:
+    return linear_logprobs(x["hidden"], x["weight"], x["targets"])[0]
+
+
+def _own_linear_loss(x: Inputs) -> Tensor:
     fixed = x["hidden"], x["weight"], x["targets"], x["target_cu_seqlens"], _CONFIG
-    return linear_grpo_loss(*fixed, **_own_arguments(x))
+    return linear_grpo_loss(*fixed, **_own_arguments(x))[0]
 
 
 def _padded(inputs: Inputs) -> Tensor:  # [completions, length + 1, vocab]
@@ -222,38 +218,37 @@ def _liger_logprobs(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: score(logits, targets, temperature=1.0).flatten()
 
 
-def _liger_logits_loss(case: Case, inputs: Inputs) -> Call:
+def _liger_logits_loss(inputs: Inputs) -> Callable[[], Results]:
     loss_of, logits = _peer("liger_kernel.transformers.grpo_loss", "triton_grpo_loss"), _padded(inputs).requires_grad_()
     targets, old = (inputs[name].view(logits.shape[0], -1) for name in ("targets", "old_logprobs"))
+    options = {"temperature": 1.0, "beta": 0.0, "eps_low": CLIP_LOW, "eps_high": CLIP_HIGH}
+    options |= {"inplace": False, "loss_type": "bnpo", "reduce": True}
 
     def call() -> Results:
-        loss, _ = loss_of(
-            logits, old, None, targets, inputs["advantages"], temperature=1.0, beta=0.0, eps_low=CLIP_LOW,
-            eps_high=CLIP_HIGH, inplace=False, loss_type="bnpo", reduce=True,
-        )  # fmt: skip
+        loss, _ = loss_of(logits, old, None, targets, inputs["advantages"], **options)
         (d_logits,) = torch.autograd.grad(loss, logits)
         return {"loss": loss.detach(), "d_logits": d_logits[:, :-1]}
 
     return call
 
 
-def _liger_linear_loss(case: Case, inputs: Inputs, compiled: bool = True) -> Call:
-    loss_of = _peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(
-        beta=0.0, use_ref_model=False, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH, loss_type="bnpo", compiled=compiled
-    )
-    completions = len(inputs["advantages"])
-    targets, old = (inputs[name].view(completions, -1) for name in ("targets", "old_logprobs"))
-    hidden, mask = inputs["hidden"].view(completions, -1, inputs["hidden"].shape[1]), torch.ones_like(old)
+def _liger_linear_loss(compiled: bool) -> Load:
+    def load(inputs: Inputs) -> Callable[[], Tensor]:
+        options = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo", "compiled": compiled}
+        options |= {"epsilon_low": CLIP_LOW, "epsilon_high": CLIP_HIGH}
+        loss_of = _peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(**options)
+        advantages, weight = inputs["advantages"], inputs["weight"]
+        targets, old = (inputs[name].view(len(advantages), -1) for name in ("targets", "old_logprobs"))
+        # All completions are of one length, so that nothing is masked.
+        hidden, mask = inputs["hidden"].unflatten(0, targets.shape), torch.ones_like(old)
+        return lambda: loss_of(hidden, weight, targets, mask, advantages, old_per_token_logps=old)[0]
 
-    def call() -> Results:
-        loss, _ = loss_of(hidden, inputs["weight"], targets, mask, inputs["advantages"], old_per_token_logps=old)
-        return case.gradients({"loss": loss}, inputs)
-
-    return call
+    return load
 
 
-def _three_gemms(case: Case, inputs: Inputs) -> Call:
+def _three_gemms(inputs: Inputs) -> Callable[[], Results]:
     hidden, weight = (inputs[name].detach() for name in ("hidden", "weight"))
+    # As ours, which sums the gradient of the weight in fp32.
     wide: dict[str, Any] = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
 
     def call() -> Results:
@@ -264,62 +259,72 @@ def _three_gemms(case: Case, inputs: Inputs) -> Call:
 
 
 _ATTENTION = [
-    Provider("flashgrpo", _own("triton")),
-    Provider("flashgrpo, prompt repeated", _own("triton"), is_repeated=True),
-    Provider("flash-attn 2, prompt shared", _own("flash_attn")),
-    Provider("torch SDPA", _attend(_sdpa), is_repeated=True),
-    Provider("torch varlen_attn", _attend(_varlen), is_repeated=True),
-    Provider("torch FlexAttention", _attend(_flex)),
-    Provider("flash-attn 2", _flash("flash_attn"), is_repeated=True),
-    Provider("flash-attn 3", _flash("flash_attn_interface"), is_repeated=True),
-    Provider("flash-attn 4", _flash("flash_attn.cute"), is_repeated=True),
+    Provider("flashgrpo", "out", _own_attention("triton")),
+    Provider("flashgrpo, prompt repeated", "out", _own_attention("triton"), is_repeated=True),
+    Provider("flash-attn 2, prompt shared", "out", _own_attention("flash_attn")),
+    Provider("torch SDPA", "out", _ready(_sdpa), is_repeated=True),
+    Provider("torch varlen_attn", "out", _varlen, is_repeated=True),
+    Provider("torch FlexAttention", "out", _flex),
+    Provider("flash-attn 2", "out", _flash("flash_attn"), is_repeated=True),
+    Provider("flash-attn 3", "out", _flash("flash_attn_interface"), is_repeated=True),
+    Provider("flash-attn 4", "out", _flash("flash_attn.cute"), is_repeated=True),
 ]
-_TORCH = [Provider("torch", _plain), Provider("torch.compile", _torch_compile)]
+_TORCH = Provider("torch", "logprobs", _ready(plain_logprobs))
+_TORCH_LOSS = [_TORCH, Provider("torch.compile", "loss", _torch_compile(_loss_of))]
+_TORCH_LOGPROBS = [_TORCH, Provider("torch.compile", "logprobs", _torch_compile(plain_logprobs))]
 _OF_LOGITS = [
-    Provider("QuACK", _published("quack.cross_entropy", "cross_entropy",
-                                 lambda f, x: -f(x["logits"], x["targets"], reduction="none"))),
-    Provider("TRL", _published("trl.trainer.utils", "selective_log_softmax",
-                               lambda f, x: f(x["logits"], x["targets"]))),
-    Provider("TRL kernel", _published("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy",
-                                      lambda f, x: f(x["logits"], x["targets"])[0])),
+    Provider("QuACK", "logprobs", _published(
+        "quack.cross_entropy", "cross_entropy", lambda f, x: -f(x["logits"], x["targets"], reduction="none"))),
+    Provider("TRL", "logprobs", _published(
+        "trl.trainer.utils", "selective_log_softmax", lambda f, x: f(x["logits"], x["targets"]))),
+    Provider("TRL kernel", "logprobs", _published(
+        "trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy",
+        lambda f, x: f(x["logits"], x["targets"])[0])),
 ]  # fmt: skip
 _OF_HIDDEN = [
-    Provider("Cut Cross-Entropy", _published("cut_cross_entropy", "linear_cross_entropy",
-             lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none"))),
-    Provider("QuACK", _published("quack.linear_cross_entropy", "linear_cross_entropy_func",
-             lambda f, x: -f(x["hidden"], x["weight"], None, x["targets"], reduction="none"))),
+    Provider("Cut Cross-Entropy", "logprobs", _published(
+        "cut_cross_entropy", "linear_cross_entropy",
+        lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none"))),
+    Provider("QuACK", "logprobs", _published(
+        "quack.linear_cross_entropy", "linear_cross_entropy_func",
+        lambda f, x: -f(x["hidden"], x["weight"], None, x["targets"], reduction="none"))),
 ]  # fmt: skip
+_LIGER_HIDDEN = Provider("Liger", "logprobs", _published(
+    "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy",
+    lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none")))  # fmt: skip
+_LINEAR_LOSS = [
+    Provider("flashgrpo", "loss", _ready(_own_linear_loss)),
+    *_TORCH_LOSS,
+    Provider("Liger", "loss", _liger_linear_loss(compiled=True)),
+    *_OF_HIDDEN,
+]
 PROVIDERS = {
     "attention_fwd": _ATTENTION,
     "attention": _ATTENTION,
     "gather_logprobs": [
-        Provider("flashgrpo", _score(lambda x: lambda: gather_logprobs(x["logits"], x["targets"])[0])),
-        *_TORCH, Provider("Liger", _score(_liger_logprobs)), *_OF_LOGITS,
+        Provider("flashgrpo", "logprobs", _ready(_own_logprobs)),
+        *_TORCH_LOGPROBS,
+        Provider("Liger", "logprobs", _liger_logprobs),
+        *_OF_LOGITS,
     ],
-    "gather_grpo_loss": [Provider("flashgrpo", _loss(_own_gather_loss)), *_TORCH, *_OF_LOGITS],
+    "gather_grpo_loss": [Provider("flashgrpo", "loss", _ready(_own_loss)), *_TORCH_LOSS, *_OF_LOGITS],
     "logits_grpo_loss": [
-        Provider("flashgrpo", _loss(lambda x: logits_grpo_loss(
-            x["logits"], x["targets"], x["target_cu_seqlens"], _CONFIG, **_own_arguments(x)
-        ))),
-        *_TORCH, Provider("Liger", _liger_logits_loss),
+        Provider("flashgrpo", "loss", _ready(_own_logits_loss)),
+        *_TORCH_LOSS,
+        Provider("Liger", "results", _liger_logits_loss),
     ],
     "linear_logprobs": [
-        Provider("flashgrpo", _score(lambda x: lambda: linear_logprobs(x["hidden"], x["weight"], x["targets"])[0])),
-        *_TORCH, *_OF_HIDDEN,
-        Provider("Liger", _published("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy",
-                 lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none"))),
+        Provider("flashgrpo", "logprobs", _ready(_own_linear_logprobs)),
+        *_TORCH_LOGPROBS,
+        *_OF_HIDDEN,
+        _LIGER_HIDDEN,
     ],
     "linear_grpo_loss": [
-        Provider("flashgrpo", _loss(_own_linear_loss)),
-        Provider("three GEMMs (bound)", _three_gemms, is_bound=True),
-        *_TORCH, Provider("Liger", _liger_linear_loss),
-        Provider(_UNCOMPILED, functools.partial(_liger_linear_loss, compiled=False)), *_OF_HIDDEN,
+        *_LINEAR_LOSS,
+        Provider("three GEMMs (bound)", "results", _three_gemms, is_bound=True),
+        # Its compilation may fail where shapes change.
+        Provider("Liger, compiled=False", "loss", _liger_linear_loss(compiled=False)),
     ],
-    "grpo_loss": [
-        Provider("flashgrpo", _loss(lambda x: grpo_loss(
-            x["logprobs"], x["target_cu_seqlens"], _CONFIG, **_own_arguments(x)
-        ))),
-        *_TORCH,
-    ],
-}  # fmt: skip
-PROVIDERS["memory"] = [x for x in PROVIDERS["linear_grpo_loss"] if x.name not in ("three GEMMs (bound)", _UNCOMPILED)]
+    "grpo_loss": [Provider("flashgrpo", "loss", _ready(_own_loss)), *_TORCH_LOSS],
+    "memory": _LINEAR_LOSS,
+}

@@ -3,36 +3,36 @@
     flashgrpo bench step                                           # Qwen2.5-1.5B on a GPU, a small model on a CPU
     flashgrpo bench step --model Qwen2.5-1.5B Qwen3-4B --groups 4 --prompt-tokens 512 --mean 2048 --cap 16384
 
-Our step, with prompts shared and repeated, and transformers' (with Liger's loss where that is installed) train on the
-same completions with the same weights, each in turn, twice over. Before a side is timed, the hidden states of two
-completions and the gradient norm must be those of the first side: within 1e-4 in fp32, and 5% in bf16, where rounding
-makes about 1% and a wrong position or mask 15% or more. Tests compare every gradient.
+Our step, with prompts shared and repeated, and transformers' (with Liger's loss where that is
+installed) train on the same completions with the same weights, each in turn, twice over. Before a
+side is timed, the hidden states of two completions and the gradient norm must be those of the first
+side: within 1e-4 in fp32, and 5% in bf16, where rounding makes about 1% and a wrong position or
+mask 15% or more. Tests compare every gradient.
 
-Tokens are counted with each completion's prompt, and useful FLOPs are those of the shared prompts, without
-recomputation, for all sides: the same work done sooner has the higher tokens/s, and useful MFU, in the same ratio.
-Shares are of the time of operators (on a GPU of kernels) in one step. Writes bench/results/step_<device>.jsonl, a line
-a side, after each.
+Tokens are counted with each completion's prompt, and useful FLOPs are those of the shared prompts,
+without recomputation, for all sides: the same work done sooner has the higher tokens/s, and useful
+MFU, in the same ratio. Shares are of the time of operators (on a GPU of kernels) in one step.
+Writes bench/results/step_<device>.jsonl, a line a side, after each.
 
-Qwen2.5-1.5B at the defaults of a GPU: 131,000 completion tokens and 1.4e15 FLOPs with shared prompts, 3.5 seconds a
-step at 40% of an H200; with the peer at half of that, five steps a side in two passes take about 90 seconds. Weights,
-gradients and moments take 16 bytes a parameter; micro-batches are sized for what is left.
+Qwen2.5-1.5B at the defaults of a GPU: 131,000 completion tokens and 1.4e15 FLOPs with shared
+prompts, 3.5 seconds a step at 40% of an H200; with the peer at half of that, five steps a side in
+two passes take about 90 seconds. Weights, gradients and moments take 16 bytes a parameter;
+micro-batches are sized for what is left.
 """
 
 import argparse
 import gc
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,19 +41,20 @@ from torch.profiler import ProfilerActivity, profile
 from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.bench.step_sides import Ours, Peer, Workload
 from flashgrpo.bench.timing import (
+    Row,
     Timing,
-    call_ms,
-    console,
     machine,
+    markdown,
     measure_limits,
     option_parser,
     peak_mib,
-    results_folder,
-    slug,
+    sample_ms,
+    show,
+    write_results,
 )
 from flashgrpo.grpo.run.machines import peak_flops
+from flashgrpo.grpo.run.progress import console
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.files import write_text
 from flashgrpo.model.footprint import BlockActivations, ModelSize
 
 SHARED, REPEATED = "flashgrpo, shared prompts", "flashgrpo, repeated prompts"
@@ -80,6 +81,7 @@ def shares(step: Callable[[], object], device: torch.device) -> dict[str, float]
     totals: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for event in events:
         on_gpu = sum(kernel.duration for kernel in event.kernels)
+        # A GPU's kernels count with the operator that has launched them.
         totals[_part(event, of_loss)] += on_gpu if device.type == "cuda" else event.self_cpu_time_total
     return {part: seconds / sum(totals.values()) for part, seconds in totals.items()}
 
@@ -89,6 +91,7 @@ def _part(event: Any, of_loss: set[int]) -> str:
     found, is_product = None, False
     while event is not None:
         is_product |= bool(_PRODUCT.search(event.name))
+        # A backward function has its forward's number, and not always a name that tells.
         if event.name.startswith(_BACKWARD) and event.sequence_nr in of_loss:
             return "loss"
         found = found or next((part for part, pattern in _PATTERNS.items() if pattern.search(event.name)), None)
@@ -96,108 +99,110 @@ def _part(event: Any, of_loss: set[int]) -> str:
     return found or ("linear" if is_product else "other")
 
 
-def measure(
-    name: str,
-    options: argparse.Namespace,
-    device: torch.device,
-    peak: float,
-    write: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-) -> list[dict[str, Any]]:
-    """A row a side; `write` is given those that there are after each."""
-    shape, dtype = SHAPES[name], torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = ModelConfig.from_dict(shape)
-    work = Workload.random(
-        options.groups, options.group_size, options.prompt_tokens, options.mean, options.cap, config.vocab_size
-    )
-    longest = options.prompt_tokens + max(len(c.token_ids) for group in work.groups for c in group.completions)
-    mesh = init_device_mesh(device.type, (1,))
-    sides: dict[str, tuple[Callable[[str], Any], Workload]] = {
-        SHARED: (lambda checkpointing: Ours(shape, mesh, dtype, checkpointing), work),
-        REPEATED: (lambda checkpointing: Ours(shape, mesh, dtype, checkpointing), work.repeated()),
-        "transformers": (lambda checkpointing: Peer(shape, device, dtype, checkpointing), work),
-    }
-    flops = 3 * work.forward_flops(config)
-    passes, found = {side: [] for side in sides}, Found()
-    sizes = {key: getattr(options, key) for key in ("groups", "group_size", "prompt_tokens", "mean", "cap")}
-    rows = {side: {"model": name, "side": side, "useful_flops": flops, **sizes} for side in sides}
-    for side, row in rows.items():
-        row["checkpointing"], row["token_budget"] = _room(config, options, device, longest, side == "transformers")
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=2 * len(sides))
-        for number in range(2):
-            for side, (open_side, own_work) in sides.items():
-                progress.update(task, description=f"{name}: {side}")
-                row = rows[side]
-                if "error" not in row:
-                    try:
-                        _run(row, open_side, own_work, options.steps, passes[side], found, device, not number)
-                    except Exception as error:  # a peer's, or the device's memory: the other sides still run
-                        row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                    else:
-                        row |= _rates(Timing.of(passes[side]), work, flops, peak)
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                write([*rows.values()])
-                progress.advance(task)
-    return [*rows.values()]
+@dataclass
+class Contender:
+    """A side that takes its turns: how it is opened, by its kind of checkpointing, its work, its row and its times."""
+
+    open: Callable[[str], Any]
+    work: Workload
+    row: Row
+    passes: list[list[float]] = field(default_factory=list)
 
 
 @dataclass
-class Found:
+class Reference:
     """What the first side that runs has found, and all others must."""
 
-    side: str = ""
-    hidden: Tensor | None = None
-    grad_norm: float = 0.0
+    side: str
+    hidden: Tensor
+    grad_norm: float
 
 
-def _rates(timing: Timing, work: Workload, flops: float, peak: float) -> dict[str, Any]:
+def time_sides(
+    name: str, options: argparse.Namespace, device: torch.device, peak: float, write: Callable[[list[Row]], object]
+) -> list[Row]:
+    """A row a side of the model of this name; `write` is given those that there are after each turn."""
+    shape, dtype = SHAPES[name], torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = ModelConfig.from_dict(shape)
+    sizes = {key: getattr(options, key) for key in ("groups", "group_size", "prompt_tokens", "mean", "cap")}
+    work = Workload.random(**sizes, vocab_size=config.vocab_size)
+    mesh = init_device_mesh(device.type, (1,))
+    flops = 3 * work.forward_flops(config)
+
+    ours, peer_name = partial(Ours, shape, mesh, dtype), "transformers"
+    openers = {
+        SHARED: (ours, work),
+        REPEATED: (ours, work.repeated()),
+        peer_name: (partial(Peer, shape, device, dtype), work),
+    }
+    sides, longest = [], max(work.lengths)
+    for side, (open_side, own_work) in openers.items():
+        row = {"model": name, "side": side, "useful_flops": flops, **sizes}
+        row["checkpointing"], row["token_budget"] = _room(config, options, device, longest, side == peer_name)
+        sides.append(Contender(open_side, own_work, row))
+    rows, reference = [side.row for side in sides], None
+    with Progress(console=console) as progress:
+        task = progress.add_task(name, total=2 * len(sides))
+        # One side at a time is in memory, so that a turn is all of a pass's steps.
+        for side in 2 * sides:
+            progress.update(task, advance=1, description=f"{name}: {side.row['side']}")
+            if "error" not in side.row:
+                try:
+                    reference = _take_turn(side, reference, options.steps, device)
+                # A peer's, or the device's memory: the other sides still run.
+                except Exception as error:
+                    side.row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                else:
+                    side.row |= _rates(Timing.of(side.passes), work, flops, peak)
+            # The next side needs the memory of this one.
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            write(rows)
+    return rows
+
+
+def _take_turn(side: Contender, reference: Reference | None, steps: int, device: torch.device) -> Reference:
+    """Open a side, check it against the reference, time `steps` more; in the first pass find its shares, too.
+
+    Gives the reference, which is this side where there was none.
+    """
+    row = side.row
+
+    def open_and_step() -> tuple[Any, Reference]:
+        opened = side.open(row["checkpointing"])
+        row["side"] = getattr(opened, "name", row["side"])
+        opened.load(side.work, row["token_budget"])
+        hidden = opened.probe(side.work).cpu()
+        row["loss"], row["grad_norm"] = map(float, opened.step())
+        return opened, Reference(row["side"], hidden, row["grad_norm"])
+
+    peak, (opened, found) = peak_mib(open_and_step, device)
+    reference = reference or found
+    _compare(row, found, reference, _TOLERANCE[torch.bfloat16 if device.type == "cuda" else torch.float32])
+    row |= {"peak_mib": max(peak, row.get("peak_mib", 0.0)), "fed_tokens": opened.num_tokens}
+    row["micro_batches"] = len(opened.batches)
+    side.passes.append(sample_ms(opened.step, device, rounds=steps))
+    if "shares" not in row:
+        row["shares"] = shares(opened.step, device)
+    return reference
+
+
+def _compare(row: Row, found: Reference, reference: Reference, tolerance: float) -> None:
+    """Raises ValueError where a side does not compute what the first has."""
+    row["hidden_error"] = float((found.hidden - reference.hidden).norm() / reference.hidden.norm())
+    if not row["hidden_error"] <= tolerance:
+        wanted = f"those of {reference.side}, wanted {tolerance:g}"
+        raise ValueError(f"hidden states are {row['hidden_error']:.2g} off {wanted}")
+    if not math.isclose(found.grad_norm, reference.grad_norm, rel_tol=tolerance):
+        wanted = f"{reference.grad_norm:.6g}, that of {reference.side}"
+        raise ValueError(f"grad_norm is {found.grad_norm:.6g}, wanted {wanted}")
+
+
+def _rates(timing: Timing, work: Workload, flops: float, peak: float) -> Row:
     seconds = timing.p50_ms / 1e3
     rates = {"tokens_per_s": work.num_tokens / seconds, "trained_tokens_per_s": work.num_targets / seconds}
     return vars(timing) | rates | {"tflops": flops / seconds / 1e12, "useful_mfu": flops / seconds / peak}
-
-
-def _run(
-    row: dict[str, Any],
-    open_side: Callable[[str], Any],
-    work: Workload,
-    steps: int,
-    passes: list[list[float]],
-    found: Found,
-    device: torch.device,
-    is_first: bool,
-) -> None:
-    """Build a side, check it against what was `found`, time `steps` more; in the first pass find its shares, too."""
-    opened: list[Any] = []
-
-    def open_and_step() -> None:
-        side = open_side(row["checkpointing"])
-        opened.append(side)
-        row["side"] = getattr(side, "name", row["side"])
-        side.load(work, row["token_budget"])
-        hidden = side.probe(work).cpu()
-        row["loss"], row["grad_norm"] = (float(value) for value in side.step())
-        _compare(row, hidden, found, _TOLERANCE[torch.bfloat16 if device.type == "cuda" else torch.float32])
-
-    peak = peak_mib(open_and_step, device)
-    side = opened.pop()
-    row |= {"peak_mib": max(peak, row.get("peak_mib", 0.0)), "fed_tokens": side.num_tokens}
-    row["micro_batches"] = len(side.batches)
-    passes.append([call_ms(side.step, device) for _ in range(steps)])
-    if is_first:
-        row["shares"] = shares(side.step, device)
-
-
-def _compare(row: dict[str, Any], hidden: Tensor, found: Found, tolerance: float) -> None:
-    """Raises ValueError where a side does not compute what the first has."""
-    if found.hidden is None:
-        found.side, found.hidden, found.grad_norm = row["side"], hidden, row["grad_norm"]
-    row["hidden_error"] = float((hidden - found.hidden).norm() / found.hidden.norm())
-    if not row["hidden_error"] <= tolerance:
-        raise ValueError(f"hidden states are {row['hidden_error']:.2g} off those of {found.side}, wanted {tolerance:g}")
-    if not math.isclose(row["grad_norm"], found.grad_norm, rel_tol=tolerance):
-        raise ValueError(f"grad_norm is {row['grad_norm']:.6g}, wanted {found.grad_norm:.6g}, that of {found.side}")
 
 
 def _room(
@@ -206,12 +211,15 @@ def _room(
     """Activation checkpointing and tokens a micro-batch, as asked for, or the least of the first that leaves room."""
     kinds = ["none", "full"] if is_peer else ["none", "selective", "full"]
     if options.checkpointing:
+        # transformers knows no selective kind.
         kinds = [options.checkpointing if options.checkpointing in kinds else "full"]
     if device.type != "cuda":
         return kinds[0], options.token_budget or max(2048, longest)
     num_weights = ModelSize.of(config).total
-    left = 0.85 * torch.cuda.mem_get_info(device)[1] - 16 * num_weights - 6e9  # chunks of logits
-    if is_peer:  # autocast's weights, Liger's logits of a sequence, layers that keep 2.2 times as much as ours
+    # The last term is for chunks of logits.
+    left = 0.85 * torch.cuda.mem_get_info(device)[1] - 16 * num_weights - 6e9
+    # Autocast's weights, Liger's logits of a sequence, layers that keep 2.2 times as much as ours.
+    if is_peer:
         left = (left - 2 * num_weights - 16 * longest * config.vocab_size) / 2.5
 
     def fitting(checkpointing: str) -> int:
@@ -222,16 +230,27 @@ def _room(
     return checkpointing, options.token_budget or max(min(fitting(checkpointing), 65_536), longest)
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    names = ("model", "side", "checkpointing", "seconds", "spread", "tokens/s", "trained", "useful MFU", "GiB", *PARTS)
-    table = Table(*names, title="A training step; shares of its time", box=SIMPLE)
-    for row in (row for row in rows if "error" not in row):
-        seconds, size = f"{row['p50_ms'] / 1e3:.2f}", f"{row['peak_mib'] / 1024:.2f}"
-        parts = (f"{row['shares'][part]:.0%}" for part in PARTS)
+def table(found: Sequence[Row]) -> list[str]:
+    """Of a results file."""
+    cells = []
+    for row in found[1:]:
+        if "error" in row:
+            cells.append([row["model"], row["side"], row["error"], *[""] * 5])
+            continue
+        kept = "" if row["checkpointing"] == "none" else f", {row['checkpointing']} activation checkpointing"
         rates = f"{row['tokens_per_s']:,.0f}", f"{row['trained_tokens_per_s']:,.0f}", f"{row['useful_mfu']:.0%}"
-        kind, spread = row["checkpointing"], f"{row['spread']:.0%}"
-        table.add_row(row["model"], row["side"], kind, seconds, spread, *rates, size, *parts)
-    return table
+        seconds, size = f"{row['p50_ms'] / 1e3:.2f}", f"{row['peak_mib'] / 1024:.2f}"
+        parts = ", ".join(f"{share:.0%}" for share in row["shares"].values())
+        cells.append([row["model"], row["side"] + kept, seconds, *rates, size, parts])
+    columns = ["model", "", "seconds:", "tokens/s:", "of completions:", "useful MFU:", "peak GiB:", ", ".join(PARTS)]
+    return markdown(columns, cells)
+
+
+def headline(found: Sequence[Row]) -> tuple[str, str]:
+    seconds = {row["side"]: row["p50_ms"] for row in found[1:] if "p50_ms" in row}
+    ours, peer = seconds[SHARED], next(side for side in seconds if "transformers" in side)
+    factors = f"{seconds[REPEATED] / ours:.1f} times as fast as with repeated ones, {seconds[peer] / ours:.1f} times as"
+    return "a training step, prompts shared", f"{factors} {peer}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -250,24 +269,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
     try:
-        where = machine(device)
-        limits = measure_limits(device)
-        peak = peak_flops(where["device"]) if on_gpu else None
-        header = {"machine": where, "mfu_of": peak or limits.flops_per_s, "matmul_flops_per_s": limits.flops_per_s}
-        lines: list[dict[str, Any]] = [header]
-        file = results_folder() / f"step_{slug(where['device'])}.jsonl"
+        where, rate = machine(device), measure_limits(device).flops_per_s
+        peak = (peak_flops(where["device"]) if on_gpu else None) or rate
+        lines: list[Row] = [{"machine": where, "mfu_of": peak, "matmul_flops_per_s": rate}]
 
-        def write(rows: list[dict[str, Any]]) -> None:
-            write_text(file, "".join(json.dumps(line) + "\n" for line in [*lines, *rows]))
+        def write(rows: list[Row]) -> Path:
+            return write_results("step_{device}.jsonl", [*lines, *rows])
 
         for name in options.model:
-            lines += measure(name, options, device, header["mfu_of"], write)
-        failed = [f"[red]{row['model']}, {row['side']}: {row['error']}" for row in lines[1:] if "error" in row]
-        console().print(table_of(lines[1:]), *failed, f"written to {file}", sep="\n")
+            lines += time_sides(name, options, device, peak, write)
+        path = write([])
     finally:
         dist.destroy_process_group()
-    return int(any("error" in line for line in lines if line.get("side") in (SHARED, REPEATED)))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    notes = []
+    for row in lines[1:]:
+        outcome = row.get("error") or f"the medians of the two passes are {row['spread']:.0%} apart"
+        notes.append(f"{row['model']}, {row['side']}: {outcome}")
+    show(table(lines), *notes, f"written to {path}")
+    return int(any("error" in row for row in lines[1:] if row["side"] in (SHARED, REPEATED)))

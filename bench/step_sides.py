@@ -1,6 +1,8 @@
-"""The sides of `flashgrpo bench step`: our training step, and one of transformers with Liger's loss or plain torch's.
+"""The sides of `flashgrpo bench step`: our training step, and one of transformers with Liger's loss
+or plain torch's.
 
-Both have the same random weights, fp32 with AdamW's moments beside them, compute in `dtype`, and clip the gradient.
+Both have the same random weights, fp32 with AdamW's moments beside them, compute in `dtype`, and
+clip the gradient.
 """
 
 import importlib.util
@@ -29,7 +31,8 @@ from flashgrpo.model.flops import ModelFlops
 from flashgrpo.model.sharding import free_gathered, local_rows, shard
 
 LOSS = LossConfig.preset("dapo")
-_CHUNK = 4096  # rows of logits that plain torch holds at once
+# Rows of logits that plain torch holds at once.
+_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -51,37 +54,44 @@ class Workload:
 
     @classmethod
     def random(
-        cls, num_groups: int, group_size: int, prompt_tokens: int, mean: float, cap: int, vocab_size: int, seed: int = 0
+        cls, groups: int, group_size: int, prompt_tokens: int, mean: float, cap: int, vocab_size: int, seed: int = 0
     ) -> "Workload":
         """Prompts of one length; completions lognormal (sigma 0.8) of about `mean` tokens, at most `cap`."""
         rng = np.random.default_rng(seed)
-        lengths = np.exp(rng.normal(np.log(mean) - 0.32, 0.8, num_groups * group_size)).round().clip(1, cap).astype(int)
+        log_lengths = rng.normal(np.log(mean) - 0.32, 0.8, groups * group_size)
+        lengths = np.exp(log_lengths).round().clip(1, cap).astype(int)
         tokens = partial(rng.integers, 0, vocab_size)
         completions = [Completion(tokens(size=length), i) for i, length in enumerate(lengths)]
-        groups = [
-            Group(tokens(size=prompt_tokens).tolist(), completions[i * group_size : (i + 1) * group_size])
-            for i in range(num_groups)
-        ]
-        return cls(groups, rng.standard_normal(len(lengths)).astype(np.float32))
+        made = []
+        for first in range(0, len(completions), group_size):
+            made.append(Group(tokens(size=prompt_tokens).tolist(), completions[first : first + group_size]))
+        return cls(made, rng.standard_normal(len(lengths)).astype(np.float32))
 
     @property
     def num_targets(self) -> int:
-        return sum(len(completion.token_ids) for group in self.groups for completion in group.completions)
+        return self.num_tokens - sum(len(group.prompt_ids) for group in self.repeated().groups)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of each completion with its prompt."""
+        groups = self.repeated().groups
+        return [len(group.prompt_ids) + len(group.completions[0].token_ids) for group in groups]
 
     @property
     def num_tokens(self) -> int:
         """Of all prompts and completions, each prompt once a completion."""
-        return self.num_targets + sum(len(group.prompt_ids) * len(group.completions) for group in self.groups)
+        return sum(self.lengths)
 
     def first(self) -> list[Group]:
         """Two completions."""
-        if len(self.groups[0].completions) > 1:
-            return [Group(self.groups[0].prompt_ids, self.groups[0].completions[:2])]
-        return self.groups[:2]
+        group = self.groups[0]
+        return [Group(group.prompt_ids, group.completions[:2])] if len(group.completions) > 1 else self.groups[:2]
 
     def repeated(self) -> "Workload":
         """The same, every completion with a prompt of its own."""
-        groups = [Group(group.prompt_ids, [completion]) for group in self.groups for completion in group.completions]
+        groups = []
+        for group in self.groups:
+            groups += [Group(group.prompt_ids, [completion]) for completion in group.completions]
         return Workload(groups, self.advantages)
 
     def forward_flops(self, config: ModelConfig) -> float:
@@ -94,6 +104,7 @@ def fill(tensors: Mapping[str, Tensor]) -> None:
     """Random weights that depend on a tensor's name alone: matrices normal(0, 0.02), norms 1, biases 0."""
     for name, tensor in tensors.items():
         if tensor.dim() == 2:
+            # Sides hold their parameters in other orders, and ours joins some: the name alone decides.
             generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()))
             tensor.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device) * 0.02)
         else:
@@ -152,10 +163,12 @@ class _Padded:
 
 @dataclass
 class Peer:
-    """transformers' model as a trainer would use it: bf16 by autocast over fp32 weights, prompts repeated, the loss by
-    Liger's fused linear GRPO where it is installed, else from chunks of logits that are computed again backwards.
+    """transformers' model as a trainer would use it: bf16 by autocast over fp32 weights, prompts
+    repeated, the loss by Liger's fused linear GRPO where it is installed, else from chunks of
+    logits that are computed again backwards.
 
-    With flash-attn, sequences are packed in one row; else SDPA on right-padded rows of like lengths.
+    With flash-attn, sequences are packed in one row; else SDPA on right-padded rows of like
+    lengths.
     """
 
     shape: dict[str, Any]
@@ -189,6 +202,7 @@ class Peer:
     def load(self, work: Workload, token_budget: int) -> None:
         """Micro-batches of at most `token_budget` tokens, padding included, the longest sequences first."""
         self.batches, rows, lengths = [], [], []
+        # Rows of like lengths have the least padding.
         for group in sorted(work.repeated().groups, key=lambda group: -len(group.completions[0].token_ids)):
             lengths.append(len(group.prompt_ids) + len(group.completions[0].token_ids))
             if rows and (sum(lengths) if self.packs else lengths[0] * len(lengths)) > token_budget:
@@ -201,26 +215,25 @@ class Peer:
 
     def _build(self, rows: Sequence[Group], advantages: np.ndarray) -> _Padded:
         texts = [[*group.prompt_ids, *group.completions[0].token_ids.tolist()] for group in rows]
-        prompts, longest = [len(group.prompt_ids) for group in rows], max(map(len, texts))
-        width = max(len(text) - prompt for text, prompt in zip(texts, prompts, strict=True))
-        if self.packs:
-            starts = np.cumsum([0, *map(len, texts)])[:-1]
-            ids = torch.tensor([[token for text in texts for token in text]])
-            options = {"position_ids": torch.cat([torch.arange(len(text)) for text in texts])[None]}
-        else:
-            starts = np.arange(len(texts)) * longest
-            ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
-            options = {}  # causal, so that no token sees the padding behind it: a mask would only slow attention down
-        columns = torch.arange(width)
-        lengths = torch.tensor([[len(text) - prompt] for text, prompt in zip(texts, prompts, strict=True)])
-        mask = columns < lengths
-        first = torch.tensor(starts)[:, None] + torch.tensor(prompts)[:, None]  # of each completion
-        predictors = torch.where(mask, first - 1 + columns, 0)
-        targets = torch.where(mask, ids.flatten()[torch.where(mask, first + columns, 0)], 0)
+        longest = max(map(len, texts))
+        flat, positions, starts, lengths = [], [], [], []
+        for group, text in zip(rows, texts, strict=True):
+            starts.append(len(flat) + len(group.prompt_ids))  # of the completion
+            lengths.append(len(text) - len(group.prompt_ids))
+            padding = 0 if self.packs else longest - len(text)
+            flat += text + [0] * padding
+            positions += range(len(text) + padding)
+        ids = torch.tensor(flat)
+        # Rows are causal, so that no token sees the padding behind it: a mask would only slow attention down.
+        options = {"position_ids": torch.tensor([positions], device=self.device)} if self.packs else {}
+        columns = torch.arange(max(lengths))
+        mask = columns < torch.tensor(lengths)[:, None]
+        places = torch.where(mask, torch.tensor(starts)[:, None] + columns, 1)
+        targets = torch.where(mask, ids[places], 0)
         own = torch.from_numpy(advantages[[group.completions[0].sequence_id for group in rows]])
-        put = partial(torch.Tensor.to, device=self.device)
-        options = {name: put(value) for name, value in options.items()}
-        return _Padded(put(ids), options, put(predictors), put(targets), put(mask.float()), put(own))
+        inputs = ids.view(1 if self.packs else len(rows), -1), places - 1, targets, mask.float(), own
+        ids, predictors, targets, mask, own = (tensor.to(self.device) for tensor in inputs)
+        return _Padded(ids, options, predictors, targets, mask, own)
 
     @torch.no_grad()
     def probe(self, work: Workload) -> Tensor:
@@ -252,7 +265,8 @@ class Peer:
 
         loss = LigerFusedLinearGRPOLoss(
             beta=0.0,
-            compiled=False,  # torch 2.13 fails on the second shape
+            # Compiled by torch 2.13 it fails on the second shape.
+            compiled=False,
             use_ref_model=False,
             epsilon_low=LOSS.clip_low,
             epsilon_high=LOSS.clip_high,

@@ -4,35 +4,34 @@ pytest bench/ --benchmark-only --benchmark-save=before
 pytest bench/ --benchmark-only --benchmark-compare
 """
 
+import itertools
+
 import pytest
 import torch
 
 from flashgrpo.bench.cases import cases
-from flashgrpo.bench.kernels import check
+from flashgrpo.bench.kernels import check_case
 from flashgrpo.bench.peers import providers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES, DTYPE = ("full", torch.bfloat16) if DEVICE.type == "cuda" else ("small", torch.float32)
-FIRST = {(case.op, case.variant): case for case in reversed(list(cases(SIZES, DTYPE))) if case.op != "memory"}
-CHOSEN = [
-    pytest.param(case, provider, id=f"{case.name}, {provider.name}")
-    for case in reversed(FIRST.values())
-    for provider in providers(case)
-]
-GATES = {}
+CHOSEN, GATES = {}, {}
+for case in cases(SIZES, DTYPE):
+    if case.op != "memory":
+        CHOSEN.setdefault((case.op, case.variant), [(case, provider) for provider in providers(case)])
 
 
-@pytest.mark.parametrize(("case", "provider"), CHOSEN)
+@pytest.mark.parametrize(("case", "provider"), [*itertools.chain(*CHOSEN.values())], ids=lambda value: value.name)
 def test_kernel(benchmark, case, provider):
     gate = case.reduced()
     if gate.name not in GATES:
-        GATES[gate.name] = check(gate, DEVICE, providers(case))
+        GATES[gate.name] = check_case(gate, DEVICE, providers(case))
     found = GATES[gate.name][provider.name]
     if found["status"] not in ("ok", "wrong"):
         assert not provider.is_ours, found["note"]
         pytest.skip(f"{found['status']}: {found['note']}")
     assert found["status"] == "ok" or not provider.is_ours, found["note"]
-    call = provider.call(case, case.make(0, DEVICE))
+    call = provider.call(case, case.make(DEVICE))
     try:
         call()
     except Exception as error:

@@ -1,12 +1,15 @@
-"""How benchmarks measure: in turns, with cold caches, beside the machine's own limits. A CPU and one GPU alike.
+"""How benchmarks measure, beside the machine's own limits, and where their results go. A CPU and one GPU alike.
 
-On CUDA a call is timed by events on the device. Before each one the L2 cache is overwritten and the device sleeps until
-the call is queued, so that Python's time to launch kernels shows only where it outlasts the work, as in training.
+Sides are timed in two passes, A B A B: how far their medians lie apart says how steady the machine
+was. On CUDA short calls are timed by Triton's `do_bench`, which overwrites the L2 cache before each
+one and lets them queue up: Python's time to launch kernels shows where it outlasts the work, as in
+training.
 """
 
 import argparse
 import ctypes
 import itertools
+import json
 import os
 import platform
 import re
@@ -16,21 +19,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 
 from flashgrpo.grpo.run.progress import peak_memory_mb
 from flashgrpo.kernels.common import HAS_TRITON, triton
+from flashgrpo.model.files import write_text
 from flashgrpo.model.linear import product
 
+Made = TypeVar("Made")
+Row = dict[str, Any]  # of results, as JSON has it
 ROOT = Path(__file__).resolve().parent.parent
-_SLEEP_CLOCKS = 1_000_000  # half a millisecond
-_ROUNDS = range(5, 101)
+_MOST_ROUNDS = 100
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,12 @@ class Timing:
 
     @classmethod
     def of(cls, passes: Sequence[Sequence[float]]) -> "Timing":
-        every = sorted(itertools.chain(*passes))
-        p20, p50, p80 = (every[min(int(share * len(every)), len(every) - 1)] for share in (0.2, 0.5, 0.8))
+        taken = sorted(itertools.chain(*passes))
+        last = len(taken) - 1
+        p20, p50, p80 = (taken[min(int(share * len(taken)), last)] for share in (0.2, 0.5, 0.8))
+        # A drift of the machine shows between the passes, where percentiles over both would hide it.
         medians = [statistics.median(values) for values in passes]
-        return cls(p20, p50, p80, max(medians) / min(medians) - 1, len(every))
+        return cls(p20, p50, p80, max(medians) / min(medians) - 1, len(taken))
 
 
 @dataclass(frozen=True)
@@ -64,52 +72,57 @@ class Limits:
         return 1e3 * max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
 
 
-def call_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call; waits for it."""
-    if device.type != "cuda":
+def sample_ms(
+    call: Callable[[], object], device: torch.device, *, budget_s: float = 0.0, rounds: int = 1
+) -> list[float]:
+    """Milliseconds of calls in a row: of `rounds`, and of more until `budget_s` seconds are spent, at most 100."""
+    if device.type == "cuda" and budget_s:
+        # A clock on the host would also see how long Python takes to launch short kernels.
+        do_bench: Any = triton.testing.do_bench
+        return do_bench(call, warmup=0, rep=1e3 * budget_s, return_mode="all")
+    taken: list[float] = []
+    while len(taken) < rounds or (sum(taken) < 1e3 * budget_s and len(taken) < _MOST_ROUNDS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         call()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    torch.empty(size, dtype=torch.int8, device=device).zero_()
-    torch.cuda._sleep(_SLEEP_CLOCKS)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(1e3 * (time.perf_counter() - start))
+    return taken
 
 
 def time_turns(
-    sides: Mapping[str, Callable[[], object]], device: torch.device, *, budget_s: float = 2.0, rounds: int | None = None
+    sides: Mapping[str, Callable[[], object]], device: torch.device, *, budget_s: float = 0.0, rounds: int = 1
 ) -> dict[str, Timing]:
-    """Time every side, A B A B: two passes of as many rounds as fit into `budget_s`, 5 to 100, or of `rounds` each."""
-    for call in sides.values():  # compiles, and fills the allocator's cache
-        call_ms(call, device)
-    if rounds is None:
-        round_ms = sum(call_ms(call, device) for call in sides.values())
-        rounds = min(max(int(500 * budget_s / round_ms), _ROUNDS[0]), _ROUNDS[-1])
-    passes = [{name: [] for name in sides} for _ in range(2)]
-    for taken in passes:
-        for _ in range(rounds):
-            for name, call in sides.items():
-                taken[name].append(call_ms(call, device))
-    return {name: Timing.of([taken[name] for taken in passes]) for name in sides}
+    """Time every side, A B A B: in each of two passes as `sample_ms` does, after a call that is not counted."""
+    passes: dict[str, list[list[float]]] = {}
+    for name, call in sides.items():
+        # It compiles, and fills the allocator's cache.
+        call()
+        passes[name] = []
+    for _ in range(2):
+        for name, call in sides.items():
+            passes[name].append(sample_ms(call, device, budget_s=budget_s, rounds=rounds))
+    return {name: Timing.of(taken) for name, taken in passes.items()}
 
 
-def peak_mib(call: Callable[[], object], device: torch.device) -> float:
-    """Largest memory while `call` runs beyond what was there before, in 2^20 bytes; of a CPU on Linux with glibc."""
+def peak_mib(call: Callable[[], Made], device: torch.device) -> tuple[float, Made]:
+    """Largest memory while `call` runs beyond what was there before, in 2^20 bytes, and what it gives.
+
+    Of a CPU on Linux with glibc.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 1e6
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed must not be taken again unseen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
+        # What earlier calls have freed must not be taken again unseen, and the peak starts again from what is resident.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
         before = peak_memory_mb(device)
-    call()
-    return (peak_memory_mb(device) - before) * 1e6 / 2**20
+    made = call()
+    return (peak_memory_mb(device) - before) * 1e6 / 2**20, made
 
 
 def measure_limits(device: torch.device) -> Limits:
@@ -119,7 +132,8 @@ def measure_limits(device: torch.device) -> Limits:
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    found = time_turns({"matmul": lambda: product(a, b), "copy": lambda: target.copy_(source)}, device, budget_s=1.0)
+    # The faster fifth: a limit is what the machine can do, not what it did on average.
+    found = time_turns({"matmul": lambda: product(a, b), "copy": lambda: target.copy_(source)}, device, budget_s=0.5)
     return Limits(2e3 * side**3 / found["matmul"].p20_ms, 2e3 * size / found["copy"].p20_ms, dtype)
 
 
@@ -129,12 +143,29 @@ def option_parser(name: str, description: str | None) -> argparse.ArgumentParser
     return argparse.ArgumentParser(prog=f"flashgrpo bench {name}", description=description, formatter_class=raw)
 
 
-def console() -> Console:
-    """For tables: as wide as they need where there is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table; a column whose name ends with ":" is set to the right."""
+    names, marks, lines = [], [], []
+    for name in columns:
+        names.append(name.removesuffix(":"))
+        marks.append("---:" if name.endswith(":") else "---")
+    for cells in (names, marks, *rows):
+        line = "|"
+        for cell in cells:
+            line += f" {cell} |" if cell else " |"
+        lines.append(line)
+    return lines
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def show(lines: Sequence[str], *notes: str) -> None:
+    """Print tables of Markdown, as wide as they need where there is no terminal, and notes below them."""
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(Markdown("\n".join(lines)))
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def machine(device: torch.device) -> Row:
     """What a row of results was measured on: device, versions, commit (or COMMIT, where there is no git)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     describe, commit = ["git", "describe", "--always", "--abbrev=40", "--dirty"], ""
@@ -150,9 +181,20 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def slug(device_name: str) -> str:
-    """Of a device, for the names of files: `NVIDIA H200` gives `nvidia_h200`."""
-    return re.sub(r"\W+", "_", device_name.lower()).strip("_")
+def write_results(name: str, found: Row | list[Row]) -> Path:
+    """Write results as JSON, a list as a line a row; gives the path.
+
+    In `name`, {device} is that of the `machine` on which they were measured: `NVIDIA H200` gives
+    `nvidia_h200`.
+    """
+    if isinstance(found, dict):
+        header, text = found, json.dumps(found, indent=1) + "\n"
+    else:
+        header, text = found[0], "".join(json.dumps(row) + "\n" for row in found)
+    device = header.get("machine", {}).get("device", "")
+    path = results_folder() / name.format(device=re.sub(r"\W+", "_", device.lower()).strip("_"))
+    write_text(path, text)
+    return path
 
 
 def results_folder() -> Path:
@@ -163,6 +205,7 @@ def results_folder() -> Path:
     in_checkout = (ROOT / "pyproject.toml").exists()
     folder = Path(os.environ.get("OUT") or (ROOT / "bench" / "results" if in_checkout else "."))
     folder.mkdir(parents=True, exist_ok=True)
+    # A folder may be there and not be ours to write to.
     tempfile.TemporaryFile(dir=folder).close()
     return folder
 

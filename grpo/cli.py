@@ -204,7 +204,6 @@ _BENCHMARKS = {  # modules of bench/, each with a `main`
     "static": "what the kernels compile to for four chips; needs no GPU",
     "cpu-step": "a GRPO step on a CPU, against TRL",
     "demo-seeds": "the demo with several seeds",
-    "gpu": "on a GPU: the kernels' tests, then kernels and step, within nine minutes",
     "report": "write the README's tables from the results; --check compares",
 }
 _BENCHMARKS_HELP = "; ".join(f"{name}: {text}" for name, text in _BENCHMARKS.items())

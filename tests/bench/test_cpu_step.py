@@ -1,11 +1,14 @@
 """The benchmark compares equal work: both sides must read the same small model and prompts of the length asked for."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flashgrpo.bench.cpu_step import make_inputs
+from flashgrpo.bench import own_step
+from flashgrpo.bench.cpu_step import OURS, make_inputs, summarize, table
 from flashgrpo.bench.peer_trl import even_words, read_prompts
 
 
@@ -16,8 +19,8 @@ def inputs(tmp_path_factory):
 
 def test_prompts_are_distinct_and_exactly_as_long_as_asked_for(inputs):
     """A prompt that grew or shrank in tokenization would change the work of the step that the table names."""
-    prompts = [json.loads(line)["prompt"] for line in inputs.prompts.read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(inputs.model)
+    prompts = [json.loads(line)["prompt"] for line in Path(inputs["prompts"]).read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     ids = tokenizer(prompts)["input_ids"]
     assert [len(row) for row in ids] == [17] * 5
     assert len({tuple(row) for row in ids}) == 5
@@ -27,8 +30,8 @@ def test_prompts_are_distinct_and_exactly_as_long_as_asked_for(inputs):
 
 def test_model_has_the_size_that_is_reported_and_reads_every_token(inputs):
     """The README speaks of 4.7M parameters; a token beyond the embedding would crash the peer."""
-    model = AutoModelForCausalLM.from_pretrained(inputs.model)
-    tokenizer = AutoTokenizer.from_pretrained(inputs.model)
+    model = AutoModelForCausalLM.from_pretrained(inputs["model"])
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     assert 4.65e6 < sum(parameter.numel() for parameter in model.parameters()) < 4.75e6
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id
@@ -38,9 +41,25 @@ def test_model_has_the_size_that_is_reported_and_reads_every_token(inputs):
 def test_too_few_prompts_are_an_error_with_both_numbers(inputs):
     """A benchmark on fewer prompts than it says would report too small a time."""
     with pytest.raises(ValueError, match="has 5 prompts, 6 are needed"):
-        read_prompts(inputs.prompts, 6)
+        read_prompts(Path(inputs["prompts"]), 6)
 
 
 def test_reward_tells_completions_apart():
     """Equal rewards would make dead groups, which cost one side nothing."""
     assert even_words(["p", "p", "p"], ["w2 w11 w30 w4", "w1 w3", ""]) == [0.75, 0.0, 0.0]
+
+
+def test_our_step_is_timed(inputs):
+    """It uses the trainer's own step, so it breaks when that changes."""
+    sizes = {"num_prompts": 2, "group_size": 2, "max_new_tokens": 3, "steps": 3}
+    assert all(second > 0 for second in own_step.time_steps(SimpleNamespace(**inputs, **sizes))["step_s"])
+
+
+def test_the_summary_is_the_median_of_all_steps_and_the_largest_peak():
+    runs = []
+    for name, seconds, peak in ((OURS, [1.0, 3.0], 5.0), ("TRL", [6.0], 8.0), (OURS, [2.0], 4.0)):
+        runs.append({"name": name, "prompt_len": 64, "step_s": seconds, "peak_mb": peak})
+    assert table({"summary": summarize(runs)})[2:] == [
+        "| 64 | flashgrpo | 2.00 | 1.00 | 5 | 1.00 |",
+        "| 64 | TRL | 6.00 | 3.00 | 8 | 1.60 |",
+    ]

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from flashgrpo.bench import generate, sync
-from flashgrpo.bench.report import generate_table, sync_table
 
 SMALL = ["--prompts=2", "--group-size=3", "--prompt-tokens=5", "--max-new-tokens=4", "--rounds=4"]
 
@@ -36,7 +35,7 @@ def test_generators_take_turns_on_completions_of_full_length(results, monkeypatc
     assert [*found["tokens_per_s"]] == ["transformers", "native"]
     assert all(rate > 0 for rate in found["tokens_per_s"].values())
     assert (found["prompts"], found["max_new_tokens"]) == (2, 4)
-    assert len(generate_table(found)) == 4
+    assert len(generate.table(found)) == 4
 
 
 def test_a_sync_is_timed(results):
@@ -44,7 +43,7 @@ def test_a_sync_is_timed(results):
     found = results("sync")
     assert found["gb"] == pytest.approx((4_558_848 + 512 * 256) * 4 / 1e9)  # the tied head is sent, too
     assert found["seconds"]["native"] > 0
-    assert len(sync_table(found)) == 3
+    assert len(sync.table(found)) == 3
 
 
 def test_without_vllm_it_says_what_runs(results, monkeypatch):

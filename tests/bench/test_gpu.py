@@ -1,52 +1,67 @@
-"""One command for a bare machine with a GPU: no part takes the others along."""
+"""`make gpu`, for a bare machine with a GPU: no part takes the others along."""
 
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from flashgrpo.bench.gpu import PARTS, main, run_parts
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = """#!/bin/sh
+case "$*" in
+    *is_available*) exit "$NO_GPU";;
+    *pytest*) echo out of memory; exit 1;;
+    *kernels*) echo begun; sleep 60;;
+    *step*) echo all is well;;
+esac
+"""  # stands in for python3, and for all that it runs
 
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+@pytest.fixture
+def make_gpu(tmp_path):
+    (tmp_path / "python3").write_text(PYTHON)
+    (tmp_path / "python3").chmod(0o755)
+
+    def run(no_gpu: int) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NO_GPU": str(no_gpu)}
+        command = ["make", "gpu", f"OUT={tmp_path / 'out'}", "KERNELS_S=1"]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    return run
 
 
-def test_a_part_that_fails_or_hangs_is_told_and_the_next_one_runs(tmp_path, capsys):
-    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
-    parts = {
-        "broken": (python("raise SystemExit('out of memory')"), 30),
-        "hangs": (python(f"print('begun', flush=True)\n{child}"), 2),
-        "fine": (python("print('all is well')"), 30),
-    }
+def test_a_part_that_fails_or_hangs_is_told_and_the_next_one_runs(make_gpu, tmp_path):
     start = time.monotonic()
-    outcomes = run_parts(parts, tmp_path, os.environ)
+    ended = make_gpu(no_gpu=0)
     assert time.monotonic() - start < 30
-    assert [outcome for outcome, _ in outcomes.values()] == [
-        "failed: exit code 1",
-        "ended at its limit of 2 s",
-        "passed",
-    ]
-    assert outcomes["hangs"][1] >= 2
-    printed = capsys.readouterr().out
+    assert ended.returncode != 0
+    outcomes = dict(re.findall(r"^--- (\w+): (.*), \d+ s$", ended.stdout, re.M))
+    assert outcomes["tests"].startswith("failed: exit code ")
+    assert outcomes["kernels"] == "ended at its limit of 1 s"
+    assert outcomes["step"] == "passed"
     for text in ("out of memory", "begun", "all is well"):
-        assert text in printed
-    assert (tmp_path / "gpu_hangs.log").read_text() == "begun\n"
+        assert text in ended.stdout
+    assert (tmp_path / "out" / "gpu_kernels.log").read_text() == "begun\n"
+
+
+def test_without_a_gpu_nothing_is_run(make_gpu, tmp_path):
+    assert make_gpu(no_gpu=1).returncode != 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bare_machine_is_enough():
     """What the kernels' and the step's benchmarks import, directly or not."""
     missing = "pydantic", "tomli_w", "datasets", "lingua", "math_verify", "reasoning_gym", "tensorboard", "vllm"
-    code = f"import sys; sys.modules |= dict.fromkeys({missing})\nimport flashgrpo.bench.gpu, flashgrpo.bench.kernels"
-    ended = subprocess.run(python(f"{code}, flashgrpo.bench.step"), capture_output=True, text=True)
+    code = f"import sys; sys.modules |= dict.fromkeys({missing})\nimport flashgrpo.grpo.cli, flashgrpo.bench.kernels"
+    ended = subprocess.run([sys.executable, "-c", f"{code}, flashgrpo.bench.step"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
 
 def test_all_parts_fit_nine_minutes():
-    assert sum(limit for _, limit in PARTS.values()) <= 9 * 60
-
-
-def test_without_a_gpu_it_says_what_runs_on_a_cpu(capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main([]) == 2
-    assert "flashgrpo bench kernels" in capsys.readouterr().err
+    """With the seconds that each has to end in."""
+    limits = re.findall(r"^\w+_S := (\d+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert len(limits) == 4
+    assert sum(map(int, limits)) + 3 * len(limits) <= 9 * 60

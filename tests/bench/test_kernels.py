@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashgrpo.bench import kernels, peers
-from flashgrpo.bench.cases import Case, as_float64, attention_mask, cases
+from flashgrpo.bench.cases import Case, as_float64, attention_mask, cases, plain_loss
 from flashgrpo.bench.peers import Provider, providers
 from flashgrpo.bench.timing import Limits
 
@@ -42,7 +42,7 @@ TINY = {
 
 @pytest.mark.parametrize("case", TINY.values(), ids=TINY)
 def test_flops_are_those_of_a_count(case):
-    inputs = case.make(0, CPU)
+    inputs = case.make(CPU)
     with FlopCounterMode(display=False) as counter:
         case.plain(inputs)
     counted = counter.get_total_flops()
@@ -56,7 +56,7 @@ def test_flops_are_those_of_a_count(case):
 
 @pytest.mark.parametrize("case", TINY.values(), ids=TINY)
 def test_bytes_are_those_of_the_tensors_that_must_move(case):
-    inputs = case.make(0, CPU)
+    inputs = case.make(CPU)
     results = case.plain(inputs)
     moved = [x for name, x in inputs.items() if name in ("q", "k", "v", "logits", "hidden", "weight", "logprobs")]
     if case.op == "grpo_loss":
@@ -76,7 +76,7 @@ def test_bytes_are_those_of_the_tensors_that_must_move(case):
 def test_every_provider_gives_the_results_of_float64(case):
     """A peer that is called wrongly is fast and worthless; what a CPU cannot run must say so."""
     offered = [x for x in providers(case) if x.name not in ("torch.compile", "Liger")]  # they compile for seconds
-    found = kernels.check(case, CPU, offered)
+    found = kernels.check_case(case, CPU, offered)
     assert found["flashgrpo"]["status"] == "ok", found
     ran = {name for name, row in found.items() if row["status"] in ("ok", "wrong")}
     assert ran >= {x.name for x in offered if x.name in ("torch", "torch SDPA", "flashgrpo, prompt repeated")}
@@ -88,18 +88,18 @@ def test_every_provider_gives_the_results_of_float64(case):
 
 def test_a_compiled_peer_gives_the_results_of_float64():
     case = tiny("grpo_loss")
-    assert kernels.check(case, CPU, providers(case, ["torch.compile"]))["torch.compile"]["status"] == "ok"
+    assert kernels.check_case(case, CPU, providers(case, ["torch.compile"]))["torch.compile"]["status"] == "ok"
 
 
 def test_ratios_are_near_1_and_some_are_clipped():
     case = tiny("linear_grpo_loss", n=2000, completions=20)
-    inputs = case.make(0, CPU)
+    inputs = case.make(CPU)
     exact = case.plain(as_float64(inputs))
     alive = exact["d_hidden"].abs().sum(1) > 0
     assert 0.95 <= alive.float().mean() < 1
     assert inputs["advantages"].count_nonzero() == 20
     dead = tiny("linear_grpo_loss", n=2000, completions=20, dead=1)
-    rows = dead.plain(dead.make(0, CPU))["d_hidden"].abs().sum(1).view(20, -1)
+    rows = dead.plain(dead.make(CPU))["d_hidden"].abs().sum(1).view(20, -1)
     assert not rows[1::2].any()
     assert rows[::2].any(1).all()
 
@@ -151,28 +151,28 @@ def read(folder):
 OURS, TORCH = peers.PROVIDERS["grpo_loss"][:2]
 
 
-def doubled(case, inputs):
-    call = TORCH.prepare(case, inputs)
-    return lambda: {name: 2 * value for name, value in call().items()}
+def doubled(inputs):
+    return lambda: 2 * plain_loss(inputs["logprobs"], inputs)[0]
 
 
-def missing(case, inputs):
+def missing(inputs):
     raise ModuleNotFoundError("No module named 'peer'")
 
 
-def failing(case, inputs):
+def failing(inputs):
     raise RuntimeError("no kernel\nfor this [architecture]")
 
 
-def full(case, inputs):
-    if case.tokens == 48:
+def full(inputs):
+    if len(inputs["logprobs"]) == 48:
         raise torch.OutOfMemoryError("tried to allocate 9 GiB")
-    return TORCH.prepare(case, inputs)
+    return TORCH.load(inputs)
 
 
 def test_a_peer_that_is_wrong_missing_or_raises_is_a_row_and_ends_nothing(bench, capsys):
-    wrong, absent, broken = Provider("wrong", doubled), Provider("absent", missing), Provider("broken", failing)
-    code, (header, *rows) = bench([OURS, TORCH, wrong, absent, broken, Provider("large", full)])
+    offered = [OURS, TORCH, Provider("wrong", "loss", doubled), Provider("absent", "loss", missing)]
+    offered += [Provider("broken", "loss", failing), Provider("large", "logprobs", full)]
+    code, (header, *rows) = bench(offered)
     assert code == 0
     assert header["machine"]["device"]
     assert header["limits"]["bytes_per_s"] == 1e10
@@ -197,7 +197,7 @@ def test_a_peer_that_is_wrong_missing_or_raises_is_a_row_and_ends_nothing(bench,
 
 
 def test_a_wrong_kernel_of_ours_is_not_timed_and_the_exit_code_is_1(bench, capsys):
-    code, (_, *rows) = bench([Provider("flashgrpo", doubled), TORCH])
+    code, (_, *rows) = bench([Provider("flashgrpo", "loss", doubled), TORCH])
     assert code == 1
     ours, torchs = rows[:2]
     assert ours["status"] == "wrong"
@@ -207,36 +207,34 @@ def test_a_wrong_kernel_of_ours_is_not_timed_and_the_exit_code_is_1(bench, capsy
 
 
 def test_a_kernel_of_ours_that_raises_gives_1(bench):
-    assert bench([Provider("flashgrpo", failing), TORCH])[0] == 1
+    assert bench([Provider("flashgrpo", "loss", failing), TORCH])[0] == 1
 
 
 def test_a_gradient_of_zero_is_wrong():
-    def without_gradient(case, inputs):
-        call = TORCH.prepare(case, inputs)
-        return lambda: (made := call()) | {"d_logprobs": made["d_logprobs"] * 0}
+    def without_gradient(inputs):
+        return lambda: {"loss": plain_loss(inputs["logprobs"], inputs)[0], "d_logprobs": inputs["logprobs"] * 0}
 
-    found = kernels.check(tiny("grpo_loss"), CPU, [Provider("zero", without_gradient)])["zero"]
+    found = kernels.check_case(tiny("grpo_loss"), CPU, [Provider("zero", "results", without_gradient)])["zero"]
     assert found["status"] == "wrong"
     assert found["error"] == pytest.approx(1)
 
 
 def test_nan_is_wrong():
-    def poisoned(case, inputs):
-        call = TORCH.prepare(case, inputs)
-        return lambda: {name: value * float("nan") for name, value in call().items()}
+    def poisoned(inputs):
+        return lambda: plain_loss(inputs["logprobs"], inputs)[0] * float("nan")
 
-    found = kernels.check(tiny("grpo_loss"), CPU, [Provider("nan", poisoned)])["nan"]
+    found = kernels.check_case(tiny("grpo_loss"), CPU, [Provider("nan", "loss", poisoned)])["nan"]
     assert (found["status"], found["error"]) == ("wrong", None)
 
 
 def test_an_interrupted_run_leaves_what_was_measured(bench, tmp_path):
-    def interrupted(case, inputs):
-        if case.tokens == 48:
+    def interrupted(inputs):
+        if len(inputs["logprobs"]) == 48:
             raise KeyboardInterrupt
-        return TORCH.prepare(case, inputs)
+        return TORCH.load(inputs)
 
     with pytest.raises(KeyboardInterrupt):
-        bench([OURS, Provider("peer", interrupted)])
+        bench([OURS, Provider("peer", "logprobs", interrupted)])
     _, *rows = read(tmp_path)
     assert [(row["provider"], row["tokens"]) for row in rows] == [("flashgrpo", 24), ("peer", 24)]
     assert all(row["p50_ms"] > 0 for row in rows)
@@ -264,3 +262,27 @@ def test_peers_may_be_chosen_and_memory_is_measured_without_times(bench, tmp_pat
     assert all(row["peak_mib"] >= 0 and "p50_ms" not in row for row in rows)
     (picture,) = tmp_path.glob("*.png")
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def kernel_row(provider: str, ms: float | None, case: str = "attention a", variant: str = "", **other) -> dict:
+    timed = {} if ms is None else {"p50_ms": ms, "ratio": ms / 2, "share_of_limit": 1 / ms, "error": 1e-3}
+    own = {"op": "attention", "case": case, "variant": variant, "provider": provider, "status": "ok"}
+    return own | timed | other
+
+
+def test_the_kernels_table_has_the_fastest_peer_that_is_right():
+    found = [
+        {"machine": {}},
+        kernel_row("flashgrpo", 2.0),
+        kernel_row("flashgrpo, prompt repeated", 0.5),
+        kernel_row("slow", 9.0),
+        kernel_row("fast", 3.0),
+        kernel_row("wrong", 1.0, status="wrong"),
+        kernel_row("absent", None, status="not installed"),
+        kernel_row("flashgrpo", 8.0, case="attention of a sweep"),
+        kernel_row("flashgrpo", 4.0, case="attention b", variant="short"),
+    ]
+    assert kernels.table(found)[2:] == [
+        "| `attention a` | 2 | 50% | fast | 3 | 1.50 |",
+        "| `attention b` | 4 | 25% | | | |",
+    ]

@@ -14,7 +14,7 @@ import triton
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from flashgrpo.bench.static import RESULTS, TARGETS, launches, measure
+from flashgrpo.bench.static import RESULTS, TARGETS, compile_row, launches
 from flashgrpo.kernels import attention
 from flashgrpo.kernels.logprob import TritonRows
 from flashgrpo.kernels.loss_config import LossConfig, check_arguments
@@ -90,20 +90,11 @@ def test_row_kernels_load_16_bytes_at_a_time():
         assert fused["global_loads"] == fused["global_loads_16_byte"] == forward["global_loads"]
 
 
-def test_predictions_are_marked_and_stand_for_every_kernel_once():
-    """A number that looks measured would end up in a table as if it were."""
-    predicted = {key: row["prediction"] for key, row in ROWS.items() if "prediction" in row}
-    assert {key[0] for key in predicted} == set(defined_kernels())
-    assert {key[1] for key in predicted} == {"sm_90"}
-    assert not {name for row in ROWS.values() for name in row if "_ms" in name}
-    assert all(0 <= (x["expected_share_of_limit"] or 0) <= 1 and x["reason"] for x in predicted.values())
-
-
 @pytest.mark.skipif(triton.__version__ != RECORDED["triton"], reason="figures are those of another Triton")
 @pytest.mark.parametrize(("kernel", "head_dim"), WORST)
 def test_kernels_compile_no_worse_than_recorded(kernel, head_dim):
-    """Run python -m flashgrpo.bench.static where a change is meant."""
-    now, recorded = measure(find_launch(kernel, head_dim)), ROWS[kernel, "sm_90", head_dim]
+    """Run `flashgrpo bench static` where a change is meant."""
+    now, recorded = compile_row(find_launch(kernel, head_dim)), ROWS[kernel, "sm_90", head_dim]
     for name in ("registers", "stack_bytes", "hot_loop_spills", "shared_bytes", "instructions"):
         assert now[name] <= recorded[name], name
     assert now["tensor_core"].keys() == recorded["tensor_core"].keys()

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flashgrpo.bench import step, step_sides
 from flashgrpo.bench.shapes import SHAPES
-from flashgrpo.bench.step import PARTS, REPEATED, SHARED, main, measure, shares
+from flashgrpo.bench.step import PARTS, REPEATED, SHARED, main, shares, time_sides
 from flashgrpo.bench.step_sides import Ours, Peer, Workload
 from flashgrpo.model.decoder import huggingface_views
 
@@ -68,7 +68,7 @@ def test_every_side_has_the_same_gradients(mesh, family):
 
 
 def test_rows_say_how_fast_each_side_was(tiny, mesh):
-    rows = {row["side"]: row for row in measure("small", OPTIONS, CPU, peak=1e12)}
+    rows = {row["side"]: row for row in time_sides("small", OPTIONS, CPU, 1e12, list)}
     assert [*rows][:2] == [SHARED, REPEATED]
     assert "transformers" in [*rows][2]
     for row in rows.values():
@@ -87,7 +87,7 @@ def test_a_peer_that_does_other_work_is_not_timed(tiny, mesh, monkeypatch):
     plain = Peer._plain
     monkeypatch.setattr(step_sides.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(Peer, "_plain", lambda self, hidden, batch: 1.01 * plain(self, hidden, batch))
-    *ours, peer = measure("small", OPTIONS, CPU, peak=1e12)
+    *ours, peer = time_sides("small", OPTIONS, CPU, 1e12, list)
     assert "p50_ms" not in peer
     assert peer["error"].startswith("ValueError: grad_norm is ")
     assert all("p50_ms" in row for row in ours)
@@ -111,7 +111,7 @@ def test_a_side_of_other_positions_or_masks_is_not_timed(tiny, mesh, monkeypatch
 
     monkeypatch.setattr(step_sides, "build_batch", faulty)
     monkeypatch.setitem(step._TOLERANCE, torch.float32, step._TOLERANCE[torch.bfloat16])
-    rows = measure("small", OPTIONS, CPU, peak=1e12)
+    rows = time_sides("small", OPTIONS, CPU, 1e12, list)
     assert any(row.get("error", "").startswith("ValueError: hidden states are ") for row in rows)
 
 
@@ -127,7 +127,7 @@ def test_one_side_that_fails_leaves_the_others(tiny, mesh, monkeypatch):
 
     monkeypatch.setattr(Ours, "probe", failing)
     written = []
-    rows = measure("small", OPTIONS, CPU, 1e12, lambda rows: written.append([dict(row) for row in rows]))
+    rows = time_sides("small", OPTIONS, CPU, 1e12, lambda rows: written.append([dict(row) for row in rows]))
     assert rows[0]["error"].startswith("AssertionError")
     assert all("p50_ms" in row for row in rows[1:])
     assert ["p50_ms" in row for row in written[1]] == [False, True, False]
@@ -198,3 +198,14 @@ def test_lengths_follow_the_mean_and_the_cap():
     assert work.num_tokens == lengths.sum() + 1600 * 5
     again = Workload.random(100, 16, 5, mean=300, cap=900, vocab_size=50)
     np.testing.assert_array_equal(again.groups[99].completions[15].token_ids, work.groups[99].completions[15].token_ids)
+
+
+def test_a_side_that_failed_stands_in_the_step_table():
+    row = {"model": "m", "side": "s", "p50_ms": 500.0, "tokens_per_s": 2e3, "useful_mfu": 0.5, "peak_mib": 1024.0}
+    row |= {"trained_tokens_per_s": 500.0, "checkpointing": "full"}
+    failed = {"model": "m", "side": "t", "error": "OutOfMemoryError: full"}
+    rows = step.table([{}, row | {"shares": {"attention": 0.25, "linear": 0.75}}, failed])
+    assert rows[2:] == [
+        "| m | s, full activation checkpointing | 0.50 | 2,000 | 500 | 50% | 1.00 | 25%, 75% |",
+        "| m | t | OutOfMemoryError: full | | | | | |",
+    ]

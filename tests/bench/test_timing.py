@@ -1,0 +1,36 @@
+"""How long a call takes, and by whose clock."""
+
+from unittest.mock import create_autospec
+
+import torch
+import triton
+
+from flashgrpo.bench.timing import markdown, sample_ms, time_turns
+
+CPU = torch.device("cpu")
+
+
+def test_sides_take_turns_in_two_passes_after_a_call_that_does_not_count():
+    order = []
+    found = time_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, rounds=2)
+    assert "".join(order) == "ab" + 2 * "aabb"
+    assert found["a"].rounds == 4
+    assert found["a"].p20_ms <= found["a"].p50_ms <= found["a"].p80_ms
+
+
+def test_a_budget_is_spent_and_not_more():
+    """A slow side gets as much time as a fast one, and a call at the least."""
+    assert len(sample_ms(lambda: torch.zeros(1), CPU, budget_s=5.0)) == 100
+    assert len(sample_ms(lambda: torch.randn(10**6), CPU, budget_s=1e-4)) == 1
+
+
+def test_short_calls_on_a_gpu_are_timed_by_triton(monkeypatch):
+    """Without a GPU: with arguments that it takes."""
+    do_bench = create_autospec(triton.testing.do_bench, return_value=[1.0, 2.0])
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    assert sample_ms(print, torch.device("cuda"), budget_s=0.5) == [1.0, 2.0]
+    assert do_bench.call_args.kwargs["rep"] == 500
+
+
+def test_an_empty_cell_is_one_space():
+    assert markdown(["", "ms:"], [["x", ""]]) == ["| | ms |", "| --- | ---: |", "| x | |"]
