@@ -27,8 +27,7 @@ from flashgrpo.bench.report import generate_table
 from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.bench.timing import console, machine, option_parser, results_folder, slug, time_turns
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
-from flashgrpo.grpo.rollout.generator import sample_seeds
-from flashgrpo.grpo.rollout.opening import open_generator
+from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.run.policy import open_policy, open_sharded_model, resolve_dtype
@@ -119,11 +118,9 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
                 sides[name] = lambda own=generator: [*own.generate(requests, sampling)]
         if {"bare", "wrapped"} & {*options.generators}:
             from flashgrpo.grpo.rollout.vllm.engine import Engine, sampling_params
-            from flashgrpo.grpo.rollout.vllm.options import EngineOptions
+            from flashgrpo.grpo.rollout.vllm.launch import EngineOptions
 
-            dtype = str(resolve_dtype("auto", world.device)).removeprefix("torch.")
-            engine_options = EngineOptions.of(recipes["vllm"], dtype, world.device.type == "cuda", length)
-            engine = Engine(engine_options, [], load_format="auto")
+            engine = Engine(EngineOptions.of(recipes["vllm"], world.device, length), [], load_format="auto")
             prompts: Any = [{"prompt_token_ids": request.prompt_ids} for request in requests]
             params = [sampling_params(sampling, request, []) for request in requests]
             sides["bare"] = lambda: engine.llm.generate(prompts, params, use_tqdm=False)

@@ -280,9 +280,8 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
     from flashgrpo.grpo.recipe.load import Recipe, load_recipe
-    from flashgrpo.grpo.rollout.vllm.launch import serve
-    from flashgrpo.grpo.rollout.vllm.options import EngineOptions, require_vllm
-    from flashgrpo.grpo.run.policy import resolve_device, resolve_dtype
+    from flashgrpo.grpo.rollout.vllm.launch import EngineOptions, become_server, require_vllm
+    from flashgrpo.grpo.run.policy import resolve_device
     from flashgrpo.model.checkpoint import read_config
 
     recipe = load_recipe(Recipe, options.recipe, overrides)
@@ -294,8 +293,7 @@ def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
     room = (recipe.vllm.max_model_len or context) - recipe.rollout.max_new_tokens
     longest_prompt = max(source.max_prompt_tokens for source in (recipe.data, *recipe.sources.values()))
     longest_prompt = max(1, min(longest_prompt, room))  # vLLM refuses more than the model's context
-    dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    serve(EngineOptions.of(recipe, dtype, on_gpu, longest_prompt), options.host, options.port, devices)
+    become_server(EngineOptions.of(recipe, device, longest_prompt), options.host, options.port, devices)
 
 
 def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
