@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM
 from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.bench.timing import Row, machine, markdown, option_parser, show, time_turns, write_results
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
-from flashgrpo.grpo.rollout.generator import sample_seeds
-from flashgrpo.grpo.rollout.opening import open_generator
+from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.run.policy import open_policy, open_sharded_model, resolve_dtype
@@ -143,12 +142,10 @@ def sample_rates(options: argparse.Namespace, model: Path) -> Row:
 def open_engine(model: Path, device: torch.device, max_new_tokens: int, longest_prompt: int) -> Any:
     """What ours puts around vLLM's engine, in this process."""
     from flashgrpo.grpo.rollout.vllm.engine import Engine
-    from flashgrpo.grpo.rollout.vllm.options import EngineOptions
+    from flashgrpo.grpo.rollout.vllm.launch import EngineOptions
 
-    dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
     recipe = recipe_for(model, "vllm", max_new_tokens, [])
-    options = EngineOptions.of(recipe, dtype, device.type == "cuda", longest_prompt)
-    return Engine(options, [], load_format="auto")
+    return Engine(EngineOptions.of(recipe, device, longest_prompt), [], load_format="auto")
 
 
 def generator_sampler(generator: Any, requests: list[Request], sampling: Sampling) -> Callable[[], Any]:

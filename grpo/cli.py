@@ -96,9 +96,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     from flashgrpo.grpo.recipe.load import Recipe, load_recipe
-    from flashgrpo.grpo.rollout.vllm.launch import serve
-    from flashgrpo.grpo.rollout.vllm.options import EngineOptions, require_vllm
-    from flashgrpo.grpo.run.policy import resolve_device, resolve_dtype
+    from flashgrpo.grpo.rollout.vllm.launch import EngineOptions, become_server, require_vllm
+    from flashgrpo.grpo.run.policy import resolve_device
     from flashgrpo.model.checkpoint import read_config
 
     recipe = load_recipe(Recipe, options.recipe, options.overrides)
@@ -112,8 +111,7 @@ def _serve(options: argparse.Namespace) -> None:
     sources = recipe.data, *recipe.sources.values()
     longest_prompt = max(source.max_prompt_tokens for source in sources)
     longest_prompt = max(1, min(longest_prompt, room))
-    dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    serve(EngineOptions.of(recipe, dtype, on_gpu, longest_prompt), options.host, options.port, devices)
+    become_server(EngineOptions.of(recipe, device, longest_prompt), options.host, options.port, devices)
 
 
 def _sample(options: argparse.Namespace) -> None:

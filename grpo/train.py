@@ -39,7 +39,7 @@ from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_m
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.rules import check_names
-from flashgrpo.grpo.rollout.opening import open_generator
+from flashgrpo.grpo.rollout.generator import open_generator
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.loop import RunLoop

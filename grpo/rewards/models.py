@@ -7,12 +7,9 @@ policy's, and a completion is tokenised anew, from its text.
 
 import contextlib
 import dataclasses
-import os
 import re
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,7 +148,7 @@ class OwnProcess(Scorer):
     def __init__(self, section: PreferenceSection, where: str):
         environment = {**own_environment(), "TOKENIZERS_PARALLELISM": "false"}
         setup = section.path, section.device, section.batch_tokens, where, torch.get_num_threads()
-        self.child = Child(f"the process of {where}", RewardFailure, serve, environment, setup)
+        self.child = Child(f"the process of {where}", RewardFailure, _open_in_child, setup, environment)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
         self._begun: dict[int, tuple[CompletionGroup, Future[np.ndarray]]] = {}  # by identity
 
@@ -169,8 +166,7 @@ class OwnProcess(Scorer):
         self._thread.shutdown(cancel_futures=True)
 
     def _score(self, group: CompletionGroup) -> np.ndarray:
-        self.child.send(group, "scoring")
-        return self.child.receive("scoring", _SCORE_LIMIT_S)
+        return self.child.call("score", group, timeout_s=_SCORE_LIMIT_S)
 
 
 def open_preferences(
@@ -247,22 +243,6 @@ def _check_lengths(
         )
 
 
-def serve(file_descriptor: int) -> None:
-    """The process's life: scores groups until the other end of the pipe is closed."""
-    os.dup2(2, 1)  # what is printed must not mix with the trainer's output
-    with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
-        *options, num_threads = connection.recv()
-        torch.set_num_threads(num_threads)
-        group: CompletionGroup | None = None
-        model: RewardModel | None = None
-        while True:
-            try:
-                model = model or RewardModel(*options)
-                answer = None, model.score(group) if group else None
-            except (CheckpointError, RewardFailure) as error:  # both are raised again in the trainer
-                answer = error, None
-            except Exception as error:  # of torch or a tokenizer: told to the trainer, which ends the run with it
-                answer = RewardFailure(f"{options[-1]}: {type(error).__name__}: {error}"), None
-            connection.send(answer)
-            group = connection.recv()
-    os.kill(os.getpid(), signal.SIGKILL)
+def _open_in_child(path: str, device: str, batch_tokens: int, where: str, num_threads: int) -> RewardModel:
+    torch.set_num_threads(num_threads)
+    return RewardModel(path, device, batch_tokens, where)

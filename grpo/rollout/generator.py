@@ -1,18 +1,22 @@
-"""What a generator is asked for, what it gives back, and the seeds that make every sample its own.
+"""Generators: what one is asked for and gives back, the seeds that make every sample its own, and how one is opened.
 
 A sample's random numbers depend on (seed, step, prompt, sample) alone: not on rank, batch position or what else is
 generated beside it.
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from typing import Protocol
 
 import numpy as np
 
+from flashgrpo.grpo.recipe.load import SamplingRecipe
+from flashgrpo.grpo.rollout.native import NativeGenerator, splitmix64
 from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.run.policy import Policy, open_sharded_model, resolve_dtype, warn_beyond_context
+from flashgrpo.grpo.run.world import World
 from flashgrpo.grpo.types import Request, Rollout, Sampling
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+from flashgrpo.model.checkpoint import empty_decoder
 
 
 class Generator(Protocol):
@@ -38,18 +42,42 @@ class Generator(Protocol):
         ...
 
 
+def open_generator(
+    recipe: SamplingRecipe, policy: Policy, world: World, longest_prompt: int, loaded: bool = False
+) -> Generator:
+    """`rollout.generator`, for prompts of up to `longest_prompt` tokens; all ranks of `world` call it.
+
+    A run loads its own weights before each use. `loaded`: it has those of recipe.model.path already; native, it samples
+    from `policy` itself. Raises RecipeError and RunInputError, where vLLM does not fit the recipe.
+    """
+    warn_beyond_context(policy, longest_prompt + recipe.rollout.max_new_tokens)
+    if recipe.rollout.generator == "native":
+        if loaded:
+            return NativeGenerator(policy.model, policy.stop_token_ids)
+        dtype = resolve_dtype(recipe.model.dtype, world.device)
+        own = NativeGenerator(empty_decoder(policy.model.config, dtype), policy.stop_token_ids, world.device)
+        own.model.attention_backend = recipe.model.attention_backend
+        own.free_weights()
+        return own
+
+    from flashgrpo.grpo.rollout.vllm.generator import open_engine, open_servers
+
+    if recipe.rollout.generator == "vllm":
+        return open_engine(recipe, policy, world, longest_prompt, loaded)
+    with ExitStack() as opened:
+        generator = opened.enter_context(closing(open_servers(recipe, policy, world, longest_prompt)))
+        if loaded:
+            dtype = resolve_dtype(recipe.model.dtype, world.device)
+            model = open_sharded_model(recipe.model, world.device, world.mesh, stored=dtype)
+            generator.load_weights(DecoderSource(dict(model.named_parameters()), model.config, dtype), 0)
+        # From here on it is the caller's to close; up to here nothing, not even Ctrl-C, may leave servers behind.
+        opened.pop_all()
+    return generator
+
+
 def sample_seeds(seed: int, step: int, prompt: int, num_samples: int) -> np.ndarray:
-    """Seeds of a prompt's samples, [num_samples] uint64, by splitmix64 (Steele et al. 2014) over the four numbers."""
+    """Seeds of a prompt's samples, [num_samples] uint64, by splitmix64 over the four numbers."""
     state = np.full(num_samples, seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
     for part in (step, prompt, np.arange(num_samples, dtype=np.uint64)):
         state = splitmix64(state ^ splitmix64(np.asarray(part).astype(np.uint64)))
     return state
-
-
-def splitmix64(state: np.ndarray) -> np.ndarray:
-    """One output of splitmix64 for each uint64 state."""
-    with np.errstate(over="ignore"):
-        z = state + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))

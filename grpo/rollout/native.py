@@ -9,13 +9,13 @@ vLLM is tested against.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashgrpo.grpo.rollout.generator import splitmix64
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.kernels.attention import packed_attention
@@ -25,6 +25,7 @@ from flashgrpo.model.linear import PackedWeights, product
 _CACHE_STEP = 64
 _IDLE_SHARE = 1 / 8
 _DRAWN_AHEAD = 64  # positions whose random numbers go to the device at once
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class NativeGenerator:
@@ -39,7 +40,8 @@ class NativeGenerator:
     def load_weights(self, source: DecoderSource, version: int) -> None:
         """Copy every weight into a model of the generator's own."""
         self.model.to_empty(device=self.device)
-        weights = huggingface_views({n: p.detach() for n, p in self.model.named_parameters()}, self.model.config)
+        parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        weights = huggingface_views(parameters, self.model.config)
         for name, tensor in source:
             if name in weights:  # a tied head is sent twice
                 weights[name].copy_(tensor)
@@ -60,24 +62,18 @@ class NativeGenerator:
         with torch.inference_mode():
             batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids)
         while batch.has_live_rows:
+            # Not around the `yield`: what the caller does with a group is no inference.
             with torch.inference_mode():
                 finished = batch.step()
             for index in finished:
-                yield [self._rollout(requests[index], *sample) for sample in batch.samples_of(index)]
-
-    def _rollout(
-        self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, kept: np.ndarray | None, stopped: bool
-    ) -> Rollout:
-        reason = "stop" if stopped else "length"
-        versions = ((self.weight_version, len(tokens)),)
-        return Rollout(request.prompt_ids, tokens, logprobs, reason, request.group, versions, kept)
+                yield batch.rollouts_of(index, self.weight_version)
 
 
 class _DecodingBatch:
     """State of one call. A row is a completion; live rows sit in the first `len(self.rows)` places of the caches."""
 
     def __init__(self, model: Decoder, requests: list[Request], sampling: Sampling, stop_token_ids: list[int]):
-        self.model, self.sampling = model, sampling
+        self.model, self.requests, self.sampling = model, requests, sampling
         weight = model.lm_head_weight
         self.device, self.dtype = weight.device, weight.dtype
         counts = [len(request.seeds) for request in requests]
@@ -96,12 +92,14 @@ class _DecodingBatch:
         self.unfinished = np.array(counts)
         self.groups = np.arange(len(requests))  # those with a place in the prompts' cache, ascending
         self.shared = set(counts) != {1}
-        self.prompt_lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=self.device)
-        self.own_start = 0 if self.shared else max(len(r.prompt_ids) for r in requests)  # in `own_cache`
+        lengths = [len(request.prompt_ids) for request in requests]
+        self.prompt_lengths = torch.tensor(lengths, device=self.device)
+        self.own_start = 0 if self.shared else max(lengths)  # where `own_cache` has completions
         self.prompt_cache: list[tuple[Tensor, Tensor]] = []
         self.own_cache: list[tuple[Tensor, Tensor]] = []
         self.position = 0  # tokens that the live rows have been given beyond their prompts
         self._place_rows()
+        # They do not change during a call, so that they are brought into the CPU's layout once, not at every step.
         self.weights = PackedWeights(model, num_rows)
         hidden = self._prefill([request.prompt_ids for request in requests])
         self.hidden = hidden.index_select(0, self.group_of_place)
@@ -110,13 +108,23 @@ class _DecodingBatch:
     def has_live_rows(self) -> bool:
         return len(self.rows) > 0
 
-    def samples_of(self, index: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]]:
-        """(tokens, log-probs, those of what was kept or None, stopped) of every completion of request `index`."""
+    def rollouts_of(self, index: int, weight_version: int) -> list[Rollout]:
+        """Every completion of request `index`."""
+        request, rollouts = self.requests[index], []
         for row in range(self.first_row[index], self.first_row[index + 1]):
             length = self.lengths[row]
             logprobs, kept = self.logprobs[:, row, :length].copy()
-            kept = kept if self.sampling.is_truncated else None
-            yield self.tokens[row, :length].copy(), logprobs, kept, bool(self.stopped[row])
+            rollout = Rollout(
+                request.prompt_ids,
+                self.tokens[row, :length].copy(),
+                logprobs,
+                "stop" if self.stopped[row] else "length",
+                request.group,
+                weight_versions=((weight_version, int(length)),),
+                kept_logprobs=kept if self.sampling.is_truncated else None,
+            )
+            rollouts.append(rollout)
+        return rollouts
 
     def step(self) -> list[int]:
         """Sample one token for every live row, run the decoder on them; returns the requests that are now complete."""
@@ -124,8 +132,10 @@ class _DecodingBatch:
             logits = product(self.hidden, self.model.lm_head_weight)
         if self.position % _DRAWN_AHEAD == 0:
             self.uniforms = self._draw_uniforms()
-        tokens, *logprobs = sample_tokens(logits, self.uniforms[:, self.position % _DRAWN_AHEAD], self.sampling)
-        sampled = torch.stack([tokens.double(), *(each.double() for each in logprobs)]).cpu().numpy()  # the one copy
+        uniforms = self.uniforms[:, self.position % _DRAWN_AHEAD]
+        tokens, logprobs, kept = sample_tokens(logits, uniforms, self.sampling)
+        # One copy to the host a step, which waits for the device.
+        sampled = torch.stack([tokens.double(), logprobs.double(), kept.double()]).cpu().numpy()
         live = ~self.done
         self.tokens[self.rows[live], self.position] = sampled[0, live]
         self.logprobs[:, self.rows[live], self.position] = sampled[1:, live]
@@ -158,7 +168,8 @@ class _DecodingBatch:
         return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).to(self.device)
 
     def _drop_idle_rows(self, tokens: Tensor) -> Tensor:
-        step = max(1, len(self.seeds) // 16)  # few different numbers of rows, see `model.linear`
+        # In steps: on a CPU every number of rows that a product meets costs memory for good (see `model.linear`).
+        step = max(1, len(self.seeds) // 16)
         spare = self.done & (np.cumsum(self.done) > -np.count_nonzero(~self.done) % step)
         if spare.sum() < max(1, _IDLE_SHARE * len(self.rows)):
             return tokens
@@ -167,7 +178,9 @@ class _DecodingBatch:
         self.rows, self.done = self.rows[kept], self.done[kept]
         written = self.own_start + self.position - 1
         for layer, (k, v) in enumerate(self.own_cache):
-            self.own_cache[layer] = (_moved(k, written, k.shape[2], keep), _moved(v, written, v.shape[2], keep))
+            # Layer by layer, so that no more than one is there twice.
+            room = k.shape[2]
+            self.own_cache[layer] = _moved(k, written, room, keep), _moved(v, written, room, keep)
         self.uniforms = self.uniforms.index_select(0, keep)
         self._drop_finished_groups()
         self._place_rows()
@@ -179,7 +192,8 @@ class _DecodingBatch:
             return
         keep = np.searchsorted(self.groups, kept)
         num_kv_heads = self.model.config.num_kv_heads
-        heads = torch.from_numpy((keep[:, None] * num_kv_heads + np.arange(num_kv_heads)).ravel()).to(self.device)
+        rows = (keep[:, None] * num_kv_heads + np.arange(num_kv_heads)).ravel()
+        heads = torch.from_numpy(rows).to(self.device)
         self.groups = kept
         self.prompt_cache = [(k.index_select(0, heads), v.index_select(0, heads)) for k, v in self.prompt_cache]
         self.prompt_bias = self.prompt_bias.index_select(0, heads)
@@ -203,9 +217,10 @@ class _DecodingBatch:
         """Run every prompt once, keep its keys and values; returns its last hidden state, [requests, hidden_size]."""
         lengths = [len(prompt) for prompt in prompts]
         cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=self.device)
-        padding = [0] * (self.model.padded_tokens(sum(lengths)) - sum(lengths))  # tokens of no segment
-        input_ids = torch.tensor([token for prompt in prompts for token in prompt] + padding, device=self.device)
-        positions = torch.tensor([i for length in lengths for i in range(length)] + padding, device=self.device)
+        # Tokens of no segment, for the same reason as in `_drop_idle_rows`.
+        padding = [0] * (self.model.padded_tokens(sum(lengths)) - sum(lengths))
+        input_ids = torch.tensor([*chain.from_iterable(prompts), *padding], device=self.device)
+        positions = torch.tensor([*chain.from_iterable(map(range, lengths)), *padding], device=self.device)
         longest = max(lengths)
         columns = torch.arange(longest, device=self.device)
         inside = columns < self.prompt_lengths[:, None]
@@ -264,14 +279,26 @@ class _DecodingBatch:
         if layer == len(self.own_cache):
             shape = (k.shape[0], k.shape[1], 0, k.shape[2])
             self.own_cache.append((k.new_empty(shape), v.new_empty(shape)))
-        cache, filled = self.own_cache[layer], self.own_start + self.position
-        room = cache[0].shape[2]
+        (keys, values), filled = self.own_cache[layer], self.own_start + self.position
+        room = keys.shape[2]
         if room < filled:
+            # Twice as much each time: copies stay a constant share of the work, and nothing is held for lengths that
+            # no completion reaches.
             room = min(max(2 * room, _CACHE_STEP), self.own_start + self.sampling.max_new_tokens)
-            cache = self.own_cache[layer] = (_moved(cache[0], filled - 1, room), _moved(cache[1], filled - 1, room))
-        cache[0].select(2, filled - 1).copy_(k)
-        cache[1].select(2, filled - 1).copy_(v)
-        return cache[0].flatten(0, 1)[:, :filled], cache[1].flatten(0, 1)[:, :filled]
+            keys, values = _moved(keys, filled - 1, room), _moved(values, filled - 1, room)
+            self.own_cache[layer] = keys, values
+        keys.select(2, filled - 1).copy_(k)
+        values.select(2, filled - 1).copy_(v)
+        return keys.flatten(0, 1)[:, :filled], values.flatten(0, 1)[:, :filled]
+
+
+def splitmix64(state: np.ndarray) -> np.ndarray:
+    """One output of splitmix64 (Steele et al. 2014) for each uint64 state."""
+    with np.errstate(over="ignore"):
+        z = state + _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
 
 
 def sample_tokens(
@@ -296,19 +323,22 @@ def sample_tokens(
     if sampling.is_truncated:
         whole, order = whole.sort(dim=-1, descending=True, stable=True)
         probs = _truncate(whole, sampling)
+    # In fp32 the sum over a vocabulary is too coarse for tokens of small probability.
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)
     drawn = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
-    places = drawn.clamp_max(logits.shape[-1] - 1)
+    places = drawn.clamp_max(logits.shape[-1] - 1)  # a product may round up to the last sum
     tokens = places if order is None else order.gather(-1, places)
     logprobs = probs.gather(-1, places).squeeze(-1).log()
-    kept = torch.zeros_like(logprobs) if order is None else whole.gather(-1, places).squeeze(-1).log() - logprobs
-    return tokens.squeeze(-1), logprobs, kept
+    if order is None:
+        return tokens.squeeze(-1), logprobs, torch.zeros_like(logprobs)
+    return tokens.squeeze(-1), logprobs, whole.gather(-1, places).squeeze(-1).log() - logprobs
 
 
 def _truncate(sorted_probs: Tensor, sampling: Sampling) -> Tensor:
     """Keep the k likeliest, then the smallest set that holds top_p of what is left; renormalise. 0 elsewhere."""
     if sampling.top_k:
-        sorted_probs = F.pad(sorted_probs[:, : sampling.top_k], (0, max(0, sorted_probs.shape[1] - sampling.top_k)))
+        left_out = max(0, sorted_probs.shape[1] - sampling.top_k)
+        sorted_probs = F.pad(sorted_probs[:, : sampling.top_k], (0, left_out))
         sorted_probs = sorted_probs / sorted_probs.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1:
         before = sorted_probs.cumsum(dim=-1) - sorted_probs

@@ -4,8 +4,8 @@
 tensors themselves, one gathered at a time on the default stream, in the sampler's type. All ranks iterate in lockstep.
 """
 
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,10 @@ class TensorMeta(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class DecoderSource:
     """Every weight of a decoder, sharded or not, under its Hugging Face name.
@@ -37,49 +41,42 @@ class DecoderSource:
 
     def __init__(self, parameters: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype):
         self.parameters, self.config, self.dtype = parameters, config, dtype
-        self.last = self.failed_at = "none"  # the newest tensor, and that at the first failure, for messages
-        self.digests: dict[str, int] | None = None  # filled by the next pass where it is not None
+        self.last = "none"  # the newest tensor of the pass, for messages
+        self.digests: dict[str, int] | None = None  # of the tensors of the pass so far, where they are asked for
         self._running: Iterator[tuple[str, Tensor]] | None = None
 
     def metadata(self) -> list[TensorMeta]:
         """What a pass will yield, in its order; gathers nothing."""
-        shapes = {n: torch.empty(p.shape, dtype=self.dtype, device="meta") for n, p in self.parameters.items()}
         found = []
-        for name, parameter in shapes.items():
-            for part, view in huggingface_views({name: parameter}, self.config).items():
+        for name, parameter in self.parameters.items():
+            whole = torch.empty(parameter.shape, dtype=self.dtype, device="meta")
+            for part, view in huggingface_views({name: whole}, self.config).items():
                 found += [TensorMeta(sent, self.dtype, tuple(view.shape)) for sent in self._names(part)]
         return found
 
     @property
     def num_bytes(self) -> int:
         """Of one pass."""
-        return sum(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata())
+        return sum(meta.num_bytes for meta in self.metadata())
 
     @property
     def largest_bytes(self) -> int:
         """Of the largest tensor."""
-        return max(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata())
+        return max(meta.num_bytes for meta in self.metadata())
+
+    def begin(self, with_digests: bool) -> None:
+        """Before a pass that ranks make together."""
+        self._running, self.last = None, "none"
+        self.digests = {} if with_digests else None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self._running = self._tensors()
         return self._running
 
-    @contextmanager
-    def one_pass(self) -> Iterator[None]:
-        """Within it one pass is made, and to the end, also where the block fails: ranks that gather must all do so."""
-        self._running, self.last, self.failed_at = None, "none", ""
-        try:
-            yield
-        except Exception:
-            self.note_failure()
-            raise
-        finally:
-            for _ in self if self._running is None else self._running:
-                pass
-
-    def note_failure(self) -> None:
-        """Remember where the pass is, unless it has failed before."""
-        self.failed_at = self.failed_at or self.last
+    def finish(self) -> None:
+        """Go on to the end of the pass, or make it: the other ranks gather every tensor, and wait for this one."""
+        for _ in self if self._running is None else self._running:
+            pass
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         tensors = full_tensors(self.parameters, self.config, self.dtype)
@@ -114,6 +111,7 @@ def digest(tensor: Tensor) -> int:
     flat = tensor.detach().contiguous().view(-1)
     flat = flat.view(torch.uint8 if flat.nbytes % 4 else torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    # As many numbers as stay in the cache of a CPU; on a GPU enough to fill it.
     chunk = _DIGEST_CHUNK if tensor.is_cuda else _DIGEST_CHUNK // 16
     for first in range(0, flat.numel(), chunk):
         part = flat[first : first + chunk].long()
@@ -125,25 +123,14 @@ def digest(tensor: Tensor) -> int:
 def check_digests(sent: Mapping[str, int], received: Mapping[str, int]) -> None:
     """Raises SyncError where a tensor is not what was sent."""
     wrong = [name for name in sent if received.get(name) != sent[name]]
-    if wrong or not sent:
+    if wrong:
         raise SyncError(
             f"vLLM has not received what was sent: the checksum of {len(wrong)} of {len(sent)} tensors differs, of "
-            f"{wrong[0] if wrong else 'all'} first"
+            f"{wrong[0]} first"
         )
 
 
-def wanted_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of every tensor that a model of `config` takes, by name."""
-    decoder = empty_decoder(config, torch.float32)
-    wanted = {n: tuple(v.shape) for n, v in huggingface_views(dict(decoder.named_parameters()), config).items()}
-    return {_HEAD: wanted[_EMBEDDING], **wanted}
-
-
-def check_shapes(sent: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError for a tensor that the sampler's model has no place for, by name."""
-    for name, shape in sent.items():
-        if name not in wanted:
-            raise ValueError(f"{name} has no place in the sampler's model")
-        if shape != wanted[name]:
-            found, place = list(shape), list(wanted[name])
-            raise ValueError(f"{name} was sent with shape {found}; the sampler's model wants {place}")
+def weight_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """Of every tensor in a checkpoint of `config`, by name."""
+    parameters = dict(empty_decoder(config, torch.float32).named_parameters())
+    return {name: list(view.shape) for name, view in huggingface_views(parameters, config).items()}

@@ -4,39 +4,41 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from flashgrpo.grpo.errors import FlashgrpoError
 from flashgrpo.grpo.run.interrupts import SIGNALS, outlive_output
 
 _RANK, _TORCHRUN = ("RANK", "WORLD_SIZE"), ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-
 _START_LIMIT_S = 1800.0
 _END_LIMIT_S = 5.0
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # of prctl
 
 
 def start_child(
-    serve: Callable[[int], None], environment: Mapping[str, str] | None = None, guarded: bool = False
+    life: Callable[[int], None], environment: Mapping[str, str] | None = None, guarded: bool = False
 ) -> tuple[subprocess.Popen, Connection]:
-    """A process that runs `serve`, a function of a module, with the file descriptor of its end of a pipe; and our end.
+    """A process that runs `life`, a function of a module, with the file descriptor of its end of a pipe; and our end.
 
     The process hears neither Ctrl-C nor the signals that ask for the same, which a terminal or a scheduler sends to
     every process, and does not import the main script. One that runs what a user wrote is `guarded`: it has a process
     group of its own, the process that is returned is its guard (see `guard`), and `end_guarded` ends it.
     """
     ours, theirs = multiprocessing.Pipe()
-    command = (  # before anything that takes time is imported
+    # Signals are ignored, and the guard is there, before anything that takes time is imported.
+    command = (
         f"import sys; sys.path[:] = {sys.path!r}; import {__name__} as child; child.ignore_signals(); "
         + (f"child.guard({theirs.fileno()}); " if guarded else "")
-        + f"from {serve.__module__} import serve; serve({theirs.fileno()})"
+        + f"from {life.__module__} import {life.__name__} as life; life({theirs.fileno()})"
     )
     with theirs:
         process = subprocess.Popen(
@@ -80,9 +82,8 @@ def end_guarded(process: subprocess.Popen, connection: Connection) -> int:
 def guard(file_descriptor: int) -> None:
     """Returns in a child of this process, which stays behind. When the child ends, or the other end of the pipe is
     closed, as by a killed trainer, it ends all that the child has started, and itself in the way that the child did.
-
-    Orphans become its own children, so that nothing escapes by a session or a parent that ends.
     """
+    # Orphans become its own children, so that nothing escapes by a session or a parent that ends.
     prctl = ctypes.CDLL(None).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
     if not (child := os.fork()):
@@ -96,19 +97,24 @@ def guard(file_descriptor: int) -> None:
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
                 ended.update([found])
 
+    # After the fork: the child need not wait for it.
+    import psutil
+
     events = select.poll()
     events.register(os.pidfd_open(child), select.POLLIN)
     events.register(file_descriptor, select.POLLRDHUP)
     signal.signal(signal.SIGCHLD, reap)
     events.poll()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # none is reaped, and its number given away, before it is killed
+    # From now on none is reaped, and its number given away, before it is killed.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     deadline = time.monotonic() + _END_LIMIT_S
-    while (left := _children()) and time.monotonic() < deadline:
+    while (left := psutil.Process().children()) and time.monotonic() < deadline:
         for process in left:
-            with contextlib.suppress(OSError):
-                os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         time.sleep(0.002)
         reap()
+    # The trainer tells how a worker ended by the end of its guard; a signal of the child's must not dump core twice.
     code = os.waitstatus_to_exitcode(ended.get(child, 1 << 8))
     if code < 0:
         prctl(_PR_SET_DUMPABLE, 0)
@@ -118,55 +124,53 @@ def guard(file_descriptor: int) -> None:
     os._exit(code)
 
 
-def _children() -> list[int]:
-    """This process's own children, zombies included."""
-    found = []
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{process}/stat", encoding="latin-1") as file:
-            _, parent, *_ = file.read().rpartition(")")[2].split()
-            if int(parent) == os.getpid():
-                found.append(int(process))
-    return found
-
-
 class Child:
-    """A child that answers with (error, result), first to `setup`; `name` and `failure` are for its death and its
-    delays.
+    """A process with an object of its own, whose methods are called from here: what `make` of a module returns for
+    `arguments`. `name` and `failure` are for its death, its delays, and errors that are not this project's.
     """
 
     def __init__(
         self,
         name: str,
         failure: type[Exception],
-        serve: Callable[[int], None],
+        make: Callable[..., Any],
+        arguments: tuple[Any, ...],
         environment: Mapping[str, str],
-        setup: Any,
     ):
         self.name, self.failure = name, failure
-        self.process, self._connection = start_child(serve, environment)
+        self.process, self._connection = start_child(answer_calls, environment)
         try:
-            self.send(setup, "starting")
+            self.send(make, *arguments)
             self.receive("starting", _START_LIMIT_S)
         except BaseException:  # nobody has it yet to close it
             self.close()
             raise
 
-    def send(self, message: Any, step: str) -> None:
-        """Ask for `step`. Raises `failure` where the process has ended."""
-        try:
-            self._connection.send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            self._raise_dead(step)
+    def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        """The method's result."""
+        self.send(method, *arguments)
+        return self.receive(method, timeout_s)
 
-    def receive(self, step: str, timeout_s: float | None) -> Any:
-        """The next result, or its error; a process that is late, or has ended, raises `failure`."""
+    def send(self, method: Any, *arguments: Any) -> None:
+        """Ask for a call. Raises `failure` where the process has ended."""
+        try:
+            self._connection.send((method, arguments))
+        except (BrokenPipeError, ConnectionResetError):
+            self._raise_dead(str(method))
+
+    def receive(self, method: str, timeout_s: float | None) -> Any:
+        """Its result, or the next one where it yields them. Raises its error; a process that is late, or has ended,
+        raises `failure`.
+        """
         try:
             if not self._connection.poll(timeout_s):
                 self.close()  # a late answer would be taken for that of the next call
-                raise self.failure(f"{self.name} did not finish {step} within {timeout_s:g} s")
+                raise self.failure(f"{self.name} did not finish {method} within {timeout_s:g} s")
             error, result = self._connection.recv()
         except (EOFError, ConnectionResetError):
-            self._raise_dead(step)
+            self._raise_dead(method)
+        if isinstance(error, str):
+            raise self.failure(f"{self.name}: {error}")
         if error is not None:
             raise error
         return result
@@ -176,8 +180,34 @@ class Child:
         self.process.kill()
         self.process.wait()
 
-    def _raise_dead(self, step: str) -> NoReturn:
-        raise self.failure(f"{self.name} ended during {step} with exit code {self.process.wait()}")
+    def _raise_dead(self, method: str) -> NoReturn:
+        raise self.failure(f"{self.name} ended during {method} with exit code {self.process.wait()}")
+
+
+def answer_calls(file_descriptor: int) -> None:
+    """The life of a `Child`'s process: it makes the object, and answers calls until the other end is closed."""
+    from flashgrpo.model.config import CheckpointError
+
+    os.dup2(2, 1)  # what a library prints must not mix with the trainer's output
+    made: Any = None
+    with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            message = connection.recv_bytes()
+            try:
+                # Here what cannot be imported is an error of the call, as any other.
+                method, arguments = pickle.loads(message)
+                if made is None:
+                    made, results = method(*arguments), [None]
+                else:
+                    found = getattr(made, method)(*arguments)
+                    results = found if isinstance(found, Iterator) else [found]
+                for result in results:
+                    connection.send((None, result))
+            except (FlashgrpoError, CheckpointError) as error:  # raised again at the other end
+                connection.send((error, None))
+            except Exception as error:  # of a library; its class may not be known there
+                connection.send((f"{type(error).__name__}: {error}", None))
+    os.kill(os.getpid(), signal.SIGKILL)  # threads of a library's would keep it
 
 
 def own_environment() -> dict[str, str]:

@@ -27,8 +27,7 @@ from flashgrpo.grpo.errors import DataError, GeneratorFailure, RewardFailure, Ru
 from flashgrpo.grpo.recipe.load import CollectRecipe, recipe_to_toml
 from flashgrpo.grpo.recipe.schema import GivenSection
 from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rollout.generator import Generator, sample_seeds
-from flashgrpo.grpo.rollout.opening import open_for_collection
+from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
 from flashgrpo.grpo.run.folder import changed_inputs, changed_keys, hash_inputs, hold_output, write_made_from
 from flashgrpo.grpo.run.policy import Policy, open_policy
 from flashgrpo.grpo.run.progress import Clock, StepBar, console, step_bar
@@ -85,7 +84,7 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
         generator = None
         if parts.missing:
             longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
-            generator = open_for_collection(recipe, policy, world, longest_prompt)
+            generator = open_generator(recipe, policy, world, longest_prompt, loaded=True)
             stack.enter_context(contextlib.closing(generator))
         world.on_main(lambda: _begin(recipe, output, made_from))
         with world.interrupts:

@@ -23,16 +23,15 @@ from rich.progress import track
 from flashgrpo.grpo.data.benchmarks import load_benchmark
 from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_prompt, render_prompts
-from flashgrpo.grpo.errors import DataError, RewardFailure, RunInputError
+from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.metrics import count_reflections
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.recipe.schema import ModelSection, Template, first_step
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.rules import extract_answer, is_correct
 from flashgrpo.grpo.rewards.table import RewardSet
-from flashgrpo.grpo.rollout.generator import Generator, sample_seeds
+from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
 from flashgrpo.grpo.rollout.native import NativeGenerator
-from flashgrpo.grpo.rollout.opening import open_for_evaluation
 from flashgrpo.grpo.run.folder import newest_checkpoint
 from flashgrpo.grpo.run.policy import Policy, open_policy, resolve_device
 from flashgrpo.grpo.run.progress import console
@@ -99,6 +98,8 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
     Raises RunInputError for an `output` with rows of these names that were made from anything else, RewardFailure where
     no completion of a pair could be scored; as `train` else.
     """
+    if recipe.rollout.generator == "vllm_server":
+        raise RecipeError("an evaluation cannot use servers; wanted --rollout.generator=vllm or native")
     with open_world(recipe) as world:
         for path in models.values():
             read_config(path)  # a wrong path is found before the first is evaluated
@@ -248,7 +249,8 @@ def _evaluate_share(recipe: Recipe, path: str, problems: list[Problem], pool: Re
     prompts = dict(enumerate(render_prompts(problems, policy, recipe.data)))
     longest_prompt = max(len(prompt.token_ids) for prompt in prompts.values())
     own = {number: prompt for number, prompt in prompts.items() if number % world.size == world.rank}
-    with contextlib.closing(open_for_evaluation(recipe, policy, world.device, longest_prompt)) as generator:
+    alone = dataclasses.replace(world, rank=0, size=1)  # what fails on a rank is raised on all by who calls this
+    with contextlib.closing(open_generator(recipe, policy, alone, longest_prompt, loaded=True)) as generator:
         return evaluate(own, policy, generator, pool, recipe, with_quality=True)
 
 

@@ -281,7 +281,7 @@ def test_serving_on_gpus(served, write_recipe, monkeypatch):
     recipe = write_recipe(run={"device": "auto"})
     flags = served(recipe, "--host=0.0.0.0")
     assert {"--host": "0.0.0.0", "--dtype": "bfloat16", "--tensor-parallel-size": "2"}.items() <= flags.items()
-    assert json.loads(flags["--weight-transfer-config"]) == {"backend": "flashgrpo_nccl"}
+    assert json.loads(flags["--weight-transfer-config"]) == {"backend": "nccl"}
     assert served(recipe, "--devices=5")["--tensor-parallel-size"] == "1"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
@@ -302,7 +302,7 @@ def test_serving_says_who_can_do_what(host, key, who, is_warned, served, write_r
     said = capsys.readouterr().err
     assert f"{host}:8000: {who} can replace the weights, sample and pause; no route writes files" in said
     assert (f"warning: other machines reach {host}; set VLLM_API_KEY to a secret" in said) == is_warned
-    assert flags["--middleware"] == "flashgrpo.grpo.rollout.vllm.guard.Guard"
+    assert flags["--middleware"] == "flashgrpo.grpo.rollout.vllm.launch.Guard"
     assert "secret" not in flags.values()
 
 
@@ -313,7 +313,7 @@ def test_serving_without_a_vllm_that_fits_is_one_line_and_exit_2(found, message,
             return found
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("flashgrpo.grpo.rollout.vllm.options.importlib.metadata.version", installed)
+    monkeypatch.setattr("flashgrpo.grpo.rollout.vllm.launch.importlib.metadata.version", installed)
     assert main(["serve", write_recipe()]) == 2
     line = error_line(capsys)
     assert message in line

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.errors import RecipeError, RewardFailure, RunError, RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
+from flashgrpo.grpo.rollout.generator import open_generator
 from flashgrpo.grpo.rollout.native import NativeGenerator, sample_tokens
-from flashgrpo.grpo.rollout.opening import open_generator
 from flashgrpo.grpo.run.folder import RunFolder, newest_checkpoint, read_rows
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import open_world
@@ -496,12 +496,13 @@ def test_log_probs_that_are_not_the_trainers_raise_an_alarm(recipe, options, off
 def test_where_log_probs_cannot_be_compared_the_run_says_so(recipe, monkeypatch, capsys):
     """vLLM reports them renormalised over what top_k kept, and never what that was."""
     recipe = changed(recipe, "train", steps=1)
-    original = NativeGenerator._rollout
+    original = NativeGenerator.generate
 
-    def rollout(self, request, tokens, logprobs, kept, stopped):
-        return original(self, request, tokens, logprobs, None, stopped)
+    def generate(*arguments):
+        for group in original(*arguments):
+            yield [dataclasses.replace(rollout, kept_logprobs=None) for rollout in group]
 
-    monkeypatch.setattr(NativeGenerator, "_rollout", rollout)
+    monkeypatch.setattr(NativeGenerator, "generate", generate)
     monkeypatch.setattr("flashgrpo.grpo.train.open_generator", lambda _, *rest: open_generator(recipe, *rest))
     train(changed(recipe, "rollout", top_k=3, generator="vllm"))
     assert "cannot be checked (train.mismatch_alarm)" in " ".join(capsys.readouterr().err.split())

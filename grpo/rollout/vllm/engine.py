@@ -1,28 +1,23 @@
-"""vLLM, which no other module imports: an engine, and both ends of the weight transfer.
+"""vLLM, which no other module imports: an engine, and the ends of a weight transfer.
 
-vLLM has three transports in its native weight-transfer API: NCCL (a server on other GPUs), CUDA IPC (an engine on the
-same GPU) and, for CPUs, one of ours: files in shared memory, a bucket at a time. The receiving ends here add to vLLM's
-own that a tensor without a place is refused by its name, and that checksums of what came can be asked for. vLLM finds
-them by the entry point in pyproject.toml in each of its processes.
+Weights come over vLLM's own transports, NCCL (a server on other GPUs) and CUDA IPC (an engine on the same GPU), and on
+CPUs over one of ours: files in shared memory, a bucket at a time. vLLM finds it by the entry point in pyproject.toml in
+each of its processes.
 """
 
 import contextlib
-import fcntl
-import json
+import math
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 from vllm import LLM, SamplingParams
-from vllm.config import WeightTransferConfig
+from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
@@ -31,18 +26,23 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCWeightTransferEngine
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.sampling_params import RequestOutputKind
 
-from flashgrpo.grpo.rollout.sync import DecoderSource, check_shapes, digest, wanted_shapes
-from flashgrpo.grpo.rollout.vllm.options import IPC, NCCL, SHARED_MEMORY, EngineOptions, sampling_fields
+from flashgrpo.grpo.rollout.sync import DecoderSource, digest, weight_shapes
+from flashgrpo.grpo.rollout.vllm.launch import (
+    IPC,
+    SHARED_MEMORY,
+    EngineOptions,
+    sampled_rollout,
+    sampling_fields,
+)
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.model.config import ModelConfig
 
 _BUCKET_BYTES, _PROGRESS_S = 256 << 20, 1.0
-_MEMORY, _FOLDER, _BUCKET = Path("/dev/shm"), "flashgrpo_weights_", "bucket.safetensors"
 
 
 class Engine:
@@ -54,6 +54,7 @@ class Engine:
     """
 
     def __init__(self, options: EngineOptions, stop_token_ids: list[int], load_format: str = "dummy"):
+        # In this process alone: it is one of the trainer's own already, and ends with it.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         register()
         self.version, self.stop_token_ids, self.on_gpu, self.is_asleep = 0, stop_token_ids, options.on_gpu, False
@@ -70,6 +71,7 @@ class Engine:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end."""
+        self.llm.collective_rpc("expect_weights")
         self.llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
@@ -91,7 +93,7 @@ class Engine:
         self.llm.reset_prefix_cache()
 
     def weight_digests(self) -> list[dict[str, int]]:
-        """Checksums of what the first update received, by name, of every worker."""
+        """Checksums of what the first update has loaded, by name, of every worker."""
         return self.llm.collective_rpc("weight_digests")
 
     def sleep(self) -> None:
@@ -113,9 +115,7 @@ class Engine:
             while waiting:
                 for output in engine.step():
                     if output.finished:
-                        samples: Any = output.outputs
-                        request = waiting.pop(output.request_id)
-                        yield [_rollout(request, sample) for sample in samples]
+                        yield _rollouts(waiting.pop(output.request_id), output.outputs)
                 if time.monotonic() - told_at > _PROGRESS_S:
                     told_at = time.monotonic()
                     yield []
@@ -130,118 +130,73 @@ def sampling_params(sampling: Sampling, request: Request, stop_token_ids: list[i
     return SamplingParams(**fields, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
-def _rollout(request: Request, sample: Any) -> Rollout:
-    spans = [(int(span.version), span.end - span.start) for span in sample.weight_versions]
-    return Rollout(
-        request.prompt_ids,
-        np.asarray(sample.token_ids, dtype=np.int64),
-        np.asarray(sample.logprobs.logprobs, dtype=np.float32),
-        sample.finish_reason,
-        request.group,
-        tuple(spans),
-    )
+def _rollouts(request: Request, samples: Any) -> list[Rollout]:
+    rollouts = []
+    for sample in samples:
+        spans = [(int(span.version), span.start, span.end) for span in sample.weight_versions]
+        logprobs = sample.logprobs.logprobs
+        rollouts.append(sampled_rollout(request, sample.token_ids, logprobs, sample.finish_reason, spans))
+    return rollouts
 
 
 class Extension:
     """Methods of vLLM's workers."""
 
+    # Attributes of the worker that it becomes a part of.
+    vllm_config: Any
     weight_transfer_engine: Any
     model_config: Any
 
     def served_model(self) -> dict[str, Any]:
         """What a trainer compares with its own before it begins."""
-        config = self.model_config
         return {
-            "config": json.loads(config.hf_config.to_json_string(use_diff=False)),
-            "dtype": str(config.dtype).removeprefix("torch."),
-            "max_model_len": config.max_model_len,
-            "logprobs_mode": config.logprobs_mode,
+            "weights": weight_shapes(ModelConfig.from_dict(self.model_config.hf_config.to_dict())),
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "max_model_len": self.model_config.max_model_len,
         }
 
+    def expect_weights(self) -> None:
+        """Before the first update of a connection: it begins anew, and what it loads is summed up."""
+        # An update that has failed, or whose trainer was killed, has left layers half loaded, and vLLM would count that
+        # as part of the next one.
+        with set_current_vllm_config(self.vllm_config):
+            self.weight_transfer_engine.finish_weight_update()
+        self._weight_update_active = False
+
+        model = self.weight_transfer_engine.model
+        load, digests = type(model).load_weights, {}
+
+        def load_and_sum(weights: Any) -> Any:
+            weights = list(weights)
+            for name, tensor in weights:
+                digests[name] = digest(tensor)
+            return load(model, weights)
+
+        self.digests, model.load_weights = digests, load_and_sum
+
     def weight_digests(self) -> dict[str, int]:
-        """Checksums of the tensors that this worker received in the first update of a connection; told once."""
-        return self.weight_transfer_engine.take_digests()
-
-
-class _Checked:
-    """A receiving engine that checks and sums up what it gives the model to load."""
-
-    model: Any
-    model_config: Any
-    digests: dict[str, int] | None = None  # recorded while it is there: in the first update of a connection
-    is_half_loaded = False
-
-    def init_transfer_engine(self, init_info: Any) -> None:
-        self.digests = {}
-        self.shapes = wanted_shapes(ModelConfig.from_dict(self.model_config.hf_config.to_dict()))
-        super().init_transfer_engine(init_info)  # type: ignore[misc]
-
-    def start_weight_update(self) -> None:
-        if self.is_half_loaded:  # by an update that failed: vLLM would count what that has loaded as part of this one
-            self.finish_weight_update()
-        self.is_half_loaded = True
-        super().start_weight_update()  # type: ignore[misc]
-
-    def finish_weight_update(self) -> None:
-        super().finish_weight_update()  # type: ignore[misc]
-        self.is_half_loaded = False
-
-    def receive_weights(self, update_info: Any) -> None:
-        model, self.model = self.model, _Doorkeeper(self.model, self.shapes, self.digests)
-        try:
-            super().receive_weights(update_info)  # type: ignore[misc]
-        finally:
-            self.model = model
-
-    def take_digests(self) -> dict[str, int]:
-        digests, self.digests = self.digests, None
-        return digests or {}
-
-
-class _Doorkeeper:
-    """Stands for the model while weights come in."""
-
-    def __init__(self, model: Any, shapes: dict[str, tuple[int, ...]], digests: dict[str, int] | None):
-        self.model, self.shapes, self.digests = model, shapes, digests
-
-    def load_weights(self, weights: Any) -> Any:
-        weights = list(weights)
-        check_shapes({name: tuple(tensor.shape) for name, tensor in weights}, self.shapes)
-        if self.digests is not None:
-            self.digests |= {name: digest(tensor) for name, tensor in weights}
-        return self.model.load_weights(weights)
-
-
-class NcclReceiver(_Checked, NCCLWeightTransferEngine):
-    """vLLM's, checked."""
-
-
-class IpcReceiver(_Checked, IPCWeightTransferEngine):
-    """vLLM's, checked."""
-
-
-@dataclass
-class FolderInfo(WeightTransferInitInfo):
-    """The folder in shared memory that the trainer writes to."""
-
-    folder: str
+        """Checksums of the tensors that this worker has been given to load since; told once."""
+        del self.weight_transfer_engine.model.load_weights  # that of its class from now on
+        return self.digests
 
 
 @dataclass
 class BucketInfo(WeightTransferUpdateInfo):
-    """A safetensors file with some of the weights."""
+    """Some of the weights, one after another in a file of memory; all have one type."""
 
     file: str
+    dtype: str
+    names: list[str]
+    shapes: list[list[int]]
 
 
-class _SharedMemory(WeightTransferEngine[FolderInfo, BucketInfo]):
-    """Loads buckets from shared memory."""
+class SharedMemoryReceiver(WeightTransferEngine[WeightTransferInitInfo, BucketInfo]):
+    """A worker's end: loads a bucket at a time."""
 
-    init_info_cls, update_info_cls = FolderInfo, BucketInfo
+    init_info_cls, update_info_cls = WeightTransferInitInfo, BucketInfo
 
-    def init_transfer_engine(self, init_info: FolderInfo) -> None:
-        if not Path(init_info.folder).is_dir():
-            raise ValueError(f"{init_info.folder} is not there: on CPUs, sampler and trainer must share a machine")
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        pass
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -250,18 +205,20 @@ class _SharedMemory(WeightTransferEngine[FolderInfo, BucketInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: BucketInfo) -> None:
+        if not Path(update_info.file).exists():
+            raise ValueError(f"{update_info.file} is not there: on CPUs, sampler and trainer must share a machine")
+        sizes = [math.prod(shape) for shape in update_info.shapes]
+        # A mapping, which keeps the memory until the last of the tensors is loaded: vLLM holds back those of a layer.
+        flat = torch.from_file(update_info.file, size=sum(sizes), dtype=getattr(torch, update_info.dtype))
+        tensors = [part.view(shape) for part, shape in zip(flat.split(sizes), update_info.shapes, strict=True)]
         model: Any = self.model
-        model.load_weights([*load_file(update_info.file).items()])
+        model.load_weights([*zip(update_info.names, tensors, strict=True)])
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         pass
-
-
-class SharedMemoryReceiver(_Checked, _SharedMemory):
-    """Ours, checked."""
 
 
 @dataclass
@@ -275,7 +232,6 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
     """Writes a bucket of weights to a file in memory and has it loaded, until all are; rank 0 sends."""
 
     init_info_cls = SharedMemoryTrainerInfo
-    folder, lock = "", -1  # of the rank that sends
 
     @classmethod
     def trainer_init(
@@ -283,68 +239,36 @@ class SharedMemorySender(TrainerWeightTransferEngine[SharedMemoryTrainerInfo]):
     ) -> "SharedMemorySender":
         sender = cls(client=client, source=source, is_sender=init_info.is_sender)
         if sender.is_sender:
-            sender.folder, sender.lock = _open_folder(2 * max(_BUCKET_BYTES, source.largest_bytes))
-            try:
-                client.init_weight_transfer_engine(asdict(FolderInfo(sender.folder)))
-            except BaseException:  # nobody has it yet to shut it down
-                sender.shutdown()
-                raise
+            client.init_weight_transfer_engine({})
         return sender
 
     def send_weights(self) -> None:
-        if self.is_sender:
-            self.client.start_weight_update()
+        source: Any = self.source
+        if not self.is_sender:
+            for _ in source:  # the ranks gather together
+                pass
+            return
+        self.client.start_weight_update()
         bucket: dict[str, Tensor] = {}
-        for name, tensor in self.source or ():
-            if self.is_sender:
-                bucket[name] = tensor.detach().to("cpu", copy=True)
-                if sum(t.nbytes for t in bucket.values()) >= _BUCKET_BYTES:
-                    self._ship(bucket)
-        if self.is_sender:
+        for name, tensor in source:
+            bucket[name] = tensor.detach().cpu()
+            if sum(each.nbytes for each in bucket.values()) >= _BUCKET_BYTES:
+                self._ship(bucket)
+                bucket = {}
+        if bucket:
             self._ship(bucket)
-            self.client.finish_weight_update()
+        self.client.finish_weight_update()
 
     def _ship(self, bucket: dict[str, Tensor]) -> None:
-        file = Path(self.folder) / _BUCKET
-        save_file(bucket, file)
-        bucket.clear()
-        self.client.update_weights(asdict(BucketInfo(str(file))))
-        file.unlink()
-
-    def shutdown(self) -> None:
-        if self.folder:
-            _remove_folder(Path(self.folder))
-            os.close(self.lock)
-
-
-def _open_folder(needed: int) -> tuple[str, int]:
-    """A folder in memory, and its lock, which a killed process lets go of; what such a one has left goes first."""
-    disk = Path(tempfile.gettempdir())
-    for left in (*_MEMORY.glob(f"{_FOLDER}*"), *disk.glob(f"{_FOLDER}*")):
-        with contextlib.suppress(OSError):  # in use, or another user's
-            lock = _lock(left)
-            _remove_folder(left)
-            os.close(lock)
-    fits = _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > needed  # a container's may be tiny
-    folder = Path(tempfile.mkdtemp(prefix="new_", dir=_MEMORY if fits else disk))
-    lock = _lock(folder)  # before others look for it under its name
-    return str(folder.rename(folder.with_name(_FOLDER + folder.name))), lock
-
-
-def _lock(folder: Path) -> int:
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _remove_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        (folder / _BUCKET).unlink(missing_ok=True)
-        folder.rmdir()
+        # A file without a name: no killed process leaves it behind, and a container's small /dev/shm is no limit.
+        with open(os.memfd_create("flashgrpo_weights"), "wb") as file:
+            for tensor in bucket.values():
+                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            path, (first, *_) = f"/proc/{os.getpid()}/fd/{file.fileno()}", bucket.values()
+            dtype = str(first.dtype).removeprefix("torch.")
+            info = BucketInfo(path, dtype, [*bucket], [list(tensor.shape) for tensor in bucket.values()])
+            self.client.update_weights(asdict(info))
 
 
 def open_sender(backend: str, client: Any, source: DecoderSource, **where: Any) -> TrainerWeightTransferEngine:
@@ -352,7 +276,8 @@ def open_sender(backend: str, client: Any, source: DecoderSource, **where: Any) 
     register()
     if backend == SHARED_MEMORY:
         info: TrainerInitInfo = SharedMemoryTrainerInfo(**where)
-    elif backend == IPC:  # a bucket holds the largest tensor; every rank has an engine of its own to send to
+    elif backend == IPC:
+        # vLLM refuses a tensor larger than its buffer: the embedding, mostly.
         size = max(_BUCKET_BYTES, source.largest_bytes)
         info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=size, **where)
     else:
@@ -361,13 +286,8 @@ def open_sender(backend: str, client: Any, source: DecoderSource, **where: Any) 
 
 
 def register() -> None:
-    """Make the transports known to vLLM, in this process; twice is as good as once."""
-    ends: list[Any] = [
-        (WeightTransferTrainerFactory, SHARED_MEMORY, SharedMemorySender),
-        (WeightTransferEngineFactory, SHARED_MEMORY, SharedMemoryReceiver),
-        (WeightTransferEngineFactory, NCCL, NcclReceiver),
-        (WeightTransferEngineFactory, IPC, IpcReceiver),
-    ]
-    for factory, name, end in ends:
-        with contextlib.suppress(ValueError):  # it is
-            factory.register_engine(name, end)
+    """Make our transport known to vLLM, in this process; twice is as good as once."""
+    # vLLM calls it in each of its processes, and `Engine` and `open_sender` where it has not.
+    with contextlib.suppress(ValueError):  # it is known
+        WeightTransferEngineFactory.register_engine(SHARED_MEMORY, SharedMemoryReceiver)
+        WeightTransferTrainerFactory.register_engine(SHARED_MEMORY, SharedMemorySender)

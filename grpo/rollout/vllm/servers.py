@@ -7,18 +7,19 @@ was asked for ends the generation: what else it gets wrong cannot be known.
 
 import asyncio
 import logging
-import queue
 import re
 import sys
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, as_completed
+from typing import Annotated, Any, Literal, TypeVar
 
 import aiohttp
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from flashgrpo.grpo.errors import GeneratorFailure
-from flashgrpo.grpo.rollout.vllm.answers import AnswerError, read_group
-from flashgrpo.grpo.rollout.vllm.options import sampling_fields
+from flashgrpo.grpo.rollout.vllm.launch import sampled_rollout, sampling_fields
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.model.files import parse_json
 
@@ -29,6 +30,8 @@ _PARTS = 8  # of a time limit
 _LOST = aiohttp.ClientError, OSError
 _TOKENS = re.compile(r"^vllm:generation_tokens_total(?:{.*})? (\S+)$", re.MULTILINE)
 _LARGEST_VOCABULARY = 1 << 24
+_NOT_FINITE = -9999.0  # what vLLM writes for a log-prob that is NaN or -inf
+_ROUNDING = 1e-5  # by which a GPU's log-softmax may be above 0
 
 T = TypeVar("T")
 
@@ -58,10 +61,10 @@ class VllmServers:
         self.all_or_none = False  # an NCCL group: a call that one server misses fails
         self._answers = dict.fromkeys(self.in_flight, 0)
         self._dropped = {url: asyncio.Event() for url in self.in_flight}
-        self._running: set[Any] = set()
+        self._running: set[Future[list[Rollout]]] = set()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True).start()
-        self._session = self._run(self._open())
+        self._session = self._run(self._open_session())
 
     @property
     def servers(self) -> list[str]:
@@ -73,56 +76,48 @@ class VllmServers:
 
         Raises GeneratorFailure when no server is left, or one refuses a request.
         """
-        done: queue.SimpleQueue[list[Rollout] | BaseException] = queue.SimpleQueue()
-        running = asyncio.run_coroutine_threadsafe(self._generate(requests, sampling, done), self._loop)
-        self._running.add(running)
+        running = [self._submit(self._complete(request, sampling)) for request in requests]
+        watchers = [self._submit(self._watch(url)) for url in self.servers]
+        self._running.update(running)
         try:
-            for _ in requests:
-                group = done.get()
-                if isinstance(group, BaseException):
-                    raise group
-                yield group
+            for group in as_completed(running):
+                yield group.result()
+        except CancelledError:
+            raise GeneratorFailure("the generation was broken off") from None
         finally:
-            running.cancel()
-            self._running.discard(running)
-
-    def get(self, path: str) -> dict[str, Any]:
-        """Every live server's answer, by address."""
-        return self._run(self._all("GET", path))
+            for each in (*running, *watchers):
+                each.cancel()
+            self._running.difference_update(running)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Every live server's answer to the same body."""
+        """Every live server's answer to the same body, by address."""
         return self._run(self._all("POST", path, dict.fromkeys(self.servers, body or {})))
 
-    def rpc(self, method: str) -> dict[str, list[dict[str, Any]]]:
-        """The answers of each server's workers, of which there is one at least."""
+    def rpc(self, method: str) -> dict[str, list[Any]]:
+        """The results of each server's workers."""
         answers = self.post(f"collective_rpc?method={method}", {"method": method})
         for url, answer in answers.items():
-            results = answer.get("results")
-            if not (isinstance(results, list) and results and all(isinstance(result, dict) for result in results)):
+            if not answer.get("results"):
                 raise ServerRefusal(f"{url} answered {method} by {str(answer)[:100]}, wanted results of its workers")
         return {url: answer["results"] for url, answer in answers.items()}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open the receiving ends; with NCCL every server's workers get ranks of their own."""
-        bodies, offset = {}, init_info.get("rank_offset")
-        sizes = self.world_sizes() if offset is not None else {}
-        for url in self.servers:
-            bodies[url] = {"init_info": init_info if offset is None else {**init_info, "rank_offset": offset}}
-            offset = None if offset is None else offset + sizes[url]
+        self.rpc("expect_weights")
+        bodies = {url: {"init_info": init_info} for url in self.servers}
+        # vLLM's payload is for one server: all of them would take the same ranks.
+        if "rank_offset" in init_info:
+            offset, sizes = init_info["rank_offset"], self.world_sizes()
+            for url in self.servers:
+                bodies[url] = {"init_info": {**init_info, "rank_offset": offset}}
+                offset += sizes[url]
         self._run(self._all("POST", "init_weight_transfer_engine", bodies))
 
     def start_weight_update(self) -> None:
         """Make room for new weights; what is being generated waits."""
+        # Completions under way keep their tokens, and go on by the new weights.
         self.post("pause?mode=keep")
-        try:
-            self.post("start_weight_update")
-        except ServerRefusal as error:
-            if "already active" not in str(error):
-                raise
-            # A trainer was killed in the middle of one. What it has sent is overwritten by what comes now.
-            self._run(self._all("POST", "finish_weight_update", {url: {} for url in self.servers}, may_refuse=True))
-            self.post("start_weight_update")
+        self.post("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         """Load a part of them."""
@@ -140,14 +135,11 @@ class VllmServers:
 
     def world_sizes(self) -> dict[str, int]:
         """Workers of each server."""
-        sizes = {url: answer.get("world_size") for url, answer in self.get("get_world_size").items()}
-        for url, size in sizes.items():
-            if not (isinstance(size, int) and size > 0):
-                raise ServerRefusal(f"{url} has {size!r} workers, wanted a number")
-        return sizes
+        answers = self._run(self._all("GET", "get_world_size", dict.fromkeys(self.servers)))
+        return {url: answer["world_size"] for url, answer in answers.items()}
 
     def weight_digests(self) -> list[dict[str, int]]:
-        """Checksums of what the first update received, by name, of every worker."""
+        """Checksums of what the first update has loaded, by name, of every worker."""
         return [worker for workers in self.rpc("weight_digests").values() for worker in workers]
 
     def drop(self, url: str, why: str) -> None:
@@ -165,44 +157,45 @@ class VllmServers:
         self._run(self._session.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _open(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)  # an idle one may close just then
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._submit(work).result()
+
+    async def _open_session(self) -> aiohttp.ClientSession:
+        # A connection for each call: a server may close an idle one at the very moment that a call begins.
         return aiohttp.ClientSession(
-            connector=connector,
-            headers=headers,
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
             timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
-    async def _all(
-        self, method: str, path: str, bodies: dict[str, Any] | None = None, may_refuse: bool = False
-    ) -> dict[str, Any]:
-        """One call to each live server, side by side; those that cannot be reached in time are dropped. Where one
-        refuses, all are waited for.
+    async def _all(self, method: str, path: str, bodies: dict[str, Any]) -> dict[str, Any]:
+        """One call to each server of `bodies`, side by side; those that cannot be reached in time are dropped. Where
+        one refuses, all are waited for.
         """
         step = path.partition("?")[0]
-        urls = [*bodies] if bodies is not None else self.servers
 
         async def call(url: str) -> Any:
             try:
-                return await self._in_time(self._call(method, f"{url}/{path}", bodies and bodies[url]))
+                return await self._in_time(self._call(method, f"{url}/{path}", bodies[url]))
             except TimeoutError:
                 self.drop(url, f"it did not answer {step} within {self.timeout_s:g} s")
             except _LOST as error:
                 self.drop(url, f"{step}: {_said(error)}")
 
-        answers = dict(zip(urls, await asyncio.gather(*map(call, urls), return_exceptions=True), strict=True))
+        # Not the first error at once: a call that is still under way would meet the next step.
+        answers = dict(zip(bodies, await asyncio.gather(*map(call, bodies), return_exceptions=True), strict=True))
         for answer in answers.values():
-            if isinstance(answer, BaseException) and not (may_refuse and isinstance(answer, ServerRefusal)):
+            if isinstance(answer, BaseException):
                 raise answer
         self._require_server()
-        if self.all_or_none and not {*urls} <= self.in_flight.keys():
-            raise GeneratorFailure(f"{step} without {', '.join(url for url in urls if url in self.lost)}")
-        return {url: answer for url, answer in answers.items() if url in self.in_flight}
+        missing = [url for url in bodies if url not in self.in_flight]
+        if self.all_or_none and missing:
+            raise GeneratorFailure(f"{step} without {', '.join(missing)}")
+        return {url: answer for url, answer in answers.items() if url not in missing}
 
     async def _in_time(self, call: Coroutine[Any, Any, T]) -> T:
         """Its result. Time is counted in parts: a trainer that was itself stopped, or found no free processor, loses
@@ -217,7 +210,7 @@ class VllmServers:
         finally:
             task.cancel()
 
-    async def _call(self, method: str, address: str, body: Any = None) -> dict[str, Any]:
+    async def _call(self, method: str, address: str, body: Any) -> dict[str, Any]:
         """A server's answer, an object of JSON; {} where it is empty."""
         text = await self._text(method, address, body)
         try:
@@ -234,31 +227,11 @@ class VllmServers:
             if response.status == 200:
                 return text
         said = f"{address} answered {response.status}: {_reason(text)}"
-        if response.status >= 500 and not await self._is_healthy(address):
-            raise ConnectionError(said)  # its engine has died
+        if response.status >= 500:  # its engine may have died, and the rest of it lives
+            async with self._session.get("/".join([*address.split("/")[:3], "health"])) as health:
+                if health.status != 200:
+                    raise ConnectionError(said)
         raise ServerRefusal(said)
-
-    async def _is_healthy(self, address: str) -> bool:
-        async with self._session.get("/".join([*address.split("/")[:3], "health"])) as response:
-            return response.status == 200
-
-    async def _generate(self, requests: list[Request], sampling: Sampling, done: queue.SimpleQueue) -> None:
-        watchers = [asyncio.create_task(self._watch(url)) for url in self.servers]
-
-        async def complete(request: Request) -> None:
-            try:
-                done.put(await self._complete(request, sampling))
-            except Exception as error:  # it is raised where the groups are taken
-                done.put(error)
-
-        try:
-            await asyncio.gather(*map(complete, requests))
-        except asyncio.CancelledError:
-            done.put(GeneratorFailure("the generation was broken off"))
-            raise
-        finally:
-            for watcher in watchers:
-                watcher.cancel()
 
     async def _complete(self, request: Request, sampling: Sampling) -> list[Rollout]:
         """One group, by whichever server is left."""
@@ -266,16 +239,18 @@ class VllmServers:
         body = {"token_ids": request.prompt_ids, "sampling_params": fields}
         while True:
             self._require_server()
-            url = min(self.in_flight, key=lambda url: self.in_flight[url])
+            url = min(self.in_flight, key=self.in_flight.__getitem__)
             self.in_flight[url] += len(request.seeds)
             oldest = self.loaded
-            call = asyncio.create_task(self._call("POST", f"{url}/inference/v1/generate", body))
+            # A server that is dropped by `_watch` may never answer.
+            call = asyncio.create_task(self._text("POST", f"{url}/inference/v1/generate", body))
             dropped = asyncio.create_task(self._dropped[url].wait())
             try:
                 await asyncio.wait({call, dropped}, return_when=asyncio.FIRST_COMPLETED)
                 if call.done():
                     answer = call.result()
                     self._answers[url] += 1
+                    # New weights may have come while it was sampled; where none are sent at all, any version is right.
                     versions = range(oldest, (self.version or sys.maxsize - 1) + 1)
                     return read_group(answer, request, sampling, self.vocab_size, self.stop_token_ids, versions)
             except AnswerError as error:
@@ -326,9 +301,91 @@ def _reason(text: str) -> str:
     """The message in an answer of vLLM's."""
     try:
         return str(parse_json(text)["error"]["message"])[:500]
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         return text[:500]
 
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class AnswerError(ValueError):
+    """An answer that is not what was asked for."""
+
+
+_Whole = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
+
+
+class _Token(TypedDict):
+    logprob: Annotated[float, Field(strict=True, gt=_NOT_FINITE, le=_ROUNDING, allow_inf_nan=False)]
+
+
+class _Logprobs(TypedDict):
+    content: list[_Token]
+
+
+class _Span(TypedDict):
+    version: Annotated[int, Field(ge=0)]  # as text
+    start: _Whole
+    end: _Whole
+
+
+class _Choice(TypedDict):
+    index: _Whole
+    token_ids: Annotated[list[_Whole], Field(min_length=1)]
+    logprobs: _Logprobs
+    finish_reason: Literal["stop", "length"]
+    weight_versions: list[_Span]
+
+
+class _Answer(TypedDict):
+    choices: list[_Choice]
+
+
+_ANSWER = TypeAdapter(_Answer)
+
+
+def read_group(
+    answer: str | bytes,
+    request: Request,
+    sampling: Sampling,
+    vocab_size: int,
+    stop_token_ids: Collection[int],
+    versions: range,
+) -> list[Rollout]:
+    """The group that `request` asked for, sampled from weights of `versions`: whatever gets past here is trained on.
+
+    Raises AnswerError where it is none.
+    """
+    try:
+        choices = _ANSWER.validate_json(answer)["choices"]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise AnswerError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    choices.sort(key=lambda choice: choice["index"])
+    numbers, most = [choice["index"] for choice in choices], sampling.max_new_tokens
+    _expect(numbers == [*range(len(request.seeds))], f"completions {numbers}, wanted {len(request.seeds)}")
+    group = []
+    for choice in choices:
+        ids, reason = choice["token_ids"], choice["finish_reason"]
+        logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+        spans = [(span["version"], span["start"], span["end"]) for span in choice["weight_versions"]]
+        _expect(len(ids) == most or (reason == "stop" and len(ids) < most), f"{len(ids)} tokens, cut at {most}")
+        _expect(max(ids) < vocab_size, f"the token {max(ids)}, wanted 0 to {vocab_size - 1}")
+        is_cut = reason == "stop" and ids[-1] not in stop_token_ids
+        _expect(not is_cut, f"a stop at the token {ids[-1]}, wanted one of {stop_token_ids}")
+        _expect(len(logprobs) == len(ids), f"{len(logprobs)} log-probs for {len(ids)} tokens")
+        reached = 0
+        for version, start, end in spans:
+            _expect(start == reached < end, f"weight versions of the tokens {spans}")
+            found = f"{end - start} tokens of the weights {version}"
+            _expect(version in versions, f"{found}, wanted {versions[0]} to {versions[-1]}")
+            reached = end
+        _expect(reached == len(ids), f"weight versions of the tokens {spans} for {len(ids)} tokens")
+        group.append(sampled_rollout(request, ids, logprobs, reason, spans))
+    return group
+
+
+def _expect(holds: bool, found: str) -> None:
+    if not holds:
+        raise AnswerError(found)

@@ -20,7 +20,7 @@ from flashgrpo.grpo.errors import DataError, RecipeError, RunInputError
 from flashgrpo.grpo.recipe.load import CollectRecipe, SftRecipe, build_recipe
 from flashgrpo.grpo.recipe.schema import FilterSection, ModelSection, SftDataSection, WriteSection
 from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rollout.opening import open_for_evaluation
+from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.policy import open_policy
 from flashgrpo.grpo.stages import collect as module
 from flashgrpo.grpo.stages.collect import collect
@@ -182,7 +182,7 @@ def test_what_is_written_is_what_the_model_samples(values, model_path, data_path
     policy = open_policy(ModelSection(str(model_path)), torch.device("cpu"))
     training, held_out = load_problems(recipe.data, recipe.run.seed)
     prompts = render_prompts(training[:10], policy, recipe.data)
-    generator = open_for_evaluation(recipe, policy, torch.device("cpu"), 16)
+    generator = NativeGenerator(policy.model, policy.stop_token_ids)
     for (i, _), row in rows.items():
         request = Request(i, prompts[i].token_ids, np.array([row["seed"]], dtype=np.uint64))
         ((again,),) = generator.generate([request], Sampling(40))
@@ -285,7 +285,7 @@ def test_other_filters_cost_no_sampling_and_other_samples_are_refused(values, tm
         with pytest.raises(RunInputError, match=rf"{key} is .*keep it, or choose another run\.output"):
             collect(made(values, **changes), resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "open_for_collection", None)
+        patch.setattr(module, "open_generator", None)
         changes = {"filters": {"min_tokens": 12}, "rewards": {"timeout_s": 5.0}, "write": {"completion": "= {answer}"}}
         rows = rows_of(collect(made(values, **changes), resume=True))
     assert 0 < len(rows) < before

@@ -302,7 +302,7 @@ def test_a_process_of_its_own_scores_as_the_trainer_does(scoring_path, policy, w
         own = scorers["b"]
         assert isinstance(own, OwnProcess)
         own.child.process.kill()
-        with pytest.raises(RewardFailure, match=r"reward_models\.b ended during scoring with exit code -9"):
+        with pytest.raises(RewardFailure, match=r"reward_models\.b ended during score with exit code -9"):
             own.score(groups)
     finally:
         for scorer in scorers.values():
