@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 
 PromptText = str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
-REASONING_GYM = "reasoning_gym:"  # a row whose `task` starts so is scored by that task's own scorer
 
 
 @dataclass(frozen=True)

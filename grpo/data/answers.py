@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+REASONING_GYM = "reasoning_gym:"  # a row whose `task` starts so is scored by that task's own scorer
 _MAX_CHARS = 1000  # an answer longer than this is no final answer
 _MAX_FORMULA_CHARS = 400
 _MAX_DEPTH = 12  # of brackets; the parser's time grows steeply with it

@@ -11,10 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from flashgrpo.grpo.data.answers import fault_of_answer
+from flashgrpo.grpo.data.answers import REASONING_GYM, fault_of_answer
 from flashgrpo.grpo.errors import DataError, nearest
 from flashgrpo.grpo.recipe.schema import DataSection, SourceSection
-from flashgrpo.grpo.types import REASONING_GYM, Problem
+from flashgrpo.grpo.types import Problem
 from flashgrpo.model.files import is_local, parse_json
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its columns

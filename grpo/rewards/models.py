@@ -26,7 +26,7 @@ from flashgrpo.grpo.data.prompts import closed_ids, located, render_problem
 from flashgrpo.grpo.errors import DataError, PackingError, RecipeError, RewardFailure
 from flashgrpo.grpo.learn.packing import Completion, Group, best_fit, build_batch
 from flashgrpo.grpo.recipe.schema import CHECKED, PreferenceSection, Template
-from flashgrpo.grpo.rewards.rules import with_opening
+from flashgrpo.grpo.rewards.response import Response
 from flashgrpo.grpo.rewards.table import Scorer
 from flashgrpo.grpo.run.child import Child, own_environment
 from flashgrpo.grpo.run.policy import (
@@ -68,8 +68,8 @@ def scored_ids(text: str, scores: str, tokenizer: PreTrainedTokenizerBase, end: 
     closed, and everything where there is none.
     """
     if scores == "answer":
-        is_open = "<think>" in text and "</think>" not in text
-        text = "" if is_open else re.sub(r"</?answer>", "", text.rpartition("</think>")[2]).strip()
+        response = Response(text)
+        text = "" if response.is_open else re.sub(r"</?answer>", "", response.conclusion).strip()
     return closed_ids(text, tokenizer, end)
 
 
@@ -95,7 +95,7 @@ class RewardModel:
         """
         try:
             prompt_ids = render_problem(group.problem, self.card, self.tokenizer)
-            texts = [with_opening(group.prompt, text) for text in group.completions]
+            texts = [Response(text, group.prompt).text for text in group.completions]
             ids = [scored_ids(text, self.card.scores, self.tokenizer, self.end) for text in texts]
         except DataError as error:
             raise RewardFailure(f"{self.where}: {error}") from error

@@ -13,14 +13,13 @@ import functools
 import importlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashgrpo.grpo.data.answers import answers_match, expected_answer, last_boxed
+from flashgrpo.grpo.data.answers import REASONING_GYM, answers_match, expected_answer
 from flashgrpo.grpo.errors import RecipeError, RewardError, nearest
-from flashgrpo.grpo.types import REASONING_GYM
+from flashgrpo.grpo.rewards.response import Response
 
 if TYPE_CHECKING:
     from flashgrpo.grpo.recipe.load import Recipe
@@ -37,31 +36,6 @@ def is_correct(scores: Any) -> Any:
     return scores >= _CORRECT
 
 
-def extract_answer(completion: str, prompt: str = "", *, whole: bool = False) -> str | None:
-    r"""The final answer in a completion, or None.
-
-    The last `<answer>` block if there is an `<answer>` tag at all, else the last `\boxed{}`, else what follows
-    `####` (GSM8K), else the last line, or the whole text with `whole`. What precedes `</think>` is cut; where the
-    reasoning was not closed, only an `<answer>` block counts.
-    """
-    text = with_opening(prompt, completion)
-    is_open = "<think>" in text and "</think>" not in text
-    text = text.rpartition("</think>")[2]
-    if "<answer>" in text:
-        block = text.rpartition("</answer>")[0].rpartition("<answer>")[2]
-        return (last_boxed(block) or block).strip() or None
-    if is_open:
-        return None
-    if boxed := last_boxed(text):
-        return boxed.strip() or None
-    if "####" in text:
-        text = text.rsplit("####", 1)[1].strip().split("\n")[0]
-    lines = text.strip().splitlines()
-    if not lines:
-        return None
-    return text.strip() if whole else lines[-1].strip()
-
-
 def accuracy(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
@@ -73,13 +47,15 @@ def accuracy(
     tasks = columns.get("task") or [None] * len(completions)
     scores: list[float | None] = []
     for i, (prompt, completion, task) in enumerate(zip(prompts, completions, tasks, strict=True)):
+        response = Response(completion, prompt)
         if isinstance(task, str) and task.startswith(REASONING_GYM):
             row = {"answer": answer[i], "metadata": columns["metadata"][i]}
             options = columns["task_options"][i] if "task_options" in columns else {}
-            found = extract_answer(completion, prompt, whole=row["answer"] is None or "\n" in row["answer"])
+            # A task without one right answer, or with one of several lines, reads more than the last line.
+            found = response.answer(whole=row["answer"] is None or "\n" in row["answer"])
             scores.append(_task_score(task, options, found, row))
         else:
-            found = extract_answer(completion, prompt)
+            found = response.answer()
             scores.append(float(found is not None and answers_match(found, expected_answer(answer[i]))))
     return scores
 
@@ -88,8 +64,8 @@ def exact_match(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
     """1 where the final answer is the expected one, character by character but for white space at its ends."""
-    found = map(extract_answer, completions, prompts)
-    return [float(text == expected_answer(gold)) for text, gold in zip(found, answer, strict=True)]
+    rows = zip(prompts, completions, answer, strict=True)
+    return [float(Response(c, p).answer() == expected_answer(gold)) for p, c, gold in rows]
 
 
 def format_tags(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
@@ -97,7 +73,15 @@ def format_tags(prompts: Sequence[str], completions: Sequence[str], **columns: A
 
     Each tag stands exactly once. The opening `<think>` may be the end of the prompt instead.
     """
-    return [float(_is_formatted(with_opening(p, c))) for p, c in zip(prompts, completions, strict=True)]
+    return [float(_is_formatted(Response(c, p))) for p, c in zip(prompts, completions, strict=True)]
+
+
+def _is_formatted(response: Response) -> bool:
+    tags, texts = response.parts()
+    if tags != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return False
+    before, reasoning, between, answer, after = texts
+    return bool(reasoning and answer) and not (before or between or after)
 
 
 def overlong(
@@ -136,7 +120,7 @@ def language_consistency(
 
     targets = columns.get("language") or [None] * len(completions)
     rows = zip(prompts, completions, questions, targets, strict=True)
-    return [share_in_language(reasoning_of(p, c), target_language(t, q)) for p, c, q, t in rows]
+    return [share_in_language(Response(c, p).reasoning, target_language(t, q)) for p, c, q, t in rows]
 
 
 def code(
@@ -219,22 +203,3 @@ def _task_scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], flo
     import reasoning_gym
 
     return reasoning_gym.create_dataset(task, seed=0, **json.loads(options)).score_answer
-
-
-def _is_formatted(text: str) -> bool:
-    parts = re.split(r"(</?(?:think|answer)>)", text)
-    if parts[1::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
-        return False
-    before, thought, between, answer, after = (part.strip() for part in parts[::2])
-    return bool(thought and answer) and not (before or between or after)
-
-
-def with_opening(prompt: str, completion: str) -> str:
-    """The completion, with the `<think>` before it that the end of the prompt may have."""
-    return f"<think>{completion}" if prompt.rstrip().endswith("<think>") else completion
-
-
-def reasoning_of(prompt: str, completion: str) -> str:
-    """What precedes `</think>` or `<answer>`, without tags; all of the completion where it has neither."""
-    text = with_opening(prompt, completion)
-    return text.split("</think>")[0].split("<answer>")[0].replace("<think>", "")

@@ -28,7 +28,8 @@ from flashgrpo.grpo.metrics import count_reflections
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.recipe.schema import ModelSection, Template, first_step
 from flashgrpo.grpo.rewards.pool import RewardPool
-from flashgrpo.grpo.rewards.rules import extract_answer, is_correct
+from flashgrpo.grpo.rewards.response import Response
+from flashgrpo.grpo.rewards.rules import is_correct
 from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.generator import Generator, sample_seeds
 from flashgrpo.grpo.rollout.native import NativeGenerator
@@ -78,7 +79,7 @@ def evaluate(
         (completion,) = text.completions
         graded = Graded(
             is_correct=bool(is_correct(scored[i])),
-            answer=extract_answer(completion, text.prompt),
+            answer=Response(completion, text.prompt).answer(),
             length=len(rollout.completion_ids),
             is_truncated=rollout.finish_reason == "length",
             reflections=count_reflections(completion),
