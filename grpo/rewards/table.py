@@ -41,15 +41,23 @@ class RewardTable:
 
     def applied(self) -> dict[str, np.ndarray]:
         """Scores by function, of the completions that it applies to; without functions that apply to none."""
-        rows = {name: scores[self.applies.get(name, slice(None))] for name, scores in self.scores.items()}
-        return {name: scores for name, scores in rows.items() if len(scores)}
+        found = {}
+        for name, scores in self.scores.items():
+            own = scores[self.applies.get(name, slice(None))]
+            if len(own):
+                found[name] = own
+        return found
 
     @staticmethod
     def merge(tables: Sequence["RewardTable"], rows: Sequence[int] | np.ndarray) -> "RewardTable":
         """Some rows of the tables, counted as if one stood below the other."""
-
-        def columns(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-            return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
-
         rewards = np.concatenate([table.rewards for table in tables])[rows]
-        return RewardTable(columns([t.scores for t in tables]), rewards, columns([t.applies for t in tables]))
+        scores = _stacked([table.scores for table in tables], rows)
+        return RewardTable(scores, rewards, _stacked([table.applies for table in tables], rows))
+
+
+def _stacked(parts: Sequence[Mapping[str, np.ndarray]], rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    stacked = {}
+    for name in parts[0]:
+        stacked[name] = np.concatenate([part[name] for part in parts])[rows]
+    return stacked

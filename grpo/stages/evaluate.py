@@ -176,15 +176,13 @@ def open_reward_pool(
     if recipe.eval.every:
         _require_answer(example)
     rewards = recipe.rewards
+    examples = {"data": example, **others}
     return RewardPool(
-        rewards.functions,
-        rewards.weights,
+        {source: RewardSet(recipe.reward_weights[source], problem) for source, problem in examples.items()},
         max_new_tokens=recipe.rollout.max_new_tokens,
         timeout_s=rewards.timeout_s,
         programs=rewards.programs,
         num_workers=rewards.workers,
-        example=example,
-        others={source: RewardSet(recipe.reward_weights[source], other) for source, other in others.items()},
         first_steps={name: first_step(start, recipe.train.steps) for name, start in rewards.start.items()},
         scorers=dict.fromkeys(recipe.reward_models),
     )
