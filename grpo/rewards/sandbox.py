@@ -151,27 +151,28 @@ class NoVerdict(RuntimeError):
 
 def check_isolation(limits: "ProgramsSection") -> None:
     """Runs a program as the reward would. Raises RewardError, which says what is missing, where that fails."""
-    found = None
-    if limits.isolation == "bubblewrap" and not shutil.which("bwrap"):
-        found = "there is no bwrap"
-    elif limits.isolation == "bubblewrap" and platform.machine() not in _MACHINES:
-        found = f"found a processor {platform.machine()}, wanted {' or '.join(_MACHINES)}"
-    else:
-        with tempfile.TemporaryFile() as errors:
-            patient = dataclasses.replace(limits, time_s=max(limits.time_s, 30.0))
-            output = None
-            with contextlib.suppress(NoVerdict):
-                output = run_program("import zoneinfo; print(6 * 7)", "", patient, max_bytes=3, errors=errors)
-            if output != b"42\n":
-                errors.seek(0)
-                lines = errors.read().decode(errors="replace").split("\n")
-                found = "a first program failed: " + (" ".join(filter(None, lines[-3:])) or "no message")
+    found = _missing(limits)
     if found:
         raise RewardError(
             f"reward 'code' cannot isolate programs: {found}; wanted bubblewrap (make sandbox, or apt-get install "
             "bubblewrap), run as root or with user namespaces allowed, and enough rewards.programs.memory_mb; or set "
             'rewards.programs.isolation = "none: run programs unprotected"'
         )
+
+
+def _missing(limits: "ProgramsSection") -> str | None:
+    if limits.isolation == "bubblewrap" and not shutil.which("bwrap"):
+        return "there is no bwrap"
+    if limits.isolation == "bubblewrap" and platform.machine() not in _MACHINES:
+        return f"found a processor {platform.machine()}, wanted {' or '.join(_MACHINES)}"
+    patient = dataclasses.replace(limits, time_s=max(limits.time_s, 30.0))  # a first start may have to read the disk
+    with tempfile.TemporaryFile() as errors:
+        with contextlib.suppress(NoVerdict):
+            if run_program("import zoneinfo; print(6 * 7)", "", patient, max_bytes=3, errors=errors) == b"42\n":
+                return None
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").split("\n")
+    return "a first program failed: " + (" ".join(filter(None, lines[-3:])) or "no message")
 
 
 def run_program(
@@ -246,19 +247,20 @@ class Program:
 
     def _start(self) -> None:
         enter = self._stack.enter_context
-        bare = self._limits.isolation != "bubblewrap"
-        self._given, self._written = [enter(tempfile.TemporaryFile(buffering=0)) for _ in "io"]  # noqa: SIM115
-        folder = enter(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)) if bare else "/"
+        self._given = enter(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115  # the stack closes it
+        self._written = enter(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
         self._control, theirs = map(enter, socket.socketpair())
         self._end = time.monotonic() + self._limits.longest_s
         self._next_look = time.monotonic() + _TICK_S
         streams: dict[str, Any] = {"stdin": self._given, "stdout": self._written, "stderr": self._errors, "env": {}}
-        with theirs:
-            python = _python(self._code, self._function, self._limits, bare, theirs.fileno())
-            first, own = None, [theirs.fileno()]
-            if bare:
+        is_bare, own = self._limits.isolation != "bubblewrap", theirs.fileno()
+        python = _python(self._code, self._function, self._limits, is_bare, own)
+        first = None
+        with theirs:  # closed here, so that the socket ends with the harness
+            if is_bare:
+                folder = enter(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 self._process: Any = subprocess.Popen(
-                    python, cwd=folder, start_new_session=True, pass_fds=own, **streams
+                    python, cwd=folder, start_new_session=True, pass_fds=[own], **streams
                 )
             else:
                 self._process, first = _start_isolated(python, self._limits, own, **streams)
@@ -273,6 +275,7 @@ class Program:
 
     def _await(self, max_bytes: int) -> bool:
         """Whether the program ends well within its limits."""
+        # The harness writes a byte when the test has ended; until then this thread sleeps from look to look.
         while not select.select([self._control], [], [], max(0.0, self._next_look - time.monotonic()))[0]:
             if os.fstat(self._written.fileno()).st_size > max_bytes or not self._is_within_limits():
                 return False
@@ -329,17 +332,17 @@ def _python(code: bytes, function: str, limits: "ProgramsSection", bare: bool, c
 
 
 def _start_isolated(
-    python: list[Any], limits: "ProgramsSection", own: list[int], **streams: Any
+    python: list[Any], limits: "ProgramsSection", control: int, **streams: Any
 ) -> tuple[Any, int | None]:
     """bubblewrap's process, and a descriptor of the harness, or None where that has ended already."""
     (rules, rules_end), (info, info_end) = os.pipe(), os.pipe()
     with open(rules, "rb"), open(info, "rb") as about:
         with open(info_end, "wb"):
-            with open(rules_end, "wb") as pipe:
+            with open(rules_end, "wb") as pipe:  # the filter fits the pipe, so that nobody has to read meanwhile
                 pipe.write(_system_call_filter())
             command = [*_bubblewrap(limits), "--seccomp", str(rules), "--info-fd", str(info_end), *python]
-            process = subprocess.Popen(command, pass_fds=[rules, info_end, *own], **streams)
-        answer = about.read()
+            process = subprocess.Popen(command, pass_fds=[rules, info_end, control], **streams)
+        answer = about.read()  # which ends when the namespace is there, or bubblewrap has failed
     with contextlib.suppress(ProcessLookupError):  # gone already, and all others with it
         return process, os.pidfd_open(json.loads(answer)["child-pid"]) if answer else None
     return process, None
@@ -354,28 +357,31 @@ def _bubblewrap(limits: "ProgramsSection") -> list[str]:
     spaces = "--as-pid-1 --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
     root = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID --cap-add CAP_KILL"
     user = root if os.geteuid() == 0 else "--unshare-user"
+    command = [shutil.which("bwrap") or "bwrap"]
+    command += f"{spaces} {user} --die-with-parent --new-session --clearenv".split()
     folders = [path for path in dict.fromkeys(_LIBRARY_FOLDERS) if Path(path).is_dir()]
-    above = {parent for path in (_PYTHON, Path(os.devnull), *map(Path, folders)) for parent in path.parents} - {
-        Path("/")
-    }
-    return [
-        shutil.which("bwrap") or "bwrap",
-        *f"{spaces} {user} --die-with-parent --new-session --clearenv".split(),
-        *(part for path in sorted(above) for part in ("--perms", "0111", "--dir", str(path))),  # to enter, not to list
-        *(part for path in folders for part in ("--ro-bind", path, path)),
-        *(part for path in _packages(folders) for part in ("--perms", "0000", "--tmpfs", path, "--remount-ro", path)),
-        *("--ro-bind", str(_PYTHON), str(_PYTHON)),
-        *("--dev-bind", os.devnull, os.devnull),
-        *f"--perms 1777 --size {limits.files_mb << 20} --tmpfs /tmp --chdir /tmp --remount-ro /".split(),
-    ]
+    above: set[Path] = set()
+    for path in (_PYTHON, os.devnull, *folders):
+        above.update(Path(path).parents)
+    for path in sorted(above - {Path("/")}):
+        command += ["--perms", "0111", "--dir", str(path)]  # to enter, not to list
+    for path in folders:
+        command += ["--ro-bind", path, path]
+    for path in _packages(folders):  # an empty folder over each
+        command += ["--perms", "0000", "--tmpfs", path, "--remount-ro", path]
+    command += ["--ro-bind", str(_PYTHON), str(_PYTHON), "--dev-bind", os.devnull, os.devnull]
+    # The root last: below it everything has been made by now.
+    command += f"--perms 1777 --size {limits.files_mb << 20} --tmpfs /tmp --chdir /tmp --remount-ro /".split()
+    return command
 
 
 def _packages(folders: list[str]) -> list[str]:
     """What library folders have for Python beside the standard library: packages, and other versions of it."""
     hidden: list[Path] = []
-    for path in (path for folder in folders for path in Path(folder).glob("python[0-9]*") if path.is_dir()):
-        is_own = path.samefile(_LIBRARY)
-        hidden += filter(Path.is_dir, [path / "site-packages", path / "dist-packages"]) if is_own else [path]
+    for folder in folders:
+        for path in filter(Path.is_dir, Path(folder).glob("python[0-9]*")):
+            is_own = path.samefile(_LIBRARY)
+            hidden += filter(Path.is_dir, [path / "site-packages", path / "dist-packages"]) if is_own else [path]
     return [*map(str, hidden)]
 
 
