@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -152,7 +152,9 @@ _UNIT_NAMES = """
     milligram mg; ounce oz; liter l litre; milliliter ml millilitre; pascal pa; kilopascal kpa; watt;
     kilowatt kw; hertz hz; kilohertz khz; kilobyte kb; megabyte mb; gigabyte gb; kilojoule kj; mole mol; acre
 """
-_UNITS = {alias: line.split()[0] for line in _UNIT_NAMES.split(";") for alias in line.split()}
+_UNITS: dict[str, str] = {}  # by each of its names, the first
+for _names in _UNIT_NAMES.split(";"):
+    _UNITS.update(dict.fromkeys(_names.split(), _names.split()[0]))
 _FILLER = re.compile("an?|all|and|at|ha(?:s|ve|d)?|s?he|i[nst]|o[fnr]|so|st|nd|rd|th|the|there|they|to|wa|we")
 _LEAD = re.compile(r"([^\d\\$(){}\[\]=<>^+*/-]+?)\s+(?=[-$\\(\[\d])(.+)")
 _AMOUNT = re.compile(r"(-?)\s*([$\u20ac\u00a3\u00a5\u20b9])\s*(-?[\d.,]+)")
@@ -169,35 +171,74 @@ def answers_match(found: str, gold: str) -> bool:
     A choice is its letter. Expected words, and what names and does not measure, are compared as text alone: as
     mathematics "listen" would equal "silent". Units may be left out, but 3 hours are not 3 minutes.
     """
-    import math_verify  # by the first call, whatever it compares, for imports count against no limit
+    import math_verify  # noqa: F401  # by the first call, whatever it compares: imports count against no limit
 
     if max(len(found), len(gold)) > _MAX_CHARS:
         return found.split() == gold.split()
-    boxed = rf"\boxed{{{found}}}"
-    found, gold = _notation(found), _notation(gold)
-    text, wanted = _text(found), _text(gold)
-    if _squeezed(text) == _squeezed(wanted):
-        return not is_blank(text)
-    choice, given = _CHOICE.fullmatch(wanted), _CHOICE.fullmatch(text)
+    pair = _Answer(found), _Answer(gold)
+    for compare in _COMPARISONS:
+        verdict = compare(*pair)
+        if verdict is not None:
+            return verdict
+    return False
+
+
+class _Answer:
+    """An answer as it was given, in one notation, and for comparison as text."""
+
+    def __init__(self, given: str):
+        self.given = given
+        self.notation = _notation(given)
+        self.text = _text(self.notation)
+
+
+# Each of the comparisons is None where the answers are not of its form; the next one is asked then.
+
+
+def _as_text(found: _Answer, gold: _Answer) -> bool | None:
+    return not is_blank(found.text) if _squeezed(found.text) == _squeezed(gold.text) else None
+
+
+def _as_choices(found: _Answer, gold: _Answer) -> bool | None:
+    choice, given = _CHOICE.fullmatch(gold.text), _CHOICE.fullmatch(found.text)
     if choice and given:
         return (choice[1] or choice[2]) == (given[1] or given[2])
-    if choice and choice[3]:
-        return answers_match(found, choice[3])
-    if words := _words(wanted):
-        return _words(text) == words
-    if _LABELLED.fullmatch(gold) and _LABELLED.fullmatch(found):
+    # `(B) 12` is found as its text, too.
+    return answers_match(found.notation, choice[3]) if choice and choice[3] else None
+
+
+def _as_words(found: _Answer, gold: _Answer) -> bool | None:
+    words = _words(gold.text)
+    return _words(found.text) == words if words else None
+
+
+def _as_names(found: _Answer, gold: _Answer) -> bool | None:
+    if _LABELLED.fullmatch(gold.notation) and _LABELLED.fullmatch(found.notation):
+        return False  # they differ as text
+    wanted = _name(gold.text)
+    name = _name(found.text, anywhere=wanted is not None)
+    if name and wanted:
+        return name[0] == wanted[0] and _agree(name[1], wanted[1])
+    if wanted:
         return False
-    wanted_name = _name(wanted)
-    name = _name(text, anywhere=wanted_name is not None)
-    if name and wanted_name:
-        return name[0] == wanted_name[0] and _agree(name[1], wanted_name[1])
-    is_sentence = name is not None and not _DIFFERENCE.fullmatch(text)
-    if wanted_name or (is_sentence and (_NAME.search(text) or _MONTH.search(text))):
+    if name is None or _DIFFERENCE.fullmatch(found.text):
+        return None  # 2-1 is a score where one is expected, else a number
+    if _NAME.search(found.text) or _MONTH.search(found.text):
         return False
+    # A sentence of several numbers, which math-verify may tell apart.
+    return _is_proven(lambda: _verify(_parse_gold(gold.notation), _parse_boxed(found.given)))
+
+
+def _as_quantities(found: _Answer, gold: _Answer) -> bool | None:
+    return _is_proven(lambda: _same_quantity(found.notation, gold.notation))
+
+
+_COMPARISONS = _as_text, _as_choices, _as_words, _as_names, _as_quantities
+
+
+def _is_proven(is_equal: Callable[[], bool]) -> bool:
     try:
-        if is_sentence:  # of several numbers, which math-verify may tell apart
-            return _verify(_parse_gold(gold), math_verify.parse(boxed, parsing_timeout=0))
-        return _same_quantity(found, gold)
+        return is_equal()
     except Exception:  # sympy raises in many ways on formulas without a value, such as the square of a column
         return False
 
@@ -214,6 +255,7 @@ def _notation(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
     for pattern, replacement in _NOTATION:
         text = pattern.sub(replacement, text)
+    # Decoration may be wrapped in decoration: dollars around a box, a preamble within quotes.
     while True:
         stripped = _PREAMBLE.sub("", text.strip(" ").rstrip(".;,"), count=1)
         if match := _WRAPPED.fullmatch(stripped):
@@ -290,6 +332,7 @@ def _same_quantity(found: str, gold: str) -> bool:
     if (unit and wanted_unit and unit != wanted_unit) or not _agree(words, wanted_words):
         return False
     is_share, wants_share = unit == "percent", wanted_unit == "percent"
+    # Numbers are compared exactly, and without mathematics, which would take far longer.
     number, wanted_number = _number(amount), _number(wanted)
     if number is not None and wanted_number is not None:
         share = Fraction(1, 100) ** (is_share - wants_share)  # 50% may be written 0.5, or 50
@@ -357,8 +400,15 @@ def _parse(text: str) -> list[Any]:
             return []
         if r"\overline" in text and (value := _number(text)) is not None:
             text = str(value)
-        text = r"\boxed{" + re.sub(r"\$|\\[()]", "", text) + "}"
+        return _parse_boxed(re.sub(r"\$|\\[()]", "", text))
     return math_verify.parse(text, parsing_timeout=0)
+
+
+def _parse_boxed(text: str) -> list[Any]:
+    """As one formula, whatever is beside it in a sentence."""
+    import math_verify
+
+    return math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -387,18 +437,31 @@ def _is_equal(gold: Any, found: Any) -> bool:
 
     if any(map(_is_endless, (gold, found))):
         return False
-    pair = gold, found
-    (form, entries), (found_form, found_entries) = map(_entries, pair)
+    (form, entries), (found_form, found_entries) = _entries(gold), _entries(found)
     if form and found_form:
         is_alike = form == found_form and len(entries) == len(found_entries)
         return is_alike and all(map(_is_equal, entries, found_entries))
-    names = [each.lhs if isinstance(each, sympy.Eq) and each.lhs.is_Symbol else None for each in pair]
-    is_other = any(isinstance(each, sympy.Rel) and not name for each, name in zip(pair, names, strict=True))
-    if not is_other and (None in names or names[0] == names[1]):  # `x = 5` is 5, and not `y = 5`
-        gold, found = (each.rhs if name else each for each, name in zip(pair, names, strict=True))
-    is_formula = all(isinstance(each, sympy.Expr) and not each.is_Symbol for each in (gold, found))
-    same = _same_values(gold, found) if is_formula else None
+    (name, value), (found_name, found_value) = _assignment(gold), _assignment(found)
+    is_other = isinstance(value, sympy.Rel) or isinstance(found_value, sympy.Rel)  # such as x > 5
+    if not is_other and (name is None or found_name is None or name == found_name):  # `x = 5` is 5, and not `y = 5`
+        gold, found = value, found_value
+    same = _same_values(gold, found) if _is_formula(gold) and _is_formula(found) else None
     return _verify([gold], [found]) if same is None else same
+
+
+def _assignment(expression: Any) -> tuple[Any, Any]:
+    """(x, 5) of `x = 5`; (None, the expression) of anything else."""
+    import sympy
+
+    if isinstance(expression, sympy.Eq) and expression.lhs.is_Symbol:
+        return expression.lhs, expression.rhs
+    return None, expression
+
+
+def _is_formula(expression: Any) -> bool:
+    import sympy
+
+    return isinstance(expression, sympy.Expr) and not expression.is_Symbol
 
 
 def _entries(expression: Any) -> tuple[Any, list[Any]]:
@@ -420,6 +483,7 @@ def _same_values(a: Any, b: Any) -> bool | None:
     if a.is_Rational and b.is_Rational:
         return bool(a == b)
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    # At a negative point, too: at positive ones alone the root of x^2 would be x.
     for sign in 1, -1:
         point = {symbol: sign * sympy.Rational(13 + 4 * i, 7 + i) for i, symbol in enumerate(symbols)}
         values = [each.evalf(_DIGITS, subs=point) for each in (a, b)]

@@ -34,17 +34,20 @@ class Mixture:
 
     def shares(self, step: int) -> dict[str, float]:
         """Share of the step's groups by source, of those that have started."""
-        steps, sources = self.recipe.train.steps, sorted(self.recipe.sources.items())
-        others = {n: s.share for n, s in sources if step >= first_step(s.start, steps)}
+        others = {}
+        for name, source in sorted(self.recipe.sources.items()):
+            if step >= first_step(source.start, self.recipe.train.steps):
+                others[name] = source.share
         return {"data": 1 - sum(others.values()), **others}
 
     def take(self, position: Position, step: int, num_prompts: int) -> tuple[list[Prompt], Position]:
         """The next prompts, and the position after them. Each comes from the source that is owed most: shares are exact
         over time, and sources alternate.
         """
-        taken, owed = dict(position.taken), dict(position.owed)
+        taken, owed = dict(position.taken), dict(position.owed)  # a position is stored as it was before
         shares, prompts = self.shares(step), []
         for _ in range(num_prompts):
+            # Each prompt is owed to the sources by their shares, and taken from the one to which most is owed.
             for source, share in shares.items():
                 owed[source] = owed.get(source, 0.0) + share
             source = max(shares, key=owed.__getitem__)
@@ -65,7 +68,7 @@ class Mixture:
     def _prompt(self, source: str, number: int) -> Prompt:
         prompts = self.prompts[source]
         epoch, place = divmod(number, len(prompts))
-        stream = [*self.prompts].index(source)
+        stream = [*self.prompts].index(source)  # 0 is that of [data], whose order other sources do not change
         return prompts[epoch_order(self.recipe.run.seed, epoch, len(prompts), stream)[place]]
 
 

@@ -122,6 +122,7 @@ class InTurn(Scorer):
     def __init__(self, section: PreferenceSection, where: str, device: torch.device):
         self.model = RewardModel(section.path, str(device), section.batch_tokens, where, waits_on="cpu")
         if device.type == "cuda":
+            # Only from pinned memory does a copy not make the host wait.
             for parameter in self.model.model.parameters():
                 parameter.data = parameter.data.pin_memory()
 
@@ -140,7 +141,7 @@ class InTurn(Scorer):
             for parameter, on_host in waiting:
                 parameter.data = on_host.to(self.model.device, non_blocking=True)
             yield
-        finally:
+        finally:  # nothing has changed: the copies on the device are dropped
             for parameter, on_host in waiting:
                 parameter.data = on_host
 
@@ -152,6 +153,7 @@ class OwnProcess(Scorer):
         environment = {**own_environment(), "TOKENIZERS_PARALLELISM": "false"}
         setup = section.path, section.device, section.batch_tokens, where, torch.get_num_threads()
         self.child = Child(f"the process of {where}", RewardFailure, serve, environment, setup)
+        # One thread speaks with the process: it answers one group after the other, while the trainer samples on.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
         self._begun: dict[int, tuple[CompletionGroup, Future[np.ndarray]]] = {}  # by identity
 
@@ -188,6 +190,7 @@ def open_preferences(
     device, scorers = world.device, {}
 
     def open_all() -> None:
+        # All are checked first: to load one takes minutes.
         for name, section in sections.items():
             card = _check(section.path, policy)
             _check_lengths(f"reward_models.{name}", section, card, questions[name], max_new_tokens)
@@ -198,7 +201,7 @@ def open_preferences(
 
     try:
         world.everywhere(open_all)
-    except BaseException:
+    except BaseException:  # nobody has them yet to close them
         for scorer in scorers.values():
             scorer.close()
         raise
@@ -221,6 +224,7 @@ def _check(path: str, policy: Policy) -> Card:
     config = read_config(path, reward_model=True)
     theirs, ours = open_tokenizer(path), policy.tokenizer
     check_vocabulary(path, theirs, config.vocab_size, stop_token_ids(path, theirs))
+    # A vocabulary does not show how a text is split and normalised.
     same_text = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
     if theirs.get_vocab() != ours.get_vocab() or not same_text:
         raise CheckpointError(
@@ -253,7 +257,7 @@ def serve(file_descriptor: int) -> None:
     with Connection(file_descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
         *options, num_threads = connection.recv()
         torch.set_num_threads(num_threads)
-        group: CompletionGroup | None = None
+        group: CompletionGroup | None = None  # the first answer is to the setup alone
         model: RewardModel | None = None
         while True:
             try:
@@ -265,4 +269,4 @@ def serve(file_descriptor: int) -> None:
                 answer = RewardFailure(f"{options[-1]}: {type(error).__name__}: {error}"), None
             connection.send(answer)
             group = connection.recv()
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)  # at once: it has nothing to save
