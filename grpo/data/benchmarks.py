@@ -14,7 +14,8 @@ from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.types import Problem
 
 _PROMPTS = "problem", "question", "Question", "Problem", "prompt", "question_stem"
-_ANSWERS = "answer", "Answer", "expected_answer", "Correct Answer", "solution"  # the shortest form first
+# The shortest form first.
+_ANSWERS = "answer", "Answer", "expected_answer", "Correct Answer", "solution"
 _PROGRAMS = "tests"  # what is asked for is a program that passes them
 _GPQA = "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"
 _CHOICES = "choices", "options"
@@ -27,10 +28,10 @@ _LABEL = re.compile(r"\s*\(?([A-Z])[).:]\s*")  # which some files write before t
 def load_benchmark(path: str | Path, seed: int) -> list[Problem]:
     """The problems of a JSONL or Parquet file, with `columns["answer"]` or `columns["tests"]`.
 
-    Rows with GPQA's incorrect answers become multiple-choice questions, in an order that (seed, row) draws; rows with
-    `choices` or `options` (MMLU, MMLU-Pro, ARC, AQuA, MedQA) keep theirs. The answer is then a letter. A passage
-    (`article`) precedes its question. Raises DataError for columns that are not known, choices that would not reach the
-    prompt, and as `to_problem`.
+    Rows with GPQA's incorrect answers become multiple-choice questions, in an order that (seed,
+    row) draws; rows with `choices` or `options` (MMLU, MMLU-Pro, ARC, AQuA, MedQA) keep theirs. The
+    answer is then a letter. A passage (`article`) precedes its question. Raises DataError for
+    columns that are not known, choices that would not reach the prompt, and as `to_problem`.
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; a benchmark is a local JSONL or Parquet file")
@@ -97,7 +98,7 @@ def _with_passage(where: str, row: Mapping[str, Any], prompt: str) -> Mapping[st
 
 
 def _shuffled_choices(where: str, row: Mapping[str, Any], random: np.random.Generator) -> Problem:
-    question = to_problem(where, row, "Question", _GPQA[0]).question
+    question = to_problem(where, row, "Question", _GPQA[0]).question  # which checks the row
     for name in _GPQA:
         if row.get(name) is None:
             raise DataError(f"{where}: column {name!r} is missing or null")
@@ -135,7 +136,8 @@ def _labelled(where: str, row: Mapping[str, Any], column: str) -> tuple[list[str
     if isinstance(found, Mapping) and {"label", "text"} <= found.keys():
         labels, texts = found["label"], found["text"]
     elif isinstance(found, Mapping):
-        given = {label: text for label, text in found.items() if text is not None}  # Parquet fills what a row lacks
+        # Parquet fills what a row lacks.
+        given = {label: text for label, text in found.items() if text is not None}
         labels, texts = list(given), list(given.values())
     most = min(len(labels), len(ascii_uppercase))
     is_list = isinstance(labels, list) and isinstance(texts, list) and 2 <= len(texts) <= most
@@ -164,6 +166,6 @@ def _position(answer: Any, labels: list[str], texts: list[str]) -> int | None:
 
 def _multiple_choice(question: str, texts: list[str], right: int) -> Problem:
     letters = ascii_uppercase[: len(texts)]
-    choices = "\n".join(f"{letter}. {text.strip()}" for letter, text in zip(letters, texts, strict=True))
+    choices = "\n".join(map("{}. {}".format, letters, map(str.strip, texts)))
     wanted = f"Answer with the letter of the right choice alone: {', '.join(letters[:-1])} or {letters[-1]}."
     return Problem(f"{question.strip()}\n\n{choices}\n\n{wanted}", {"answer": letters[right]})

@@ -1,7 +1,7 @@
 """Problems and their prompts: reasoning-gym tasks, JSONL, Parquet and Hugging Face data sets.
 
-Everything ends as a list of `Problem`. Training and held-out problems never share a question, and the split depends
-on the seed alone. A fault in the data is a `DataError` that says where it is.
+Everything ends as a list of `Problem`. Training and held-out problems never share a question, and
+the split depends on the seed alone. A fault in the data is a `DataError` that says where it is.
 """
 
 import json
@@ -23,8 +23,9 @@ Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its colu
 def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Training problems in the order of the data, and `data.held_out` other ones drawn by `seed`.
 
-    Problems with the same prompt fall on the same side; the held-out ones differ from each other. A reasoning-gym
-    task is made with `seed` and has each question once, so there may be fewer than `data.size`.
+    Problems with the same prompt fall on the same side; the held-out ones differ from each other. A
+    reasoning-gym task is made with `seed` and has each question once, so there may be fewer than
+    `data.size`.
 
     Raises:
         DataError: unreadable data, missing column, empty prompt, or nothing left to train on.
@@ -33,6 +34,7 @@ def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Pro
         problems = _task_problems(data.task, data.options, data.size, seed)
     else:
         rows = list(read_rows(str(data.path), data.subset, data.split))
+        # Rewards may need no answer, so that only a column that is named must be there.
         has_answer = bool(rows) and "answer" in rows[0][1]
         answer_column = data.answer_column or ("answer" if has_answer else None)
         problems = [to_problem(where, row, data.prompt_column, answer_column) for where, row in rows]
@@ -70,7 +72,8 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
     Raises:
         DataError: `held_out` is as large as the number of different prompts.
     """
-    keys = [json.dumps(problem.prompt) for problem in problems]  # chat messages cannot be keys themselves
+    # Chat messages cannot be keys themselves.
+    keys = [json.dumps(problem.prompt) for problem in problems]
     first_of: dict[str, Problem] = {}
     for key, problem in zip(keys, problems, strict=True):
         first_of.setdefault(key, problem)
@@ -180,9 +183,7 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> Ite
 
 
 def check_columns(path: str, wanted: Iterable[str]) -> None:
-    """Raises DataError where a local file has no rows, or the first not all of the `wanted` columns; of other data
-    nothing is known before it is loaded.
-    """
+    """Raises DataError where a local file has no rows, or its first not all `wanted` columns."""
     if Path(path).is_file():
         first = next(iter(read_rows(path)), None)
         if first is None:
@@ -248,6 +249,7 @@ def _read_dataset(source: Path | str, subset: str | None, split: str) -> Iterato
         raise DataError(
             f"{source}: cannot load {wanted} as a Hugging Face data set: {error.__cause__ or error}"
         ) from error
+    # load_from_disk knows no splits.
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"{source}: no split {split!r}{nearest(split, map(str, loaded))}")

@@ -17,7 +17,8 @@ _OWN_SCRIPTS = {
     "BN": "BENGALI", "EL": "GREEK", "GU": "GUJARATI", "HE": "HEBREW", "HY": "ARMENIAN", "JA": "CJK HIRAGANA KATAKANA",
     "KA": "GEORGIAN", "KO": "HANGUL", "PA": "GURMUKHI", "TA": "TAMIL", "TE": "TELUGU", "TH": "THAI", "ZH": "CJK",
 }  # fmt: skip
-_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}  # written without spaces: every letter counts as a word
+# Written without spaces: every letter counts as a word.
+_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}
 # No formula within a formula: from each that is not closed the search would go to the end of the text.
 _BETWEEN_WORDS = re.compile(
     r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|\\[A-Za-z]+|</?\w+>|`[^`\n]*`",

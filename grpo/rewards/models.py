@@ -1,8 +1,9 @@
 """Reward models as rewards: completions scored by what `flashgrpo reward-model` has made.
 
-A group goes through the model in passes of its own, its completions behind one copy of the question, so that a score
-depends neither on the other groups nor on when they come. A question is put in the reward model's template, not the
-policy's, and a completion is tokenised anew, from its text.
+A group goes through the model in passes of its own, its completions behind one copy of the
+question, so that a score depends neither on the other groups nor on when they come. A question is
+put in the reward model's template, not the policy's, and a completion is tokenised anew, from its
+text.
 """
 
 import contextlib
@@ -62,10 +63,10 @@ class Card:
 
 
 def scored_ids(text: str, scores: str, tokenizer: PreTrainedTokenizerBase, end: int) -> np.ndarray:
-    """What a reward model reads of a completion, [num_tokens] int64, closed by `end`, at which the score is read.
+    """What a reward model reads of a completion, [num_tokens] int64; its score is read at `end`.
 
-    With scores = "answer" it is what follows the reasoning, without <answer> tags: nothing where the reasoning is not
-    closed, and everything where there is none.
+    With scores = "answer" it is what follows the reasoning, without <answer> tags: nothing where
+    the reasoning is not closed, and everything where there is none.
     """
     if scores == "answer":
         response = Response(text)
@@ -90,8 +91,10 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, group: CompletionGroup) -> np.ndarray:  # [group_size] float64
-        """Rewards of a group's completions. Raises RewardFailure for a question that does not suit the template, or is
-        too long with a completion for batch_tokens.
+        """Rewards of a group's completions.
+
+        Raises RewardFailure for a question that does not suit the template, or is too long with a
+        completion for batch_tokens.
         """
         try:
             prompt_ids = render_problem(group.problem, self.card, self.tokenizer)
@@ -108,6 +111,7 @@ class RewardModel:
                 f"{self.where}: a question and its completion have {longest} tokens, batch_tokens = "
                 f"{self.batch_tokens}; raise it to {longest} or more"
             ) from error
+        # A long group takes several passes; its completions stand in the packs in any order.
         for pack in packs:
             batch = build_batch(pack)
             logits[batch.sequence_ids] = self.model.scores(batch.to(self.device)).double().cpu()
@@ -115,9 +119,7 @@ class RewardModel:
 
 
 class InTurn(Scorer):
-    """On the policy's device for the time of a call; its weights, in the type of that device, wait on the host, on each
-    rank.
-    """
+    """On the policy's device for the time of a call; its weights wait on the host, on each rank."""
 
     def __init__(self, section: PreferenceSection, where: str, device: torch.device):
         self.model = RewardModel(section.path, str(device), section.batch_tokens, where, waits_on="cpu")
@@ -179,13 +181,15 @@ def open_preferences(
     sections: Mapping[str, PreferenceSection],
     policy: Policy,
     world: World,
-    questions: Mapping[str, Sequence[Problem]],  # by reward model, what it will score completions of
+    # By reward model, what it will score completions of.
+    questions: Mapping[str, Sequence[Problem]],
     max_new_tokens: int,
 ) -> dict[str, Scorer]:
-    """The reward models of [reward_models] by name, each checked before any is loaded. All ranks must call it.
+    """The reward models of [reward_models] by name. All ranks must call it.
 
-    Raises CheckpointError for a folder that is no reward model, or has another tokenizer than the policy, DataError for
-    a question that does not suit its template, RecipeError for one too long with a completion for its batch_tokens.
+    Raises CheckpointError for a folder that is no reward model, or has another tokenizer than the
+    policy, DataError for a question that does not suit its template, RecipeError for one too long
+    with a completion for its batch_tokens.
     """
     device, scorers = world.device, {}
 
@@ -263,9 +267,11 @@ def serve(file_descriptor: int) -> None:
             try:
                 model = model or RewardModel(*options)
                 answer = None, model.score(group) if group else None
-            except (CheckpointError, RewardFailure) as error:  # both are raised again in the trainer
+            except (CheckpointError, RewardFailure) as error:
+                # Both are raised again in the trainer.
                 answer = error, None
-            except Exception as error:  # of torch or a tokenizer: told to the trainer, which ends the run with it
+            except Exception as error:
+                # Of torch or a tokenizer: told to the trainer, which ends the run with it.
                 answer = RewardFailure(f"{options[-1]}: {type(error).__name__}: {error}"), None
             connection.send(answer)
             group = connection.recv()

@@ -1,13 +1,14 @@
-"""Rewards in worker processes: scored as groups finish, each group and function under a time limit of its own.
+"""Rewards in worker processes, as groups finish, each group and function under its own time limit.
 
-Each worker has a pipe and a thread of the main process to itself, so that a function that hangs, crashes or is killed
-costs its own group, and nothing else: the worker is replaced, and what it has started ends with it. Workers are fresh
-interpreters that import neither torch nor the main script; they start when the pool is made, and import what scoring
-needs while the model loads.
+Each worker has a pipe and a thread of the main process to itself, so that a function that hangs,
+crashes or is killed costs its own group, and nothing else: the worker is replaced, and what it has
+started ends with it. Workers are fresh interpreters that import neither torch nor the main script;
+they start when the pool is made, and import what scoring needs while the model loads.
 
-What a score can be: a number; None, by which a function leaves a completion to the others; or missing, which is NaN:
-the number is not finite, or the function raised, crashed or ran out of time. A reward is the sum over the functions
-that did not give None, and missing if all did, or if a score is.
+What a score can be: a number; None, by which a function leaves a completion to the others; or
+missing, which is NaN: the number is not finite, or the function raised, crashed or ran out of time.
+A reward is the sum over the functions that did not give None, and missing if all did, or if a score
+is.
 """
 
 import inspect
@@ -43,25 +44,28 @@ class _Pending(NamedTuple):
 
 
 class RewardPool:
-    """Scores groups of completions with several reward functions in parallel processes. Use as a context manager.
+    """Scores groups of completions with several functions. Use as a context manager.
 
-        with RewardPool({"data": RewardSet({"accuracy": 1.0}, problems[0])}, max_new_tokens=1024) as pool:
+        sets = {"data": RewardSet({"accuracy": 1.0}, problems[0])}
+        with RewardPool(sets, max_new_tokens=1024) as pool:
             pool.submit(group)           # as groups finish
             table = pool.collect()       # what was submitted since the last call
             pool.check_step(table)       # at the end of the step
 
-    Functions get the arguments that rewards/rules.py describes. A column of the data set that is named like one of the
-    pool's own (`prompts`, `completions`, ...) is hidden by it. Neither the timing nor the number of workers
-    changes a result.
+    Functions get the arguments that rewards/rules.py describes. A column of the data set that is
+    named like one of the pool's own (`prompts`, `completions`, ...) is hidden by it. Neither the
+    timing nor the number of workers changes a result.
 
-    Functions have names, see `resolve_reward`; one of weight 0 is scored but does not enter the sum. `timeout_s` is
-    for one function on one group; what it waits for a processor does not count, nor what built-in functions import.
-    An answer that takes `accuracy` half of what its group has left, and more than an equal share, is wrong.
-    `first_steps` has the step from which a function applies, `scorers` what computes one in place of the workers:
-    None where it is yet to be set, before the first group that it applies to. The pool closes them. `programs` are the
-    limits of what `code` runs.
+    Functions have names, see `resolve_reward`; one of weight 0 is scored but does not enter the
+    sum. `timeout_s` is for one function on one group; what it waits for a processor does not count,
+    nor what built-in functions import. An answer that takes `accuracy` half of what its group has
+    left, and more than an equal share, is wrong. `first_steps` has the step from which a function
+    applies, `scorers` what computes one in place of the workers: None where it is yet to be set,
+    before the first group that it applies to. The pool closes them. `programs` are the limits of
+    what `code` runs.
 
-    Raises RewardError for a function that cannot be found, or not be called with the columns of its source's example.
+    Raises RewardError for a function that cannot be found, or not be called with the columns of its
+    source's example.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class RewardPool:
         self._max_new_tokens, self._timeout_s = max_new_tokens, timeout_s
         self.scorers: dict[str, Any] = dict(scorers)
         self.functions = [*dict.fromkeys(chain.from_iterable(each.weights for each in sets.values()))]
-        self.failures: dict[str, str] = {}  # by function, why the first missing score of the step is missing
+        self.failures: dict[str, str] = {}  # by function, why its first missing score is missing
         self._blank_steps: Counter[str] = Counter()  # in a row
         self._pending: list[_Pending] = []
         if programs and "code" in self.functions:
@@ -97,7 +101,7 @@ class RewardPool:
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
-        # A thread waits for one worker, and there are as many of both: none ever waits for an idle one.
+        # A thread waits for one worker at a time, and there are as many: each finds one idle.
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
 
     def __enter__(self) -> "RewardPool":
@@ -109,12 +113,13 @@ class RewardPool:
     def close(self) -> None:
         """Ends the workers at once, whatever they are doing; unfinished groups are lost."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        # Threads wait for their workers: these end first, and with them what the threads wait for.
         for each in (*self._workers, *filter(None, self.scorers.values())):
             each.close()
         self._threads.shutdown(wait=True)
 
     def submit(self, group: CompletionGroup, step: float = math.inf) -> None:
-        """Queues a group for scoring, by the functions of its source that apply in `step`, and returns at once."""
+        """Queues a group, for the functions of its source that apply in `step`; returns at once."""
         arguments = self._arguments(group)
         weights, futures = {}, {}
         for name, weight in self._sets[group.source].weights.items():
@@ -145,6 +150,7 @@ class RewardPool:
             scores[name][rows], applies[name][rows], failure = self._scores(name, [pending[i] for i in rows])
             if failure:
                 self.failures.setdefault(name, failure)
+            # By row, for sources may weigh a function differently.
             weights = np.array([each.weights.get(name, 0.0) for each in pending])[:, None]
             counts = applies[name] & (weights != 0)
             rewards += np.where(counts, weights * scores[name], 0.0)
@@ -162,8 +168,8 @@ class RewardPool:
     def check_step(self, table: RewardTable) -> None:
         """Warns of the missing scores of a step, given all its rows; to be called once a step.
 
-        Raises RewardFailure in the third step in a row in which a function gave no number at all, but for completions
-        that it left to others, or in which none did.
+        Raises RewardFailure in the third step in a row in which a function gave no number at all,
+        but for completions that it left to others, or in which none did.
         """
         failures, self.failures = self.failures, {}
         applied = table.applied()
@@ -189,7 +195,7 @@ class RewardPool:
             raise RewardFailure(f"{who} gave no number in {_STEPS_WITHOUT_NUMBER} steps in a row: {failure}")
 
     def score(self, groups: Sequence[CompletionGroup], name: str) -> np.ndarray:
-        """Scores by one function, of the pool's or not, apart from the step in progress: for an evaluation.
+        """Scores by one function, of the pool's or not, beside the step in progress.
 
         Returns [num_groups, group_size] float64, NaN where missing; raises as `collect`.
         """
@@ -213,7 +219,8 @@ class RewardPool:
 
     def _run(self, name: str, arguments: dict[str, Any]) -> Scores:
         limit_s = self._timeout_s
-        if name == "code" and self._programs:  # each program has limits of its own, by which a slow one is wrong
+        if name == "code" and self._programs:
+            # Each program has limits of its own, by which a slow one is wrong.
             arguments = arguments | {"programs": self._programs}
             limit_s = max(limit_s, len(arguments["completions"]) * (self._programs.longest_s + _PROGRAM_GRACE_S))
         worker = self._idle.get()
@@ -227,7 +234,8 @@ def _check_signature(name: str, arguments: dict[str, Any]) -> None:
     function = resolve_reward(name)
     try:
         inspect.signature(function).bind(**arguments)
-    except (TypeError, ValueError) as error:  # ValueError: of what is written in C and has no signature
+    except (TypeError, ValueError) as error:
+        # ValueError: of what is written in C and has no signature.
         called = f"called as (prompts, completions, **columns) with the columns {', '.join(arguments)}"
         raise RewardError(f"reward {name!r}: {error}; it is {called}") from error
 

@@ -1,6 +1,7 @@
-"""The reward `code`: whether the program in a completion passes test cases, run in a sandbox (grpo/rewards/sandbox.py).
+"""The reward `code`: whether the program in a completion passes test cases, run in a sandbox.
 
-Only inputs enter the sandbox. What comes out is compared here, so that a program can forge nothing but right answers.
+Only inputs enter the sandbox. What comes out is compared here, so that a program can forge nothing
+but right answers.
 """
 
 import json
@@ -36,7 +37,7 @@ def score_programs(
     limits: ProgramsSection,
     metadata: Sequence[Any] | None = None,
 ) -> list[float | None]:
-    """1 where a completion's program passes all tests, else 0; None for a row without tests, NaN for no verdict.
+    """1 where a completion's program passes all tests, else 0; None without tests, NaN if unknown.
 
     `metadata` are the rows' own, in which LiveCodeBench has the name of the function.
 
@@ -44,7 +45,8 @@ def score_programs(
         ValueError: tests that are not in one of the formats of `parse_tests`.
     """
     about = metadata or [None] * len(tests)
-    parsed: dict[int, Tests | None] = {}  # by identity: a group shares its row, whose tests may be megabytes of JSON
+    # By identity: a group shares its row, whose tests may be megabytes of JSON.
+    parsed: dict[int, Tests | None] = {}
     scores: list[float | None] = []
     for prompt, completion, row, own in zip(prompts, completions, tests, about, strict=True):
         if id(row) not in parsed:
@@ -83,11 +85,12 @@ def extract_program(completion: str, prompt: str = "") -> str | None:
 def parse_tests(tests: Any, metadata: Any = None) -> Tests | None:
     """Tests from an object or JSON text, or None where there are none.
 
-    The formats are those of APPS, TACO and LiveCodeBench: {"inputs": [..], "outputs": [..], "fn_name": optional}, or
-    [{"input": .., "output": .., "fn_name": optional}, ..]. The name of a function may also be the `func_name` in the
-    `metadata` of the tests, of the first of them or of the row, unless its `testtype` is "stdin". For a function an
-    input is a list of arguments, or text with one JSON value a line. Raises ValueError for anything else, and for tests
-    of a function that has no name.
+    The formats are those of APPS, TACO and LiveCodeBench: {"inputs": [..], "outputs": [..],
+    "fn_name": optional}, or [{"input": .., "output": .., "fn_name": optional}, ..]. The name of a
+    function may also be the `func_name` in the `metadata` of the tests, of the first of them or of
+    the row, unless its `testtype` is "stdin". For a function an input is a list of arguments, or
+    text with one JSON value a line. Raises ValueError for anything else, and for tests of a
+    function that has no name.
     """
     if isinstance(tests, str):
         tests = json.loads(tests) if tests.strip() else None
@@ -163,7 +166,8 @@ def _same_results(output: bytes, wanted: list[Any]) -> bool:
     try:
         found = json.loads(output)
         return len(found) == len(wanted) and all(map(_same_result, found, wanted))
-    except (ValueError, TypeError, OverflowError, RecursionError):  # JSON that is none, no list, too long or too deep
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        # JSON that is none, no list, too long or too deep.
         return False
 
 

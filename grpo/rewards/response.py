@@ -47,11 +47,13 @@ class Response:
     def answer(self, *, whole: bool = False) -> str | None:
         r"""The final answer, or None.
 
-        The last `<answer>` block if there is an `<answer>` tag at all, else the last `\boxed{}`, else what follows
-        `####` (GSM8K), else the last line, or the whole text with `whole`. What precedes `</think>` is cut; where the
-        reasoning was not closed, only an `<answer>` block counts.
+        The last `<answer>` block if there is an `<answer>` tag at all, else the last `\boxed{}`,
+        else what follows `####` (GSM8K), else the last line, or the whole text with `whole`. What
+        precedes `</think>` is cut; where the reasoning was not closed, only an `<answer>` block
+        counts.
         """
         text = self.conclusion
+        # A tag says where the answer is, even if it is empty, or was never closed.
         if "<answer>" in text:
             block = text.rpartition("</answer>")[0].rpartition("<answer>")[2]
             return (last_boxed(block) or block).strip() or None

@@ -2,11 +2,13 @@ r"""Rule-based rewards of DeepSeek-R1 (arXiv 2501.12948) and their kin, by name,
 
     fn(prompts, completions, **columns) -> list[float | None]
 
-Every argument is a list with one entry per completion: the text the model continued (`prompts`), what it wrote
-(`completions`), the columns of the data set, and from the pool `questions` (the prompt before its template),
-`completion_ids`, `finish_reasons`; `max_new_tokens` is one number. None means that no score could be computed.
+Every argument is a list with one entry per completion: the text the model continued (`prompts`),
+what it wrote (`completions`), the columns of the data set, and from the pool `questions` (the
+prompt before its template), `completion_ids`, `finish_reasons`; `max_new_tokens` is one number.
+None means that no score could be computed.
 
-Workers import this module, so it costs nothing: heavy libraries are imported by the function that needs them.
+Workers import this module, so it costs nothing: heavy libraries are imported by the function that
+needs them.
 """
 
 import functools
@@ -17,7 +19,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashgrpo.grpo.data.answers import REASONING_GYM, answers_match, expected_answer
+from flashgrpo.grpo.data.answers import REASONING_GYM, expected_answer
 from flashgrpo.grpo.errors import RecipeError, RewardError, nearest
 from flashgrpo.grpo.rewards.response import Response
 
@@ -39,11 +41,13 @@ def is_correct(scores: Any) -> Any:
 def accuracy(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """Score of the final answer: by the task's own scorer for reasoning-gym rows, else 1 or 0 by `answers_match`.
+    """1 where the final answer equals the expected one, else 0.
 
-    A reasoning-gym scorer may give partial credit between 0 and 1. An `answer` may be LaTeX, a number, plain words,
-    or a GSM8K solution that ends with `#### 42`.
+    Rows of reasoning-gym are scored by their task, which may give a part of 1. An `answer` may be LaTeX, a
+    number, plain words, or a GSM8K solution that ends with `#### 42`.
     """
+    from flashgrpo.grpo.rewards.matching import answers_match
+
     tasks = columns.get("task") or [None] * len(completions)
     scores: list[float | None] = []
     for i, (prompt, completion, task) in enumerate(zip(prompts, completions, tasks, strict=True)):
@@ -69,9 +73,10 @@ def exact_match(
 
 
 def format_tags(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
-    """1 where the completion is `<think>..</think><answer>..</answer>` and nothing else, neither of them empty.
+    """1 where the completion is `<think>..</think><answer>..</answer>` and nothing else.
 
-    Each tag stands exactly once. The opening `<think>` may be the end of the prompt instead.
+    Each tag stands exactly once, and neither block is empty. The opening `<think>` may be the end
+    of the prompt instead.
     """
     return [float(_is_formatted(Response(c, p))) for p, c in zip(prompts, completions, strict=True)]
 
@@ -106,12 +111,13 @@ def repetition(
 def language_consistency(
     prompts: Sequence[str], completions: Sequence[str], questions: Sequence[str], **columns: Any
 ) -> list[float | None]:
-    """Share of the reasoning's words that are in the target language (arXiv 2501.12948, section 2.3.2).
+    """Share of the reasoning's words in the target language (arXiv 2501.12948, section 2.3.2).
 
-    The target is the column `language` (a name or an ISO 639-1 code), else the language of the question; below eight
-    words in Latin script English, for so few do not show theirs. A word in another script is foreign; words in the
-    right script are judged by lingua, eight or more together. Formulas, code and single letters are no words.
-    Reasoning without words scores 1, and none at all 0.
+    The target is the column `language` (a name or an ISO 639-1 code), else the language of the
+    question; below eight words in Latin script English, for so few do not show theirs. A word in
+    another script is foreign; words in the right script are judged by lingua, eight or more
+    together. Formulas, code and single letters are no words. Reasoning without words scores 1, and
+    none at all 0.
 
     Raises:
         ValueError: a `language` that lingua does not know.
@@ -145,8 +151,9 @@ BUILTINS: Mapping[str, RewardFunction] = {
 
 
 def check_names(recipe: "Recipe") -> None:
-    """Raises RecipeError for a reward that has no colon and is neither built in nor a reward model of the recipe's, and
-    for a reward model that hides what is built in. A function of the user's is imported when the pool opens.
+    """Raises RecipeError for a reward that has no colon and is neither built in nor a reward model
+    of the recipe's, and for a reward model that hides what is built in. A function of the user's is
+    imported when the pool opens.
     """
     models = recipe.reward_models
     if same := sorted(models.keys() & {*BUILTINS, "mean", "std", "missing", "group_std"}):
@@ -164,7 +171,7 @@ def check_names(recipe: "Recipe") -> None:
 
 
 def resolve_reward(name: str) -> RewardFunction:
-    """The reward function of a name: a built-in, or `package.module:function`, also from the current folder.
+    """The function of a name: a built-in, or `package.module:function`, also of this folder.
 
     Raises:
         RewardError: no such built-in, module or function.
@@ -174,6 +181,7 @@ def resolve_reward(name: str) -> RewardFunction:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise RewardError(f"unknown reward {name!r}, no package.module:function either{nearest(name, BUILTINS)}")
+    # Workers are started with the trainer's path, so that they find the module, too.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -193,7 +201,8 @@ def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict
     score = _task_scorer(task.removeprefix(REASONING_GYM), json.dumps(options))
     try:
         return float(score(found, row))
-    except Exception:  # many scorers raise, in ways of their own, on an answer that they cannot read
+    except Exception:
+        # Many scorers raise, in ways of their own, on an answer that they cannot read.
         score(row["answer"], row)  # raises again where the row is at fault, not the answer
         return 0.0
 

@@ -1,13 +1,16 @@
 """A Python program in a sandbox: what it writes to standard output within its limits, or nothing.
 
-bubblewrap gives the program namespaces of its own (processes, network, IPC, users or a user id that nobody has), a
-read-only root with the standard library and the library folders of Python and the system, a temporary folder in memory
-and no environment. The system calls by which it could reach other processes or memory that no limit counts are denied.
+bubblewrap gives the program namespaces of its own (processes, network, IPC, users or a user id that
+nobody has), a read-only root with the standard library and the library folders of Python and the
+system, a temporary folder in memory and no environment. The system calls by which it could reach
+other processes or memory that no limit counts are denied.
 
-The first process of the namespace is the harness, a Python that has started and waits: it forks a child for each test,
-which becomes the program, and ends whatever that leaves. It ends with the caller, and the kernel all others with it.
+The first process of the namespace is the harness, a Python that has started and waits: it forks a
+child for each test, which becomes the program, and ends whatever that leaves. It ends with the
+caller, and the kernel all others with it.
 
-Not covered: faults of the kernel, side channels such as time, and the CPU: there are no control groups.
+Not covered: faults of the kernel, side channels such as time, and the CPU: there are no control
+groups.
 """
 
 import contextlib
@@ -39,16 +42,17 @@ _TICK_S = 0.1  # between two looks at the time, memory and output of a program
 _TEST_S = 0.05  # what each test has of its own, for imports
 _BARE_END_S = 2.0  # in which the harness, without a namespace, ends and reaps its test
 _OPEN_FILES = 64
-_TRANSIENT_UIDS = range(61_184, 65_520)  # systemd's, of users who exist only as long as a service runs
+# systemd's user ids, of users who exist only as long as a service runs.
+_TRANSIENT_UIDS = range(61_184, 65_520)
 _PYTHON = Path(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
 _LIBRARY = Path(os.__file__).parent  # the standard one
 _LIBRARY_FOLDERS = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64"]
 
-# Runs inside: sets the limits and says that it is there; then, for each byte that the caller sends, a child gives up
-# root and becomes the program, or calls a function of it for each of the argument lists on standard input and writes
-# the results as one JSON list. Input and output are files that the caller shares and rewrites between two tests. exit
-# and quit are what -S leaves out. After the first test come the imports that programs begin with: a fork has them for
-# nothing.
+# Runs inside: sets the limits and says that it is there; then, for each byte that the caller sends,
+# a child gives up root and becomes the program, or calls a function of it for each of the argument
+# lists on standard input and writes the results as one JSON list. Input and output are files that
+# the caller shares and rewrites between two tests. exit and quit are what -S leaves out. After the
+# first test come the imports that programs begin with: a fork has them for nothing.
 _HARNESS = """
 def _await(test, control):
     import os, select, signal
@@ -130,8 +134,9 @@ def _main(dumps=json.dumps):
 _main()
 """
 
-# System calls by (x86_64, aarch64) number. Those that make memory which belongs to no process; user namespaces; keys,
-# processes and devices of others, among them the sockets of a virtual machine's host, which no namespace holds.
+# System calls by (x86_64, aarch64) number. Those that make memory which belongs to no process; user
+# namespaces; keys, processes and devices of others, among them the sockets of a virtual machine's
+# host, which no namespace holds.
 _DENIED = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186),
     "mq_open": (240, 180), "semget": (64, 190), "io_uring_setup": (425, 425), "unshare": (272, 97), "setns": (308, 268),
@@ -140,7 +145,8 @@ _DENIED = {
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "socket": (41, 198), "pidfd_getfd": (438, 438),
     "kcmp": (312, 272), "process_madvise": (440, 440), "fanotify_init": (300, 262),
 }  # fmt: skip
-_MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column, audit architecture, clone
+# The column of _DENIED, the audit architecture, the number of clone.
+_MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}
 _CLONE3, _CLONE_NEWUSER, _X32 = 435, 0x10000000, 0x40000000
 _ALLOW, _KILL, _NOT_PERMITTED, _NOT_THERE = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 
@@ -165,7 +171,8 @@ def _missing(limits: "ProgramsSection") -> str | None:
         return "there is no bwrap"
     if limits.isolation == "bubblewrap" and platform.machine() not in _MACHINES:
         return f"found a processor {platform.machine()}, wanted {' or '.join(_MACHINES)}"
-    patient = dataclasses.replace(limits, time_s=max(limits.time_s, 30.0))  # a first start may have to read the disk
+    # A first start may have to read the disk.
+    patient = dataclasses.replace(limits, time_s=max(limits.time_s, 30.0))
     with tempfile.TemporaryFile() as errors:
         with contextlib.suppress(NoVerdict):
             if run_program("import zoneinfo; print(6 * 7)", "", patient, max_bytes=3, errors=errors) == b"42\n":
@@ -190,11 +197,12 @@ def run_program(
 
 
 class Program:
-    """A program in a sandbox of its own, run once a test; all tests share its limits. Use as a context manager.
+    """A program in a sandbox of its own, run once a test. Use as a context manager.
 
-    With `function`, standard input holds a JSON list of argument lists, and the output is the JSON list of results.
-    `errors` takes standard error. When it is closed no process of the program is left. Without isolation those may
-    live until then that a test leaves in the program's process group, and for ever those that leave the group.
+    All tests share its limits. With `function`, standard input holds a JSON list of argument lists,
+    and the output is the JSON list of results. `errors` takes standard error. When it is closed no
+    process of the program is left. Without isolation those may live until then that a test leaves
+    in the program's process group, and for ever those that leave the group.
     """
 
     def __init__(
@@ -206,7 +214,8 @@ class Program:
     ):
         self._code = source.encode(errors="replace")
         self._limits, self._function, self._errors = limits, function, errors
-        self._is_program = b"\0" not in self._code and len(self._code) <= 100_000  # else no argument of a command
+        # Else it could not be an argument of a command.
+        self._is_program = b"\0" not in self._code and len(self._code) <= 100_000
         self._stack = contextlib.ExitStack()
         self._cpu_s = self._asleep_s = 0.0
         self._allowed_s = limits.time_s
@@ -224,9 +233,10 @@ class Program:
         self._stack.close()
 
     def run(self, stdin: str, *, max_bytes: int) -> bytes | None:
-        """Output, or None where the program fails, writes more than `max_bytes` or breaks a limit, once and for all.
+        """Output, or None where the program fails, breaks a limit or writes more than `max_bytes`.
 
-        Raises NoVerdict for one that got too little of the processor to break the limit in `limits.longest_s`.
+        Raises NoVerdict for one that got too little of the processor to break the limit in
+        `limits.longest_s`.
         """
         if not self._is_program:
             return None
@@ -285,8 +295,8 @@ class Program:
     def _is_within_limits(self) -> bool:
         """By the time and the resident memory of all processes of the program.
 
-        Time that passes while one of them is ready to run, and others have the processor, is not the program's; that
-        in which all of them sleep is.
+        Time that passes while one of them is ready to run, and others have the processor, is not
+        the program's; that in which all of them sleep is.
         """
         cpu_s, resident, is_ready = 0.0, 0, False
         for one in _family(self._process.pid):
@@ -338,7 +348,8 @@ def _start_isolated(
     (rules, rules_end), (info, info_end) = os.pipe(), os.pipe()
     with open(rules, "rb"), open(info, "rb") as about:
         with open(info_end, "wb"):
-            with open(rules_end, "wb") as pipe:  # the filter fits the pipe, so that nobody has to read meanwhile
+            with open(rules_end, "wb") as pipe:
+                # The filter fits the pipe, so that nobody has to read meanwhile.
                 pipe.write(_system_call_filter())
             command = [*_bubblewrap(limits), "--seccomp", str(rules), "--info-fd", str(info_end), *python]
             process = subprocess.Popen(command, pass_fds=[rules, info_end, control], **streams)
@@ -349,10 +360,12 @@ def _start_isolated(
 
 
 def _bubblewrap(limits: "ProgramsSection") -> list[str]:
-    """Only root counts processes of another user id by RLIMIT_NPROC, others those of a user namespace.
+    """The command, up to the filter of system calls and the harness.
 
-    The harness is the namespace's first process, since bubblewrap would leave one of its own unreaped. It stays root
-    where the caller is, and so ends with bubblewrap, which a change of its user id would undo.
+    Only root counts processes of another user id by RLIMIT_NPROC, others those of a user namespace.
+    The harness is the namespace's first process, since bubblewrap would leave one of its own
+    unreaped. It stays root where the caller is, and so ends with bubblewrap, which a change of its
+    user id would undo.
     """
     spaces = "--as-pid-1 --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
     root = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID --cap-add CAP_KILL"

@@ -37,11 +37,13 @@ class RewardTable:
 
     scores: dict[str, np.ndarray]  # by function, [num_groups, group_size] float64
     rewards: np.ndarray  # [num_groups, group_size] float64, the weighted sum
-    applies: dict[str, np.ndarray] = field(default_factory=dict)  # by function, as scores, bool; no entry: to all
+    # By function, as scores, bool; no entry: to all.
+    applies: dict[str, np.ndarray] = field(default_factory=dict)
 
     def applied(self) -> dict[str, np.ndarray]:
         """Scores by function, of the completions that it applies to; without functions that apply to none."""
         found = {}
+        # Rows are of groups, and a function applies to some completions of a group alone.
         for name, scores in self.scores.items():
             own = scores[self.applies.get(name, slice(None))]
             if len(own):

@@ -1,7 +1,8 @@
-"""A worker of the reward pool: a process that scores one group at a time, as both ends of its pipe see it.
+"""A worker of the reward pool: a process that scores one group at a time; both ends of its pipe.
 
-Groups go out pickled. Answers come back as lines of JSON: each is set off by a new line and begins with the number of
-its call, so that whatever a function writes into the pipe is no answer. The first says that everything is imported.
+Groups go out pickled. Answers come back as lines of JSON: each is set off by a new line and begins
+with the number of its call, so that whatever a function writes into the pipe is no answer. The
+first says that everything is imported.
 """
 
 import contextlib
@@ -21,11 +22,13 @@ from flashgrpo.grpo.errors import RewardFailure
 from flashgrpo.grpo.rewards.rules import BUILTINS, RewardFunction, resolve_reward
 from flashgrpo.grpo.run.child import end_guarded, start_child
 
-_START_LIMIT_S = 600.0  # of a worker, imports included, and of what a built-in imports at its first use
+# Of a worker, imports included, and of what a built-in imports at its first use.
+_START_LIMIT_S = 600.0
 _STARTS = 3  # of a worker that ends before it has begun with a call
 _MAX_REASON_CHARS = 1000
 _MAX_LINE_BYTES = 1 << 24
-_BY_COMPLETION = "accuracy"  # judges completions one by one, so that a slow answer costs itself alone
+# Judges completions one by one, so that a slow answer costs itself alone.
+_BY_COMPLETION = "accuracy"
 _TOGETHER = 1 / 4  # of its limit, in which it may judge all completions of a group at once
 WARM_UP = r"<think>one word after another so that there are enough of them</think><answer>\frac{1}{3}</answer>"
 _WANTS_MESSAGES = re.compile(r"string indices must be integers|'str' object has no attribute 'get'")
@@ -36,7 +39,8 @@ _MESSAGES = (
 
 
 class Scores(NamedTuple):
-    values: list[float | None]  # [group_size], NaN where missing, None where the function leaves it to others
+    # [group_size], NaN where missing, None where the function leaves it to others.
+    values: list[float | None]
     failure: str | None  # why the first missing or slow one is so
     seconds: float = 0.0  # that the process took
 
@@ -138,12 +142,14 @@ class Worker:
                     found, *message = json.loads(line)
                     if found == number:
                         return message
+            # Looked at again each time: a process that waits for a processor gets that time on top.
             left_s = limit_s - (self._clock() - start_s)
             if left_s <= 0:
                 raise TimeoutError
             if self._connection.poll(left_s + 0.01):
                 if not (read := os.read(self._connection.fileno(), 1 << 16)):
                     raise EOFError
+                # What floods the pipe must not fill the memory of the trainer.
                 self._received = self._received[-_MAX_LINE_BYTES:] + read
 
     def _clock(self) -> float:
@@ -151,7 +157,8 @@ class Worker:
         try:
             with open(f"/proc/{self._process_id}/schedstat", encoding="ascii") as file:
                 self._waited_s = int(file.read().split()[1]) / 1e9
-        except (OSError, IndexError):  # not known: it starts, it has ended, or the kernel does not count
+        except (OSError, IndexError):
+            # Not known: it starts, it has ended, or the kernel does not count.
             pass
         return time.monotonic() - self._waited_s
 
@@ -170,7 +177,8 @@ class Worker:
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process, self._connection = start_child(serve, {**os.environ, **one_thread}, guarded=True)
         self._process_id, self._received, self._waited_s = 0, b"", 0.0
-        with contextlib.suppress(ConnectionError):  # it has ended already, as who waits for its answer will find
+        # If it has ended already, who waits for its answer will find that.
+        with contextlib.suppress(ConnectionError):
             self._connection.send(self._examples)
 
 
@@ -244,7 +252,8 @@ def _result(function: RewardFunction, arguments: dict[str, Any]) -> tuple[list[f
             if value is not None and (isinstance(value, str | bytes) or not hasattr(value, "__float__")):
                 return None, f"returned {type(value).__name__} {value!r:.80} as a score, wanted a number or None"
         scores: list[float | None] = [None if value is None else float(value) for value in values]
-    except Exception as error:  # a function may raise anything; the rule for it is a missing score and a warning
+    except Exception as error:
+        # A function may raise anything; the rule for it is a missing score and a warning.
         text = str(error)[:_MAX_REASON_CHARS]
         hint = _MESSAGES if _WANTS_MESSAGES.search(text) else ""
         return [math.nan for _ in range(num)], f"{type(error).__name__}: {text}{hint}"

@@ -9,11 +9,11 @@ import pytest
 
 from flashgrpo.grpo.data.answers import fault_of_answer
 from flashgrpo.grpo.errors import RewardError
+from flashgrpo.grpo.rewards.matching import answers_match
 from flashgrpo.grpo.rewards.response import Response
 from flashgrpo.grpo.rewards.rules import (
     BUILTINS,
     accuracy,
-    answers_match,
     exact_match,
     format_tags,
     is_correct,
