@@ -61,49 +61,60 @@ def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learn
     Means are over the tokens that were trained on, which those of dead groups are not; `loss` and `grad_norm` are means
     over updates.
     """
-    loss = sum((s["loss"] for update in stats for s in update), torch.zeros_like(norms[0])) / len(norms)
-    tensors = {"loss": loss, "grad_norm": torch.stack(norms).mean(), **learner.take_skipped()}
-    scalars = [{k: v for k, v in s.items() if k in _NAMES or k == "num_tokens"} for update in stats for s in update]
-    own = {"loss": loss, **(merge_stats(scalars) if scalars else {})}  # empty on all ranks, or on none
+    loss = torch.zeros_like(norms[0])
+    scalars: list[Stats] = []
+    for update in stats:
+        for micro_batch in update:
+            loss = loss + micro_batch["loss"]
+            scalars.append({k: v for k, v in micro_batch.items() if k in _NAMES or k == "num_tokens"})
+    own = {"loss": loss / len(norms), **(merge_stats(scalars) if scalars else {})}  # empty on all ranks, or on none
     gathered = world.gather_tensor(torch.stack([value.float() for value in own.values()]))
-    ranks = [dict(zip(own, row, strict=True)) for row in gathered]
-    tensors["loss"] = gathered[:, 0].sum()
+    tensors = {"loss": gathered[:, 0].sum(), "grad_norm": torch.stack(norms).mean(), **learner.take_skipped()}
     if scalars:
-        merged = merge_stats([{k: v for k, v in rank.items() if k != "loss"} for rank in ranks])
+        # Each rank's numbers are merged as those of its micro-batches were.
+        names = [name for name in own if name != "loss"]
+        ranks = [dict(zip(names, row[1:], strict=True)) for row in gathered]
+        merged = merge_stats(ranks)
         tensors |= {name: merged[key] for key, name in _NAMES.items() if key in merged}
+    # The one wait for the device in a step.
     values = torch.stack([value.float() for value in tensors.values()]).tolist()
     return dict(zip(tensors, values, strict=True))
 
 
 def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
     """Rewards, advantages and lengths over the completions of the step; advantages are those of the loss."""
-    lengths = np.array([[len(r.completion_ids) for r in group] for group in data.rollouts])
-    truncated = np.array([[r.finish_reason == "length" for r in group] for group in data.rollouts])
-    spans = [span for group in data.rollouts for rollout in group for span in rollout.weight_versions]
-    age = sum((data.version - version) * num_tokens for version, num_tokens in spans)
-    reflections = sum(rollout.reflections for group in data.rollouts for rollout in group)
+    rollouts = [rollout for group in data.rollouts for rollout in group]
+    lengths = np.array([len(rollout.completion_ids) for rollout in rollouts])
+    num_tokens = max(int(lengths.sum()), 1)
+    age = 0  # of all tokens, in versions of the weights
+    for rollout in rollouts:
+        age += sum((data.version - version) * tokens for version, tokens in rollout.weight_versions)
     rewards = data.table.rewards
     deviations = [np.nanstd(row, ddof=1) for row in rewards[has_signal(rewards)]]
     advantages = group_advantages(centred(rewards, config), scale=config.advantage_scale).numpy()
-    return {
+    metrics = {
         "reward/mean": _over_known(np.mean, rewards),
         "reward/std": _over_known(np.std, rewards),
-        **{f"reward/{name}": _over_known(np.mean, scores) for name, scores in data.table.applied().items()},
-        **{f"source/{name}/reward": _over_known(np.mean, rewards[rows]) for name, rows in data.sources.items()},
-        **{f"source/{name}/share": len(rows) / len(rewards) for name, rows in data.sources.items()},
+    }
+    for name, scores in data.table.applied().items():
+        metrics[f"reward/{name}"] = _over_known(np.mean, scores)
+    for name, rows in data.sources.items():
+        metrics[f"source/{name}/reward"] = _over_known(np.mean, rewards[rows])
+        metrics[f"source/{name}/share"] = len(rows) / len(rewards)
+    return metrics | {
         "reward/missing": float(np.isnan(rewards).mean()),
         "reward/group_std": float(np.mean(deviations)) if deviations else 0.0,
         "advantage/abs_mean": _over_known(np.mean, np.abs(advantages)),
         "advantage/max": _over_known(np.max, advantages),
         "groups/dead": 1 - len(deviations) / len(rewards),
         "groups/discarded": float(data.discarded),
-        "staleness/mean": age / max(int(lengths.sum()), 1),
+        "staleness/mean": age / num_tokens,
         "staleness/max": float(data.version - data.oldest_version),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/min": float(lengths.min()),
-        "length/truncated": float(truncated.mean()),
-        "reflection/per_1000_tokens": 1000 * reflections / max(int(lengths.sum()), 1),
+        "length/truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        "reflection/per_1000_tokens": 1000 * sum(rollout.reflections for rollout in rollouts) / num_tokens,
         "prompt_length/mean": float(np.mean([len(group[0].prompt_ids) for group in data.rollouts])),
     }
 

@@ -1,13 +1,22 @@
-"""GRPO: sample groups, reward them, pack what has a gradient, update, once a step; `flashgrpo train RECIPE`, or on
-many GPUs `torchrun --nproc_per_node 8 -m flashgrpo.grpo.cli train RECIPE`.
+"""GRPO; `flashgrpo train RECIPE`, or on many GPUs `torchrun --nproc_per_node 8 -m flashgrpo.grpo.cli train RECIPE`.
 
-The methods of `Trainer` stand in the order of a step. It waits for the device once a step, in `device_metrics`, besides
-what the generator does.
+A step, as `Trainer.run_step` takes it:
+
+    sync       The generator gets the weights that the step before has left.
+    generate   Each rank samples its share of the step's prompts, a group of completions for each.
+    reward     A group is scored while others are still sampled; then all ranks have all groups.
+    pack       Of a mini-batch, the groups that have a gradient are laid out in packs of at most train.token_budget
+               tokens, a prompt once for all of its completions, and spread over the ranks.
+    score      Log-probs of the packs by the weights of before the step, and by the reference, where the loss asks.
+    train      An optimizer update for each mini-batch; the loss sees rewards, and makes advantages of them itself.
+    log        A row of numbers, and some completions.
+
+The host waits for the device once in a step, in `device_metrics`, besides what the generator does.
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -37,9 +46,9 @@ from flashgrpo.grpo.run.loop import RunLoop
 from flashgrpo.grpo.run.policy import open_sharded_model
 from flashgrpo.grpo.run.progress import Clock, StepBar, console
 from flashgrpo.grpo.run.world import World, open_world
-from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.stages.evaluate import open_reward_pool
-from flashgrpo.grpo.types import Problem, Rollout
+from flashgrpo.grpo.types import Problem, Prompt, Rollout
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import read_config
@@ -49,16 +58,6 @@ from flashgrpo.model.sharding import free_gathered
 
 _LOGGED_GROUPS = 2
 _STEPS_WITHOUT_SIGNAL = 3
-
-
-@dataclass(frozen=True)
-class Update:
-    """One mini-batch: an optimizer update."""
-
-    plan: PackPlan
-    batches: list[PackedBatch]  # this rank's
-    rewards: Tensor  # [num_groups, group_size] fp32, less their group's mean
-    denominator: float
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -77,6 +76,16 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         others = {name: load_problems(source, recipe.run.seed)[0] for name, source in recipe.sources.items()}
         with open_reward_pool(recipe, problems[0], {name: source[0] for name, source in others.items()}) as pool:
             return Trainer(recipe, folder, world, pool, problems, held_out, others).run()
+
+
+@dataclass
+class Update:
+    """One mini-batch: an optimizer update."""
+
+    plan: PackPlan
+    batches: list[PackedBatch]  # this rank's
+    rewards: Tensor  # [num_groups, group_size] fp32, less their group's mean
+    denominator: float
 
 
 class Trainer(RunLoop):
@@ -98,14 +107,16 @@ class Trainer(RunLoop):
         self.recipe = recipe
         self._steps_without_signal = 0  # in a row, up to now
         self.position = folder.stored("position", Position, Position({}, {}))
-        render = partial(render_prompts, policy=self.policy)
-        prompts, tests = render(problems, data=recipe.data), render(held_out[: recipe.eval.problems], data=recipe.data)
-        sources = {name: render(others[name], data=data, source=name) for name, data in recipe.sources.items()}
-        mixture = Mixture(recipe, {"data": prompts, **sources})
-        longest_prompt = max(len(prompt.token_ids) for prompt in chain(tests, *mixture.prompts.values()))
+        prompts = {"data": render_prompts(problems, self.policy, recipe.data)}
+        for name, source in recipe.sources.items():
+            prompts[name] = render_prompts(others[name], self.policy, source, name)
+        tests = render_prompts(held_out[: recipe.eval.problems], self.policy, recipe.data)
+        mixture = Mixture(recipe, prompts)
+        longest_prompt = max(len(prompt.token_ids) for prompt in chain(tests, *prompts.values()))
         _check_token_budget(recipe, longest_prompt)
         config = self.policy.model.config
         self.flops = ModelFlops.of(config)
+        # Its weights are the model's that the run begins with; a checkpoint has others only where they are refreshed.
         self.reference = None
         if recipe.loss.kl_coef:
             stored = self.compute_dtype
@@ -113,15 +124,7 @@ class Trainer(RunLoop):
             self.reference.requires_grad_(False)
         self.open_learner(recipe.train.steps)
         if recipe.reward_models:
-            from flashgrpo.grpo.rewards.models import open_preferences
-
-            used = {source: recipe.reward_weights[source].keys() for source in mixture.prompts}
-            questions = {
-                name: [prompt.problem for source in used if name in used[source] for prompt in mixture.prompts[source]]
-                for name in recipe.reward_models
-            }
-            longest = recipe.rollout.max_new_tokens
-            pool.scorers.update(open_preferences(recipe.reward_models, self.policy, world, questions, longest))
+            self._open_reward_models(pool, mixture.prompts)
         generator = open_generator(recipe, self.policy, world, longest_prompt)
         source = DecoderSource(self.learner.params, config, self.compute_dtype)
         self.has_comparable_logprobs = recipe.rollout.generator == "native" or not recipe.rollout.is_truncated
@@ -133,69 +136,70 @@ class Trainer(RunLoop):
         self.sampler = Sampler(recipe, world, self.policy, pool, generator, source, mixture, tests)
         self.ends.callback(self.sampler.close)
 
+    def _open_reward_models(self, pool: RewardPool, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+        """Give the pool its scorers; each is shown the problems of all sources that it scores."""
+        from flashgrpo.grpo.rewards.models import open_preferences
+
+        questions: dict[str, list[Problem]] = {name: [] for name in self.recipe.reward_models}
+        for source, weights in self.recipe.reward_weights.items():
+            for name in questions.keys() & weights.keys():
+                questions[name] += [prompt.problem for prompt in prompts[source]]
+        longest = self.recipe.rollout.max_new_tokens
+        pool.scorers.update(open_preferences(self.recipe.reward_models, self.policy, self.world, questions, longest))
+
     def begin(self) -> None:
         """The evaluation before training, or one that a stop has cut short."""
         if self._evaluates_at(self.step) and not self.folder.has_logged(self.step, "eval/pass@1"):
             when = f"after step {self.step}" if self.step else "before the first step"
             size = f"{len(self.sampler.held_out)} x {self.recipe.eval.samples}"
             console.print(f"evaluating {size} {when}", highlight=False)
-            self.folder.log_more(self.step, self.sampler.evaluate(self.step) | self.sampler.take_syncs())
+            self._evaluate()
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
-        """Rollout, rewards, packing, scoring, updates, metrics; Ctrl-C waits from the first update to the last."""
-        clock = Clock()
+        """Take a step, as the head of this file tells it. Ctrl-C waits from the first update to the last."""
+        clock, sampler = Clock(), self.sampler
+        sampler.sync_seconds.clear()
+
         bar.phase("generate")
-        data = self.sampler.rollout(step, self.position, clock)
-        self.sampler.generator.free_weights()
+        if not sampler.is_ahead:  # else the step was begun during the one before, by the weights of then
+            sampler.sync(step - 1)
+        data = sampler.rollout(step, self.position, clock)
+        if self.recipe.rollout.overlap and step < self.total_steps:
+            # The servers have nothing to do while this step trains: they get its weights, and begin the next.
+            sampler.sync(step - 1)
+            data.probe = sampler.probe(step) if data.is_stale else []
+            sampler.start_ahead(step + 1, data.position)
+        sampler.generator.free_weights()
+
+        bar.phase("train")
         with clock("pack"):
-            updates = self._plan_updates(data)
-        metrics: dict[str, float] = {}
-        try:
-            bar.phase("train")
-            metrics["lr"] = self.learner.set_lr(step)
-            metrics |= self._learn(updates, data, clock)
-            self.step, self.position = step, data.position
-            self._refresh_reference()
-            plans = [update.plan for update in updates] * self.recipe.train.epochs
-            metrics |= rollout_metrics(data, self.recipe.loss) | speed_metrics(data, clock, plans, self.world)
-            if self._evaluates_at(step):
-                bar.phase("evaluate")
-                metrics |= self.sampler.evaluate(step)
-        finally:
-            if self.step == step:
-                self.folder.log_samples(step, self._samples(data))
-                self.folder.log(step, metrics | self.sampler.take_syncs())
-        self._compare_logprobs(step, data, metrics)
-        self._watch_signal(step, metrics)
+            updates = self._pack(data)
+        # Where nothing corrects for older weights, the old log-probs of a token are those that it was sampled by.
+        takes_behavior = data.is_stale and self.recipe.loss.behavior_cap is None
+        with clock("score"):
+            self._score(updates, takes_behavior)
+            probed = self._probe_mismatch(data)
+        with clock("train"):
+            lr = self.learner.set_lr(step)
+            learned = self._update(updates)
+        self.step, self.position = step, data.position
+        self._refresh_reference()
+
+        if takes_behavior or not self.has_comparable_logprobs:
+            # The mismatch would be of the sampler's numbers with themselves, or with renormalised ones.
+            learned = {name: value for name, value in learned.items() if not name.startswith("mismatch/")}
+        plans = [update.plan for update in updates] * self.recipe.train.epochs
+        metrics = {"lr": lr} | learned | probed | rollout_metrics(data, self.recipe.loss)
+        metrics |= speed_metrics(data, clock, plans, self.world) | sampler.sync_metrics()
+        self.folder.log_samples(step, self._samples(data))
+        self.folder.log(step, metrics)
+        self._warn(step, data, metrics)
+        if self._evaluates_at(step):
+            bar.phase("evaluate")
+            metrics |= self._evaluate()
         return metrics, one_line(metrics)
 
-    def _watch_signal(self, step: int, metrics: dict[str, float]) -> None:
-        """Says when several steps in a row gave nothing to learn from."""
-        has_signal = metrics["grad_norm"] != 0 and metrics["groups/dead"] < 1
-        self._steps_without_signal = 0 if has_signal else self._steps_without_signal + 1
-        if self._steps_without_signal == _STEPS_WITHOUT_SIGNAL:
-            means = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("reward/"))
-            console.print(
-                f"[yellow]step {step}: {_STEPS_WITHOUT_SIGNAL} steps in a row had nothing to learn from: in each group "
-                f"all rewards are equal or missing, or all completions masked ({means}). Look at samples.jsonl: are "
-                "problems all too hard or too easy, is the reward blind, is rollout.max_new_tokens too low?[/yellow]",
-                highlight=False,
-            )
-
-    def _compare_logprobs(self, step: int, data: StepData, metrics: dict[str, float]) -> None:
-        """The alarm where the sampler's log-probs are not the trainer's."""
-        alarm, rollouts = self.recipe.train.mismatch_alarm, [r for group in data.rollouts for r in group]
-        broken = sum(not np.isfinite(rollout.behavior_logprobs).all() for rollout in rollouts)
-        off = metrics.get("mismatch/mean", 0.0)
-        if broken:
-            fault = f"not finite in {broken} of {len(rollouts)} completions"
-        elif not off <= alarm:  # NaN, too
-            fault = f"{off:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
-        else:
-            return
-        console.print(f"[yellow]step {step}: the sampler's log-probs are {fault}[/yellow]")
-
-    def _plan_updates(self, data: StepData) -> list[Update]:
+    def _pack(self, data: StepData) -> list[Update]:
         """Split the groups into mini-batches; pack those with a gradient."""
         recipe = self.recipe
         size = recipe.rollout.prompts_per_step // recipe.train.mini_batches
@@ -213,66 +217,33 @@ class Trainer(RunLoop):
             updates.append(Update(plan, batches, centred(rewards, recipe.loss).to(self.device), denominator))
         return updates
 
-    def _learn(self, updates: list[Update], data: StepData, clock: Clock) -> dict[str, float]:
-        """Score the packs where that is needed, then every update of the step, in order, `epochs` times.
+    def _score(self, updates: list[Update], takes_behavior: bool) -> None:
+        """Add old and reference log-probs to the packs.
 
-        Where completions are from older weights, and no behavior weight corrects for that, the old log-probs are the
-        sampler's own: each by the weights that its token was sampled from.
+        The first update trains by the very weights that the old log-probs are of, and gives them itself (`_update`).
         """
-        takes_behavior = data.is_stale and self.recipe.loss.behavior_cap is None
-        with clock("score"):
-            updates = [self._score(update, i == 0, takes_behavior) for i, update in enumerate(updates)]
-            probed = self._probe_mismatch(data.probe)
+        for number, update in enumerate(updates):
+            for i, batch in enumerate(update.batches):
+                old = batch.behavior_logprobs if takes_behavior else None
+                if number and not takes_behavior:
+                    old = self._logprobs(self.policy.model, batch)
+                ref = self._logprobs(self.reference, batch) if self.reference else None
+                update.batches[i] = dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
+            self._free_gathered()
+
+    def _update(self, updates: list[Update]) -> dict[str, float]:
+        """Every update of the step in order, `epochs` times."""
         collected, norms = [], []
-        with clock("train"):
-            for epoch in range(self.recipe.train.epochs):
-                for i, update in enumerate(updates):
-                    stats, norm = self.learner.update(update.batches, partial(self._loss, update=update))
-                    if epoch == i == 0 and not takes_behavior:  # by the weights of before: old log-probs from now on
-                        pairs = zip(update.batches, stats, strict=True)
-                        scored = [dataclasses.replace(batch, old_logprobs=s["logprobs"]) for batch, s in pairs]
-                        updates[0] = dataclasses.replace(update, batches=scored)
-                    collected.append([{k: v for k, v in s.items() if v.dim() == 0} for s in stats])
-                    norms.append(norm)
-            metrics = device_metrics(collected, norms, self.learner, self.world)
-        if takes_behavior or not self.has_comparable_logprobs:  # compared with themselves, or with renormalised ones
-            metrics = {name: value for name, value in metrics.items() if not name.startswith("mismatch/")}
-        return metrics | probed
-
-    def _score(self, update: Update, on_policy: bool, takes_behavior: bool) -> Update:
-        """Add old and reference log-probs. Old ones are left out where the weights have not moved since the rollout."""
-        batches = []
-        for batch in update.batches:
-            if takes_behavior:
-                old = batch.behavior_logprobs
-            else:
-                old = None if on_policy else self._logprobs(self.policy.model, batch)
-            ref = self._logprobs(self.reference, batch) if self.reference else None
-            batches.append(dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref))
-        self._free_gathered()
-        return dataclasses.replace(update, batches=batches)
-
-    def _probe_mismatch(self, probe: list[list[Rollout]]) -> dict[str, float]:
-        """How far the sampler's log-probs are off the trainer's, both by the newest weights: in place of the step's own
-        numbers where its completions are from older ones. Waits for the device.
-        """
-        if not probe:
-            return {}
-        batch = build_batch([_trainable_group(group, i, False) for i, group in enumerate(probe)]).to(self.device)
-        assert batch.behavior_logprobs is not None
-        off = (self._logprobs(self.policy.model, batch) - batch.behavior_logprobs).abs()
-        self._free_gathered()
-        return {"mismatch/mean": float(off.mean()), "mismatch/max": float(off.max())}
-
-    def _free_gathered(self) -> None:
-        for model in filter(None, (self.policy.model, self.reference)):
-            free_gathered(model)
-
-    @torch.no_grad()
-    def _logprobs(self, model: Decoder, batch: PackedBatch) -> Tensor:
-        hidden = gather_predictors(model(batch), batch)
-        temperature = self.recipe.rollout.temperature
-        return linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature)[0]
+        for _ in range(self.recipe.train.epochs):
+            for update in updates:
+                stats, norm = self.learner.update(update.batches, partial(self._loss, update=update))
+                for i, batch in enumerate(update.batches):
+                    if batch.old_logprobs is None:  # for the next epoch
+                        update.batches[i] = dataclasses.replace(batch, old_logprobs=stats[i]["logprobs"])
+                # What is kept per token would be gigabytes by the end of the step.
+                collected.append([{k: v for k, v in each.items() if v.dim() == 0} for each in stats])
+                norms.append(norm)
+        return device_metrics(collected, norms, self.learner, self.world)
 
     def _loss(self, batch: PackedBatch, update: Update) -> tuple[Tensor, Stats]:
         return packed_loss(
@@ -285,9 +256,45 @@ class Trainer(RunLoop):
             temperature=self.recipe.rollout.temperature,
         )
 
+    @torch.no_grad()
+    def _logprobs(self, model: Decoder, batch: PackedBatch) -> Tensor:
+        hidden = gather_predictors(model(batch), batch)
+        temperature = self.recipe.rollout.temperature
+        return linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature)[0]
+
+    def _probe_mismatch(self, data: StepData) -> dict[str, float]:
+        """How far the sampler's log-probs are off the trainer's, both by the newest weights: in place of the step's own
+        numbers where its completions are from older ones. Waits for the device.
+        """
+        if not data.probe:
+            return {}
+        groups = [_trainable_group(group, i, mask_overlong=False) for i, group in enumerate(data.probe)]
+        batch = build_batch(groups).to(self.device)
+        assert batch.behavior_logprobs is not None
+        off = (self._logprobs(self.policy.model, batch) - batch.behavior_logprobs).abs()
+        self._free_gathered()
+        return {"mismatch/mean": float(off.mean()), "mismatch/max": float(off.max())}
+
+    def _free_gathered(self) -> None:
+        for model in filter(None, (self.policy.model, self.reference)):
+            free_gathered(model)
+
+    @torch.no_grad()
+    def _refresh_reference(self) -> None:
+        every = self.recipe.train.ref_refresh_every
+        if self.reference and every and self.step % every == 0:
+            for name, shard in self.reference.named_parameters():
+                shard.copy_(self.learner.params[name])
+
     def _evaluates_at(self, step: int) -> bool:
         every = self.recipe.eval.every
         return bool(every) and (step % every == 0 or step == self.recipe.train.steps)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Scores on the held-out problems, added to the row of the step, which stands where a stop cuts this short."""
+        scores = self.sampler.evaluate(self.step)
+        self.folder.log_more(self.step, scores | self.sampler.sync_metrics())
+        return scores
 
     def _samples(self, data: StepData) -> Iterator[dict[str, Any]]:
         """The first groups of the step, every completion with its rewards."""
@@ -299,12 +306,29 @@ class Trainer(RunLoop):
                 reward = _number(data.table.rewards[index, sample])
                 yield {"prompt": prompt, "completion": completion, "reward": reward, "rewards": scores}
 
-    @torch.no_grad()
-    def _refresh_reference(self) -> None:
-        every = self.recipe.train.ref_refresh_every
-        if self.reference and every and self.step % every == 0:
-            for name, shard in self.reference.named_parameters():
-                shard.copy_(self.learner.params[name])
+    def _warn(self, step: int, data: StepData, metrics: dict[str, float]) -> None:
+        """The alarms: the sampler's log-probs are not the trainer's; steps in a row gave nothing to learn from."""
+        rollouts = [*chain.from_iterable(data.rollouts)]
+        broken = sum(not np.isfinite(rollout.behavior_logprobs).all() for rollout in rollouts)
+        off, alarm = metrics.get("mismatch/mean", 0.0), self.recipe.train.mismatch_alarm
+        fault = ""
+        if broken:
+            fault = f"not finite in {broken} of {len(rollouts)} completions"
+        elif not off <= alarm:  # NaN, too
+            fault = f"{off:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
+        if fault:
+            console.print(f"[yellow]step {step}: the sampler's log-probs are {fault}[/yellow]")
+
+        has_signal = metrics["grad_norm"] != 0 and metrics["groups/dead"] < 1
+        self._steps_without_signal = 0 if has_signal else self._steps_without_signal + 1
+        if self._steps_without_signal == _STEPS_WITHOUT_SIGNAL:
+            means = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("reward/"))
+            console.print(
+                f"[yellow]step {step}: {_STEPS_WITHOUT_SIGNAL} steps in a row had nothing to learn from: in each group "
+                f"all rewards are equal or missing, or all completions masked ({means}). Look at samples.jsonl: are "
+                "problems all too hard or too easy, is the reward blind, is rollout.max_new_tokens too low?[/yellow]",
+                highlight=False,
+            )
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The reference, where it is not simply the model that the run began with."""

@@ -13,9 +13,9 @@ from collections import deque
 
 import torch
 
-# Read at MKL's first product. Without it the bits of a product of 5 to 11 rows depend on the number of threads, and a
-# run on what else the machine does. It costs no time.
-os.environ.setdefault("MKL_CBWR", "AUTO")
+# Read at MKL's first product. Without it the bits of a product of few rows depend on the number of threads, and a run
+# on what else the machine does; without STRICT they still do where a processor has AMX.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 _INTERVAL_S = 0.5  # long for the clock ticks that processor time is counted in, short beside a step
 _REMEMBERED = 4  # intervals: a thread too many costs far more than one too few, so it comes back late

@@ -42,29 +42,47 @@ def plan_packs(
     for group in groups:
         check_group(group, token_budget)
     rests = sorted((_Rest.of(group, flops) for group in groups), key=_largest_first)
+    fitted = _best_fit(groups, token_budget, flops)
+    if keep_whole:
+        plans = [fitted, _evenly_fit(groups, rests, len(fitted), token_budget, num_ranks, flops)]
+        return _dealt_out(min(plans, key=lambda plan: _lockstep(plan, num_ranks)), num_ranks)
 
     def fill(num_packs: int, slack: float) -> list[list[_Piece]] | None:
         return _fill(rests, token_budget, num_ranks, num_packs, slack, flops.per_token)
 
-    def fit(budget: int) -> list[list[_Piece]]:
-        return [[_Rest.of(piece, flops) for piece in pack] for pack in best_fit(groups, budget)]
-
-    fitted = fit(token_budget)
-    if keep_whole:
-        share = _SLACKS[0] * sum(rest.tokens for rest in rests) / max(-(-len(fitted) // num_ranks) * num_ranks, 1)
-        even = fit(min(max([int(share), *(rest.tokens for rest in rests)]), token_budget))
-        return _dealt_out(min(fitted, even, key=lambda plan: _lockstep(plan, num_ranks)), num_ranks)
+    # As few packs as possible, however uneven; there are never more than completions.
     fewest = fill(sum(len(group.completions) for group in groups), math.inf) or []
     fewest = min(fewest, fitted, key=len)
-    plans, repeats = [fewest, fitted], sum(map(_cost, fewest)) / max(_cost(rests), 1)
+    plans = [fewest, fitted]
+    # A prompt that is repeated costs again, so an equal share of the packs is more than one of the groups.
+    repeats = sum(map(_cost, fewest)) / max(_cost(rests), 1)
     num_packs = -(-len(fewest) // num_ranks) * num_ranks
     while num_ranks > 1 and len(plans) == 2:
         for slack in _SLACKS:
             if (packs := fill(num_packs, slack * repeats)) is None:
                 break
             plans.append(packs)
+        # Too little room in so many packs to even them out: every rank gets one more.
         num_packs += num_ranks
     return _dealt_out(min(plans, key=lambda plan: _lockstep(plan, num_ranks)), num_ranks)
+
+
+def _best_fit(groups: list[Group], token_budget: int, flops: ModelFlops) -> list[list["_Piece"]]:
+    """`best_fit`, with what each piece costs."""
+    packs: list[list[_Piece]] = []
+    for pack in best_fit(groups, token_budget):
+        packs.append([_Rest.of(piece, flops) for piece in pack])
+    return packs
+
+
+def _evenly_fit(
+    groups: list[Group], rests: list["_Rest"], num_packs: int, token_budget: int, num_ranks: int, flops: ModelFlops
+) -> list[list["_Piece"]]:
+    """Best-fit into packs of an equal share of the tokens, or of the largest group's."""
+    num_packs = max(-(-num_packs // num_ranks) * num_ranks, 1)
+    share = int(_SLACKS[0] * sum(rest.tokens for rest in rests) / num_packs)
+    largest = max((rest.tokens for rest in rests), default=0)
+    return _best_fit(groups, min(max(share, largest), token_budget), flops)
 
 
 def _lockstep(packs: list[list["_Piece"]], num_ranks: int) -> tuple[int, int]:
@@ -87,7 +105,7 @@ class _Piece:
 
     prompt_ids: Sequence[int]
     completions: list[Completion]
-    cost: int
+    cost: int  # FLOPs of a forward pass
     tokens: int
 
     @property
@@ -118,7 +136,8 @@ class _Rest(_Piece):
 
     def split(self, cost: int, tokens: int) -> tuple[_Piece, "_Rest"]:
         """The prompt and the longest completions that fit, one after the other; the prompt and the others."""
-        prompt, completions, costs, lengths = len(self.prompt_ids), self.completions[:], self.costs[:], self.lengths[:]
+        prompt = len(self.prompt_ids)
+        completions, costs, lengths = self.completions[:], self.costs[:], self.lengths[:]
         taken = _Piece(self.prompt_ids, [], self.prompt_cost, prompt)
         end = len(costs)
         while end := self.num_fitting(cost - taken.cost, tokens - taken.tokens, end):
@@ -126,7 +145,9 @@ class _Rest(_Piece):
             taken.completions.append(completions.pop(end))
             taken.cost += costs.pop(end)
             taken.tokens += lengths.pop(end)
-        rest_cost, rest_tokens = self.cost - taken.cost + self.prompt_cost, self.tokens - taken.tokens + prompt
+        # Both have the prompt.
+        rest_cost = self.cost - taken.cost + self.prompt_cost
+        rest_tokens = self.tokens - taken.tokens + prompt
         return taken, _Rest(self.prompt_ids, completions, rest_cost, rest_tokens, self.prompt_cost, costs, lengths)
 
 
@@ -143,10 +164,12 @@ def _fill(
         packs_left = num_packs - len(packs)
         if tokens_left > packs_left * token_budget:
             return None
-        if len(packs) % num_ranks == 0:
+        if len(packs) % num_ranks == 0:  # a new micro-batch begins
             slowest = 0
         share = slack * cost_left / packs_left if packs_left > 1 else math.inf
-        cost_room = max(int(min(share, cost_left)), slowest, rests[0].prompt_cost + rests[0].costs[-1])
+        # At least what the slowest rank costs anyway, and the largest completion, which has to go somewhere.
+        largest = rests[0].prompt_cost + rests[0].costs[-1]
+        cost_room = max(int(min(share, cost_left)), slowest, largest)
         token_room = token_budget
         pack: list[_Piece] = []
         others: list[_Rest] = []
@@ -172,7 +195,9 @@ def _fill(
 
 def _choose(rests: list[_Rest], cost: int, tokens: int, token_cost: float, may_split: bool) -> int | None:
     """The largest group that fits, else the one with the largest completion that fits behind its prompt."""
-    for i in range(bisect_left(rests, -min(tokens, cost / token_cost), key=_largest_first), len(rests)):
+    # No group of more tokens fits: each costs `token_cost` at least.
+    first = bisect_left(rests, -min(tokens, cost / token_cost), key=_largest_first)
+    for i in range(first, len(rests)):
         if rests[i].cost <= cost:
             return i
     best, largest = None, 0

@@ -177,7 +177,7 @@ class RewardPool:
             _warn(name, scores, failures.get(name))
             self._count_blank(f"reward {name!r}", scores, failures.get(name))
         # Of the missing rewards, those that no function has missed were left over by all of them.
-        faulty = [np.isnan(scores) & table.applies.get(name, True) for name, scores in table.scores.items()]
+        faulty = [np.isnan(scores) & table.applies[name] for name, scores in table.scores.items()]
         if unscored := int((np.isnan(table.rewards) & ~np.any(faulty, axis=0)).sum()):
             logger.warning(
                 "%d of %d completions have no reward: each function that scores them returned None",

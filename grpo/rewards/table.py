@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,21 +33,18 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class RewardTable:
-    """Scores in the order in which the groups were submitted; NaN where missing, or where a function does not apply."""
+    """Scores in the order in which the groups were submitted, NaN where there is none."""
 
     scores: dict[str, np.ndarray]  # by function, [num_groups, group_size] float64
     rewards: np.ndarray  # [num_groups, group_size] float64, the weighted sum
-    # By function, as scores, bool; no entry: to all.
-    applies: dict[str, np.ndarray] = field(default_factory=dict)
+    applies: dict[str, np.ndarray]  # by function, [num_groups, group_size] bool
 
     def applied(self) -> dict[str, np.ndarray]:
-        """Scores by function, of the completions that it applies to; without functions that apply to none."""
+        """Scores by function, of the completions that it applies to; none that applies to none."""
         found = {}
-        # Rows are of groups, and a function applies to some completions of a group alone.
-        for name, scores in self.scores.items():
-            own = scores[self.applies.get(name, slice(None))]
-            if len(own):
-                found[name] = own
+        for name, applies in self.applies.items():
+            if applies.any():
+                found[name] = self.scores[name][applies]
         return found
 
     @staticmethod

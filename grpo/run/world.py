@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -96,6 +97,17 @@ class World:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    def gather_array(self, values: np.ndarray) -> list[np.ndarray]:
+        """Every rank's `values`, of one type and any length each, [num_values]."""
+        if self.size == 1:
+            return [values]
+        lengths = self.gather(len(values))
+        padded = torch.zeros(max(lengths), dtype=torch.from_numpy(values[:0]).dtype)
+        padded[: len(values)] = torch.from_numpy(values)
+        rows = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(rows, padded)
+        return [row[:length].numpy() for row, length in zip(rows, lengths, strict=True)]
 
     def gather_tensor(self, values: torch.Tensor) -> torch.Tensor:
         """Every rank's `values` on the device, stacked: [size, *values.shape]. Does not wait for the device."""

@@ -18,7 +18,7 @@ from flashgrpo.grpo.rewards.pool import RewardTable
 from flashgrpo.grpo.run import folder as run_folder
 from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run.progress import Clock
-from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.grpo.types import Prompt
 from flashgrpo.kernels.grpo_loss import LossConfig
@@ -67,7 +67,8 @@ def replay(
             places.extend(own)
             rewards = np.stack([recorded[i][1] for i in own])
             rewards[:num_dead] = 1.0
-            return [recorded[i][0] for i in own], RewardTable({"recorded": rewards}, rewards)
+            table = RewardTable({"recorded": rewards}, rewards, {"recorded": np.full(rewards.shape, True)})
+            return [recorded[i][0] for i in own], table
 
     class Watched(Trainer):
         def run_step(self, step, bar):

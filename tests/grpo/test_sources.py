@@ -20,7 +20,7 @@ from flashgrpo.grpo.rewards.rules import check_names
 from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run.loop import epoch_order
-from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import train
 from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt
 
@@ -409,7 +409,10 @@ def test_a_function_must_fit_the_columns_of_the_source_that_it_scores(values):
         ({"rewards__start": f'{{"{DIGITS}" = 0.2}}'}, "in step 1 the completions of data have no reward yet"),
         ({"reward_models__taste__path": "x", "reward_models__taste__device": "gpu"}, "taste.device: .* found 'gpu'"),
         ({"reward_models__std__path": "x", "sources__chat__rewards": '["std"]'}, "reward_models.std: found the name"),
-        ({"reward_models__format__path": "x"}, "reward_models.format: found the name of a built-in reward"),
+        (
+            {"reward_models__format__path": "x", "sources__chat__rewards": '["format"]'},
+            "reward_models.format: found the name of a built-in reward",
+        ),
         ({"sources__chat__weights": "[1, 2]"}, "sources.chat: found 2 weights for 1 functions"),
     ],
 )

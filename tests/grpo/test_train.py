@@ -25,7 +25,7 @@ from flashgrpo.grpo.rollout.opening import open_generator
 from flashgrpo.grpo.run.folder import RunFolder, newest_checkpoint, read_rows
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import open_world
-from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.stages.evaluate import open_reward_pool
 from flashgrpo.grpo.train import Trainer, train
 from flashgrpo.kernels.grpo_loss import LossConfig
@@ -230,8 +230,8 @@ def test_masked_overlong_completions_are_not_packed(recipe):
         trained: set[int] = set()
 
         class Recording(Trainer):
-            def _plan_updates(self, data):
-                updates = super()._plan_updates(data)
+            def _pack(self, data):
+                updates = super()._pack(data)
                 nonlocal cut
                 flat = [rollout for group in data.rollouts for rollout in group]
                 cut = {i for i, rollout in enumerate(flat) if rollout.finish_reason == "length"}
@@ -349,7 +349,7 @@ def test_ctrl_c_in_an_evaluation_is_made_up_for(recipe, tmp_path, monkeypatch):
         train(recipe)
     with pytest.raises(KeyboardInterrupt):  # and in making up for it
         train(recipe, resume=True)
-    assert seen == [1, 2]  # a crash in the second evaluation would leave the row of step 2
+    assert seen == [2, 2]  # the row of the step stands before its evaluation
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(tmp_path / "user_code"))
     train(recipe, resume=True)
@@ -511,7 +511,7 @@ def test_where_log_probs_cannot_be_compared_the_run_says_so(recipe, monkeypatch,
 
 def test_weights_that_are_no_numbers_make_no_checkpoint(recipe, monkeypatch):
     """What a run calls its last good checkpoint must be one."""
-    original = Trainer._learn
+    original = Trainer._update
 
     def learn(self, *rest):
         metrics = original(self, *rest)
@@ -519,7 +519,7 @@ def test_weights_that_are_no_numbers_make_no_checkpoint(recipe, monkeypatch):
             self.learner.params["model.norm.weight"].data[3] = float("nan")
         return metrics
 
-    monkeypatch.setattr(Trainer, "_learn", learn)
+    monkeypatch.setattr(Trainer, "_update", learn)
     with pytest.raises(
         RunError, match=r"weights of step 3 hold NaN .* as model\.norm\.weight.*last good one is .*step_2"
     ):

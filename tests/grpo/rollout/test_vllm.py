@@ -22,7 +22,7 @@ from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.run.world import open_world
-from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import train
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.kernels.linear_grpo import linear_logprobs
@@ -245,8 +245,8 @@ def train_with_a_dying_engine(recipe: Recipe) -> str:
             self.generator.client.child.process.kill()
         original(self, version)
 
-    original = Sampler.load_generator
-    Sampler.load_generator = dying
+    original = Sampler.sync
+    Sampler.sync = dying
     with pytest.raises(GeneratorFailure) as caught:
         train(recipe)
     return str(caught.value)

@@ -29,7 +29,7 @@ from flashgrpo.grpo.rollout.vllm.options import API_KEY, EngineOptions
 from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.run.world import open_world
-from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import train
 from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.kernels.linear_grpo import linear_logprobs

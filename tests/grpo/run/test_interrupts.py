@@ -197,7 +197,7 @@ def send(monkeypatch, owner: type, name: str, number: int, call: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_leaves_a_checkpoint_of_the_last_whole_step(recipe_file, number, tmp_path, monkeypatch, capfd):
-    send(monkeypatch, Trainer, "_learn", number, call=3)
+    send(monkeypatch, Trainer, "_update", number, call=3)
     assert main(["train", recipe_file]) == 128 + number
     newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None

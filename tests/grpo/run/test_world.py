@@ -25,7 +25,7 @@ from flashgrpo.grpo.run import folder as run_folder
 from flashgrpo.grpo.run import world
 from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run.world import _own_store
-from flashgrpo.grpo.sampler import Sampler
+from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
 from flashgrpo.model.config import ModelConfig

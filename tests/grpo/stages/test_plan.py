@@ -173,7 +173,7 @@ def peak_bytes(recipe: Recipe) -> tuple[int, dict[str, int]]:
         data, rollout = peak(lambda: trainer.sampler.rollout(1, trainer.position, Clock()))
         trainer.sampler.generator.free_weights()
         data.table.rewards[:] = np.arange(data.table.rewards.shape[1])  # every group has a gradient
-        updates = trainer._plan_updates(data)
+        updates = trainer._pack(data)
         _, training = peak(lambda: trainer._learn(updates, data, Clock()))
     return max(b.total_tokens for b in updates[0].batches), {"rollout": rollout, "training": training}
 
@@ -375,7 +375,8 @@ def test_the_command(tmp_path, capsys):
 
 def test_the_command_starts_without_the_large_libraries():
     program = (
-        "import sys, flashgrpo.grpo.plan\nassert not {'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+        "import sys, flashgrpo.grpo.stages.plan\n"
+        "assert not {'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
