@@ -394,7 +394,8 @@ def _is_endless(expression: Any) -> bool:
         elif isinstance(node, sympy.factorial | sympy.binomial | sympy.gamma):
             sizes = list(node.args)
         elif isinstance(node, sympy.Sum | sympy.Product):
-            sizes = [100 * bound for limits in node.limits for bound in limits[1:]]
+            for _, *bounds in node.limits:
+                sizes += [100 * bound for bound in bounds]
         if isinstance(node, sympy.Integral) or any(map(_is_huge, sizes)):
             return True
     return False
