@@ -1,19 +1,21 @@
 """Local benchmark files by the column names in which AIME, MATH-500, GPQA, GSM8K, MMLU and their like are published."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashgrpo.grpo.data.problems import Row, read_rows, to_problem
+from flashgrpo.grpo.data.problems import read_rows, to_problem
 from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.types import Problem
 
 _PROMPTS = "problem", "question", "Question", "Problem", "prompt", "question_stem"
-_ANSWERS = "answer", "Answer", "expected_answer", "Correct Answer", "solution"  # the shortest form first
+# The shortest form first.
+_ANSWERS = "answer", "Answer", "expected_answer", "Correct Answer", "solution"
 _PROGRAMS = "tests"  # what is asked for is a program that passes them
 _GPQA = "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"
 _CHOICES = "choices", "options"
@@ -26,49 +28,57 @@ _LABEL = re.compile(r"\s*\(?([A-Z])[).:]\s*")  # which some files write before t
 def load_benchmark(path: str | Path, seed: int) -> list[Problem]:
     """The problems of a JSONL or Parquet file, with `columns["answer"]` or `columns["tests"]`.
 
-    Rows with GPQA's incorrect answers become multiple-choice questions, in an order that (seed, row) draws; rows with
-    `choices` or `options` (MMLU, MMLU-Pro, ARC, AQuA, MedQA) keep theirs. The answer is then a letter. A passage
-    (`article`) precedes its question. Raises DataError for columns that are not known, choices that would not reach the
-    prompt, and as `to_problem`.
+    Rows with GPQA's incorrect answers become multiple-choice questions, in an order that (seed,
+    row) draws; rows with `choices` or `options` (MMLU, MMLU-Pro, ARC, AQuA, MedQA) keep theirs. The
+    answer is then a letter. A passage (`article`) precedes its question. Raises DataError for
+    columns that are not known, choices that would not reach the prompt, and as `to_problem`.
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; a benchmark is a local JSONL or Parquet file")
-    rows = list(read_rows(str(path)))
+    rows = [*read_rows(str(path))]
     if not rows:
         raise DataError(f"{path}: no rows, wanted one a problem")
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    columns = [*dict.fromkeys(chain.from_iterable(row for _, row in rows))]
     if _GPQA[1] in columns:
-        return [_shuffled_choices(row, seed, number) for number, row in enumerate(rows)]
-    prompt = next((name for name in _PROMPTS if name in columns), None)
-    choices = next((name for name in _CHOICES if name in columns), None)
+        return [_shuffled_choices(*row, np.random.default_rng([seed, number])) for number, row in enumerate(rows)]
+    layout = _layout(path, columns)
+    return [_problem(*row, layout) for row in rows]
+
+
+class _Layout(NamedTuple):
+    """The columns of a file that are read."""
+
+    prompt: str
+    answer: str | None
+    choices: str | None
+
+
+def _layout(path: str | Path, columns: Sequence[str]) -> _Layout:
+    prompt, answer, choices = (_first(names, columns) for names in (_PROMPTS, _ANSWERS, _CHOICES))
     unread = [name for name in columns if _LIKE_CHOICES.match(name) and name != choices]
     if unread and not choices:
         raise DataError(
             f"{path}: the columns {', '.join(unread)} look like choices, which would not reach the prompt; wanted "
             f"{' or '.join(_CHOICES)}: a list of texts, or an object by letters"
         )
-    answer = next((name for name in _ANSWERS if name in columns), None)
     if prompt is None or (answer is None and choices is None and _PROGRAMS not in columns):
         raise DataError(
             f"{path}: found the columns {', '.join(columns)}; wanted a prompt ({', '.join(_PROMPTS)}) and an answer "
             f"({', '.join(_ANSWERS)}) or {_PROGRAMS}"
         )
-    rows = [(where, _with_passage(where, row, prompt)) for where, row in rows]
-    return [_problem(row, prompt, answer, choices) for row in rows]
+    return _Layout(prompt, answer, choices)
 
 
-def _with_passage(where: str, row: Mapping[str, Any], prompt: str) -> Mapping[str, Any]:
-    passages = {name: row[name] for name in _PASSAGES if row.get(name)}
-    for name, text in passages.items():
-        if not isinstance(text, str) or not isinstance(row.get(prompt), str):
-            raise DataError(f"{where}: column {name!r} would not reach the prompt; wanted text, and {prompt!r} as text")
-    return {**row, prompt: "\n\n".join([*passages.values(), row[prompt]])} if passages else row
+def _first(names: Iterable[str], columns: Container[str]) -> str | None:
+    return next((name for name in names if name in columns), None)
 
 
-def _problem(place: Row, prompt: str, answer: str | None, choices: str | None) -> Problem:
-    where, row = place
-    if choices and row.get(choices):  # null where open questions are among the others
-        return _given_choices(place, prompt, choices)
+def _problem(where: str, row: Mapping[str, Any], layout: _Layout) -> Problem:
+    prompt, answer, choices = layout
+    row = _with_passage(where, row, prompt)
+    # Each row says what it is: open questions may stand among those with choices, and programs among them.
+    if choices and row.get(choices):
+        return _given_choices(where, row, prompt, choices)
     if row.get(_PROGRAMS):
         return to_problem(where, row, prompt, None)
     if answer is None:
@@ -76,32 +86,45 @@ def _problem(place: Row, prompt: str, answer: str | None, choices: str | None) -
     return to_problem(where, row, prompt, answer)
 
 
-def _shuffled_choices(place: Row, seed: int, number: int) -> Problem:
-    where, row = place
-    question = to_problem(where, row, "Question", _GPQA[0]).question
-    if missing := [name for name in _GPQA if row.get(name) is None]:
-        raise DataError(f"{where}: column {missing[0]!r} is missing or null")
-    order = np.random.default_rng([seed, number]).permutation(len(_GPQA))
+def _with_passage(where: str, row: Mapping[str, Any], prompt: str) -> Mapping[str, Any]:
+    texts = []
+    for name in _PASSAGES:
+        if not (text := row.get(name)):
+            continue
+        if not isinstance(text, str) or not isinstance(row.get(prompt), str):
+            raise DataError(f"{where}: column {name!r} would not reach the prompt; wanted text, and {prompt!r} as text")
+        texts.append(text)
+    return {**row, prompt: "\n\n".join([*texts, row[prompt]])} if texts else row
+
+
+def _shuffled_choices(where: str, row: Mapping[str, Any], random: np.random.Generator) -> Problem:
+    question = to_problem(where, row, "Question", _GPQA[0]).question  # which checks the row
+    for name in _GPQA:
+        if row.get(name) is None:
+            raise DataError(f"{where}: column {name!r} is missing or null")
+    order = random.permutation(len(_GPQA))
     return _multiple_choice(question, [str(row[_GPQA[i]]) for i in order], order.tolist().index(0))
 
 
-def _given_choices(place: Row, prompt: str, choices: str) -> Problem:
-    where, row = place
+def _given_choices(where: str, row: Mapping[str, Any], prompt: str, choices: str) -> Problem:
     question = to_problem(where, row, prompt, None).question
     labels, texts = _labelled(where, row, choices)
-    given = {name: row[name] for name in _RIGHT_CHOICES if row.get(name) is not None}
+    given = [name for name in _RIGHT_CHOICES if row.get(name) is not None]
     if not given:
         raise DataError(f"{where}: no right choice; wanted one of the columns {', '.join(_RIGHT_CHOICES)}")
-    positions = {name: _position(value, labels, texts) for name, value in given.items()}
-    known = {name: position for name, position in positions.items() if position is not None}
+    # Files have an index beside the letter or its text; a column that tells nothing may explain the choice in words.
+    known: dict[str, int] = {}
+    for name in given:
+        position = _position(row[name], labels, texts)
+        if position is not None:
+            known[name] = position
     if len(set(known.values())) > 1:
-        told = ", ".join(f"{name} {given[name]!r}" for name in known)
+        told = ", ".join(f"{name} {row[name]!r}" for name in known)
         raise DataError(f"{where}: {told} name different choices; wanted one right choice")
     if not known:
-        column, value = next(iter(given.items()))
         raise DataError(
-            f"{where}: column {column!r} holds {value!r}; wanted a letter ({', '.join(labels)}), the text of one "
-            f"of the {choices} alone, or its number from 0 to {len(texts) - 1}"
+            f"{where}: column {given[0]!r} holds {row[given[0]]!r}; wanted a letter ({', '.join(labels)}), the text of "
+            f"one of the {choices} alone, or its number from 0 to {len(texts) - 1}"
         )
     return _multiple_choice(question, texts, next(iter(known.values())))
 
@@ -113,19 +136,22 @@ def _labelled(where: str, row: Mapping[str, Any], column: str) -> tuple[list[str
     if isinstance(found, Mapping) and {"label", "text"} <= found.keys():
         labels, texts = found["label"], found["text"]
     elif isinstance(found, Mapping):
-        given = {label: text for label, text in found.items() if text is not None}  # Parquet fills what a row lacks
+        # Parquet fills what a row lacks.
+        given = {label: text for label, text in found.items() if text is not None}
         labels, texts = list(given), list(given.values())
-    is_list = isinstance(labels, list) and isinstance(texts, list)
-    if not is_list or not 2 <= len(texts) <= len(labels) or not all(isinstance(text, str) for text in texts):
+    most = min(len(labels), len(ascii_uppercase))
+    is_list = isinstance(labels, list) and isinstance(texts, list) and 2 <= len(texts) <= most
+    if not is_list or not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"{where}: column {column!r} holds {found!r:.80}; wanted 2 to {len(ascii_uppercase)} texts, as a list, an "
             'object by letters, or {"label": [..], "text": [..]}'
         )
-    texts = [str(text).strip() for text in texts]
+    texts = [*map(str.strip, texts)]
+    # `A) one` is labelled twice once the prompt has letters of its own; but only where all are, and in their order.
     marks = [_LABEL.match(text) for text in texts]
-    if all(mark and mark[1] == letter for mark, letter in zip(marks, ascii_uppercase, strict=False)):
+    if "".join(mark[1] if mark else " " for mark in marks) == ascii_uppercase[: len(texts)]:
         texts = [_LABEL.sub("", text, count=1) for text in texts]
-    return [str(label) for label in labels[: len(texts)]], texts
+    return [*map(str, labels[: len(texts)])], texts
 
 
 def _position(answer: Any, labels: list[str], texts: list[str]) -> int | None:
@@ -140,6 +166,6 @@ def _position(answer: Any, labels: list[str], texts: list[str]) -> int | None:
 
 def _multiple_choice(question: str, texts: list[str], right: int) -> Problem:
     letters = ascii_uppercase[: len(texts)]
-    choices = "\n".join(f"{letter}. {text.strip()}" for letter, text in zip(letters, texts, strict=True))
+    choices = "\n".join(map("{}. {}".format, letters, map(str.strip, texts)))
     wanted = f"Answer with the letter of the right choice alone: {', '.join(letters[:-1])} or {letters[-1]}."
     return Problem(f"{question.strip()}\n\n{choices}\n\n{wanted}", {"answer": letters[right]})

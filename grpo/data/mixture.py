@@ -1,6 +1,7 @@
 """Which prompts a step takes: every source its share of them, and its problems epoch by epoch.
 
-All of it is a function of what was taken before, so that every rank, and a run that was stopped, takes the same.
+All of it is a function of what was taken before, so that every rank, and a run that was stopped,
+takes the same.
 """
 
 from collections import Counter
@@ -17,7 +18,8 @@ class Position(NamedTuple):
     """Where a run stands in its data; both are by source."""
 
     taken: dict[str, int]  # prompts so far
-    owed: dict[str, float]  # groups to come for its share so far, below 0 where it was ahead of it; they sum to 0
+    # Groups to come for its share so far, below 0 where it was ahead of it; they sum to 0.
+    owed: dict[str, float]
 
     @property
     def num_prompts(self) -> int:
@@ -30,21 +32,27 @@ class Mixture:
 
     def __init__(self, recipe: Recipe, prompts: Mapping[str, Sequence[Prompt]]):
         self.recipe = recipe
-        self.prompts = {name: prompts[name] for name in ("data", *sorted(recipe.sources))}  # whatever their order there
+        # A resumed run may have its sources in another order.
+        self.prompts = {name: prompts[name] for name in ("data", *sorted(recipe.sources))}
 
     def shares(self, step: int) -> dict[str, float]:
         """Share of the step's groups by source, of those that have started."""
-        steps, sources = self.recipe.train.steps, sorted(self.recipe.sources.items())
-        others = {n: s.share for n, s in sources if step >= first_step(s.start, steps)}
+        others = {}
+        for name, source in sorted(self.recipe.sources.items()):
+            if step >= first_step(source.start, self.recipe.train.steps):
+                others[name] = source.share
         return {"data": 1 - sum(others.values()), **others}
 
     def take(self, position: Position, step: int, num_prompts: int) -> tuple[list[Prompt], Position]:
-        """The next prompts, and the position after them. Each comes from the source that is owed most: shares are exact
-        over time, and sources alternate.
+        """The next prompts, and the position after them.
+
+        Shares are exact over time, and sources alternate.
         """
+        # A position is stored as it was before.
         taken, owed = dict(position.taken), dict(position.owed)
         shares, prompts = self.shares(step), []
         for _ in range(num_prompts):
+            # Each prompt is owed to the sources by their shares, and taken from the one to which most is owed.
             for source, share in shares.items():
                 owed[source] = owed.get(source, 0.0) + share
             source = max(shares, key=owed.__getitem__)
@@ -65,6 +73,7 @@ class Mixture:
     def _prompt(self, source: str, number: int) -> Prompt:
         prompts = self.prompts[source]
         epoch, place = divmod(number, len(prompts))
+        # 0 is that of [data], whose order other sources do not change.
         stream = [*self.prompts].index(source)
         return prompts[epoch_order(self.recipe.run.seed, epoch, len(prompts), stream)[place]]
 

@@ -1,7 +1,7 @@
 """Problems and their prompts: reasoning-gym tasks, JSONL, Parquet and Hugging Face data sets.
 
-Everything ends as a list of `Problem`. Training and held-out problems never share a question, and the split depends
-on the seed alone. A fault in the data is a `DataError` that says where it is.
+Everything ends as a list of `Problem`. Training and held-out problems never share a question, and
+the split depends on the seed alone. A fault in the data is a `DataError` that says where it is.
 """
 
 import json
@@ -23,8 +23,9 @@ Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its colu
 def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Training problems in the order of the data, and `data.held_out` other ones drawn by `seed`.
 
-    Problems with the same prompt fall on the same side; the held-out ones differ from each other. A reasoning-gym
-    task is made with `seed` and has each question once, so there may be fewer than `data.size`.
+    Problems with the same prompt fall on the same side; the held-out ones differ from each other. A
+    reasoning-gym task is made with `seed` and has each question once, so there may be fewer than
+    `data.size`.
 
     Raises:
         DataError: unreadable data, missing column, empty prompt, or nothing left to train on.
@@ -33,6 +34,7 @@ def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Pro
         problems = _task_problems(data.task, data.options, data.size, seed)
     else:
         rows = list(read_rows(str(data.path), data.subset, data.split))
+        # Rewards may need no answer, so that only a column that is named must be there.
         has_answer = bool(rows) and "answer" in rows[0][1]
         answer_column = data.answer_column or ("answer" if has_answer else None)
         problems = [to_problem(where, row, data.prompt_column, answer_column) for where, row in rows]
@@ -52,7 +54,7 @@ def load_completions(
     found = []
     for where, row in read_rows(str(source.path), source.subset, source.split):
         problem = to_problem(where, row, source.prompt_column, answer_column)
-        _check_columns(where, row, completion_column)
+        _require(where, row, completion_column)
         text = row[completion_column]
         if not (isinstance(text, str) and text.strip()):
             is_empty = text is None or isinstance(text, str)
@@ -70,25 +72,29 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
     Raises:
         DataError: `held_out` is as large as the number of different prompts.
     """
-    first_of: dict[str, int] = {}
+    # Chat messages cannot be keys themselves.
     keys = [json.dumps(problem.prompt) for problem in problems]
-    for i, key in enumerate(keys):
-        first_of.setdefault(key, i)
+    first_of: dict[str, Problem] = {}
+    for key, problem in zip(keys, problems, strict=True):
+        first_of.setdefault(key, problem)
     if held_out >= len(first_of):
         raise DataError(
             f"held_out is {held_out}, and there are {len(first_of)} different prompts; it must be 0 to "
             f"{len(first_of) - 1}, so that one is left to train on"
         )
-    drawn = random.Random(seed).sample(list(first_of), held_out)
-    kept = set(drawn)
-    return [p for p, key in zip(problems, keys, strict=True) if key not in kept], [problems[first_of[k]] for k in drawn]
+    drawn = random.Random(seed).sample([*first_of], held_out)
+    taken = set(drawn)
+    training = [problem for problem, key in zip(problems, keys, strict=True) if key not in taken]
+    return training, [first_of[key] for key in drawn]
 
 
 def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
     """The problem in a row. Raises DataError for a missing column, no prompt, or an answer that nothing can equal."""
-    _check_columns(where, row, prompt_column, answer_column)
+    _require(where, row, prompt_column)
+    if answer_column:
+        _require(where, row, answer_column)
     prompt = row[prompt_column]
-    if isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+    if isinstance(prompt, list) and all(map(_is_message, prompt)):
         prompt = [_message(m, f"{where}: message {i} of column {prompt_column!r}") for i, m in enumerate(prompt, 1)]
     elif not isinstance(prompt, str):
         raise DataError(
@@ -103,6 +109,10 @@ def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_co
     if not problem.question.strip():
         raise DataError(f"{where}: the prompt in column {prompt_column!r} is empty")
     return problem
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys()
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
@@ -121,15 +131,17 @@ def _text(content: Any) -> str | None:
     """A message's content where it is text, or a list of parts of text, joined."""
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    known = [text for text in texts if isinstance(text, str)]
-    return "".join(known) if len(known) == len(content) else None
+    texts = []
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)
 
 
-def _check_columns(where: str, row: Mapping[str, Any], *columns: str | None) -> None:
-    for column in filter(None, columns):
-        if column not in row:
-            raise DataError(f"{where}: no column {column!r}{nearest(column, row, with_all=True)}")
+def _require(where: str, row: Mapping[str, Any], column: str) -> None:
+    if column not in row:
+        raise DataError(f"{where}: no column {column!r}{nearest(column, row, with_all=True)}")
 
 
 def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) -> list[Problem]:
@@ -142,16 +154,18 @@ def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) 
     for option in options:
         if option not in valid:
             raise DataError(f"{task} has no option {option!r}{nearest(option, valid)}")
+    # Not the seed itself, by which item i of seed s would be item i - 1 of seed s + 1.
+    first_item = random.Random(seed).getrandbits(31)
     try:
-        first_item = random.Random(seed).getrandbits(31)  # items i of seed s and i - 1 of seed s + 1 would be equal
         dataset = create_dataset(name, seed=first_item, size=size, **options)
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(f"{task} refuses size = {size} and options {dict(options)}: {error}") from error
-    first_of: dict[str, dict[str, Any]] = {}
-    for item in dataset:
-        first_of.setdefault(item["question"], {key: item[key] for key in ("answer", "metadata")})
     shared = {"task": task, "task_options": dict(options)}
-    return [Problem(question, shared | columns, task) for question, columns in first_of.items()]
+    problems: dict[str, Problem] = {}  # the first of each question
+    for item in dataset:
+        columns = {**shared, "answer": item["answer"], "metadata": item["metadata"]}
+        problems.setdefault(item["question"], Problem(item["question"], columns, task))
+    return [*problems.values()]
 
 
 def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterable[Row]:
@@ -169,61 +183,55 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> Ite
 
 
 def check_columns(path: str, wanted: Iterable[str]) -> None:
-    """Raises DataError where the first row of a local JSONL or Parquet file has not all of the `wanted` columns; of
-    other data nothing is known before it is loaded.
-    """
-    file = Path(path)
-    if not file.is_file():
-        return
-    if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        columns = pyarrow.parquet.read_schema(file).names
-    else:
-        with file.open("rb") as lines:
-            first = next((line for line in lines if line.strip()), b"{}")
-        try:
-            columns = [*parse_json(first)]
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}: unreadable first line: {error}") from error
-    for column in wanted:
-        if column not in columns:
-            raise DataError(f"{path}: no column {column!r}{nearest(column, columns, with_all=True)}")
+    """Raises DataError where a local file has no rows, or its first not all `wanted` columns."""
+    if Path(path).is_file():
+        first = next(iter(read_rows(path)), None)
+        if first is None:
+            raise DataError(f"no rows in {path}")
+        for column in wanted:
+            _require(*first, column)
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
     try:
-        lines = file.read_bytes().split(b"\n")
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{file}:{number}"
+                    # Without its end, behind which an error would be in a second line.
+                    yield where, _parse_line(where, line.rstrip(b"\n"))
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            row = parse_json(line)
-            if b"\\u" in line:
-                json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise DataError(f"{where}: {half!r} is half of a character, of an emoji that was cut; remove it") from error
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            raise DataError(f"{where}: unreadable line: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: unreadable line: wanted a JSON object, found {type(row).__name__}")
-        yield where, row
+
+
+def _parse_line(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+        if b"\\u" in line:  # what JSON writes in escapes need not be text that any file can hold
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{where}: {half!r} is half of a character, of an emoji that was cut; remove it") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise DataError(f"{where}: unreadable line: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: unreadable line: wanted a JSON object, found {type(row).__name__}")
+    return row
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file} row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file}: unreadable Parquet file: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{file} row {number}", row
 
 
 def _read_dataset(source: Path | str, subset: str | None, split: str) -> Iterator[Row]:
@@ -231,7 +239,8 @@ def _read_dataset(source: Path | str, subset: str | None, split: str) -> Iterato
     from datasets.exceptions import DatasetsError
 
     try:
-        if isinstance(source, Path) and any((source / n).exists() for n in ("state.json", "dataset_dict.json")):
+        # save_to_disk writes one of these files, which load_dataset does not read.
+        if isinstance(source, Path) and ((source / "state.json").exists() or (source / "dataset_dict.json").exists()):
             loaded: Any = datasets.load_from_disk(str(source))
         else:
             loaded = datasets.load_dataset(str(source), subset, split=split)
@@ -240,6 +249,7 @@ def _read_dataset(source: Path | str, subset: str | None, split: str) -> Iterato
         raise DataError(
             f"{source}: cannot load {wanted} as a Hugging Face data set: {error.__cause__ or error}"
         ) from error
+    # load_from_disk knows no splits.
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"{source}: no split {split!r}{nearest(split, map(str, loaded))}")

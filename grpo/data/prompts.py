@@ -55,10 +55,11 @@ def render_prompt(
     options: Mapping[str, Any] = MappingProxyType({}),
     system_prompt: str | None = None,
 ) -> list[int]:
-    """Token ids of a prompt in its template: "r1" (arXiv 2501.12948, table 1), "chat" (the tokenizer's) or "none".
+    """Token ids of a prompt in its template: "r1" (arXiv 2501.12948, table 1), "chat" (the
+    tokenizer's) or "none".
 
-    The chat template is given `options`, and `system_prompt` before messages that have no system message; a last
-    message of the assistant's is left open, for the model to continue.
+    The chat template is given `options`, and `system_prompt` before messages that have no system
+    message; a last message of the assistant's is left open, for the model to continue.
 
     Raises:
         DataError: a tokenizer without chat template, messages or options that it refuses, messages in a template for
@@ -91,12 +92,14 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode_opened(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text behind what the tokenizer puts before it, once; what it would put after it ends a text, which
-    the model is to continue.
+    """Token ids of a text behind what the tokenizer puts before it, once.
+
+    What it would put after it ends a text, which the model is to continue.
     """
     own = encode(text, tokenizer)
     if not own:
         return []
+    # Its special tokens up to the first that is the text's own; a text may have them already.
     encoded = tokenizer(text, return_special_tokens_mask=True)
     opening = list(encoded["input_ids"][: encoded["special_tokens_mask"].index(0)])
     return own if own[: len(opening)] == opening else opening + own
@@ -112,6 +115,7 @@ def _render_chat(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
+    # What the assistant has begun is not closed, and no second turn of it is opened.
     is_continued = messages[-1]["role"] == "assistant"
     try:
         source = tokenizer.get_chat_template()
@@ -124,6 +128,7 @@ def _render_chat(
         )
     except Exception as error:  # a template is a program, and may raise anything
         raise DataError(f"the chat template refuses {str(prompt)[:80]!r}: {str(error)[:200]}") from error
+    # Jinja leaves out in silence what a template does not read.
     if unread := [name for name in options if not re.search(rf"\b{re.escape(name)}\b", source)]:
         raise DataError(f"the chat template does not read template_options.{unread[0]}; remove it, or correct its name")
     return str(text)

@@ -9,20 +9,21 @@ from typing import Any
 
 from flashgrpo.grpo.errors import nearest
 
-_WINDOW_WORDS = (
-    8  # fewer words do not show their language: of 7 of an English text 6% are taken for another's, of 4 22%
-)
+# Fewer words do not show their language: of 7 of an English text 6% are taken for another's, of 4 22%.
+_WINDOW_WORDS = 8
 _FOREIGN_CONFIDENCE = 0.02  # words are foreign where the target language is less likely than this
 _LANGUAGES = "AR BN CS DE EL EN ES FA FR HE HI ID IT JA KO NL PL PT RU SV TH TR UK VI ZH"
 _OWN_SCRIPTS = {
     "BN": "BENGALI", "EL": "GREEK", "GU": "GUJARATI", "HE": "HEBREW", "HY": "ARMENIAN", "JA": "CJK HIRAGANA KATAKANA",
     "KA": "GEORGIAN", "KO": "HANGUL", "PA": "GURMUKHI", "TA": "TAMIL", "TE": "TELUGU", "TH": "THAI", "ZH": "CJK",
 }  # fmt: skip
-_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}  # written without spaces: every letter counts as a word
+# Written without spaces: every letter counts as a word.
+_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}
+# No formula within a formula: from each that is not closed the search would go to the end of the text.
 _BETWEEN_WORDS = re.compile(
     r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|\\[A-Za-z]+|</?\w+>|`[^`\n]*`",
     re.DOTALL,
-)  # no formula within a formula: from each that is not closed the search would go to the end
+)
 
 
 def _words(text: str) -> Iterator[tuple[str, str]]:
@@ -30,8 +31,9 @@ def _words(text: str) -> Iterator[tuple[str, str]]:
     for run in re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*", _BETWEEN_WORDS.sub(" ", text)):
         for script, letters in itertools.groupby(run, _script):
             if script in _UNSPACED:
-                yield from ((letter, script) for letter in letters)
-            elif len(word := "".join(letters)) > 1:
+                for letter in letters:
+                    yield letter, script
+            elif len(word := "".join(letters)) > 1:  # a single one is a variable
                 yield word, script
 
 
@@ -48,14 +50,18 @@ def share_in_language(text: str, target: str) -> float:
     scripts = _scripts(target)
     right = [word for word, script in words if script in scripts]
     space = "" if scripts & _UNSPACED else " "
+    # Windows of equal length, so that no few words are left over at the end.
     num_windows = max(1, len(right) // _WINDOW_WORDS)
-    bounds = [i * len(right) // num_windows for i in range(num_windows + 1)]
     consistent = 0
-    for start, end in itertools.pairwise(bounds):
-        window = space.join(right[start:end])
-        if window and _detector(target).compute_language_confidence(window, _language(target)) >= _FOREIGN_CONFIDENCE:
-            consistent += end - start
+    for i in range(num_windows):
+        window = right[i * len(right) // num_windows : (i + 1) * len(right) // num_windows]
+        if window and _confidence(space.join(window), target) >= _FOREIGN_CONFIDENCE:
+            consistent += len(window)
     return consistent / len(words)
+
+
+def _confidence(text: str, target: str) -> float:
+    return _detector(target).compute_language_confidence(text, _language(target))
 
 
 @functools.lru_cache(maxsize=256)
@@ -68,8 +74,10 @@ def _scripts(target: str) -> set[str]:
         "ARABIC": Language.all_with_arabic_script(),
         "DEVANAGARI": Language.all_with_devanagari_script(),
     }
-    names = [script for script, languages in shared.items() if _language(target) in languages]
-    return set(names or _OWN_SCRIPTS.get(target, "LATIN").split())
+    for script, languages in shared.items():
+        if _language(target) in languages:
+            return {script}
+    return set(_OWN_SCRIPTS.get(target, "LATIN").split())
 
 
 @functools.lru_cache(maxsize=256)
@@ -78,11 +86,11 @@ def target_language(name: str | None, question: str) -> str:
     from lingua import Language
 
     if name is not None:
-        known = {language.iso_code_639_1.name: language.name for language in Language.all()}
-        for code, full_name in known.items():
-            if name.upper() in (code, full_name):
-                return code
-        raise ValueError(f"language {name!r} is unknown{nearest(name.upper(), known.values())}; give a code such as en")
+        for language in Language.all():
+            if name.upper() in (language.iso_code_639_1.name, language.name):
+                return language.iso_code_639_1.name
+        near = nearest(name.upper(), sorted(language.name for language in Language.all()))
+        raise ValueError(f"language {name!r} is unknown{near}; give a code such as en")
     words = list(_words(question))
     if len(words) < _WINDOW_WORDS and all(script == "LATIN" for _, script in words):
         return "EN"

@@ -1,8 +1,9 @@
 """Reward models as rewards: completions scored by what `flashgrpo reward-model` has made.
 
-A group goes through the model in passes of its own, its completions behind one copy of the question, so that a score
-depends neither on the other groups nor on when they come. A question is put in the reward model's template, not the
-policy's, and a completion is tokenised anew, from its text.
+A group goes through the model in passes of its own, its completions behind one copy of the
+question, so that a score depends neither on the other groups nor on when they come. A question is
+put in the reward model's template, not the policy's, and a completion is tokenised anew, from its
+text.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from flashgrpo.grpo.data.prompts import closed_ids, located, render_problem
 from flashgrpo.grpo.errors import DataError, PackingError, RecipeError, RewardFailure
 from flashgrpo.grpo.learn.packing import Completion, Group, best_fit, build_batch
 from flashgrpo.grpo.recipe.schema import CHECKED, PreferenceSection, Template
-from flashgrpo.grpo.rewards.rules import with_opening
+from flashgrpo.grpo.rewards.response import Response
 from flashgrpo.grpo.rewards.table import Scorer
 from flashgrpo.grpo.run.child import Child, own_environment
 from flashgrpo.grpo.run.policy import (
@@ -59,14 +60,14 @@ class Card:
 
 
 def scored_ids(text: str, scores: str, tokenizer: PreTrainedTokenizerBase, end: int) -> np.ndarray:
-    """What a reward model reads of a completion, [num_tokens] int64, closed by `end`, at which the score is read.
+    """What a reward model reads of a completion, [num_tokens] int64; its score is read at `end`.
 
-    With scores = "answer" it is what follows the reasoning, without <answer> tags: nothing where the reasoning is not
-    closed, and everything where there is none.
+    With scores = "answer" it is what follows the reasoning, without <answer> tags: nothing where
+    the reasoning is not closed, and everything where there is none.
     """
     if scores == "answer":
-        is_open = "<think>" in text and "</think>" not in text
-        text = "" if is_open else re.sub(r"</?answer>", "", text.rpartition("</think>")[2]).strip()
+        response = Response(text)
+        text = "" if response.is_open else re.sub(r"</?answer>", "", response.conclusion).strip()
     return closed_ids(text, tokenizer, end)
 
 
@@ -87,12 +88,14 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, group: CompletionGroup) -> np.ndarray:  # [group_size] float64
-        """Rewards of a group's completions. Raises RewardFailure for a question that does not suit the template, or is
-        too long with a completion for batch_tokens.
+        """Rewards of a group's completions.
+
+        Raises RewardFailure for a question that does not suit the template, or is too long with a
+        completion for batch_tokens.
         """
         try:
             prompt_ids = render_problem(group.problem, self.card, self.tokenizer)
-            texts = [with_opening(group.prompt, text) for text in group.completions]
+            texts = [Response(text, group.prompt).text for text in group.completions]
             ids = [scored_ids(text, self.card.scores, self.tokenizer, self.end) for text in texts]
         except DataError as error:
             raise RewardFailure(f"{self.where}: {error}") from error
@@ -105,6 +108,7 @@ class RewardModel:
                 f"{self.where}: a question and its completion have {longest} tokens, batch_tokens = "
                 f"{self.batch_tokens}; raise it to {longest} or more"
             ) from error
+        # A long group takes several passes; its completions stand in the packs in any order.
         for pack in packs:
             batch = build_batch(pack)
             logits[batch.sequence_ids] = self.model.scores(batch.to(self.device)).double().cpu()
@@ -112,13 +116,12 @@ class RewardModel:
 
 
 class InTurn(Scorer):
-    """On the policy's device for the time of a call; its weights, in the type of that device, wait on the host, on each
-    rank.
-    """
+    """On the policy's device for the time of a call; its weights wait on the host, on each rank."""
 
     def __init__(self, section: PreferenceSection, where: str, device: torch.device):
         self.model = RewardModel(section.path, str(device), section.batch_tokens, where, waits_on="cpu")
         if device.type == "cuda":
+            # Only from pinned memory does a copy not make the host wait.
             for parameter in self.model.model.parameters():
                 parameter.data = parameter.data.pin_memory()
 
@@ -137,7 +140,7 @@ class InTurn(Scorer):
             for parameter, on_host in waiting:
                 parameter.data = on_host.to(self.model.device, non_blocking=True)
             yield
-        finally:
+        finally:  # nothing has changed: the copies on the device are dropped
             for parameter, on_host in waiting:
                 parameter.data = on_host
 
@@ -149,6 +152,7 @@ class OwnProcess(Scorer):
         environment = {**own_environment(), "TOKENIZERS_PARALLELISM": "false"}
         setup = section.path, section.device, section.batch_tokens, where, torch.get_num_threads()
         self.child = Child(f"the process of {where}", RewardFailure, _open_in_child, setup, environment)
+        # One thread speaks with the process: it answers one group after the other, while the trainer samples on.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
         self._begun: dict[int, tuple[CompletionGroup, Future[np.ndarray]]] = {}  # by identity
 
@@ -173,17 +177,20 @@ def open_preferences(
     sections: Mapping[str, PreferenceSection],
     policy: Policy,
     world: World,
-    questions: Mapping[str, Sequence[Problem]],  # by reward model, what it will score completions of
+    # By reward model, what it will score completions of.
+    questions: Mapping[str, Sequence[Problem]],
     max_new_tokens: int,
 ) -> dict[str, Scorer]:
-    """The reward models of [reward_models] by name, each checked before any is loaded. All ranks must call it.
+    """The reward models of [reward_models] by name. All ranks must call it.
 
-    Raises CheckpointError for a folder that is no reward model, or has another tokenizer than the policy, DataError for
-    a question that does not suit its template, RecipeError for one too long with a completion for its batch_tokens.
+    Raises CheckpointError for a folder that is no reward model, or has another tokenizer than the
+    policy, DataError for a question that does not suit its template, RecipeError for one too long
+    with a completion for its batch_tokens.
     """
     device, scorers = world.device, {}
 
     def open_all() -> None:
+        # All are checked first: to load one takes minutes.
         for name, section in sections.items():
             card = _check(section.path, policy)
             _check_lengths(f"reward_models.{name}", section, card, questions[name], max_new_tokens)
@@ -194,7 +201,7 @@ def open_preferences(
 
     try:
         world.everywhere(open_all)
-    except BaseException:
+    except BaseException:  # nobody has them yet to close them
         for scorer in scorers.values():
             scorer.close()
         raise
@@ -217,6 +224,7 @@ def _check(path: str, policy: Policy) -> Card:
     config = read_config(path, reward_model=True)
     theirs, ours = open_tokenizer(path), policy.tokenizer
     check_vocabulary(path, theirs, config.vocab_size, stop_token_ids(path, theirs))
+    # A vocabulary does not show how a text is split and normalised.
     same_text = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
     if theirs.get_vocab() != ours.get_vocab() or not same_text:
         raise CheckpointError(

@@ -1,20 +1,23 @@
-"""The reward `code`: whether the program in a completion passes test cases, run in a sandbox (grpo/rewards/sandbox.py).
+"""The reward `code`: whether the program in a completion passes test cases, run in a sandbox.
 
-Only inputs enter the sandbox. What comes out is compared here, so that a program can forge nothing but right answers.
+Only inputs enter the sandbox. What comes out is compared here, so that a program can forge nothing
+but right answers.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from flashgrpo.grpo.recipe.schema import ProgramsSection
+from flashgrpo.grpo.rewards.response import Response
 from flashgrpo.grpo.rewards.sandbox import NoVerdict, Program
 
 _FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)")
 _INTEGER = re.compile(r"[+-]?\d+")
+_PYTHON = "python", "python3", "py"
 _TOLERANCE = 1e-6  # relative
 _TINY = 1e-9  # absolute, beside an expected 0
 _OUTPUT_KB = 64  # that a program may write beyond twice the expected output
@@ -35,7 +38,7 @@ def score_programs(
     limits: ProgramsSection,
     metadata: Sequence[Any] | None = None,
 ) -> list[float | None]:
-    """1 where a completion's program passes all tests, else 0; None for a row without tests, NaN for no verdict.
+    """1 where a completion's program passes all tests, else 0; None without tests, NaN if unknown.
 
     `metadata` are the rows' own, in which LiveCodeBench has the name of the function.
 
@@ -43,10 +46,14 @@ def score_programs(
         ValueError: tests that are not in one of the formats of `parse_tests`.
     """
     about = metadata or [None] * len(tests)
-    parsed = {id(row): parse_tests(row, own) for row, own in zip(tests, about, strict=True)}  # a group shares its row
+    # By identity: a group shares its row, whose tests may be megabytes of JSON.
+    parsed: dict[int, Tests | None] = {}
     scores: list[float | None] = []
-    for prompt, completion, row in zip(prompts, completions, tests, strict=True):
-        if (cases := parsed[id(row)]) is None:
+    for prompt, completion, row, own in zip(prompts, completions, tests, about, strict=True):
+        if id(row) not in parsed:
+            parsed[id(row)] = parse_tests(row, own)
+        cases = parsed[id(row)]
+        if cases is None:
             scores.append(None)
         else:
             program = extract_program(completion, prompt)
@@ -56,32 +63,35 @@ def score_programs(
 
 def extract_program(completion: str, prompt: str = "") -> str | None:
     """The last block of code marked as Python, else the last one, after the reasoning; None if there is none."""
-    _, closed, answer = completion.rpartition("</think>")
-    if not closed and ("<think>" in completion or prompt.rstrip().endswith("<think>")):
+    response = Response(completion, prompt)
+    if response.is_open:
         return None
-    blocks: list[tuple[str, str]] = []
-    language, code = None, []
-    for line in answer.split("\n"):
+    program, marked, language = None, None, None
+    lines: list[str] = []
+    # By lines rather than one regular expression, whose time would grow with the square of what is never closed.
+    for line in response.conclusion.split("\n"):
         fence = _FENCE.match(line)
         if not fence:
-            code.append(line)
+            lines.append(f"{line}\n")
         elif language is None:
-            language, code = fence[1], []
+            language, lines = fence[1].lower(), []
         else:
-            blocks.append((language, "".join(f"{each}\n" for each in code)))
+            program = "".join(lines)
+            if language in _PYTHON:
+                marked = program
             language = None
-    marked = [code for language, code in blocks if language.lower() in ("python", "python3", "py")]
-    return (marked or [code for _, code in blocks] or [None])[-1]
+    return program if marked is None else marked
 
 
 def parse_tests(tests: Any, metadata: Any = None) -> Tests | None:
     """Tests from an object or JSON text, or None where there are none.
 
-    The formats are those of APPS, TACO and LiveCodeBench: {"inputs": [..], "outputs": [..], "fn_name": optional}, or
-    [{"input": .., "output": .., "fn_name": optional}, ..]. The name of a function may also be the `func_name` in the
-    `metadata` of the tests, of the first of them or of the row, unless its `testtype` is "stdin". For a function an
-    input is a list of arguments, or text with one JSON value a line. Raises ValueError for anything else, and for tests
-    of a function that has no name.
+    The formats are those of APPS, TACO and LiveCodeBench: {"inputs": [..], "outputs": [..],
+    "fn_name": optional}, or [{"input": .., "output": .., "fn_name": optional}, ..]. The name of a
+    function may also be the `func_name` in the `metadata` of the tests, of the first of them or of
+    the row, unless its `testtype` is "stdin". For a function an input is a list of arguments, or
+    text with one JSON value a line. Raises ValueError for anything else, and for tests of a
+    function that has no name.
     """
     if isinstance(tests, str):
         tests = json.loads(tests) if tests.strip() else None
@@ -92,7 +102,7 @@ def parse_tests(tests: Any, metadata: Any = None) -> Tests | None:
             first, inputs, outputs = tests, tests["inputs"], tests["outputs"]
         else:
             first = tests[0]
-            inputs, outputs = ([case[key] for case in tests] for key in ("input", "output"))
+            inputs, outputs = [case["input"] for case in tests], [case["output"] for case in tests]
         function = _function_name(first, metadata)
         if len(inputs) != len(outputs):
             raise ValueError(f"found {len(inputs)} inputs and {len(outputs)} outputs")
@@ -101,10 +111,21 @@ def parse_tests(tests: Any, metadata: Any = None) -> Tests | None:
         raise ValueError(f"tests: {type(error).__name__}: {error}; wanted {wanted}, all of one length") from error
     if not inputs:
         return None
-    if not function:
-        return Tests("", [_text(value) for value in inputs], [_text(value) for value in outputs])
-    arguments = [[json.loads(line) for line in i.strip().split("\n")] if isinstance(i, str) else i for i in inputs]
-    return Tests(function, arguments, [json.loads(value) if isinstance(value, str) else value for value in outputs])
+    if function:
+        return Tests(function, [*map(_arguments, inputs)], [*map(_result, outputs)])
+    return Tests("", [*map(_text, inputs)], [*map(_text, outputs)])
+
+
+def _arguments(value: Any) -> Any:
+    return [json.loads(line) for line in value.strip().split("\n")] if isinstance(value, str) else value
+
+
+def _result(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _text(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _function_name(first: dict[str, Any], metadata: Any) -> str:
@@ -120,37 +141,41 @@ def _function_name(first: dict[str, Any], metadata: Any) -> str:
     return ""
 
 
-def _text(value: Any) -> str:
-    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _score(program: str, tests: Tests, limits: ProgramsSection) -> float:
-    runs: Iterable[tuple[str, Any, str]]  # input, what is expected, and as text
-    if tests.function:
-        runs, is_same = [(json.dumps(tests.inputs), tests.outputs, json.dumps(tests.outputs))], _same_results
-    else:
-        runs, is_same = zip(tests.inputs, tests.outputs, tests.outputs, strict=True), _same_text
     try:
         with Program(program, limits, tests.function) as runner:
-            for given, wanted, text in runs:
-                output = runner.run(given, max_bytes=(_OUTPUT_KB << 10) + 2 * len(text))
-                if output is None or not is_same(output, wanted):
-                    return 0.0
+            return float(_passes(runner, tests, limits))
     except NoVerdict:
         return math.nan
-    return 1.0
+
+
+def _passes(runner: Program, tests: Tests, limits: ProgramsSection) -> bool:
+    def output_for(given: str, wanted: str) -> bytes | None:
+        return runner.run(given, max_bytes=(_OUTPUT_KB << 10) + 2 * len(wanted))
+
+    if tests.function:  # one run calls it for all cases, so that its module is imported once
+        output = output_for(json.dumps(tests.inputs), json.dumps(tests.outputs))
+        return output is not None and _same_results(output, tests.outputs)
+    for given, wanted in zip(tests.inputs, tests.outputs, strict=True):
+        output = output_for(given, wanted)
+        if output is None or not _same_text(output, wanted):
+            return False
+    return True
 
 
 def _same_results(output: bytes, wanted: list[Any]) -> bool:
-    """Some data sets wrap what a function returns in a list."""
     try:
         found = json.loads(output)
-        return len(found) == len(wanted) and all(
-            _same_value(f, w) or (isinstance(w, list) and len(w) == 1 and _same_value(f, w[0]))
-            for f, w in zip(found, wanted, strict=True)
-        )
-    except (ValueError, TypeError, OverflowError, RecursionError):  # JSON that is none, no list, too long or too deep
+        return len(found) == len(wanted) and all(map(_same_result, found, wanted))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        # JSON that is none, no list, too long or too deep.
         return False
+
+
+def _same_result(found: Any, wanted: Any) -> bool:
+    # Some data sets wrap what a function returns in a list.
+    is_wrapped = isinstance(wanted, list) and len(wanted) == 1
+    return _same_value(found, wanted) or (is_wrapped and _same_value(found, wanted[0]))
 
 
 def _same_value(found: Any, wanted: Any) -> bool:
@@ -158,18 +183,25 @@ def _same_value(found: Any, wanted: Any) -> bool:
         return len(found) == len(wanted) and all(map(_same_value, found, wanted))
     if isinstance(found, dict) and isinstance(wanted, dict):
         return found.keys() == wanted.keys() and all(_same_value(found[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, float) and type(found) in (float, int):
-        return math.isclose(found, wanted, rel_tol=_TOLERANCE, abs_tol=_TINY)  # pyright: ignore[reportArgumentType]
+    if isinstance(wanted, float) and isinstance(found, int | float) and not isinstance(found, bool):
+        return math.isclose(found, wanted, rel_tol=_TOLERANCE, abs_tol=_TINY)
     return found == wanted
 
 
-def _same_text(output: bytes, wanted: Any) -> bool:
+def _same_text(output: bytes, wanted: str) -> bool:
     """Whether lines have the same words but for white space, empty lines and the last digits of fractions."""
-    texts = output.decode(errors="replace"), wanted
-    lines = [[line.split() for line in text.split("\n") if line.strip()] for text in texts]
-    return [len(line) for line in lines[0]] == [len(line) for line in lines[1]] and all(
-        _same_word(f, w) for pair in zip(*lines, strict=True) for f, w in zip(*pair, strict=True)
-    )
+    found_lines, wanted_lines = _lines(output.decode(errors="replace")), _lines(wanted)
+    if len(found_lines) != len(wanted_lines):
+        return False
+    for found, expected in zip(found_lines, wanted_lines, strict=True):
+        if len(found) != len(expected) or not all(map(_same_word, found, expected)):
+            return False
+    return True
+
+
+def _lines(text: str) -> list[list[str]]:
+    """The words of each line that has any."""
+    return [words for words in map(str.split, text.split("\n")) if words]
 
 
 def _same_word(found: str, wanted: str) -> bool:
@@ -177,7 +209,7 @@ def _same_word(found: str, wanted: str) -> bool:
     if found == wanted or (_INTEGER.fullmatch(found) and _INTEGER.fullmatch(wanted)):
         return found == wanted
     try:
-        if "_" in found:  # which Python's numbers may have
+        if "_" in found:  # which Python's own numbers may have
             return False
         if _INTEGER.fullmatch(wanted):
             return Decimal(found) == Decimal(wanted)

@@ -2,24 +2,26 @@ r"""Rule-based rewards of DeepSeek-R1 (arXiv 2501.12948) and their kin, by name,
 
     fn(prompts, completions, **columns) -> list[float | None]
 
-Every argument is a list with one entry per completion: the text the model continued (`prompts`), what it wrote
-(`completions`), the columns of the data set, and from the pool `questions` (the prompt before its template),
-`completion_ids`, `finish_reasons`; `max_new_tokens` is one number. None means that no score could be computed.
+Every argument is a list with one entry per completion: the text the model continued (`prompts`),
+what it wrote (`completions`), the columns of the data set, and from the pool `questions` (the
+prompt before its template), `completion_ids`, `finish_reasons`; `max_new_tokens` is one number.
+None means that no score could be computed.
 
-Workers import this module, so it costs nothing: heavy libraries are imported by the function that needs them.
+Workers import this module, so it costs nothing: heavy libraries are imported by the function that
+needs them.
 """
 
 import functools
 import importlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashgrpo.grpo.data.answers import REASONING_GYM, answers_match, expected_answer, last_boxed
+from flashgrpo.grpo.data.answers import REASONING_GYM, expected_answer
 from flashgrpo.grpo.errors import RecipeError, RewardError, nearest
+from flashgrpo.grpo.rewards.response import Response
 
 if TYPE_CHECKING:
     from flashgrpo.grpo.recipe.load import Recipe
@@ -36,49 +38,28 @@ def is_correct(scores: Any) -> Any:
     return scores >= _CORRECT
 
 
-def extract_answer(completion: str, prompt: str = "", *, whole: bool = False) -> str | None:
-    r"""The final answer in a completion, or None.
-
-    The last `<answer>` block if there is an `<answer>` tag at all, else the last `\boxed{}`, else what follows
-    `####` (GSM8K), else the last line, or the whole text with `whole`. What precedes `</think>` is cut; where the
-    reasoning was not closed, only an `<answer>` block counts.
-    """
-    text = with_opening(prompt, completion)
-    is_open = "<think>" in text and "</think>" not in text
-    text = text.rpartition("</think>")[2]
-    if "<answer>" in text:
-        block = text.rpartition("</answer>")[0].rpartition("<answer>")[2]
-        return (last_boxed(block) or block).strip() or None
-    if is_open:
-        return None
-    if boxed := last_boxed(text):
-        return boxed.strip() or None
-    if "####" in text:
-        text = text.rsplit("####", 1)[1].strip().split("\n")[0]
-    lines = text.strip().splitlines()
-    if not lines:
-        return None
-    return text.strip() if whole else lines[-1].strip()
-
-
 def accuracy(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """Score of the final answer: by the task's own scorer for reasoning-gym rows, else 1 or 0 by `answers_match`.
+    """1 where the final answer equals the expected one, else 0.
 
-    A reasoning-gym scorer may give partial credit between 0 and 1. An `answer` may be LaTeX, a number, plain words,
-    or a GSM8K solution that ends with `#### 42`.
+    Rows of reasoning-gym are scored by their task, which may give a part of 1. An `answer` may be LaTeX, a
+    number, plain words, or a GSM8K solution that ends with `#### 42`.
     """
+    from flashgrpo.grpo.rewards.matching import answers_match
+
     tasks = columns.get("task") or [None] * len(completions)
     scores: list[float | None] = []
     for i, (prompt, completion, task) in enumerate(zip(prompts, completions, tasks, strict=True)):
+        response = Response(completion, prompt)
         if isinstance(task, str) and task.startswith(REASONING_GYM):
             row = {"answer": answer[i], "metadata": columns["metadata"][i]}
             options = columns["task_options"][i] if "task_options" in columns else {}
-            found = extract_answer(completion, prompt, whole=row["answer"] is None or "\n" in row["answer"])
+            # A task without one right answer, or with one of several lines, reads more than the last line.
+            found = response.answer(whole=row["answer"] is None or "\n" in row["answer"])
             scores.append(_task_score(task, options, found, row))
         else:
-            found = extract_answer(completion, prompt)
+            found = response.answer()
             scores.append(float(found is not None and answers_match(found, expected_answer(answer[i]))))
     return scores
 
@@ -87,16 +68,25 @@ def exact_match(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
     """1 where the final answer is the expected one, character by character but for white space at its ends."""
-    found = map(extract_answer, completions, prompts)
-    return [float(text == expected_answer(gold)) for text, gold in zip(found, answer, strict=True)]
+    rows = zip(prompts, completions, answer, strict=True)
+    return [float(Response(c, p).answer() == expected_answer(gold)) for p, c, gold in rows]
 
 
 def format_tags(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
-    """1 where the completion is `<think>..</think><answer>..</answer>` and nothing else, neither of them empty.
+    """1 where the completion is `<think>..</think><answer>..</answer>` and nothing else.
 
-    Each tag stands exactly once. The opening `<think>` may be the end of the prompt instead.
+    Each tag stands exactly once, and neither block is empty. The opening `<think>` may be the end
+    of the prompt instead.
     """
-    return [float(_is_formatted(with_opening(p, c))) for p, c in zip(prompts, completions, strict=True)]
+    return [float(_is_formatted(Response(c, p))) for p, c in zip(prompts, completions, strict=True)]
+
+
+def _is_formatted(response: Response) -> bool:
+    tags, texts = response.parts()
+    if tags != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return False
+    before, reasoning, between, answer, after = texts
+    return bool(reasoning and answer) and not (before or between or after)
 
 
 def overlong(
@@ -121,12 +111,13 @@ def repetition(
 def language_consistency(
     prompts: Sequence[str], completions: Sequence[str], questions: Sequence[str], **columns: Any
 ) -> list[float | None]:
-    """Share of the reasoning's words that are in the target language (arXiv 2501.12948, section 2.3.2).
+    """Share of the reasoning's words in the target language (arXiv 2501.12948, section 2.3.2).
 
-    The target is the column `language` (a name or an ISO 639-1 code), else the language of the question; below eight
-    words in Latin script English, for so few do not show theirs. A word in another script is foreign; words in the
-    right script are judged by lingua, eight or more together. Formulas, code and single letters are no words.
-    Reasoning without words scores 1, and none at all 0.
+    The target is the column `language` (a name or an ISO 639-1 code), else the language of the
+    question; below eight words in Latin script English, for so few do not show theirs. A word in
+    another script is foreign; words in the right script are judged by lingua, eight or more
+    together. Formulas, code and single letters are no words. Reasoning without words scores 1, and
+    none at all 0.
 
     Raises:
         ValueError: a `language` that lingua does not know.
@@ -135,7 +126,7 @@ def language_consistency(
 
     targets = columns.get("language") or [None] * len(completions)
     rows = zip(prompts, completions, questions, targets, strict=True)
-    return [share_in_language(reasoning_of(p, c), target_language(t, q)) for p, c, q, t in rows]
+    return [share_in_language(Response(c, p).reasoning, target_language(t, q)) for p, c, q, t in rows]
 
 
 def code(
@@ -160,8 +151,9 @@ BUILTINS: Mapping[str, RewardFunction] = {
 
 
 def check_names(recipe: "Recipe") -> None:
-    """Raises RecipeError for a reward that has no colon and is neither built in nor a reward model of the recipe's, and
-    for a reward model that hides what is built in. A function of the user's is imported when the pool opens.
+    """Raises RecipeError for a reward that has no colon and is neither built in nor a reward model
+    of the recipe's, and for a reward model that hides what is built in. A function of the user's is
+    imported when the pool opens.
     """
     models = recipe.reward_models
     if same := sorted(models.keys() & {*BUILTINS, "mean", "std", "missing", "group_std"}):
@@ -179,7 +171,7 @@ def check_names(recipe: "Recipe") -> None:
 
 
 def resolve_reward(name: str) -> RewardFunction:
-    """The reward function of a name: a built-in, or `package.module:function`, also from the current folder.
+    """The function of a name: a built-in, or `package.module:function`, also of this folder.
 
     Raises:
         RewardError: no such built-in, module or function.
@@ -189,6 +181,7 @@ def resolve_reward(name: str) -> RewardFunction:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise RewardError(f"unknown reward {name!r}, no package.module:function either{nearest(name, BUILTINS)}")
+    # Workers are started with the trainer's path, so that they find the module, too.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -208,7 +201,8 @@ def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict
     score = _task_scorer(task.removeprefix(REASONING_GYM), json.dumps(options))
     try:
         return float(score(found, row))
-    except Exception:  # many scorers raise, in ways of their own, on an answer that they cannot read
+    except Exception:
+        # Many scorers raise, in ways of their own, on an answer that they cannot read.
         score(row["answer"], row)  # raises again where the row is at fault, not the answer
         return 0.0
 
@@ -218,22 +212,3 @@ def _task_scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], flo
     import reasoning_gym
 
     return reasoning_gym.create_dataset(task, seed=0, **json.loads(options)).score_answer
-
-
-def _is_formatted(text: str) -> bool:
-    parts = re.split(r"(</?(?:think|answer)>)", text)
-    if parts[1::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
-        return False
-    before, thought, between, answer, after = (part.strip() for part in parts[::2])
-    return bool(thought and answer) and not (before or between or after)
-
-
-def with_opening(prompt: str, completion: str) -> str:
-    """The completion, with the `<think>` before it that the end of the prompt may have."""
-    return f"<think>{completion}" if prompt.rstrip().endswith("<think>") else completion
-
-
-def reasoning_of(prompt: str, completion: str) -> str:
-    """What precedes `</think>` or `<answer>`, without tags; all of the completion where it has neither."""
-    text = with_opening(prompt, completion)
-    return text.split("</think>")[0].split("<answer>")[0].replace("<think>", "")

@@ -1,13 +1,16 @@
 """A Python program in a sandbox: what it writes to standard output within its limits, or nothing.
 
-bubblewrap gives the program namespaces of its own (processes, network, IPC, users or a user id that nobody has), a
-read-only root with the standard library and the library folders of Python and the system, a temporary folder in memory
-and no environment. The system calls by which it could reach other processes or memory that no limit counts are denied.
+bubblewrap gives the program namespaces of its own (processes, network, IPC, users or a user id that
+nobody has), a read-only root with the standard library and the library folders of Python and the
+system, a temporary folder in memory and no environment. The system calls by which it could reach
+other processes or memory that no limit counts are denied.
 
-The first process of the namespace is the harness, a Python that has started and waits: it forks a child for each test,
-which becomes the program, and ends whatever that leaves. It ends with the caller, and the kernel all others with it.
+The first process of the namespace is the harness, a Python that has started and waits: it forks a
+child for each test, which becomes the program, and ends whatever that leaves. It ends with the
+caller, and the kernel all others with it.
 
-Not covered: faults of the kernel, side channels such as time, and the CPU: there are no control groups.
+Not covered: faults of the kernel, side channels such as time, and the CPU: there are no control
+groups.
 """
 
 import contextlib
@@ -40,16 +43,17 @@ _TEST_S = 0.05  # what each test has of its own, for imports
 _BARE_END_S = 2.0  # in which the harness, without a namespace, ends and reaps its test
 _OPEN_FILES = 64
 _FILES_MB = 16  # of a program's temporary folder, which is in memory
-_TRANSIENT_UIDS = range(61_184, 65_520)  # systemd's, of users who exist only as long as a service runs
+# systemd's user ids, of users who exist only as long as a service runs.
+_TRANSIENT_UIDS = range(61_184, 65_520)
 _PYTHON = Path(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
 _LIBRARY = Path(os.__file__).parent  # the standard one
 _LIBRARY_FOLDERS = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64"]
 
-# Runs inside: sets the limits and says that it is there; then, for each byte that the caller sends, a child gives up
-# root and becomes the program, or calls a function of it for each of the argument lists on standard input and writes
-# the results as one JSON list. Input and output are files that the caller shares and rewrites between two tests. exit
-# and quit are what -S leaves out. After the first test come the imports that programs begin with: a fork has them for
-# nothing.
+# Runs inside: sets the limits and says that it is there; then, for each byte that the caller sends,
+# a child gives up root and becomes the program, or calls a function of it for each of the argument
+# lists on standard input and writes the results as one JSON list. Input and output are files that
+# the caller shares and rewrites between two tests. exit and quit are what -S leaves out. After the
+# first test come the imports that programs begin with: a fork has them for nothing.
 _HARNESS = """
 def _await(test, control):
     import os, select, signal
@@ -131,8 +135,9 @@ def _main(dumps=json.dumps):
 _main()
 """
 
-# System calls by (x86_64, aarch64) number. Those that make memory which belongs to no process; user namespaces; keys,
-# processes and devices of others, among them the sockets of a virtual machine's host, which no namespace holds.
+# System calls by (x86_64, aarch64) number. Those that make memory which belongs to no process; user
+# namespaces; keys, processes and devices of others, among them the sockets of a virtual machine's
+# host, which no namespace holds.
 _DENIED = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186),
     "mq_open": (240, 180), "semget": (64, 190), "io_uring_setup": (425, 425), "unshare": (272, 97), "setns": (308, 268),
@@ -141,7 +146,8 @@ _DENIED = {
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "socket": (41, 198), "pidfd_getfd": (438, 438),
     "kcmp": (312, 272), "process_madvise": (440, 440), "fanotify_init": (300, 262),
 }  # fmt: skip
-_MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column, audit architecture, clone
+# The column of _DENIED, the audit architecture, the number of clone.
+_MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}
 _CLONE3, _CLONE_NEWUSER, _X32 = 435, 0x10000000, 0x40000000
 _ALLOW, _KILL, _NOT_PERMITTED, _NOT_THERE = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 
@@ -152,27 +158,29 @@ class NoVerdict(RuntimeError):
 
 def check_isolation(limits: "ProgramsSection") -> None:
     """Runs a program as the reward would. Raises RewardError, which says what is missing, where that fails."""
-    found = None
-    if limits.isolation == "bubblewrap" and not shutil.which("bwrap"):
-        found = "there is no bwrap"
-    elif limits.isolation == "bubblewrap" and platform.machine() not in _MACHINES:
-        found = f"found a processor {platform.machine()}, wanted {' or '.join(_MACHINES)}"
-    else:
-        with tempfile.TemporaryFile() as errors:
-            patient = dataclasses.replace(limits, time_s=max(limits.time_s, 30.0))
-            output = None
-            with contextlib.suppress(NoVerdict):
-                output = run_program("import zoneinfo; print(6 * 7)", "", patient, max_bytes=3, errors=errors)
-            if output != b"42\n":
-                errors.seek(0)
-                lines = errors.read().decode(errors="replace").split("\n")
-                found = "a first program failed: " + (" ".join(filter(None, lines[-3:])) or "no message")
+    found = _missing(limits)
     if found:
         raise RewardError(
             f"reward 'code' cannot isolate programs: {found}; wanted bubblewrap (make sandbox, or apt-get install "
             "bubblewrap), run as root or with user namespaces allowed, and enough rewards.programs.memory_mb; or set "
             'rewards.programs.isolation = "none: run programs unprotected"'
         )
+
+
+def _missing(limits: "ProgramsSection") -> str | None:
+    if limits.isolation == "bubblewrap" and not shutil.which("bwrap"):
+        return "there is no bwrap"
+    if limits.isolation == "bubblewrap" and platform.machine() not in _MACHINES:
+        return f"found a processor {platform.machine()}, wanted {' or '.join(_MACHINES)}"
+    # A first start may have to read the disk.
+    patient = dataclasses.replace(limits, time_s=max(limits.time_s, 30.0))
+    with tempfile.TemporaryFile() as errors:
+        with contextlib.suppress(NoVerdict):
+            if run_program("import zoneinfo; print(6 * 7)", "", patient, max_bytes=3, errors=errors) == b"42\n":
+                return None
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").split("\n")
+    return "a first program failed: " + (" ".join(filter(None, lines[-3:])) or "no message")
 
 
 def run_program(
@@ -190,11 +198,12 @@ def run_program(
 
 
 class Program:
-    """A program in a sandbox of its own, run once a test; all tests share its limits. Use as a context manager.
+    """A program in a sandbox of its own, run once a test. Use as a context manager.
 
-    With `function`, standard input holds a JSON list of argument lists, and the output is the JSON list of results.
-    `errors` takes standard error. When it is closed no process of the program is left. Without isolation those may
-    live until then that a test leaves in the program's process group, and for ever those that leave the group.
+    All tests share its limits. With `function`, standard input holds a JSON list of argument lists,
+    and the output is the JSON list of results. `errors` takes standard error. When it is closed no
+    process of the program is left. Without isolation those may live until then that a test leaves
+    in the program's process group, and for ever those that leave the group.
     """
 
     def __init__(
@@ -206,7 +215,8 @@ class Program:
     ):
         self._code = source.encode(errors="replace")
         self._limits, self._function, self._errors = limits, function, errors
-        self._is_program = b"\0" not in self._code and len(self._code) <= 100_000  # else no argument of a command
+        # Else it could not be an argument of a command.
+        self._is_program = b"\0" not in self._code and len(self._code) <= 100_000
         self._stack = contextlib.ExitStack()
         self._cpu_s = self._asleep_s = 0.0
         self._allowed_s = limits.time_s
@@ -224,9 +234,10 @@ class Program:
         self._stack.close()
 
     def run(self, stdin: str, *, max_bytes: int) -> bytes | None:
-        """Output, or None where the program fails, writes more than `max_bytes` or breaks a limit, once and for all.
+        """Output, or None where the program fails, breaks a limit or writes more than `max_bytes`.
 
-        Raises NoVerdict for one that got too little of the processor to break the limit in `limits.longest_s`.
+        Raises NoVerdict for one that got too little of the processor to break the limit in
+        `limits.longest_s`.
         """
         if not self._is_program:
             return None
@@ -247,19 +258,20 @@ class Program:
 
     def _start(self) -> None:
         enter = self._stack.enter_context
-        bare = self._limits.isolation != "bubblewrap"
-        self._given, self._written = [enter(tempfile.TemporaryFile(buffering=0)) for _ in "io"]  # noqa: SIM115
-        folder = enter(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)) if bare else "/"
+        self._given = enter(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115  # the stack closes it
+        self._written = enter(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
         self._control, theirs = map(enter, socket.socketpair())
         self._end = time.monotonic() + self._limits.longest_s
         self._next_look = time.monotonic() + _TICK_S
         streams: dict[str, Any] = {"stdin": self._given, "stdout": self._written, "stderr": self._errors, "env": {}}
-        with theirs:
-            python = _python(self._code, self._function, self._limits, bare, theirs.fileno())
-            first, own = None, [theirs.fileno()]
-            if bare:
+        is_bare, own = self._limits.isolation != "bubblewrap", theirs.fileno()
+        python = _python(self._code, self._function, self._limits, is_bare, own)
+        first = None
+        with theirs:  # closed here, so that the socket ends with the harness
+            if is_bare:
+                folder = enter(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 self._process: Any = subprocess.Popen(
-                    python, cwd=folder, start_new_session=True, pass_fds=own, **streams
+                    python, cwd=folder, start_new_session=True, pass_fds=[own], **streams
                 )
             else:
                 self._process, first = _start_isolated(python, self._limits, own, **streams)
@@ -274,6 +286,7 @@ class Program:
 
     def _await(self, max_bytes: int) -> bool:
         """Whether the program ends well within its limits."""
+        # The harness writes a byte when the test has ended; until then this thread sleeps from look to look.
         while not select.select([self._control], [], [], max(0.0, self._next_look - time.monotonic()))[0]:
             if os.fstat(self._written.fileno()).st_size > max_bytes or not self._is_within_limits():
                 return False
@@ -283,8 +296,8 @@ class Program:
     def _is_within_limits(self) -> bool:
         """By the time and the resident memory of all processes of the program.
 
-        Time that passes while one of them is ready to run, and others have the processor, is not the program's; that
-        in which all of them sleep is.
+        Time that passes while one of them is ready to run, and others have the processor, is not
+        the program's; that in which all of them sleep is.
         """
         cpu_s, resident, is_ready = 0.0, 0, False
         for one in _family(self._process.pid):
@@ -330,53 +343,59 @@ def _python(code: bytes, function: str, limits: "ProgramsSection", bare: bool, c
 
 
 def _start_isolated(
-    python: list[Any], limits: "ProgramsSection", own: list[int], **streams: Any
+    python: list[Any], limits: "ProgramsSection", control: int, **streams: Any
 ) -> tuple[Any, int | None]:
     """bubblewrap's process, and a descriptor of the harness, or None where that has ended already."""
     (rules, rules_end), (info, info_end) = os.pipe(), os.pipe()
     with open(rules, "rb"), open(info, "rb") as about:
         with open(info_end, "wb"):
             with open(rules_end, "wb") as pipe:
+                # The filter fits the pipe, so that nobody has to read meanwhile.
                 pipe.write(_system_call_filter())
             command = [*_bubblewrap(limits), "--seccomp", str(rules), "--info-fd", str(info_end), *python]
-            process = subprocess.Popen(command, pass_fds=[rules, info_end, *own], **streams)
-        answer = about.read()
+            process = subprocess.Popen(command, pass_fds=[rules, info_end, control], **streams)
+        answer = about.read()  # which ends when the namespace is there, or bubblewrap has failed
     with contextlib.suppress(ProcessLookupError):  # gone already, and all others with it
         return process, os.pidfd_open(json.loads(answer)["child-pid"]) if answer else None
     return process, None
 
 
 def _bubblewrap(limits: "ProgramsSection") -> list[str]:
-    """Only root counts processes of another user id by RLIMIT_NPROC, others those of a user namespace.
+    """The command, up to the filter of system calls and the harness.
 
-    The harness is the namespace's first process, since bubblewrap would leave one of its own unreaped. It stays root
-    where the caller is, and so ends with bubblewrap, which a change of its user id would undo.
+    Only root counts processes of another user id by RLIMIT_NPROC, others those of a user namespace.
+    The harness is the namespace's first process, since bubblewrap would leave one of its own
+    unreaped. It stays root where the caller is, and so ends with bubblewrap, which a change of its
+    user id would undo.
     """
     spaces = "--as-pid-1 --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
     root = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID --cap-add CAP_KILL"
     user = root if os.geteuid() == 0 else "--unshare-user"
+    command = [shutil.which("bwrap") or "bwrap"]
+    command += f"{spaces} {user} --die-with-parent --new-session --clearenv".split()
     folders = [path for path in dict.fromkeys(_LIBRARY_FOLDERS) if Path(path).is_dir()]
-    above = {parent for path in (_PYTHON, Path(os.devnull), *map(Path, folders)) for parent in path.parents} - {
-        Path("/")
-    }
-    return [
-        shutil.which("bwrap") or "bwrap",
-        *f"{spaces} {user} --die-with-parent --new-session --clearenv".split(),
-        *(part for path in sorted(above) for part in ("--perms", "0111", "--dir", str(path))),  # to enter, not to list
-        *(part for path in folders for part in ("--ro-bind", path, path)),
-        *(part for path in _packages(folders) for part in ("--perms", "0000", "--tmpfs", path, "--remount-ro", path)),
-        *("--ro-bind", str(_PYTHON), str(_PYTHON)),
-        *("--dev-bind", os.devnull, os.devnull),
-        *f"--perms 1777 --size {_FILES_MB << 20} --tmpfs /tmp --chdir /tmp --remount-ro /".split(),
-    ]
+    above: set[Path] = set()
+    for path in (_PYTHON, os.devnull, *folders):
+        above.update(Path(path).parents)
+    for path in sorted(above - {Path("/")}):
+        command += ["--perms", "0111", "--dir", str(path)]  # to enter, not to list
+    for path in folders:
+        command += ["--ro-bind", path, path]
+    for path in _packages(folders):  # an empty folder over each
+        command += ["--perms", "0000", "--tmpfs", path, "--remount-ro", path]
+    command += ["--ro-bind", str(_PYTHON), str(_PYTHON), "--dev-bind", os.devnull, os.devnull]
+    # The root last: below it everything has been made by now.
+    command += f"--perms 1777 --size {_FILES_MB << 20} --tmpfs /tmp --chdir /tmp --remount-ro /".split()
+    return command
 
 
 def _packages(folders: list[str]) -> list[str]:
     """What library folders have for Python beside the standard library: packages, and other versions of it."""
     hidden: list[Path] = []
-    for path in (path for folder in folders for path in Path(folder).glob("python[0-9]*") if path.is_dir()):
-        is_own = path.samefile(_LIBRARY)
-        hidden += filter(Path.is_dir, [path / "site-packages", path / "dist-packages"]) if is_own else [path]
+    for folder in folders:
+        for path in filter(Path.is_dir, Path(folder).glob("python[0-9]*")):
+            is_own = path.samefile(_LIBRARY)
+            hidden += filter(Path.is_dir, [path / "site-packages", path / "dist-packages"]) if is_own else [path]
     return [*map(str, hidden)]
 
 

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,23 +33,30 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class RewardTable:
-    """Scores in the order in which the groups were submitted; NaN where missing, or where a function does not apply."""
+    """Scores in the order in which the groups were submitted, NaN where there is none."""
 
     scores: dict[str, np.ndarray]  # by function, [num_groups, group_size] float64
     rewards: np.ndarray  # [num_groups, group_size] float64, the weighted sum
-    applies: dict[str, np.ndarray] = field(default_factory=dict)  # by function, as scores, bool; no entry: to all
+    applies: dict[str, np.ndarray]  # by function, [num_groups, group_size] bool
 
     def applied(self) -> dict[str, np.ndarray]:
-        """Scores by function, of the completions that it applies to; without functions that apply to none."""
-        rows = {name: scores[self.applies.get(name, slice(None))] for name, scores in self.scores.items()}
-        return {name: scores for name, scores in rows.items() if len(scores)}
+        """Scores by function, of the completions that it applies to; none that applies to none."""
+        found = {}
+        for name, applies in self.applies.items():
+            if applies.any():
+                found[name] = self.scores[name][applies]
+        return found
 
     @staticmethod
     def merge(tables: Sequence["RewardTable"], rows: Sequence[int] | np.ndarray) -> "RewardTable":
         """Some rows of the tables, counted as if one stood below the other."""
-
-        def columns(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-            return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
-
         rewards = np.concatenate([table.rewards for table in tables])[rows]
-        return RewardTable(columns([t.scores for t in tables]), rewards, columns([t.applies for t in tables]))
+        scores = _stacked([table.scores for table in tables], rows)
+        return RewardTable(scores, rewards, _stacked([table.applies for table in tables], rows))
+
+
+def _stacked(parts: Sequence[Mapping[str, np.ndarray]], rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    stacked = {}
+    for name in parts[0]:
+        stacked[name] = np.concatenate([part[name] for part in parts])[rows]
+    return stacked

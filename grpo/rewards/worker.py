@@ -1,7 +1,8 @@
-"""A worker of the reward pool: a process that scores one group at a time, as both ends of its pipe see it.
+"""A worker of the reward pool: a process that scores one group at a time; both ends of its pipe.
 
-Groups go out pickled. Answers come back as lines of JSON: each is set off by a new line and begins with the number of
-its call, so that whatever a function writes into the pipe is no answer. The first says that everything is imported.
+Groups go out pickled. Answers come back as lines of JSON: each is set off by a new line and begins
+with the number of its call, so that whatever a function writes into the pipe is no answer. The
+first says that everything is imported.
 """
 
 import contextlib
@@ -21,11 +22,14 @@ from flashgrpo.grpo.errors import RewardFailure
 from flashgrpo.grpo.rewards.rules import BUILTINS, RewardFunction, resolve_reward
 from flashgrpo.grpo.run.child import end_guarded, start_child
 
-_START_LIMIT_S = 600.0  # of a worker, imports included, and of what a built-in imports at its first use
+# Of a worker, imports included, and of what a built-in imports at its first use.
+_START_LIMIT_S = 600.0
 _STARTS = 3  # of a worker that ends before it has begun with a call
 _MAX_REASON_CHARS = 1000
 _MAX_LINE_BYTES = 1 << 24
-_BY_COMPLETION = "accuracy"  # judges completions one by one, so that a slow answer costs itself alone
+# Judges completions one by one, so that a slow answer costs itself alone.
+_BY_COMPLETION = "accuracy"
+_TOGETHER = 1 / 4  # of its limit, in which it may judge all completions of a group at once
 WARM_UP = r"<think>one word after another so that there are enough of them</think><answer>\frac{1}{3}</answer>"
 _WANTS_MESSAGES = re.compile(r"string indices must be integers|'str' object has no attribute 'get'")
 _MESSAGES = (
@@ -35,77 +39,90 @@ _MESSAGES = (
 
 
 class Scores(NamedTuple):
-    values: list[float | None]  # [group_size], NaN where missing, None where the function leaves it to others
+    # [group_size], NaN where missing, None where the function leaves it to others.
+    values: list[float | None]
     failure: str | None  # why the first missing or slow one is so
-
-
-Result = Scores | RewardFailure  # the latter for a malformed result
+    seconds: float = 0.0  # that the process took
 
 
 class Worker:
     """A process that scores one group at a time. Used by one thread at a time; `close` may come from another."""
 
     def __init__(self, examples: Mapping[str, Sequence[dict[str, Any]]]):
-        self._setup = examples
+        self._examples = examples
         self._lock = threading.Lock()
         self._closed = False
         self._number = 0  # of the call
         self._start()
 
-    def score(self, name: str, arguments: dict[str, Any], limit_s: float) -> Result:
-        """Calls the function in the process; one that hung or died is replaced, and goes on with what is left.
+    def score(self, name: str, arguments: dict[str, Any], limit_s: float) -> Scores:
+        """Calls the function in the process; one that hung or died is replaced.
 
-        What judges completions one by one is asked for all of them at once: answers one by one would wake the main
-        process, which samples meanwhile, as often. Only where that takes too long they are.
+        Raises RewardFailure for a malformed result, and where the process does not start.
         """
-        num = len(arguments["completions"])
-        by_completion = False
-        all_limit_s = limit_s / 4 if name == _BY_COMPLETION else limit_s
-        values: list[float | None] = []
-        reason: str | None = None
-        left_s, has_begun = limit_s, False
-        while len(values) < num:
-            if not has_begun:
-                self._begin(name, _rows(arguments, slice(len(values), None)), by_completion)
-                has_begun = True
-            own_limit_s = max(left_s / 2, limit_s / num) if by_completion else all_limit_s
-            start_s = self._clock()
-            try:
-                part, failure = self._answer(self._number, own_limit_s)
-                left_s = max(left_s - (self._clock() - start_s), 0.0)
-            except (TimeoutError, EOFError, ConnectionError) as error:
-                is_slow, code = isinstance(error, TimeoutError), self._restart()
-                has_begun = False
-                left_s = max(left_s - own_limit_s, 0.0) if is_slow else left_s
-                if name == _BY_COMPLETION and not by_completion:
-                    by_completion = True
-                    continue
-                part = [math.nan] * (1 if by_completion else num)
-                failure = f"its process ended with exit code {code}"
-                if is_slow:
-                    failure = f"no result within the limit of {own_limit_s:.3g} s"
-                if is_slow and by_completion:
-                    part, failure = [0.0], f"{failure} for an answer, which counts as wrong"
-            if part is None:
-                return RewardFailure(failure)
-            values += part
-            reason = reason or failure
-        return Scores(values, reason)
+        if name == _BY_COMPLETION:
+            return self._score_each(name, arguments, limit_s)
+        try:
+            return self._call(name, arguments, limit_s)
+        except (TimeoutError, EOFError) as error:
+            return Scores([math.nan] * len(arguments["completions"]), str(error))
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
             end_guarded(self._process, self._connection)
 
-    def _begin(self, name: str, arguments: dict[str, Any], by_completion: bool) -> None:
+    def _score_each(self, name: str, arguments: dict[str, Any], limit_s: float) -> Scores:
+        """By a function that judges completions one by one: a slow answer is wrong, and costs none but itself."""
+        left_s = limit_s
+        try:
+            # All at once first: one by one they would wake this process, which samples meanwhile, as often.
+            return self._call(name, arguments, limit_s * _TOGETHER)
+        except TimeoutError:
+            left_s -= limit_s * _TOGETHER
+        except EOFError:
+            pass  # whose fault it was is found out below
+        num = len(arguments["completions"])
+        values: list[float | None] = []
+        first_failure = None
+        for i in range(num):
+            own_limit_s = max(left_s / 2, limit_s / num)
+            try:
+                (value,), failure, seconds = self._call(name, _rows(arguments, slice(i, i + 1)), own_limit_s)
+            except TimeoutError as error:
+                value, failure, seconds = 0.0, f"{error} for an answer, which counts as wrong", own_limit_s
+            except EOFError as error:
+                value, failure, seconds = math.nan, str(error), 0.0
+            left_s = max(left_s - seconds, 0.0)
+            values.append(value)
+            first_failure = first_failure or failure
+        return Scores(values, first_failure)
+
+    def _call(self, name: str, arguments: dict[str, Any], limit_s: float) -> Scores:
+        """Raises TimeoutError or EOFError, which say what has happened, where the process had to be replaced."""
+        self._begin(name, arguments)
+        start_s = self._clock()
+        try:
+            values, failure = self._answer(self._number, limit_s)
+        except TimeoutError:
+            self._restart()
+            raise TimeoutError(f"no result within the limit of {limit_s:.3g} s") from None
+        except (EOFError, ConnectionError):
+            raise EOFError(f"its process ended with exit code {self._restart()}") from None
+        if values is None:
+            raise RewardFailure(f"reward {name!r} {failure}")
+        return Scores(values, failure, self._clock() - start_s)
+
+    def _begin(self, name: str, arguments: dict[str, Any]) -> None:
         """Asks for scores; returns when the process has imported everything and begins."""
         self._number += 1
         code = 0
-        for _ in range(_STARTS):  # killed while idle, for memory say, which is not this group's fault
+        # A process that ended while it was idle, killed for memory say, is not this group's fault.
+        for _ in range(_STARTS):
             try:
                 if not self._process_id:
                     (self._process_id,) = self._answer(0, _START_LIMIT_S)
-                self._connection.send((self._number, name, arguments, by_completion))
+                self._connection.send((self._number, name, arguments))
                 self._answer(self._number, _START_LIMIT_S)
                 return
             except TimeoutError:
@@ -120,16 +137,19 @@ class Worker:
         while True:
             while b"\n" in self._received:
                 line, _, self._received = self._received.partition(b"\n")
+                # What is no answer, or one to an earlier call, is what the function itself wrote into the pipe.
                 with contextlib.suppress(ValueError, TypeError, RecursionError):
                     found, *message = json.loads(line)
                     if found == number:
                         return message
+            # Looked at again each time: a process that waits for a processor gets that time on top.
             left_s = limit_s - (self._clock() - start_s)
             if left_s <= 0:
                 raise TimeoutError
             if self._connection.poll(left_s + 0.01):
                 if not (read := os.read(self._connection.fileno(), 1 << 16)):
                     raise EOFError
+                # What floods the pipe must not fill the memory of the trainer.
                 self._received = self._received[-_MAX_LINE_BYTES:] + read
 
     def _clock(self) -> float:
@@ -137,12 +157,14 @@ class Worker:
         try:
             with open(f"/proc/{self._process_id}/schedstat", encoding="ascii") as file:
                 self._waited_s = int(file.read().split()[1]) / 1e9
-        except (OSError, IndexError):  # not known: it starts, it has ended, or the kernel does not count
+        except (OSError, IndexError):
+            # Not known: it starts, it has ended, or the kernel does not count.
             pass
         return time.monotonic() - self._waited_s
 
     def _restart(self) -> int:
-        with self._lock:
+        """Ends the process with all that it has started, and starts another; returns its exit code."""
+        with self._lock:  # so that none is started behind the back of `close`
             code = end_guarded(self._process, self._connection)
             self._connection.close()
             if self._closed:
@@ -151,15 +173,17 @@ class Worker:
         return code
 
     def _start(self) -> None:
+        # There are as many workers as the user wants cores for them.
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process, self._connection = start_child(serve, {**os.environ, **one_thread}, guarded=True)
         self._process_id, self._received, self._waited_s = 0, b"", 0.0
-        with contextlib.suppress(ConnectionError):  # it has ended already, as who waits for its answer will find
-            self._connection.send(self._setup)
+        # If it has ended already, who waits for its answer will find that.
+        with contextlib.suppress(ConnectionError):
+            self._connection.send(self._examples)
 
 
 def serve(file_descriptor: int) -> None:
-    """A worker's life: scores groups that come through the pipe until its other end is closed."""
+    """The worker's life: imports and prepares, then scores groups until the other end of the pipe is closed."""
     os.dup2(2, 1)  # what a reward prints must not mix with the main process's output
     own_id = os.getpid()
     with (
@@ -174,21 +198,19 @@ def serve(file_descriptor: int) -> None:
             pipe.write(f"\n{json.dumps(message)}\n")
             pipe.flush()
 
-        examples = connection.recv()
-        functions = {name: resolve_reward(name) for name in examples}
-        for name, given in examples.items():
-            for arguments in given:
+        functions: dict[str, RewardFunction] = {}
+        for name, examples in connection.recv().items():
+            functions[name] = resolve_reward(name)
+            for arguments in examples:
                 _prepare(name, arguments)
-        answer(0, own_id)
+        answer(0, own_id)  # the process that is known to the other end is the guard of this one
         while True:
-            number, name, arguments, by_completion = connection.recv()
-            if name not in functions:
+            number, name, arguments = connection.recv()
+            if name not in functions:  # of an evaluation, whatever the rewards are
                 functions[name] = BUILTINS[name]
                 _prepare(name, arguments)
             answer(number)
-            rows = range(len(arguments["completions"])) if by_completion else ()
-            for part in [_rows(arguments, slice(i, i + 1)) for i in rows] or [arguments]:
-                answer(number, *_call(functions[name], part))
+            answer(number, *_result(functions[name], arguments))
 
 
 def _rows(arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
@@ -201,9 +223,9 @@ def _prepare(name: str, arguments: dict[str, Any]) -> None:
     if name not in BUILTINS:
         return
     row = _rows(arguments, slice(1)) | {"completions": [WARM_UP]}
-    _call(BUILTINS[name], row)
+    _result(BUILTINS[name], row)
     if name == "accuracy":  # of words and whole numbers it compares many without mathematics
-        _call(BUILTINS[name], row | {"answer": [r"\frac{1}{2}"], "task": [None]})
+        _result(BUILTINS[name], row | {"answer": [r"\frac{1}{2}"], "task": [None]})
 
 
 @functools.cache
@@ -214,7 +236,7 @@ def _event_loop() -> Any:
     return asyncio.new_event_loop()
 
 
-def _call(function: RewardFunction, arguments: dict[str, Any]) -> tuple[list[float | None] | None, str | None]:
+def _result(function: RewardFunction, arguments: dict[str, Any]) -> tuple[list[float | None] | None, str | None]:
     """Scores, and why the first missing one is missing; no scores for a malformed result, and what is wrong with it."""
     num = len(arguments["completions"])
     try:
@@ -230,10 +252,14 @@ def _call(function: RewardFunction, arguments: dict[str, Any]) -> tuple[list[flo
             if value is not None and (isinstance(value, str | bytes) or not hasattr(value, "__float__")):
                 return None, f"returned {type(value).__name__} {value!r:.80} as a score, wanted a number or None"
         scores: list[float | None] = [None if value is None else float(value) for value in values]
-    except Exception as error:  # a function may raise anything; the rule for it is a missing score and a warning
+    except Exception as error:
+        # A function may raise anything; the rule for it is a missing score and a warning.
         text = str(error)[:_MAX_REASON_CHARS]
         hint = _MESSAGES if _WANTS_MESSAGES.search(text) else ""
         return [math.nan for _ in range(num)], f"{type(error).__name__}: {text}{hint}"
-    faulty = [score for score in scores if score is not None and not math.isfinite(score)]
-    failure = f"it returned {faulty[0]}" if faulty else None
-    return [math.nan if score is not None and not math.isfinite(score) else score for score in scores], failure
+    failure = None
+    for i, score in enumerate(scores):
+        if score is not None and not math.isfinite(score):
+            failure = failure or f"it returned {score}"
+            scores[i] = math.nan
+    return scores, failure

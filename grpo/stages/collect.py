@@ -27,6 +27,7 @@ from flashgrpo.grpo.errors import DataError, GeneratorFailure, RewardFailure, Ru
 from flashgrpo.grpo.recipe.load import CollectRecipe, recipe_to_toml
 from flashgrpo.grpo.recipe.schema import GivenSection
 from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
 from flashgrpo.grpo.run.folder import changed_inputs, changed_keys, hash_inputs, hold_output, write_made_from
 from flashgrpo.grpo.run.policy import Policy, open_policy
@@ -304,14 +305,13 @@ def _open_pool(recipe: CollectRecipe, example: Problem, has_samples: bool) -> Re
     functions = rewards.functions if has_samples else []
     weights = rewards.weights or [1.0] * len(functions)
     others = [name for name in _scored(example, has_samples and "answer" in example.columns) if name not in functions]
+    weight_of = dict(zip([*functions, *others], [*weights[: len(functions)], *[0.0] * len(others)], strict=True))
     return RewardPool(
-        [*functions, *others],
-        [*weights[: len(functions)], *[0.0] * len(others)],
+        {"data": RewardSet(weight_of, example)},
         max_new_tokens=recipe.rollout.max_new_tokens,
         timeout_s=rewards.timeout_s,
         programs=rewards.programs,
         num_workers=rewards.workers,
-        example=example,
     )
 
 

@@ -28,7 +28,8 @@ from flashgrpo.grpo.metrics import count_reflections
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.recipe.schema import ModelSection, Template, first_step
 from flashgrpo.grpo.rewards.pool import RewardPool
-from flashgrpo.grpo.rewards.rules import extract_answer, is_correct
+from flashgrpo.grpo.rewards.response import Response
+from flashgrpo.grpo.rewards.rules import is_correct
 from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
 from flashgrpo.grpo.rollout.native import NativeGenerator
@@ -77,7 +78,7 @@ def evaluate(
         (completion,) = text.completions
         graded = Graded(
             is_correct=bool(is_correct(scored[i])),
-            answer=extract_answer(completion, text.prompt),
+            answer=Response(completion, text.prompt).answer(),
             length=len(rollout.completion_ids),
             is_truncated=rollout.finish_reason == "length",
             reflections=count_reflections(completion),
@@ -176,15 +177,13 @@ def open_reward_pool(
     if recipe.eval.every:
         _require_answer(example)
     rewards = recipe.rewards
+    examples = {"data": example, **others}
     return RewardPool(
-        rewards.functions,
-        rewards.weights,
+        {source: RewardSet(recipe.reward_weights[source], problem) for source, problem in examples.items()},
         max_new_tokens=recipe.rollout.max_new_tokens,
         timeout_s=rewards.timeout_s,
         programs=rewards.programs,
         num_workers=rewards.workers,
-        example=example,
-        others={source: RewardSet(recipe.reward_weights[source], other) for source, other in others.items()},
         first_steps={name: first_step(start, recipe.train.steps) for name, start in rewards.start.items()},
         scorers=dict.fromkeys(recipe.reward_models),
     )

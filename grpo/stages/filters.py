@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashgrpo.grpo.recipe.schema import FilterSection, WriteSection
-from flashgrpo.grpo.rewards.rules import extract_answer, is_correct, reasoning_of, with_opening
+from flashgrpo.grpo.rewards.response import Response
+from flashgrpo.grpo.rewards.rules import is_correct
 from flashgrpo.grpo.types import PromptText
 
-_TAG = re.compile(r"(</?(?:think|answer)>)")
 _EXAMPLES = 3
 
 
@@ -46,8 +46,7 @@ def is_right(sample: Sample) -> bool:
 
 def is_formatted(sample: Sample) -> bool:
     """Reasoning in `<think>` tags, then a summary, or an `<answer>` block that may have one before it."""
-    parts = _TAG.split(with_opening(sample.context, sample.completion))
-    tags, (before, *texts) = parts[1::2], [part.strip() for part in parts[::2]]
+    tags, (before, *texts) = Response(sample.completion, sample.context).parts()
     if tags == ["<think>", "</think>"]:
         return not before and all(texts)
     if tags == ["<think>", "</think>", "<answer>", "</answer>"]:
@@ -58,13 +57,13 @@ def is_formatted(sample: Sample) -> bool:
 
 def longest_paragraph(sample: Sample) -> int:
     """Words, by white space, of the longest paragraph of the reasoning."""
-    paragraphs = re.split(r"\n\s*\n", reasoning_of(sample.context, sample.completion))
+    paragraphs = re.split(r"\n\s*\n", Response(sample.completion, sample.context).reasoning)
     return max(len(paragraph.split()) for paragraph in paragraphs)
 
 
 def has_code_block(sample: Sample) -> bool:
     """Whether the reasoning has a fenced block."""
-    return "```" in reasoning_of(sample.context, sample.completion)
+    return "```" in Response(sample.completion, sample.context).reasoning
 
 
 def duplicate_key(prompt: PromptText, text: str) -> bytes:
@@ -76,10 +75,11 @@ def rewritten(sample: Sample, write: WriteSection) -> str | None:
     """The completion as write.completion has it, without the tags of its parts; None where a part is missing."""
     if not write.completion:
         return sample.completion
+    response = Response(sample.completion, sample.context)
     parts = {
-        "reasoning": reasoning_of(sample.context, sample.completion).strip(),
-        "summary": _TAG.sub("", sample.completion.partition("</think>")[2]).strip(),
-        "answer": extract_answer(sample.completion, sample.context) or "",
+        "reasoning": response.reasoning.strip(),
+        "summary": response.summary,
+        "answer": response.answer() or "",
     }
     return write.completion.format(**parts) if all(parts[field] for field in write.fields) else None
 

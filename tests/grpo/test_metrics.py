@@ -29,7 +29,8 @@ def step_data(rewards: list[list[float]], **values) -> StepData:
         [Rollout([1], np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.float32), "stop", i, ((1, 2),)) for _ in row]
         for i, row in enumerate(rewards)
     ]
-    return StepData(rollouts, RewardTable({"accuracy": table}, table), position=2, version=1, **values)
+    scored = RewardTable({"accuracy": table}, table, {"accuracy": np.full(table.shape, True)})
+    return StepData(rollouts, scored, position=2, version=1, **values)
 
 
 def test_advantages_are_those_that_the_loss_uses():

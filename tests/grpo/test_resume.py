@@ -67,7 +67,8 @@ def replay(
             places.extend(own)
             rewards = np.stack([recorded[i][1] for i in own])
             rewards[:num_dead] = 1.0
-            return [recorded[i][0] for i in own], RewardTable({"recorded": rewards}, rewards)
+            table = RewardTable({"recorded": rewards}, rewards, {"recorded": np.full(rewards.shape, True)})
+            return [recorded[i][0] for i in own], table
 
     class Watched(Trainer):
         def run_step(self, step, bar):

@@ -354,10 +354,11 @@ def group(source: str, *completions: str) -> CompletionGroup:
 
 @pytest.fixture
 def pool(values):
-    others = {"chat": RewardSet({BLANK: 1.0, DIGITS: 1.0}, group("chat").problem)}
-    with RewardPool(
-        [DIGITS], max_new_tokens=1, example=group("data").problem, num_workers=1, others=others, first_steps={BLANK: 3}
-    ) as pool:
+    sets = {
+        "data": RewardSet({DIGITS: 1.0}, group("data").problem),
+        "chat": RewardSet({BLANK: 1.0, DIGITS: 1.0}, group("chat").problem),
+    }
+    with RewardPool(sets, max_new_tokens=1, num_workers=1, first_steps={BLANK: 3}) as pool:
         yield pool
 
 

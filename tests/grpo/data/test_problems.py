@@ -105,11 +105,11 @@ def test_data_without_answers_can_be_trained_on(tmp_path, named):
 
 
 def test_a_file_that_may_not_be_read_is_a_data_error(tmp_path, monkeypatch):
-    def refuse(self: Path) -> bytes:
+    def refuse(self: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
     path = write_jsonl(tmp_path / "d.jsonl", ROWS)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"d\.jsonl: cannot be read: Permission denied"):
         load_problems(Spec(path=path), 0)
 

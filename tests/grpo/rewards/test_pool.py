@@ -15,6 +15,7 @@ import pytest
 
 from flashgrpo.grpo.errors import RewardError, RewardFailure
 from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool, RewardTable
+from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.types import Problem
 
 # What each function does is told by the text of a completion.
@@ -110,6 +111,10 @@ EXAMPLE = Problem("q", {"answer": "a", "level": 3})
 GOOD = "<think>a</think><answer>a</answer>"
 
 
+def sets_of(names: Sequence[str], example: Problem = EXAMPLE, weights: Sequence[float] = ()) -> dict[str, RewardSet]:
+    return {"data": RewardSet(dict(zip(names, weights or [1.0] * len(names), strict=True)), example)}
+
+
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("rewards")
@@ -126,11 +131,8 @@ def make_pool(functions) -> Iterator[Callable[..., RewardPool]]:
 
     def make(names: Sequence[str], **options) -> RewardPool:
         names = [name if name in ("format", "accuracy") else f"pool_test_rewards:{name}" for name in names]
-        pools.append(
-            RewardPool(
-                names, **{"max_new_tokens": 99, "example": EXAMPLE, "timeout_s": 1.0, "num_workers": 1, **options}
-            )
-        )
+        sets = sets_of(names, options.pop("example", EXAMPLE), options.pop("weights", ()))
+        pools.append(RewardPool(sets, **{"max_new_tokens": 99, "timeout_s": 1.0, "num_workers": 1, **options}))
         return pools[-1]
 
     yield make
@@ -291,12 +293,12 @@ def test_a_step_counts_once_however_often_it_collects(make_pool, caplog):
 )
 def test_functions_that_cannot_be_called_fail_before_the_first_step(functions, name, message):
     with pytest.raises(RewardError, match=message):
-        RewardPool([name], max_new_tokens=1, example=EXAMPLE)
+        RewardPool(sets_of([name]), max_new_tokens=1)
 
 
 def test_accuracy_needs_an_answer():
     with pytest.raises(RewardError, match="'accuracy': missing a required argument: 'answer'"):
-        RewardPool(["format", "accuracy"], max_new_tokens=1, example=Problem("q", {}))
+        RewardPool(sets_of(["format", "accuracy"], Problem("q", {})), max_new_tokens=1)
 
 
 def test_a_worker_killed_while_idle_is_replaced_without_loss(make_pool, caplog):
@@ -405,7 +407,7 @@ def test_what_a_function_has_started_ends_with_its_worker(make_pool, tmp_path, t
 
 def test_closing_ends_hanging_workers_at_once(functions):
     children = set(psutil.Process().children())
-    with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, example=EXAMPLE, timeout_s=60) as pool:
+    with RewardPool(sets_of(["pool_test_rewards:obey"]), max_new_tokens=1, timeout_s=60) as pool:
         for _ in range(4):
             pool.submit(group("hang"))
         time.sleep(0.5)
@@ -420,7 +422,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which Python leaves 
 sys.path.append({folder!r})
 from flashgrpo.grpo.data.problems import Problem
 from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
-with RewardPool(["pool_test_rewards:obey"], max_new_tokens=1, example=Problem("q", {{}}), timeout_s=5) as pool:
+from flashgrpo.grpo.rewards.table import RewardSet
+sets = {{"data": RewardSet({{"pool_test_rewards:obey": 1.0}}, Problem("q", {{}}))}}
+with RewardPool(sets, max_new_tokens=1, timeout_s=5) as pool:
     group = lambda text: CompletionGroup(Problem("q", {{}}), "q", [text], [[0]], ["stop"])
     pool.submit(group("a"))
     pool.collect()
@@ -463,7 +467,7 @@ def test_workers_do_not_import_the_main_script_or_torch(functions):
         "import sys\n"
         "def loaded(prompts, completions, **columns): return [float(name in sys.modules) for name in completions]\n"
     )
-    with RewardPool(["modules_of_test:loaded"], max_new_tokens=1, example=EXAMPLE, num_workers=1) as pool:
+    with RewardPool(sets_of(["modules_of_test:loaded"]), max_new_tokens=1, num_workers=1) as pool:
         assert step(pool, group("torch", "numpy", "pytest", "json")).tolist() == [[0, 0, 0, 1]]
 
 

@@ -9,12 +9,11 @@ import pytest
 
 from flashgrpo.grpo.data.answers import fault_of_answer
 from flashgrpo.grpo.errors import RewardError
+from flashgrpo.grpo.rewards.response import Response
 from flashgrpo.grpo.rewards.rules import (
     BUILTINS,
     accuracy,
-    answers_match,
     exact_match,
-    extract_answer,
     format_tags,
     is_correct,
     language_consistency,
@@ -50,50 +49,16 @@ def one(function: Any, completion: str, prompt: str = "Q", **columns: Any) -> fl
     ],
 )
 def test_answer_is_the_final_one(completion, answer):
-    assert extract_answer(completion) == answer
+    assert Response(completion).answer() == answer
 
 
 def test_reasoning_that_the_prompt_opened_is_no_answer():
-    assert extract_answer("let me see: 4", prompt="Assistant: <think>\n") is None
-    assert extract_answer("let me see</think>4", prompt="Assistant: <think>\n") == "4"
+    assert Response("let me see: 4", prompt="Assistant: <think>\n").answer() is None
+    assert Response("let me see</think>4", prompt="Assistant: <think>\n").answer() == "4"
 
 
 def test_unclosed_boxes_without_end_do_not_take_quadratic_time():
-    assert extract_answer("\\boxed{" * 50_000) is not None  # two minutes if each were scanned to the end
-
-
-@pytest.mark.parametrize(
-    ("found", "gold"),
-    [
-        ("1/2", "\\frac{1}{2}"),
-        ("0.5", "$\\frac12$"),
-        ("x = 5", "5"),
-        ("1,234", "1234"),
-        ("42 apples", "42"),
-        ("$42", "42"),
-        ("the answer is $\\sqrt{8}$", "2\\sqrt{2}"),
-        ("(B).", "B"),
-        ("\\text{Paris}", "paris"),
-        ("2, 1", "\\{1, 2\\}"),
-        (".5", "0.5"),
-    ],
-)
-def test_equal_answers_match(found, gold):
-    assert answers_match(found, gold)
-
-
-@pytest.mark.parametrize(
-    ("found", "gold"),
-    [
-        ("silent", "listen"),
-        ("1, 2, 3", "3"),
-        ("[1, 2]", "(1, 2)"),
-        ("5", ".5"),
-        ("43", "42"),
-    ],
-)
-def test_unequal_answers_do_not_match(found, gold):
-    assert not answers_match(found, gold)
+    assert Response("\\boxed{" * 50_000).answer() is not None  # two minutes if each were scanned to the end
 
 
 @pytest.mark.parametrize("gold", ["$$", r"\text{}", "{}", ".", r"\boxed{}", "**", "$", "work\n#### $", float("inf")])

@@ -29,6 +29,7 @@ from flashgrpo.grpo.rewards import programs as code_reward
 from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
 from flashgrpo.grpo.rewards.programs import extract_program, parse_tests, score_programs
 from flashgrpo.grpo.rewards.rules import code
+from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.types import Problem
 
 LIMITS = ProgramsSection(time_s=1.0, memory_mb=128)
@@ -461,9 +462,9 @@ def test_isolation_that_cannot_be_had_is_refused_unless_the_recipe_says_so(monke
     with pytest.raises(RewardError, match=r"there is no bwrap; wanted bubblewrap .*isolation = \"none: run"):
         sandbox.check_isolation(LIMITS)
     sandbox.check_isolation(UNPROTECTED)
-    problem = Problem("Echo.", {"tests": ECHO})
+    sets = {"data": RewardSet({"code": 1.0}, Problem("Echo.", {"tests": ECHO}))}
     with pytest.raises(RewardError, match="there is no bwrap"):
-        RewardPool(["code"], max_new_tokens=8, example=problem, num_workers=1, programs=LIMITS)
+        RewardPool(sets, max_new_tokens=8, num_workers=1, programs=LIMITS)
 
 
 def test_a_bwrap_that_fails_is_told_with_its_own_words(tmp_path, monkeypatch):
@@ -495,7 +496,7 @@ def test_programs_are_spread_over_workers():
     texts = [f"```python\nprint({i % 2})\n```" for i in range(8)]
     group = CompletionGroup(problem, "Echo.", texts, [[0]] * 8, ["stop"] * 8)
     rates = [0.0]
-    with RewardPool(["code"], max_new_tokens=8, example=problem, num_workers=2, programs=LIMITS) as pool:
+    with RewardPool({"data": RewardSet({"code": 1.0}, problem)}, max_new_tokens=8, programs=LIMITS) as pool:
         while len(rates) <= 8 and max(rates) <= 20:
             start = time.monotonic()
             scores = pool.score([group] * 5, "code")

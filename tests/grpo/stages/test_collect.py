@@ -20,6 +20,7 @@ from flashgrpo.grpo.errors import DataError, RecipeError, RunInputError
 from flashgrpo.grpo.recipe.load import CollectRecipe, SftRecipe, build_recipe
 from flashgrpo.grpo.recipe.schema import FilterSection, ModelSection, SftDataSection, WriteSection
 from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.policy import open_policy
 from flashgrpo.grpo.stages import collect as module
@@ -193,7 +194,8 @@ def test_what_is_written_is_what_the_model_samples(values, model_path, data_path
         assert row["source"] == "samples"
         assert row["model"] == str(model_path)
         assert row["weights_sha256"] == weights_sha256(model_path)
-    with RewardPool(["accuracy"], max_new_tokens=40, example=training[0], num_workers=1) as pool:
+    sets = {"data": RewardSet({"accuracy": 1.0}, training[0])}
+    with RewardPool(sets, max_new_tokens=40, num_workers=1) as pool:
         for (i, _), row in rows.items():
             ids = policy.tokenizer(row["completion"])["input_ids"]
             group = CompletionGroup(prompts[i].problem, prompts[i].text, [row["completion"]], [ids], ["stop"])

@@ -96,5 +96,6 @@ def test_large_formulas_are_compared_without_multiplying_them_out():
 
 def test_the_first_comparison_imports_what_all_others_need():
     """A worker warms up with one answer; the import would else count against the first formula's time limit."""
-    code = "import sys, flashgrpo.grpo.data.answers as a; a.answers_match('1', 'Paris'); print('sympy' in sys.modules)"
+    code = "import sys; from flashgrpo.grpo.rewards.rules import accuracy; accuracy([''], ['1'], ['Paris']); "
+    code += "print('sympy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
