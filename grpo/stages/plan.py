@@ -337,42 +337,19 @@ def _largest_budget(run: Costs) -> int:
 
 
 def _refusal(run: Costs, memory: dict[str, Parts], needed: int) -> str:
-    """What is too large, and which changes are enough by themselves."""
-    moment, parts = max(memory.items(), key=lambda item: sum(item[1].values()))
-    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
-
-    def changed(section: str, **values: object) -> Costs:
-        new = dataclasses.replace(getattr(run.recipe, section), **values)
-        return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **{section: new}))
-
-    budget = _largest_budget(run)
-    doubled = [run.num_gpus << i for i in range(1, 13)]
-    prompts, updates = run.recipe.rollout.prompts_per_step, run.recipe.train.mini_batches
-    halved = [prompts >> i for i in range(1, prompts.bit_length()) if not prompts % (updates << i)]
-    changes = {  # each kind from the smallest change
-        "--train.token_budget": [(budget, changed("train", token_budget=budget))] if budget >= needed else [],
-        "--model.activation_checkpointing": [
-            (kind, changed("model", activation_checkpointing=kind)) for kind in ("selective", "full")
-        ],
-        "--train.shard_ranks": [(0, changed("train", shard_ranks=0))],
-        "--rollout.prompts_per_step": [(n, changed("rollout", prompts_per_step=n)) for n in halved],
-        "--gpus": [(n, dataclasses.replace(run, num_gpus=n)) for n in doubled],
-    }
-    enough = [
-        next((f"{name}={value}" for value, new in tried if new.fits(new.recipe.train.token_budget)), None)
-        for name, tried in changes.items()
-    ]
-    alone = " or ".join(filter(None, enough))
-    together = "several changes are needed: " + (
-        "lower rollout.prompts_per_step, rollout.group_size or rollout.max_new_tokens, or more GPUs"
-        if moment == "rollout"
-        else "model.activation_checkpointing=full, a lower train.token_budget or more GPUs"
-    )
+    """What is too large, and the largest token budget, which is the one change that costs no result."""
+    moment = max(memory, key=lambda name: sum(memory[name].values()))
+    largest = sorted(memory[moment].items(), key=lambda part: part[1], reverse=True)[:3]
     sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in largest)
+    budget = _largest_budget(run)
+    if budget >= needed:
+        advice = f"--train.token_budget={budget} would be enough"
+    else:
+        advice = "no token budget is small enough: make one of them smaller, or take more GPUs"
     return (
-        f"{sum(parts.values()) / 1e9:,.1f} GB a GPU are needed ({moment}), {run.machine.memory / 1e9:,.1f} GB are "
-        f"there, on {run.num_gpus} GPUs; the largest are {sizes}; "
-        + (f"{alone} would be enough" if alone else together)
+        f"{sum(memory[moment].values()) / 1e9:,.1f} GB a GPU are needed ({moment}), "
+        f"{run.machine.memory / 1e9:,.1f} GB are there, on {run.num_gpus} GPUs; "
+        f"the largest are {sizes}; {advice}"
     )
 
 
