@@ -32,6 +32,7 @@ def identify(paths: Mapping[str, str], known: Mapping[str, Any]) -> Inputs:
     for name, path in paths.items():
         try:
             mark, before = _mark(Path(path)), known.get(name)
+            # Large models are not read again at every start.
             if isinstance(before, dict) and before.get("mark") == mark:
                 found[name] = before
                 continue

@@ -98,6 +98,7 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
         for name, section in recipe.given.items():
             given[name] = load_completions(section, section.completion_column, section.answer_column)
         inputs = world.on_main(lambda: _compare(recipe, output))
+        # By names, shapes and bytes: the same however the weights are split into files.
         sha256 = world.on_main(lambda: weights_sha256(recipe.model.path) if problems else None)
         console.print(f"loading {recipe.model.path}", markup=False, highlight=False, soft_wrap=True)
         policy = open_for_sampling(recipe, world.device, has_prompts=bool(problems))
@@ -170,6 +171,7 @@ class _Parts:
     def _make(self, number: int, generator: Generator, bar: StepBar) -> str:
         """Sample and score a part, each rank its share, and write it; returns its rates."""
         clock = Clock()
+        # A part is written when all ranks have their share: Ctrl-C on one of them costs the part on all.
         shares = self.world.together(lambda: self._share(number, generator, bar))
         rows = sorted(chain.from_iterable(shares), key=itemgetter("prompt_id", "sample"))
         columns = {name: _PART.get(name, pa.float64()) for name in rows[0]}  # of scores, numbers
@@ -259,6 +261,7 @@ def _write(recipe: CollectRecipe, output: Path, sources: Mapping[str, Iterable[S
             found = [(sample, sample.completion) for sample in samples]
             report[name] = {"seen": len(found), "kept": len(found)}
         else:
+            # Duplicates are looked for in all sources, so that the order of sources decides which one stays.
             selection = Selection(recipe.filters, recipe.write, earlier=selection)
             found = selection.take_all(samples)
             report[name] = selection.report()
@@ -267,6 +270,7 @@ def _write(recipe: CollectRecipe, output: Path, sources: Mapping[str, Iterable[S
             found = _drawn(found, name, round(section.ratio * len(kept["samples"])), [recipe.run.seed, number])
         kept[name] = found
         report[name]["written"] = len(found)
+    # The report comes before the fault: it says what to change.
     write_text(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     _print_report(report)
     if faults:

@@ -75,7 +75,7 @@ def evaluate(
     rollouts = [*chain.from_iterable(groups)]
     # A group of its own each: a completion that is slow to score has the time limit to itself.
     texts = [completion_group(prompts[rollout.group], [rollout], policy) for rollout in rollouts]
-    scored = _scores(texts, pool)
+    scored = _scores(texts, pool)  # the generator is done: from here on the workers have the processors
     quality = {name: pool.score(texts, function) for name, function in _QUALITY.items() if with_quality}
     samples: dict[int, list[Graded]] = defaultdict(list)
     for i, (rollout, text) in enumerate(zip(rollouts, texts, strict=True)):
@@ -107,6 +107,7 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
         for path in models.values():
             read_config(path)  # a wrong path is found before the first is evaluated
         benchmarks = _load_benchmarks(recipe)
+        # Rank 0 alone has the file; the others hear from it what is still to be done.
         known = world.on_main(lambda: _read_rows(output))
         ledger = world.on_main(lambda: _compare(recipe, models, [*benchmarks], known, output))
         with _open_pool(recipe, benchmarks) as pool:
@@ -288,6 +289,7 @@ def _open_pool(recipe: Recipe, benchmarks: Mapping[str, list[Problem]]) -> Rewar
 def _evaluate_share(recipe: Recipe, path: str, problems: list[Problem], pool: RewardPool, world: World) -> Evaluation:
     """A model on this rank's share of the problems; nothing of it is left in memory."""
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=path))
+    # All are rendered on every rank: the longest prompt decides how much room each generator makes.
     policy = open_for_sampling(recipe, world.device)
     prompts = render_prompts(problems, policy, recipe.data)
     longest_prompt = max(len(prompt.token_ids) for prompt in prompts)

@@ -126,9 +126,10 @@ class Selection:
 
     def take(self, sample: Sample) -> str | None:
         """The text to write, or None for a completion that is rejected."""
+        # Two completions are duplicates as they are written, so that the text is made first.
         text = rewritten(sample, self.write)
         name = rejected_by(sample, self.filters) or ("template" if text is None else self._compare(sample.prompt, text))
-        self.kept[sample.prompt_id] += name is None
+        self.kept[sample.prompt_id] += name is None  # 0 counts, too: prompts with none
         if name is None:
             return text
         self.rejected[name] += 1

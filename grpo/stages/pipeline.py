@@ -116,6 +116,7 @@ def _run_stage(stage: Stage, number: str, settings: PipelineRecipe) -> None:
     output = Path(settings.run.output)
     with open_world(settings) as world:
         is_due = world.on_main(lambda: _open(stage, output))
+    # Outside of the world, on every rank: only the first one's console prints.
     console.rule(f"{number} {stage.name} ({stage.kind}){'' if is_due else ': finished before'}")
     if not is_due:
         return
@@ -138,24 +139,36 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     found = values.pop("stages", None)
     if not found or not isinstance(found, dict):
         raise RecipeError(f"{path}: no [stages.NAME]; wanted one or more")
-    own = [o for o in overrides if not o.startswith("--stages.")]
-    settings = build_recipe(PipelineRecipe, values, str(path), own)
+    shared, own = _by_stage(overrides, found, str(path))
+    settings = build_recipe(PipelineRecipe, values, str(path), shared)
     stages: dict[str, Stage] = {}
     raw: dict[str, dict[str, Any]] = {}
     for name, stage_values in found.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise RecipeError(f"{path}: stages.{name}: wanted a folder's name of letters, digits, _ and -")
         source = f"{path}: stages.{name}"
+        # Likeness is of what the file says: a later stage does not inherit this one's overrides.
         raw[name] = _with_likeness(stage_values, raw, source)
-        prefix = f"--stages.{name}."
-        options = [f"--{o.removeprefix(prefix)}" for o in overrides if o.startswith(prefix)]
-        if faulty := [o for o in options if f"={_REFERENCE}" in o]:
-            raise RecipeError(f"{source}: {faulty[0]}: an override cannot name a stage; give the path of what it makes")
-        stages[name] = _stage(name, raw[name], stages, settings, source, options)
-    unknown = [o for o in overrides if o.startswith("--stages.") and o.split(".")[1] not in found]
-    if unknown:
-        raise RecipeError(f"{unknown[0]}: no such stage{nearest(unknown[0].split('.')[1], found)}")
+        stages[name] = _stage(name, raw[name], stages, settings, source, own[name])
     return settings, [*stages.values()]
+
+
+def _by_stage(overrides: Sequence[str], stages: dict[str, Any], source: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Those of the whole pipeline, and those of each stage as options of its own recipe."""
+    shared: list[str] = []
+    own: dict[str, list[str]] = {name: [] for name in stages}
+    for override in overrides:
+        if not override.startswith("--stages."):
+            shared.append(override)
+            continue
+        name, _, option = override.removeprefix("--stages.").partition(".")
+        if name not in own:
+            raise RecipeError(f"{override}: no such stage{nearest(name, stages)}")
+        if f"={_REFERENCE}" in option:
+            fault = "an override cannot name a stage; give the path of what it makes"
+            raise RecipeError(f"{source}: stages.{name}: --{option}: {fault}")
+        own[name].append(f"--{option}")
+    return shared, own
 
 
 def _with_likeness(values: Any, earlier: dict[str, dict[str, Any]], source: str) -> dict[str, Any]:
@@ -168,11 +181,11 @@ def _with_likeness(values: Any, earlier: dict[str, dict[str, Any]], source: str)
         return values
     if model not in earlier:
         raise RecipeError(f"{source}: like = {model!r}, wanted an earlier stage{nearest(str(model), earlier)}")
-    kind = _KINDS[values["kind"]]
-    base = {k: v for k, v in earlier[model].items() if k not in _OWN_KEYS}
+    kind, merged = _KINDS[values["kind"]], copy.deepcopy(earlier[model])
+    for key in _OWN_KEYS & merged.keys():
+        del merged[key]
     if kind is not _KINDS[earlier[model]["kind"]]:
-        base = _shared_keys(base, section_keys(kind))
-    merged = copy.deepcopy(base)
+        merged = _shared_keys(merged, section_keys(kind))
     for key, value in values.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if both else value
@@ -184,7 +197,9 @@ def _shared_keys(values: dict[str, Any], keys: dict[str, list[str] | None]) -> d
     shared = {}
     for section in values.keys() & keys.keys():
         known = keys[section]
-        shared[section] = {k: v for k, v in values[section].items() if known is None or k in known}
+        if known is None:
+            known = values[section]
+        shared[section] = {key: values[section][key] for key in values[section] if key in known}
     return shared
 
 
@@ -200,7 +215,7 @@ def _stage(
     if values["kind"] == "function":
         return _function_stage(name, values, settings, source, overrides)
     folder, kind = Path(settings.run.output) / name, values["kind"]
-    sections = {key: value for key, value in values.items() if key not in _OWN_KEYS}
+    sections = {key: values[key] for key in values if key not in _OWN_KEYS}
     shared = {key: getattr(settings.run, key) for key in ("seed", "device", "accept_changes")}
     sections["run"] = {"output": str(folder), **shared, **sections.get("run", {})}
     models = {}
@@ -222,8 +237,9 @@ def _stage(
         )
     # Keys at their default are left out, so that a key that a later version adds changes no stage.
     dumped = TypeAdapter(type(recipe)).dump_python(recipe, mode="json", exclude_defaults=True)
-    made_from = {key: value for key, value in dumped.items() if key not in _NO_MATTER}
-    made_from |= {"models": models, "seed": recipe.run.seed}
+    for key in _NO_MATTER & dumped.keys():
+        del dumped[key]
+    made_from = {**dumped, "models": models, "seed": recipe.run.seed}
     return Stage(name, kind, folder, made_from, recipe, _inputs(recipe, models, stages))
 
 
@@ -316,6 +332,7 @@ def _open(stage: Stage, output: Path) -> bool:
     is_finished = known is not None and "seconds" in known
     if known:
         _compare(stage, known, entry, is_finished)
+    # What is finished and gone is made again.
     is_due = not (is_finished and stage.made.exists())
     if known and not is_due:
         entry["seconds"] = known["seconds"]
@@ -389,8 +406,9 @@ def _summarize(stages: list[Stage], output: Path) -> None:
     rows: list[dict[str, Any]] = []
     for stage in stages:
         if stage.kind == "eval":
-            rows = json.loads(stage.made.read_text(encoding="utf-8"))
-            rows = [row for row in rows if row["model"] in stage.made_from["models"]]  # not those of an edited file
+            written = json.loads(stage.made.read_text(encoding="utf-8"))
+            # The file keeps rows of models that an edited pipeline names no more.
+            rows = [row for row in written if row["model"] in stage.made_from["models"]]
             printer.print(table_of(rows))
             write_text(output / f"{stage.name}.md", markdown_of(rows))
     curves = {stage.name: stage.folder for stage in stages if stage.kind == "train"}

@@ -72,6 +72,7 @@ def write_report(run: str | Path) -> Path:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axis.grid(alpha=0.25)
         _open_corner(axis)
+    # A grid with an odd number of panels has a place too many.
     for axis in axes[max(len(panels), 1) :]:
         axis.remove()
     figure.suptitle(str(run), fontsize="medium", color="0.4", parse_math=False)
@@ -98,6 +99,7 @@ def print_summary(run: str | Path, num_samples: int = 3) -> None:
             cells.append("" if row.get(key) is None else form.format(row[key]))
         table.add_row(*cells)
     console.print(table)
+    # Of a prompt the last sample stays, at the place of its first.
     newest = {}
     for sample in read_rows(run / "samples.jsonl"):
         newest[str(sample.get("prompt"))] = sample
@@ -174,6 +176,7 @@ def _draw_lengths(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
     _plot(axis, steps, "length/mean", color="tab:blue", label="mean")
     axis.set_ylim(bottom=0)
     if np.nan_to_num(_series(steps, "reflection/per_1000_tokens")[1]).any():
+        # Its curve is on the other axis, whose legend nobody asks for: an empty one stands for it.
         axis.plot([], [], ":", color="tab:red", label="reflections in 1,000")
         right = axis.twinx()
         _plot(right, steps, "reflection/per_1000_tokens", linestyle=":", color="tab:red")

@@ -109,9 +109,11 @@ def load_rows(recipe: RewardModelRecipe, policy: Policy) -> tuple[list[Row], lis
     if not problems:
         raise DataError(f"no problems in {data.path}")
     warn_beyond_context(policy, longest)
-    training, held_out = (
-        [rows[id(problem)] for problem in part] for part in split_problems(problems, data.held_out, recipe.run.seed)
-    )
+    # Rows go with their problems: those of one prompt fall on one side.
+    training, held_out = [], []
+    parts = split_problems(problems, data.held_out, recipe.run.seed)
+    for part, problems_of_it in zip((training, held_out), parts, strict=True):
+        part += [rows[id(problem)] for problem in problems_of_it]
     if not is_pair and len({row.signs[0] for row in training}) == 1:
         raise DataError(f"{data.path}: all labels of column {data.label_column!r} are the same; wanted both kinds")
     return training, held_out

@@ -46,6 +46,7 @@ class Evaluation:
         the truncated share, reflective phrases per 1,000 tokens; where asked for and known, format and language; the
         share of missing scores where there are any, and nothing else where there are no others.
         """
+        # Where nothing was scored, "pass@1 0%" would be no score of the model.
         missing = float(self._column("is_missing").mean())
         if missing == 1:
             return {"missing": missing}
@@ -71,6 +72,7 @@ class Evaluation:
         }
         if missing:
             scores["missing"] = missing
+        # A rate over all tokens: the mean of rates would be that of short completions.
         scores["reflection"] = 1000 * int(self._column("reflections").sum()) / max(tokens, 1)
         qualities = self._column("quality")
         for name in qualities.flat[0]:
