@@ -4,17 +4,13 @@ A checkpoint is written beside its place and renamed. `checkpoints/step_N/state`
 the reference, each rank's shards written by itself and read by any number of ranks (torch DCP); `state.json` the step
 and the data position; `model` is a Hugging Face folder in the compute type. After a resume the logs are cut back to
 the checkpoint, so that every step stands once. Of several ranks the first one writes all but the shards.
-
-`made_from.json` has hashes of what a run reads: a model or a data set that was replaced in place would be another run
-under this one's name.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,22 +32,16 @@ from flashgrpo.grpo.run.checkpoints import (
     newest_checkpoint,
     write_sums,
 )
+from flashgrpo.grpo.run.ledger import Inputs, changed_keys, compare_inputs, tell_of_reading, write_made_from
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import World, misses_a_rank
 from flashgrpo.model.files import (
     LOCK,
-    content_files,
-    content_hash,
-    is_local,
     locked,
     parse_json,
-    parse_toml,
     whole_folder,
     write_text,
 )
-
-_MADE_FROM = "made_from.json"
-_SLOW_BYTES = 10e9  # more takes seconds to read, or minutes
 
 T = TypeVar("T")
 
@@ -69,7 +59,7 @@ class RunFolder:
         try:
             self.checkpoint = world.on_main(lambda: self._open(resume))
             if self.checkpoint:
-                _tell_of_reading(self.checkpoint, "to see that it is whole")
+                tell_of_reading(self.checkpoint, "to see that it is whole")
                 check_sums(self.checkpoint, world)
             self.state, self._changes, self._made_from = world.on_main(self._compare)
         except BaseException:  # nobody has it yet to close it
@@ -80,14 +70,14 @@ class RunFolder:
         self._stack.enter_context(hold_output(self.path, resume))
         return newest_checkpoint(self.path)
 
-    def _compare(self) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    def _compare(self) -> tuple[dict[str, Any], list[str], Inputs]:
         """The state of the checkpoint, what has changed since, and what the run is made from now."""
-        made_from = hash_inputs(self._recipe)
+        made_from, changed = compare_inputs(self._recipe)
         if self.checkpoint is None:
             return {}, [], made_from
         state = _read_state(self.checkpoint)
         changes = changed_keys(self.path / "recipe.toml", recipe_to_toml(self._recipe))
-        told = [*changed_inputs(self._recipe, made_from).values()]
+        told = [*changed.values()]
         if told and not self._recipe.run.accept_changes:
             raise RunInputError(
                 f"{told[0]}; restore it, choose another run.output, or go on with it by --run.accept_changes=true"
@@ -229,62 +219,6 @@ def _check_output(path: Path, resume: bool) -> None:
         raise RunInputError(f"{path} exists: continue it with --resume, or choose another run.output")
 
 
-def input_paths(recipe: AnyRecipe) -> dict[str, str]:
-    """The files and folders that a run reads, by their keys; what a hub has is known by its name."""
-    values = dataclasses.asdict(recipe)
-    sections = {name: values[name] for name in ("model", "data") if name in values}
-    for kind in ("sources", "reward_models", "given"):
-        sections |= {f"{kind}.{name}": section for name, section in values.get(kind, {}).items()}
-    paths = {f"{name}.path": section["path"] for name, section in sections.items()}
-    return {key: path for key, path in paths.items() if path and (not _is_data(key) or is_local(path))}
-
-
-def _is_data(key: str) -> bool:
-    return key.startswith(("data.", "sources.", "given."))
-
-
-def hash_inputs(recipe: AnyRecipe) -> dict[str, str]:
-    """A hash of what each file or folder that a run reads holds, by key; one that is missing is left to its reader."""
-    hashes = {}
-    for key, path in input_paths(recipe).items():
-        try:
-            _tell_of_reading(Path(path), "to notice changes")
-            hashes[key] = content_hash(Path(path))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise RunInputError(f"{key}: {error.filename or path} cannot be read: {error.strerror}") from None
-    return hashes
-
-
-def _tell_of_reading(path: Path, why: str) -> None:
-    """Nobody should wait for it in silence."""
-    size = sum(file.stat().st_size for file in content_files(path))
-    if size > _SLOW_BYTES:
-        console.print(f"reading {path}, {size / 1e9:.0f} GB, {why}", markup=False, highlight=False, soft_wrap=True)
-
-
-def changed_inputs(recipe: AnyRecipe, made_from: Mapping[str, str]) -> dict[str, str]:
-    """The keys of those that hold something else than when the run in run.output began, and what to say of each."""
-    file, paths = Path(recipe.run.output) / _MADE_FROM, input_paths(recipe)
-    try:
-        known = parse_json(file.read_bytes())
-        changed = [key for key, found in made_from.items() if known.get(key, found) != found]
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise RunInputError(f"{file}: not what a run has written ({error}); restore it, or remove it") from None
-    began = f"since the run in {recipe.run.output} began"
-    return {key: f"{key}: what {paths[key]} holds has changed {began}" for key in changed}
-
-
-def write_made_from(recipe: AnyRecipe, made_from: Mapping[str, str]) -> None:
-    """Write the recipe and the hashes of what it reads."""
-    output = Path(recipe.run.output)
-    write_text(output / "recipe.toml", recipe_to_toml(recipe))
-    write_text(output / _MADE_FROM, json.dumps(made_from, indent=1))
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL log; a last line that was cut by a crash is left out. Raises RunInputError for any other that is
     not a run's.
@@ -319,39 +253,6 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         raise RunInputError(
             f"{checkpoint}: broken state.json ({error!r:.200}); remove the folder to continue from before"
         ) from error
-
-
-def _makes_another_run(section: str, key: str) -> bool:
-    """Another model, data set or seed would be another run under this one's name."""
-    return section in ("data", "sources") or (section, key) in (("model", "path"), ("run", "seed"))
-
-
-def changed_keys(
-    stored: Path, recipe_toml: str, is_fixed: Callable[[str, str], bool] = _makes_another_run
-) -> list[str]:
-    """What is new in a recipe. Raises RunInputError for a section and key that may not change."""
-    try:
-        before = _keys(stored.read_text(encoding="utf-8"))
-    except (OSError, ValueError, AttributeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise RunInputError(f"{stored}: not the recipe of a run ({why}); restore it") from None
-    now = _keys(recipe_toml)
-    changes = []
-    for section, key in before | now:
-        old, new = before.get((section, key)), now.get((section, key))
-        if old != new and is_fixed(section, key) and (old is not None or new):  # a key may be newer than the run
-            raise RunInputError(
-                f"{section}.{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
-                "keep it, or choose another run.output"
-            )
-        changes += [f"{section}.{key} {old!r} -> {new!r}"] if old != new else []
-    return changes
-
-
-def _keys(recipe_toml: str) -> dict[tuple[str, str], Any]:
-    """The values of a recipe by section and key."""
-    sections = parse_toml(recipe_toml).items()
-    return {(section, key): value for section, keys in sections for key, value in keys.items()}
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

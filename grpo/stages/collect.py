@@ -5,20 +5,21 @@ The problems are the training problems of [data]; with the `run.seed` of the sta
 of their held-out ones is among them. `run.output` gets parts/part_N.parquet with every sample of prompts_per_part
 problems and its scores, report.json, and data.parquet with what is kept. A sample depends on the weights, the problem's
 number and run.seed alone: not on ranks, parts or restarts. Filters read the parts, so that other ones cost no sampling.
+Samples and given rows become `Sample`s, which go through one chain of filters, source by source.
 """
 
 import contextlib
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from rich.table import Table
 
 from flashgrpo.grpo.data.problems import load_completions, load_problems
@@ -26,21 +27,28 @@ from flashgrpo.grpo.data.prompts import encode, located, render_problem, render_
 from flashgrpo.grpo.errors import DataError, GeneratorFailure, RewardFailure, RunInputError
 from flashgrpo.grpo.recipe.load import CollectRecipe, recipe_to_toml
 from flashgrpo.grpo.recipe.schema import GivenSection
-from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
-from flashgrpo.grpo.run.folder import changed_inputs, changed_keys, hash_inputs, hold_output, write_made_from
-from flashgrpo.grpo.run.policy import Policy, open_policy
+from flashgrpo.grpo.run.folder import hold_output
+from flashgrpo.grpo.run.ledger import Inputs, changed_keys, compare_inputs, write_made_from
+from flashgrpo.grpo.run.policy import Policy
 from flashgrpo.grpo.run.progress import Clock, StepBar, console, step_bar
 from flashgrpo.grpo.run.world import World, open_world
-from flashgrpo.grpo.stages.evaluate import completion_group
+from flashgrpo.grpo.stages.evaluate import completion_group, open_for_sampling
 from flashgrpo.grpo.stages.filters import FILTERS, Sample, Selection
-from flashgrpo.grpo.types import Problem, Prompt, Request, Sampling
-from flashgrpo.model.checkpoint import empty_decoder, read_config, weights_sha256
+from flashgrpo.grpo.stages.scores import solved_by
+from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Sampling
+from flashgrpo.model.checkpoint import read_config, weights_sha256
 from flashgrpo.model.files import whole_file, write_text
 
 _STREAM = 1 << 33  # keeps these seeds apart from those of training and evaluation
-_PART = {
+_AFTERWARDS = {  # sections and keys that samples and their scores do not depend on
+    *("filters", "given", "write", "vllm"),
+    *("rewards.workers", "rewards.timeout_s"),
+    *("run.accept_changes", "run.collective_timeout_s", "run.output"),
+}
+_PART = {  # the columns of a part, beside the scores
     "prompt_id": pa.int64(),
     "sample": pa.int64(),
     "seed": pa.uint64(),
@@ -49,10 +57,21 @@ _PART = {
     "num_tokens": pa.int64(),
     "reward": pa.float64(),
 }
-_PROVENANCE = {"source": pa.string(), "prompt_id": pa.int64(), "sample": pa.int64(), "seed": pa.uint64()}
-_PROVENANCE |= {"model": pa.string(), "weights_sha256": pa.string(), "num_tokens": pa.int64(), "reward": pa.float64()}
+_DATA = {  # those of an example, beside the prompt and the scores
+    "completion": pa.string(),
+    "answer": pa.string(),
+    "source": pa.string(),
+    "prompt_id": pa.int64(),
+    "sample": pa.int64(),
+    "seed": pa.uint64(),
+    "model": pa.string(),
+    "weights_sha256": pa.string(),
+    "num_tokens": pa.int64(),
+    "reward": pa.float64(),
+}
 
 Row = dict[str, Any]
+Given = list[tuple[Problem, str]]
 
 
 def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
@@ -70,29 +89,40 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
     with open_world(recipe) as world, contextlib.ExitStack() as stack:
         output = Path(recipe.run.output)
         world.on_main(lambda: stack.enter_context(hold_output(output, resume)))
+
+        # All that can be at fault in the data and the recipe is found before the first sample.
         read_config(recipe.model.path)
         problems = load_problems(recipe.data, recipe.run.seed)[0] if recipe.data.has_problems else []
         problems = problems[: recipe.rollout.prompts or None]
-        made_from = world.on_main(lambda: _compare(recipe, output))
+        given = {}
+        for name, section in recipe.given.items():
+            given[name] = load_completions(section, section.completion_column, section.answer_column)
+        inputs = world.on_main(lambda: _compare(recipe, output))
+        # By names, shapes and bytes: the same however the weights are split into files.
         sha256 = world.on_main(lambda: weights_sha256(recipe.model.path) if problems else None)
         console.print(f"loading {recipe.model.path}", markup=False, highlight=False, soft_wrap=True)
-        policy = _open_policy(recipe, world, has_samples=bool(problems))
-        given = {name: _given_groups(section, policy) for name, section in recipe.given.items()}
+        policy = open_for_sampling(recipe, world.device, has_prompts=bool(problems))
         prompts = render_prompts(problems, policy, recipe.data)
-        example = problems[0] if problems else next(iter(given.values()))[0].problem
+        example = problems[0] if problems else next(iter(given.values()))[0][0]
         pool = stack.enter_context(_open_pool(recipe, example, has_samples=bool(problems)))
+        sources: dict[str, Iterable[Sample]] = {}
+        with world.interrupts:
+            for name, rows in given.items():
+                sources[name] = _given_samples(rows, recipe.given[name], policy, pool, world)
+
         parts = _Parts(recipe, world, policy, pool, prompts)
         generator = None
         if parts.missing:
             longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
             generator = open_generator(recipe, policy, world, longest_prompt, loaded=True)
             stack.enter_context(contextlib.closing(generator))
-        world.on_main(lambda: _begin(recipe, output, made_from))
-        with world.interrupts:
+        world.on_main(lambda: _begin(recipe, output, inputs))
+        with world.interrupts:  # but not while the generator opens: Ctrl-C ends that at once
             if generator:
                 parts.sample(generator)
-            named = {name: _given_samples(groups, recipe.given[name], parts) for name, groups in given.items()}
-        return world.on_main(lambda: _write(recipe, output, parts, named, sha256))
+        if prompts:
+            sources = {"samples": parts.read(), **sources}
+        return world.on_main(lambda: _write(recipe, output, sources, sha256))
 
 
 class _Parts:
@@ -105,6 +135,7 @@ class _Parts:
         self.size = recipe.rollout.prompts_per_part
         folder, number = Path(recipe.run.output) / "parts", -(-len(prompts) // self.size)
         self.files = [folder / f"part_{n:05}.parquet" for n in range(number)]
+        # Rank 0 looks: a file that appears on another rank's disk later must not split the ranks' work in two.
         self.missing = world.on_main(lambda: [n for n, file in enumerate(self.files) if not file.exists()])
 
     def sample(self, generator: Generator) -> None:
@@ -131,183 +162,168 @@ class _Parts:
             for row in rows:
                 prompt = self.prompts[row["prompt_id"]]
                 columns = prompt.problem.columns
-                scores = {name: score for name, score in row.items() if name not in _PART}
-                if not columns.get("tests"):
-                    scores.pop("code", None)
-                known = {name: row[name] for name in _PART}
-                yield Sample(
-                    prompt.problem.prompt, prompt.text, answer=_text(columns.get("answer")), scores=scores, **known
-                )
+                known = {name: row.pop(name) for name in _PART}
+                if solved_by(columns) != "code":
+                    row.pop("code", None)  # it says nothing of a problem without tests
+                answer = _text(columns.get("answer"))
+                yield Sample(prompt.problem.prompt, prompt.text, answer=answer, scores=row, **known)
 
     def _make(self, number: int, generator: Generator, bar: StepBar) -> str:
         """Sample and score a part, each rank its share, and write it; returns its rates."""
         clock = Clock()
+        # A part is written when all ranks have their share: Ctrl-C on one of them costs the part on all.
         shares = self.world.together(lambda: self._share(number, generator, bar))
-        rows = sorted((row for share in shares for row in share), key=lambda row: (row["prompt_id"], row["sample"]))
-        scores = {name: pa.float64() for name in rows[0] if name not in _PART}
-        table = pa.Table.from_pylist(rows, pa.schema(_PART | scores))
+        rows = sorted(chain.from_iterable(shares), key=itemgetter("prompt_id", "sample"))
+        columns = {name: _PART.get(name, pa.float64()) for name in rows[0]}  # of scores, numbers
+        table = pa.Table.from_pylist(rows, pa.schema(columns))
         self.world.on_main(lambda: _write_parquet(table, self.files[number]))
-        tokens = sum(row["num_tokens"] for row in rows)
+        tokens = table["num_tokens"].to_numpy().sum()
         return f"{len(rows) / clock.total_s:,.1f} samples/s, {tokens / clock.total_s:,.0f} tokens/s"
 
     def _share(self, number: int, generator: Generator, bar: StepBar) -> list[Row]:
         """This rank's rows of a part; a group is scored while others are sampled."""
-        rollout, seed = self.recipe.rollout, self.recipe.run.seed
+        rollout = self.recipe.rollout
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
         first = number * self.size
-        own = range(first + self.world.rank, min(first + self.size, len(self.prompts)), self.world.size)
-        seeds = {i: sample_seeds(seed, _STREAM, i, rollout.group_size) for i in own}
-        requests = [Request(i, self.prompts[i].token_ids, seeds[i]) for i in own]
-        groups = []
-        for rollouts in generator.generate(requests, sampling):
-            i = rollouts[0].group
-            group = completion_group(self.prompts[i], rollouts, self.policy)
+        requests = {}
+        for i in range(first + self.world.rank, min(first + self.size, len(self.prompts)), self.world.size):
+            seeds = sample_seeds(self.recipe.run.seed, _STREAM, i, rollout.group_size)
+            requests[i] = Request(i, self.prompts[i].token_ids, seeds)
+        groups: list[tuple[Request, CompletionGroup]] = []
+        for rollouts in generator.generate([*requests.values()], sampling):
+            request = requests[rollouts[0].group]
+            group = completion_group(self.prompts[request.group], rollouts, self.policy)
             self.pool.submit(group)
-            groups.append((i, group))
-            bar.phase(f"{len(groups)} of {len(own)} prompts")
+            groups.append((request, group))
+            bar.phase(f"{len(groups)} of {len(requests)} prompts")
         table = self.pool.collect()
         self.pool.check_step(table)
-        return [
-            {
-                "prompt_id": i,
-                "sample": sample,
-                "seed": int(seeds[i][sample]),
-                "completion": group.completions[sample],
-                "finish_reason": group.finish_reasons[sample],
-                "num_tokens": len(group.completion_ids[sample]),
-                "reward": float(table.rewards[row, sample]),
-                **{name: float(scores[row, sample]) for name, scores in table.scores.items()},
-            }
-            for row, (i, group) in enumerate(groups)
-            for sample in range(rollout.group_size)
-        ]
+        rows = []
+        for place, (request, group) in enumerate(groups):
+            for sample, completion in enumerate(group.completions):
+                row: Row = {
+                    "prompt_id": request.group,
+                    "sample": sample,
+                    "seed": int(request.seeds[sample]),
+                    "completion": completion,
+                    "finish_reason": group.finish_reasons[sample],
+                    "num_tokens": len(group.completion_ids[sample]),
+                    "reward": float(table.rewards[place, sample]),
+                }
+                for name, scores in table.scores.items():
+                    row[name] = float(scores[place, sample])
+                rows.append(row)
+        return rows
 
 
-def _given_groups(section: GivenSection, policy: Policy) -> list[CompletionGroup]:
-    """Given rows as groups of one; what is not filtered needs no prompt in its template. Raises DataError."""
+def _given_samples(given: Given, section: GivenSection, policy: Policy, pool: RewardPool, world: World) -> list[Sample]:
+    """Given rows, and where they are to be filtered their scores, of which each rank computes a share."""
     groups = []
-    for problem, text in load_completions(section, section.completion_column, section.answer_column):
+    for problem, text in given:
         with located(problem):
             ids = encode(text, policy.tokenizer)
+            # What is not filtered needs no prompt in its template.
             context = policy.decode(render_problem(problem, section, policy.tokenizer)) if section.filtered else ""
         groups.append(CompletionGroup(problem, context, [text], [ids], ["stop"]))
-    return groups
+    has_answer = section.answer_column is not None
+    names = _scored(given[0][0], has_answer) if section.filtered else []
 
-
-def _given_samples(groups: list[CompletionGroup], section: GivenSection, parts: _Parts) -> list[Sample]:
-    """Given rows, and where they are to be filtered their scores, of which each rank computes a share."""
-    world, has_answer = parts.world, section.answer_column is not None
-    names = _scored(groups[0].problem, has_answer) if section.filtered else []
-
-    def share() -> list[dict[str, float]]:
+    def share() -> dict[str, list[float]]:
         own = groups[world.rank :: world.size]
-        scores = {name: parts.pool.score(own, name).ravel().tolist() for name in names}
-        return [{name: scores[name][row] for name in names} for row in range(len(own))]
+        return {name: pool.score(own, name).ravel().tolist() for name in names}
 
     shares = world.together(share)
-    return [
-        Sample(
-            group.problem.prompt,
-            group.prompt,
-            group.completions[0],
-            _text(group.problem.columns["answer"]) if has_answer else None,
-            prompt_id=i,
-            num_tokens=len(group.completion_ids[0]),
-            scores=shares[i % world.size][i // world.size],
+    samples = []
+    for i, group in enumerate(groups):
+        rank, place = i % world.size, i // world.size
+        samples.append(
+            Sample(
+                group.problem.prompt,
+                group.prompt,
+                group.completions[0],
+                _text(group.problem.columns["answer"]) if has_answer else None,
+                prompt_id=i,
+                num_tokens=len(group.completion_ids[0]),
+                scores={name: scores[place] for name, scores in shares[rank].items()},
+            )
         )
-        for i, group in enumerate(groups)
-    ]
+    return samples
 
 
-def _write(
-    recipe: CollectRecipe, output: Path, parts: _Parts, given: dict[str, list[Sample]], sha256: str | None
-) -> Path:
+def _write(recipe: CollectRecipe, output: Path, sources: Mapping[str, Iterable[Sample]], sha256: str | None) -> Path:
     """Filter and mix; data.parquet, report.json and a table of what was rejected. Raises DataError."""
-    seen: set[bytes] = set()
-    per_prompt: Counter[str] = Counter()
-    written: dict[str, list[tuple[Sample, str]]] = {}
+    kept: dict[str, list[tuple[Sample, str]]] = {}
     report: dict[str, dict[str, Any]] = {}
-    faults = []
-    sources: dict[str, Iterable[Sample]] = {"samples": parts.read()} if parts.files else {}
-    for number, (name, samples) in enumerate((sources | given).items()):
+    selection, faults = None, []
+    for number, (name, samples) in enumerate(sources.items()):
         section = recipe.given.get(name)
         if section and not section.filtered:
-            kept = [(sample, sample.completion) for sample in samples]
-            report[name] = {"seen": len(kept), "kept": len(kept)}
+            found = [(sample, sample.completion) for sample in samples]
+            report[name] = {"seen": len(found), "kept": len(found)}
         else:
-            selection = Selection(recipe.filters, recipe.write, seen, per_prompt)
-            kept = [(sample, text) for sample in samples if (text := selection.take(sample)) is not None]
+            # Duplicates are looked for in all sources, so that the order of sources decides which one stays.
+            selection = Selection(recipe.filters, recipe.write, earlier=selection)
+            found = selection.take_all(samples)
             report[name] = selection.report()
-            faults += [] if kept else [_all_rejected(name, selection)]
+            faults += [] if found else [_all_rejected(name, selection)]
         if section and section.ratio:
-            wanted = round(section.ratio * len(written["samples"]))
-            if wanted > len(kept):
-                console.print(
-                    f"[yellow]given.{name} has {len(kept)} rows for the {wanted} that its ratio asks for[/yellow]"
-                )
-            drawn = np.random.default_rng([recipe.run.seed, number]).permutation(len(kept))[:wanted]
-            kept = [kept[i] for i in sorted(drawn)]
-        written[name] = kept
-        report[name]["written"] = len(kept)
+            found = _drawn(found, name, round(section.ratio * len(kept["samples"])), [recipe.run.seed, number])
+        kept[name] = found
+        report[name]["written"] = len(found)
+    # The report comes before the fault: it says what to change.
     write_text(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     _print_report(report)
     if faults:
         raise DataError(f"{faults[0]}; change [filters] and start again with --resume: {output / 'parts'} is kept")
-    rows = [
-        _row(
-            sample, text, name, recipe.model.path if name == "samples" else None, sha256 if name == "samples" else None
-        )
-        for name, kept in written.items()
-        for sample, text in kept
-    ]
+    rows: list[Row] = []
+    for name, found in kept.items():
+        model = (recipe.model.path, sha256) if name == "samples" else (None, None)
+        origin = {"source": name, "model": model[0], "weights_sha256": model[1]}
+        rows += [_row(sample, text) | origin for sample, text in found]
     order = np.random.default_rng(recipe.run.seed).permutation(len(rows))
     _write_parquet(_data_table([rows[i] for i in order]), output / "data.parquet")
     return output / "data.parquet"
 
 
-def _compare(recipe: CollectRecipe, output: Path) -> dict[str, str]:
-    """Hashes of what the samples are made from. Raises RunInputError where those in `output` are from anything else."""
-    made_from = hash_inputs(recipe)
+def _drawn(found: list[tuple[Sample, str]], name: str, wanted: int, seed: list[int]) -> list[tuple[Sample, str]]:
+    """As many as a ratio asks for, in their order; all, where there are no more."""
+    if wanted > len(found):
+        console.print(f"[yellow]given.{name} has {len(found)} rows for the {wanted} that its ratio asks for[/yellow]")
+    drawn = np.random.default_rng(seed).permutation(len(found))[:wanted]
+    return [found[i] for i in sorted(drawn)]
+
+
+def _compare(recipe: CollectRecipe, output: Path) -> Inputs:
+    """What is read. Raises RunInputError where the samples in `output` are from anything else."""
+    inputs, told = compare_inputs(recipe)
     if (output / "recipe.toml").exists():
         changed_keys(output / "recipe.toml", recipe_to_toml(recipe), _is_fixed)
-        told = [text for key, text in changed_inputs(recipe, made_from).items() if not key.startswith("given.")]
-        if told:  # [given] is read at the end, as the parts are
-            raise RunInputError(f"{told[0]}; restore it, or choose another run.output")
-    return made_from
+        for key, text in told.items():
+            if not key.startswith("given."):  # it is read at the end, as the parts are
+                raise RunInputError(f"{text}; restore it, or choose another run.output")
+    return inputs
 
 
 def _is_fixed(section: str, key: str) -> bool:
     """Whether samples and their scores depend on a key of the recipe."""
-    return section not in ("filters", "given", "write", "vllm") and (section, key) not in (
-        ("rewards", "workers"),
-        ("rewards", "timeout_s"),
-        ("run", "accept_changes"),
-        ("run", "collective_timeout_s"),
-        ("run", "output"),
-    )
+    return section not in _AFTERWARDS and f"{section}.{key}" not in _AFTERWARDS
 
 
-def _begin(recipe: CollectRecipe, output: Path, made_from: dict[str, str]) -> None:
+def _begin(recipe: CollectRecipe, output: Path, inputs: Inputs) -> None:
     (output / "parts").mkdir(exist_ok=True)
-    write_made_from(recipe, made_from)
-
-
-def _open_policy(recipe: CollectRecipe, world: World, has_samples: bool) -> Policy:
-    """The tokenizer, and where this process samples, the weights."""
-    is_native = has_samples and recipe.rollout.generator == "native"
-    model = None if is_native else empty_decoder(read_config(recipe.model.path), torch.float32)
-    return open_policy(recipe.model, world.device, model)
+    write_made_from(recipe, inputs)
 
 
 def _open_pool(recipe: CollectRecipe, example: Problem, has_samples: bool) -> RewardPool:
     """The recipe's rewards for samples, and what filters ask for, which has no weight."""
-    rewards = recipe.rewards
-    functions = rewards.functions if has_samples else []
-    weights = rewards.weights or [1.0] * len(functions)
-    others = [name for name in _scored(example, has_samples and "answer" in example.columns) if name not in functions]
-    weight_of = dict(zip([*functions, *others], [*weights[: len(functions)], *[0.0] * len(others)], strict=True))
+    rewards, weights = recipe.rewards, {}
+    if has_samples:
+        each = rewards.weights or [1.0] * len(rewards.functions)
+        weights = dict(zip(rewards.functions, each, strict=True))
+    for name in _scored(example, has_samples and "answer" in example.columns):
+        weights.setdefault(name, 0.0)
     return RewardPool(
-        {"data": RewardSet(weight_of, example)},
+        {"data": RewardSet(weights, example)},
         max_new_tokens=recipe.rollout.max_new_tokens,
         timeout_s=rewards.timeout_s,
         programs=rewards.programs,
@@ -323,35 +339,33 @@ def _scored(example: Problem, has_answer: bool) -> list[str]:
 
 
 def _all_rejected(name: str, selection: Selection) -> str:
-    counts = ", ".join(f"{number} by {filter_name}" for filter_name, number in selection.rejected.most_common())
-    examples = "; ".join(
-        f"{each['prompt'][:60]!r} -> {each['completion'][:80]!r} ({each['filter']})" for each in selection.examples
-    )
-    return f"{name}: all {selection.num_seen} completions were rejected, {counts}, such as {examples}"
+    counts, examples = [], []
+    for filter_name, number in selection.rejected.most_common():
+        counts.append(f"{number} by {filter_name}")
+    for each in selection.examples:
+        examples.append(f"{each['prompt'][:60]!r} -> {each['completion'][:80]!r} ({each['filter']})")
+    told = f"{', '.join(counts)}, such as {'; '.join(examples)}"
+    return f"{name}: all {selection.num_seen} completions were rejected, {told}"
 
 
-def _row(sample: Sample, text: str, source: str, model: str | None, sha256: str | None) -> Row:
-    """A row of data.parquet."""
-    known = {name: getattr(sample, name) for name in ("prompt", "answer", "prompt_id", "sample", "seed", "num_tokens")}
-    numbers = {"reward": sample.reward, **sample.scores}
-    return {
-        **known,
-        "completion": text,
-        "source": source,
-        "model": model,
-        "weights_sha256": sha256,
-        **{name: None if score is None or math.isnan(score) else score for name, score in numbers.items()},
-    }
+def _row(sample: Sample, text: str) -> Row:
+    """A row of data.parquet, but for where it comes from."""
+    known = ("prompt", "answer", "prompt_id", "sample", "seed", "num_tokens")
+    row: Row = {name: getattr(sample, name) for name in known} | {"completion": text}
+    for name, score in {"reward": sample.reward, **sample.scores}.items():
+        row[name] = None if score is None or math.isnan(score) else score
+    return row
 
 
 def _data_table(rows: list[Row]) -> pa.Table:
-    prompts = [row["prompt"] for row in rows]
-    if not all(isinstance(prompt, str) for prompt in prompts):  # a column has one type
-        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    types = {"completion": pa.string(), "answer": pa.string(), **_PROVENANCE}
-    scores = dict.fromkeys(sorted({name for row in rows for name in row} - types.keys() - {"prompt"}), pa.float64())
-    columns = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in (types | scores).items()}
-    return pa.table({"prompt": pa.array(prompts), **columns})
+    if not all(isinstance(row["prompt"], str) for row in rows):  # a column has one type
+        for row in rows:
+            if isinstance(row["prompt"], str):
+                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    prompts = pa.array([row["prompt"] for row in rows])
+    scores = sorted(set().union(*rows) - {"prompt", *_DATA})
+    columns = {"prompt": prompts.type, **_DATA, **dict.fromkeys(scores, pa.float64())}
+    return pa.Table.from_pylist(rows, pa.schema(columns))
 
 
 def _write_parquet(table: pa.Table, file: Path) -> None:
@@ -368,14 +382,16 @@ def _print_report(report: dict[str, dict[str, Any]]) -> None:
     table.add_column("completions")
     for name in report:
         table.add_column(name, justify="right")
-    cells = {name: {**each, **each.get("rejected", {})} for name, each in report.items()}
     for key in ("seen", *FILTERS, "kept", "written"):
-        table.add_row(f"rejected by {key}" if key in FILTERS else key, *(f"{c.get(key, 0):,}" for c in cells.values()))
+        cells = []
+        for each in report.values():
+            number = each.get("rejected", {}).get(key, 0) if key in FILTERS else each[key]
+            cells.append(f"{number:,}")
+        table.add_row(f"rejected by {key}" if key in FILTERS else key, *cells)
     console.print(table)
     for name, each in report.items():
         if "prompts_by_kept" in each:
             histogram = ", ".join(f"{kept}: {number:,}" for kept, number in each["prompts_by_kept"].items())
             none = f"{each['prompts_with_none']:.1%} with none"
-            console.print(
-                f"{name}: {each['prompts']:,} prompts, {none}; by completions kept: {histogram}", highlight=False
-            )
+            told = f"{name}: {each['prompts']:,} prompts, {none}; by completions kept: {histogram}"
+            console.print(told, highlight=False)

@@ -6,12 +6,13 @@ asked for.
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import json
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +26,7 @@ from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_prompt, render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.metrics import count_reflections
-from flashgrpo.grpo.recipe.load import Recipe
+from flashgrpo.grpo.recipe.load import Recipe, SamplingRecipe
 from flashgrpo.grpo.recipe.schema import ModelSection, Template, first_step
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.response import Response
@@ -34,16 +35,18 @@ from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
 from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.folder import newest_checkpoint
+from flashgrpo.grpo.run.ledger import changed, differing, identify, input_paths
 from flashgrpo.grpo.run.policy import Policy, open_policy, resolve_device
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import World, open_world
-from flashgrpo.grpo.stages.scores import Evaluation, Graded, merge
+from flashgrpo.grpo.stages.scores import Evaluation, Graded, merge, solved_by
 from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Rollout, Sampling
 from flashgrpo.model.checkpoint import empty_decoder, read_config
-from flashgrpo.model.files import content_hash, parse_json, write_text
+from flashgrpo.model.files import parse_json, write_text
 
 _EVAL_STREAM = 1 << 32  # keeps evaluation's seeds apart from those of the training steps
 _HELD_OUT = "held-out"
+Rows = dict[tuple[str, str], dict[str, Any]]  # by model and benchmark
 _QUALITY = {"format": "format", "language": "language_consistency"}  # reward functions by the names of their means
 
 
@@ -60,18 +63,19 @@ def evaluate(
 
     `with_quality` scores format and language, too, and shows the progress: apart from training.
     """
-    requests = [
-        Request(i, prompt.token_ids, sample_seeds(recipe.run.seed, _EVAL_STREAM + step, i, recipe.eval.samples))
-        for i, prompt in prompts.items()
-    ]
+    requests = []
+    for i, prompt in prompts.items():
+        seeds = sample_seeds(recipe.run.seed, _EVAL_STREAM + step, i, recipe.eval.samples)
+        requests.append(Request(i, prompt.token_ids, seeds))
     sampling = Sampling(recipe.rollout.max_new_tokens, recipe.eval.temperature, recipe.eval.top_p)
     groups = generator.generate(requests, sampling)
     if with_quality:
         shown = {"console": console, "transient": True, "disable": not console.is_terminal}
         groups = track(groups, "prompts", len(requests), **shown)
-    rollouts = [rollout for group in groups for rollout in group]
-    texts = [completion_group(prompts[r.group], [r], policy) for r in rollouts]  # each has the time limit to itself
-    scored = _scores(texts, pool)
+    rollouts = [*chain.from_iterable(groups)]
+    # A group of its own each: a completion that is slow to score has the time limit to itself.
+    texts = [completion_group(prompts[rollout.group], [rollout], policy) for rollout in rollouts]
+    scored = _scores(texts, pool)  # the generator is done: from here on the workers have the processors
     quality = {name: pool.score(texts, function) for name, function in _QUALITY.items() if with_quality}
     samples: dict[int, list[Graded]] = defaultdict(list)
     for i, (rollout, text) in enumerate(zip(rollouts, texts, strict=True)):
@@ -105,53 +109,46 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
         for path in models.values():
             read_config(path)  # a wrong path is found before the first is evaluated
         benchmarks = _load_benchmarks(recipe)
+        # Rank 0 alone has the file; the others hear from it what is still to be done.
         known = world.on_main(lambda: _read_rows(output))
-        made_from = world.on_main(lambda: _fingerprints(recipe, models, benchmarks))
-        for pair in made_from:
-            if pair in known and known[pair]["made_from"] != made_from[pair]:
-                raise RunInputError(
-                    f"{output} has {pair[0]} on {pair[1]} by other weights, problems or settings; remove it, or choose "
-                    "another output"
-                )
+        ledger = world.on_main(lambda: _compare(recipe, models, [*benchmarks], known, output))
         with _open_pool(recipe, benchmarks) as pool:
-            for label, name in made_from:
-                if (label, name) in known:
-                    continue
-                start = time.perf_counter()
-                size = f"{len(benchmarks[name])} x {recipe.eval.samples}"
-                console.print(f"evaluating {label} on {name}: {size}", markup=False, highlight=False, soft_wrap=True)
-                shares = world.everywhere(
-                    lambda label=label, name=name: _evaluate_share(recipe, models[label], benchmarks[name], pool, world)
-                )
-                scores = merge(shares).scores()
-                if "pass@1" not in scores:
-                    raise RewardFailure(
-                        f"{label} on {name}: no completion could be scored, so that there is no score; the warning "
-                        "above says why"
-                    )
-                row = {
-                    "model": label,
-                    "benchmark": name,
-                    "weights": models[label],
-                    **scores,
-                    "temperature": recipe.eval.temperature,
-                    "top_p": recipe.eval.top_p,
-                    "max_new_tokens": recipe.rollout.max_new_tokens,
-                    "seed": recipe.run.seed,
-                    "made_from": made_from[label, name],
-                }
-                known[label, name] = row
-                if output is not None:
-                    world.on_main(lambda: _write_rows(output, known))
-                _tell(row, time.perf_counter() - start)
-        return [known[pair] for pair in made_from]
+            for label, name in ledger:
+                if (label, name) not in known:
+                    scores = _score_pair(recipe, (label, models[label]), (name, benchmarks[name]), pool, world)
+                    known[label, name] = {
+                        "model": label,
+                        "benchmark": name,
+                        "weights": models[label],
+                        **scores,
+                        "temperature": recipe.eval.temperature,
+                        "top_p": recipe.eval.top_p,
+                        "max_new_tokens": recipe.rollout.max_new_tokens,
+                        "seed": recipe.run.seed,
+                    }
+                known[label, name]["made_from"] = ledger[label, name]
+                if output is not None:  # after each pair: a stop costs one
+                    text = json.dumps([*known.values()], indent=1) + "\n"
+                    world.on_main(functools.partial(write_text, output, text))
+        return [known[pair] for pair in ledger]
 
 
 def newest_model(recipe: Recipe) -> str:
     """Folder of the run's final model, of its newest checkpoint's, or else model.path."""
     run = Path(recipe.run.output)
-    folders = [run / "model", *(checkpoint / "model" for checkpoint in filter(None, [newest_checkpoint(run)]))]
-    return str(next((folder for folder in folders if folder.exists()), recipe.model.path))
+    if (run / "model").exists():
+        return str(run / "model")
+    checkpoint = newest_checkpoint(run)
+    if checkpoint and (checkpoint / "model").exists():
+        return str(checkpoint / "model")
+    return recipe.model.path
+
+
+def open_for_sampling(recipe: SamplingRecipe, device: torch.device, has_prompts: bool = True) -> Policy:
+    """The tokenizer at recipe.model.path, and the weights where this process samples: vLLM loads its own."""
+    samples_here = has_prompts and recipe.rollout.generator == "native"
+    empty = None if samples_here else empty_decoder(read_config(recipe.model.path), torch.float32)
+    return open_policy(recipe.model, device, empty)
 
 
 def sample_texts(
@@ -212,28 +209,78 @@ def _load_benchmarks(recipe: Recipe) -> dict[str, list[Problem]]:
     return {_HELD_OUT: held_out[: recipe.eval.problems]}
 
 
-def _fingerprints(
-    recipe: Recipe, models: Mapping[str, str], benchmarks: Mapping[str, list[Problem]]
-) -> dict[tuple[str, str], str]:
-    """What the scores of each pair, in the order in which they are evaluated, are made from."""
-    settings = recipe.eval.samples, recipe.eval.temperature, recipe.eval.top_p, recipe.rollout.max_new_tokens
-    settings = *settings, recipe.data.template, recipe.model.dtype, recipe.run.seed
-    settings = *settings, *filter(None, [recipe.data.template_options, recipe.data.system_prompt])
-    weights = {label: content_hash(Path(path)) for label, path in models.items()}
-    return {
-        (label, name): hashlib.sha256(
-            json.dumps([settings, weights[label], [[p.prompt, p.columns] for p in problems]], default=str).encode()
-        ).hexdigest()
-        for name, problems in benchmarks.items()
-        for label in models
+def _compare(
+    recipe: Recipe, models: Mapping[str, str], benchmarks: Sequence[str], known: Rows, output: Path | None
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """What each pair is made from, in the order in which they are evaluated. Raises RunInputError where the row that is
+    known of it was made from anything else.
+    """
+    ledger = {}
+    for name in benchmarks:
+        settings, problems = _problems_of(recipe, name)
+        for label in models:
+            pair, inputs = (label, name), {"weights": models[label], **problems}
+            before = known[pair]["made_from"] if pair in known else {"recipe": {}, "inputs": {}}
+            now = ledger[pair] = {"recipe": settings, "inputs": identify(inputs, before["inputs"])}
+            changes = differing(before["recipe"], settings) + changed(before["inputs"], now["inputs"])
+            if pair in known and changes:
+                raise RunInputError(
+                    f"{output} has {label} on {name} by other weights, problems or settings ({', '.join(changes)}); "
+                    "remove it, or choose another output"
+                )
+    return ledger
+
+
+def _problems_of(recipe: Recipe, benchmark: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What of a recipe decides the scores on a benchmark, and the file of its problems."""
+    data = dataclasses.asdict(recipe.data)
+    if benchmark == _HELD_OUT:  # a task, and what a hub has, are known by their names
+        files = {"problems": input_paths(recipe)["data.path"]} if "data.path" in input_paths(recipe) else {}
+        settings: dict[str, Any] = {"data": data, "problems": recipe.eval.problems}
+    else:
+        files = {"problems": benchmark}
+        settings = {key: data[key] for key in ("template", "template_options", "system_prompt")}
+    settings |= {
+        "samples": recipe.eval.samples,
+        "temperature": recipe.eval.temperature,
+        "top_p": recipe.eval.top_p,
+        "max_new_tokens": recipe.rollout.max_new_tokens,
+        "dtype": recipe.model.dtype,
+        "seed": recipe.run.seed,
     }
+    return json.loads(json.dumps(settings, default=str)), files
+
+
+def _score_pair(
+    recipe: Recipe, model: tuple[str, str], benchmark: tuple[str, list[Problem]], pool: RewardPool, world: World
+) -> dict[str, float]:
+    """The scores of a model on the problems of a benchmark, both with their names; tells them."""
+    (label, path), (name, problems) = model, benchmark
+    start = time.perf_counter()
+    size = f"{len(problems)} x {recipe.eval.samples}"
+    _say(f"evaluating {label} on {name}: {size}")
+    shares = world.everywhere(lambda: _evaluate_share(recipe, path, problems, pool, world))
+    scores = merge(shares).scores()
+    if "pass@1" not in scores:
+        raise RewardFailure(
+            f"{label} on {name}: no completion could be scored, so that there is no score; the warning above says why"
+        )
+    seconds = time.perf_counter() - start
+    num_samples = scores["num_problems"] * scores["k"]
+    rates = f"{num_samples / seconds:,.1f} samples/s, {num_samples * scores['length'] / seconds:,.0f} tokens/s"
+    _say(f"{label} on {name}: pass@1 {scores['pass@1']:.1%}, {rates}, {seconds:,.0f} s in all")
+    return scores
 
 
 def _open_pool(recipe: Recipe, benchmarks: Mapping[str, list[Problem]]) -> RewardPool:
     """What an evaluation scores by, in place of the recipe's rewards."""
-    problems = [problem for found in benchmarks.values() for problem in found]
-    columns = {name: value for p in problems for name, value in p.columns.items() if value is not None}
-    functions = [*sorted({_scorer(problem) for problem in problems}), *_QUALITY.values()]
+    problems = [*chain.from_iterable(benchmarks.values())]
+    columns: dict[str, Any] = {}
+    scorers = set()
+    for problem in problems:  # the example has every column, from a problem that has something in it
+        columns |= {name: value for name, value in problem.columns.items() if value is not None}
+        scorers.add(solved_by(problem.columns))
+    functions = [*sorted(scorers), *_QUALITY.values()]
     rewards = dataclasses.replace(recipe.rewards, functions=functions, weights=[], start={})
     alone = dataclasses.replace(recipe, rewards=rewards, sources={}, reward_models={})
     return open_reward_pool(alone, Problem(problems[0].question, columns))
@@ -242,18 +289,17 @@ def _open_pool(recipe: Recipe, benchmarks: Mapping[str, list[Problem]]) -> Rewar
 def _evaluate_share(recipe: Recipe, path: str, problems: list[Problem], pool: RewardPool, world: World) -> Evaluation:
     """A model on this rank's share of the problems; nothing of it is left in memory."""
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=path))
-    is_native = recipe.rollout.generator == "native"  # vLLM loads the weights itself
-    empty = None if is_native else empty_decoder(read_config(path), torch.float32)
-    policy = open_policy(recipe.model, world.device, empty)
-    prompts = dict(enumerate(render_prompts(problems, policy, recipe.data)))
-    longest_prompt = max(len(prompt.token_ids) for prompt in prompts.values())
-    own = {number: prompt for number, prompt in prompts.items() if number % world.size == world.rank}
+    # All are rendered on every rank: the longest prompt decides how much room each generator makes.
+    policy = open_for_sampling(recipe, world.device)
+    prompts = render_prompts(problems, policy, recipe.data)
+    longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
+    own = {number: prompts[number] for number in range(world.rank, len(prompts), world.size)}
     alone = dataclasses.replace(world, rank=0, size=1)  # what fails on a rank is raised on all by who calls this
     with contextlib.closing(open_generator(recipe, policy, alone, longest_prompt, loaded=True)) as generator:
         return evaluate(own, policy, generator, pool, recipe, with_quality=True)
 
 
-def _read_rows(output: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
+def _read_rows(output: Path | None) -> Rows:
     """The rows of an earlier call by model and benchmark. Raises RunInputError, also where none could be written."""
     if output is None:
         return {}
@@ -265,40 +311,31 @@ def _read_rows(output: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
         why = getattr(error, "strerror", None) or error
         raise RunInputError(f"{output} cannot be read and written ({why}); choose another output") from None
     try:
-        return {(row["model"], row["benchmark"]): {"made_from": None, **row} for row in rows}
-    except (KeyError, TypeError) as error:
+        known = {}
+        for row in rows:
+            if not isinstance(row.get("made_from"), dict):  # an older version's, of which nothing is known
+                row["made_from"] = {"recipe": {}, "inputs": {}}
+            known[row["model"], row["benchmark"]] = row
+        return known
+    except (AttributeError, KeyError, TypeError) as error:
         raise RunInputError(
             f"{output}: not a file that an evaluation has written ({error!r}); choose another output"
         ) from error
 
 
-def _write_rows(output: Path, rows: Mapping[Any, dict[str, Any]]) -> None:
-    write_text(output, json.dumps(list(rows.values()), indent=1) + "\n")
-
-
-def _tell(row: Mapping[str, Any], seconds: float) -> None:
-    num_samples = row["num_problems"] * row["k"]
-    rates = f"{num_samples / seconds:,.1f} samples/s, {num_samples * row['length'] / seconds:,.0f} tokens/s"
-    console.print(
-        f"{row['model']} on {row['benchmark']}: pass@1 {row['pass@1']:.1%}, {rates}, {seconds:,.0f} s in all",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _scores(texts: Sequence[CompletionGroup], pool: RewardPool) -> np.ndarray:
     """What decides whether each completion is right, [num_completions], NaN where missing."""
-    scores = np.full(len(texts), np.nan)
-    for name in ("accuracy", "code"):
-        own = [i for i, text in enumerate(texts) if _scorer(text.problem) == name]
-        if own:
-            scores[own] = pool.score([texts[i] for i in own], name)[:, 0]
+    scores, places = np.full(len(texts), np.nan), defaultdict(list)
+    for i, text in enumerate(texts):
+        places[solved_by(text.problem.columns)].append(i)
+    for name in sorted(places):
+        own = [texts[i] for i in places[name]]
+        scores[places[name]] = pool.score(own, name)[:, 0]
     return scores
-
-
-def _scorer(problem: Problem) -> str:
-    return "code" if problem.columns.get("tests") else "accuracy"
 
 
 def _require_answer(problem: Problem) -> None:

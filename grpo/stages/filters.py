@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +104,12 @@ def rejected_by(sample: Sample, filters: FilterSection) -> str | None:
 
 
 class Selection:
-    """Filters over all completions, in their order; `seen` and `per_prompt` may be shared between sources."""
+    """The filters over a source's completions, in their order, beside what was kept of `earlier` sources."""
 
-    def __init__(self, filters: FilterSection, write: WriteSection, seen: set[bytes], per_prompt: Counter[str]):
-        self.filters, self.write, self._seen, self._per_prompt = filters, write, seen, per_prompt
+    def __init__(self, filters: FilterSection, write: WriteSection, earlier: "Selection | None" = None):
+        self.filters, self.write = filters, write
+        self._seen: set[bytes] = earlier._seen if earlier else set()
+        self._per_prompt: Counter[str] = earlier._per_prompt if earlier else Counter()
         self.rejected: Counter[str] = Counter()
         self.kept: Counter[int] = Counter()  # by prompt_id, with those of which nothing was kept
         self.examples: list[dict[str, str]] = []  # of the rejected ones
@@ -117,11 +119,17 @@ class Selection:
         """Completions so far."""
         return self.kept.total() + self.rejected.total()
 
+    def take_all(self, samples: Iterable[Sample]) -> list[tuple[Sample, str]]:
+        """What is kept, with the text to write."""
+        texts = ((sample, self.take(sample)) for sample in samples)
+        return [(sample, text) for sample, text in texts if text is not None]
+
     def take(self, sample: Sample) -> str | None:
         """The text to write, or None for a completion that is rejected."""
+        # Two completions are duplicates as they are written, so that the text is made first.
         text = rewritten(sample, self.write)
         name = rejected_by(sample, self.filters) or ("template" if text is None else self._compare(sample.prompt, text))
-        self.kept[sample.prompt_id] += name is None
+        self.kept[sample.prompt_id] += name is None  # 0 counts, too: prompts with none
         if name is None:
             return text
         self.rejected[name] += 1

@@ -11,14 +11,12 @@ command: train, sft, reward-model, collect, eval; or function), and the sections
 `like = "NAME"` begins with the sections of an earlier stage. An eval has `models = { label = "stage:NAME" }`. Of a
 function, `function = "package.module:name"` is called as name(folder, seed, **options) and fills the folder.
 
-A stage that is finished is not run again, and one that was interrupted goes on. `stages.json` keeps the values that
-each was made from, and hashes of its inputs' content: where they have changed since, the pipeline stops and says what.
+A stage that is finished is not run again, and one that was interrupted goes on. `stages.json` is the ledger: the values
+that each was made from, and what its inputs held. Where they have changed since, the pipeline stops and says what.
 """
 
 import contextlib
 import copy
-import dataclasses
-import functools
 import gc
 import inspect
 import json
@@ -26,11 +24,12 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -48,22 +47,26 @@ from flashgrpo.grpo.recipe.load import (
     section_keys,
 )
 from flashgrpo.grpo.rewards.rules import check_names, resolve_reward
-from flashgrpo.grpo.run.folder import hold_output, input_paths
+from flashgrpo.grpo.run.folder import hold_output
+from flashgrpo.grpo.run.ledger import changed, differing, identify, input_paths
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.stages.evaluate import evaluate_models
 from flashgrpo.grpo.stages.plots import draw_pipeline, write_report
 from flashgrpo.grpo.stages.runs import run_recipe
 from flashgrpo.grpo.stages.scores import markdown_of, table_of
-from flashgrpo.model.files import content_hash, parse_json, parse_toml, whole_folder, write_text
+from flashgrpo.model.files import parse_json, parse_toml, whole_folder, write_text
 
-_STATE, _REFERENCE = "stages.json", "stage:"
+_LEDGER, _REFERENCE = "stages.json", "stage:"
 _PLAIN_WIDTH = 140  # of tables that go to a file
 _OWN_KEYS = {"kind", "like", "models", "function", "options"}
 _KINDS = {**KINDS, "eval": Recipe, "function": None}
 _MAKES = {"train": "model", "sft": "model", "reward-model": "model", "collect": "data.parquet", "eval": "scores.json"}
-_UNUSED_COLUMNS = {"pairwise": ("completion_column", "label_column"), "pointwise": ("chosen_column", "rejected_column")}
-_UNHASHED = {"run", "vllm"}  # where and how fast a stage runs, not what it makes
+_UNUSED_COLUMNS = {  # of a reward model's data, by its objective
+    "pairwise": ("completion_column", "label_column"),
+    "pointwise": ("chosen_column", "rejected_column"),
+}
+_NO_MATTER = {"run", "vllm"}  # where and how fast a stage runs, not what it makes
 
 
 @dataclass(frozen=True)
@@ -97,32 +100,34 @@ def run_pipeline(path: str | Path, overrides: Sequence[str] = (), until: str | N
     output = Path(settings.run.output)
     last = len(names) if until is None else names.index(until) + 1
     for stage in stages[:last]:
-        _check_inputs(stage, given_only=True)
+        _check_given(stage)
     with contextlib.ExitStack() as stack:
         with open_world(settings) as world:
             world.on_main(lambda: stack.enter_context(hold_output(output, resume=True)))
-        _run_stages(stages[:last], len(stages), settings)
+        for number, stage in enumerate(stages[:last], start=1):
+            _run_stage(stage, f"{number}/{len(stages)}", settings)
     if os.environ.get("RANK", "0") == "0":
         _summarize(stages[:last], output)
     return output
 
 
-def _run_stages(stages: Sequence[Stage], total: int, settings: PipelineRecipe) -> None:
-    """Those that are not finished."""
+def _run_stage(stage: Stage, number: str, settings: PipelineRecipe) -> None:
+    """Run it, unless it is finished. A world is open only between stages: each of them opens its own."""
     output = Path(settings.run.output)
-    for number, stage in enumerate(stages, start=1):
-        with open_world(settings) as world:
-            is_due = world.on_main(lambda stage=stage: _open(stage, output))
-            console.rule(f"{number}/{total} {stage.name} ({stage.kind}){'' if is_due else ': finished before'}")
-        if not is_due:
-            continue
-        start = time.perf_counter()
-        _run(stage, settings)
-        gc.collect()
-        torch.cuda.empty_cache()
-        seconds = time.perf_counter() - start
-        with open_world(settings) as world:
-            world.on_main(lambda stage=stage, seconds=seconds: _close(stage, output, seconds))
+    with open_world(settings) as world:
+        is_due = world.on_main(lambda: _open(stage, output))
+    # Outside of the world, on every rank: only the first one's console prints.
+    console.rule(f"{number} {stage.name} ({stage.kind}){'' if is_due else ': finished before'}")
+    if not is_due:
+        return
+    start = time.perf_counter()
+    _run(stage, settings)
+    # The next stage needs the memory that this one's model and optimizer have left.
+    gc.collect()
+    torch.cuda.empty_cache()
+    seconds = time.perf_counter() - start
+    with open_world(settings) as world:
+        world.on_main(lambda: _close(stage, output, seconds))
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineRecipe, list[Stage]]:
@@ -134,24 +139,36 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     found = values.pop("stages", None)
     if not found or not isinstance(found, dict):
         raise RecipeError(f"{path}: no [stages.NAME]; wanted one or more")
-    own = [o for o in overrides if not o.startswith("--stages.")]
-    settings = build_recipe(PipelineRecipe, values, str(path), own)
+    shared, own = _by_stage(overrides, found, str(path))
+    settings = build_recipe(PipelineRecipe, values, str(path), shared)
     stages: dict[str, Stage] = {}
     raw: dict[str, dict[str, Any]] = {}
     for name, stage_values in found.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise RecipeError(f"{path}: stages.{name}: wanted a folder's name of letters, digits, _ and -")
         source = f"{path}: stages.{name}"
+        # Likeness is of what the file says: a later stage does not inherit this one's overrides.
         raw[name] = _with_likeness(stage_values, raw, source)
-        prefix = f"--stages.{name}."
-        options = [f"--{o.removeprefix(prefix)}" for o in overrides if o.startswith(prefix)]
-        if faulty := [o for o in options if f"={_REFERENCE}" in o]:
-            raise RecipeError(f"{source}: {faulty[0]}: an override cannot name a stage; give the path of what it makes")
-        stages[name] = _stage(name, raw[name], stages, settings, source, options)
-    unknown = [o for o in overrides if o.startswith("--stages.") and o.split(".")[1] not in found]
-    if unknown:
-        raise RecipeError(f"{unknown[0]}: no such stage{nearest(unknown[0].split('.')[1], found)}")
+        stages[name] = _stage(name, raw[name], stages, settings, source, own[name])
     return settings, [*stages.values()]
+
+
+def _by_stage(overrides: Sequence[str], stages: dict[str, Any], source: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Those of the whole pipeline, and those of each stage as options of its own recipe."""
+    shared: list[str] = []
+    own: dict[str, list[str]] = {name: [] for name in stages}
+    for override in overrides:
+        if not override.startswith("--stages."):
+            shared.append(override)
+            continue
+        name, _, option = override.removeprefix("--stages.").partition(".")
+        if name not in own:
+            raise RecipeError(f"{override}: no such stage{nearest(name, stages)}")
+        if f"={_REFERENCE}" in option:
+            fault = "an override cannot name a stage; give the path of what it makes"
+            raise RecipeError(f"{source}: stages.{name}: --{option}: {fault}")
+        own[name].append(f"--{option}")
+    return shared, own
 
 
 def _with_likeness(values: Any, earlier: dict[str, dict[str, Any]], source: str) -> dict[str, Any]:
@@ -164,11 +181,11 @@ def _with_likeness(values: Any, earlier: dict[str, dict[str, Any]], source: str)
         return values
     if model not in earlier:
         raise RecipeError(f"{source}: like = {model!r}, wanted an earlier stage{nearest(str(model), earlier)}")
-    kind = _KINDS[values["kind"]]
-    base = {k: v for k, v in earlier[model].items() if k not in _OWN_KEYS}
+    kind, merged = _KINDS[values["kind"]], copy.deepcopy(earlier[model])
+    for key in _OWN_KEYS & merged.keys():
+        del merged[key]
     if kind is not _KINDS[earlier[model]["kind"]]:
-        base = _shared_keys(base, section_keys(kind))
-    merged = copy.deepcopy(base)
+        merged = _shared_keys(merged, section_keys(kind))
     for key, value in values.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if both else value
@@ -180,7 +197,9 @@ def _shared_keys(values: dict[str, Any], keys: dict[str, list[str] | None]) -> d
     shared = {}
     for section in values.keys() & keys.keys():
         known = keys[section]
-        shared[section] = {k: v for k, v in values[section].items() if known is None or k in known}
+        if known is None:
+            known = values[section]
+        shared[section] = {key: values[section][key] for key in values[section] if key in known}
     return shared
 
 
@@ -192,33 +211,19 @@ def _stage(
     source: str,
     overrides: Sequence[str],
 ) -> Stage:
-    folder = Path(settings.run.output) / name
     values = _resolved(raw, stages, source)
-    kind = values["kind"]
-    if kind == "function":
-        if not isinstance(values.get("function"), str):
-            raise RecipeError(f"{source}: function = {values.get('function')!r}, wanted 'package.module:name'")
-        for override in overrides:
-            key, equals, text = override.partition("=")
-            if not (equals and key.startswith("--options.")):
-                raise RecipeError(f"{source}: {override}: wanted --stages.{name}.options.key=value")
-            *tables, last = key.removeprefix("--").split(".")
-            functools.reduce(lambda table, name: table.setdefault(name, {}), tables, values)[last] = parse_value(text)
-        try:
-            inspect.signature(resolve_reward(values["function"])).bind(folder, 0, **values.get("options", {}))
-        except (RewardError, TypeError) as error:
-            raise RecipeError(f"{source}: {values['function']}: {error}") from None
-        made_from = {"function": values["function"], "options": values.get("options", {}), "seed": settings.run.seed}
-        return Stage(name, kind, folder, made_from, None, {})
-    sections = {k: v for k, v in values.items() if k not in _OWN_KEYS}
-    shared = {name: getattr(settings.run, name) for name in ("seed", "device", "accept_changes")}
-    own = {"output": str(folder), **shared}
-    sections["run"] = own | sections.get("run", {})
+    if values["kind"] == "function":
+        return _function_stage(name, values, settings, source, overrides)
+    folder, kind = Path(settings.run.output) / name, values["kind"]
+    sections = {key: values[key] for key in values if key not in _OWN_KEYS}
+    shared = {key: getattr(settings.run, key) for key in ("seed", "device", "accept_changes")}
+    sections["run"] = {"output": str(folder), **shared, **sections.get("run", {})}
+    models = {}
     if kind == "eval":
         models = values.get("models")
         if not isinstance(models, dict) or not models:
             raise RecipeError(f"{source}: an evaluation wants models = {{ label = 'path' }}, found {models!r}")
-        values["models"] = models = {label: os.path.expanduser(str(path)) for label, path in models.items()}
+        models = {label: os.path.expanduser(str(path)) for label, path in models.items()}
         sections["model"] = {"path": next(iter(models.values())), **sections.get("model", {})}
     recipe = build_recipe(_KINDS[kind], sections, source, overrides)
     if isinstance(recipe, Recipe):
@@ -230,23 +235,37 @@ def _stage(
         raise RecipeError(
             f"{source}: run.output = {recipe.run.output}, wanted {folder}: a pipeline has one for all stages"
         )
-    models = values.get("models", {})
-    made_from = {k: v for k, v in _chosen(recipe).items() if k not in _UNHASHED}
-    made_from |= {"models": models, "seed": recipe.run.seed}
-    inputs = _inputs(recipe, models, stages)
-    return Stage(name, kind, folder, json.loads(json.dumps(made_from)), recipe, inputs)
+    # Keys at their default are left out, so that a key that a later version adds changes no stage.
+    dumped = TypeAdapter(type(recipe)).dump_python(recipe, mode="json", exclude_defaults=True)
+    for key in _NO_MATTER & dumped.keys():
+        del dumped[key]
+    made_from = {**dumped, "models": models, "seed": recipe.run.seed}
+    return Stage(name, kind, folder, made_from, recipe, _inputs(recipe, models, stages))
 
 
-def _chosen(value: Any) -> Any:
-    """A recipe as nested dictionaries, without the keys that have their default."""
-    if not dataclasses.is_dataclass(value):
-        return {k: _chosen(v) for k, v in value.items()} if isinstance(value, dict) else value
-    found = {}
-    for f in dataclasses.fields(value):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if (own := getattr(value, f.name)) != default:
-            found[f.name] = _chosen(own)
-    return found
+def _function_stage(
+    name: str, values: dict[str, Any], settings: PipelineRecipe, source: str, overrides: Sequence[str]
+) -> Stage:
+    """A stage that calls a function, whose arguments are checked now."""
+    function, folder = values.get("function"), Path(settings.run.output) / name
+    if not isinstance(function, str):
+        raise RecipeError(f"{source}: function = {function!r}, wanted 'package.module:name'")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not (equals and key.startswith("--options.")):
+            raise RecipeError(f"{source}: {override}: wanted --stages.{name}.options.key=value")
+        *tables, last = key.removeprefix("--").split(".")
+        target = values
+        for table in tables:
+            target = target.setdefault(table, {})
+        target[last] = parse_value(text)
+    options = values.get("options", {})
+    try:
+        inspect.signature(resolve_reward(function)).bind(folder, 0, **options)
+    except (RewardError, TypeError) as error:
+        raise RecipeError(f"{source}: {function}: {error}") from None
+    made_from = {"function": function, "options": options, "seed": settings.run.seed}
+    return Stage(name, "function", folder, json.loads(json.dumps(made_from)), None, {})
 
 
 def _resolved(value: Any, stages: dict[str, Stage], source: str) -> Any:
@@ -265,30 +284,30 @@ def _resolved(value: Any, stages: dict[str, Stage], source: str) -> Any:
 
 def _inputs(recipe: AnyRecipe, models: dict[str, str], stages: dict[str, Stage]) -> dict[str, Stage | None]:
     """The files and folders that a stage reads, and which stage makes each."""
-    found = [*models.values(), *input_paths(recipe).values()]
-    found += recipe.eval.benchmarks if isinstance(recipe, Recipe) else []
-    return {path: next((s for s in stages.values() if Path(path).is_relative_to(s.folder)), None) for path in found}
+    paths = [*models.values(), *input_paths(recipe).values()]
+    paths += recipe.eval.benchmarks if isinstance(recipe, Recipe) else []
+    inputs = {}
+    for path in paths:
+        makers = [stage for stage in stages.values() if Path(path).is_relative_to(stage.folder)]
+        inputs[path] = makers[0] if makers else None
+    return inputs
 
 
-def _check_inputs(stage: Stage, given_only: bool) -> None:
-    """That what it reads is there; of given files, whose turn may come in days, the columns, too."""
-    for path, maker in stage.inputs.items():
-        if Path(path).exists() or (given_only and maker):
-            continue
-        if maker:
-            raise RunInputError(
-                f"stage {stage.name} wants {path}, which stage {maker.name} has made and which is gone; remove "
-                f"{maker.folder} to make it anew"
-            )
-        raise RunInputError(f"stage {stage.name} wants {path}: no such file or folder")
+def _check_given(stage: Stage) -> None:
+    """That files of the user's are there, with the columns that are read: the stage's turn may come in days."""
     recipe: Any = stage.recipe
-    if recipe is None or not given_only:
+    given = [path for path, maker in stage.inputs.items() if maker is None]
+    for path in given:
+        if not Path(path).exists():
+            raise RunInputError(f"stage {stage.name} wants {path}: no such file or folder")
+    if recipe is None:
         return
-    for section in (recipe.data, *getattr(recipe, "sources", {}).values(), *getattr(recipe, "given", {}).values()):
-        if section.path in stage.inputs and not stage.inputs[section.path]:
-            unused = _UNUSED_COLUMNS[recipe.train.objective] if isinstance(recipe, RewardModelRecipe) else ()
-            columns = [f.name for f in dataclasses.fields(section) if f.name.endswith("_column")]
-            wanted = [getattr(section, name) for name in columns if name not in unused]
+    unused = _UNUSED_COLUMNS[recipe.train.objective] if isinstance(recipe, RewardModelRecipe) else ()
+    sections = [recipe.data, *getattr(recipe, "sources", {}).values(), *getattr(recipe, "given", {}).values()]
+    for section in sections:
+        if section.path in given:
+            keys = [f.name for f in fields(section) if f.name.endswith("_column") and f.name not in unused]
+            wanted = [getattr(section, key) for key in keys]
             check_columns(section.path, filter(None, wanted))
     if isinstance(recipe, Recipe):
         for path in recipe.eval.benchmarks:
@@ -296,35 +315,50 @@ def _check_inputs(stage: Stage, given_only: bool) -> None:
 
 
 def _open(stage: Stage, output: Path) -> bool:
-    """Whether the stage is to be run; then it stands in stages.json with what it is made from."""
-    _check_inputs(stage, given_only=False)
-    state = _read_state(output)
-    entry = {"recipe": stage.made_from, "inputs": {path: content_hash(Path(path)) for path in stage.inputs}}
-    known = state.get(stage.name) if stage.folder.exists() else None
-    if known:
-        is_finished = "seconds" in known
-        parts = ("recipe",) if is_finished else ()  # a run in progress knows what may change
-        if stage.recipe is None or not stage.recipe.run.accept_changes:
-            parts += ("inputs",)
-        if changes := [f"{part}: {key}" for part in parts for key in _differing(known[part], entry[part])]:
+    """Whether the stage is to be run; then it stands in the ledger with what it is made from."""
+    for path, maker in stage.inputs.items():
+        if maker and not Path(path).exists():
             raise RunInputError(
-                f"stage {stage.name} in {stage.folder} was made from another {', '.join(changes)}; restore it, remove "
-                "that folder to make the stage anew, choose another run.output, or accept inputs with other content by "
-                f"--stages.{stage.name}.run.accept_changes=true"
+                f"stage {stage.name} wants {path}, which stage {maker.name} has made and which is gone; "
+                f"remove {maker.folder} to make it anew"
             )
-    elif stage.folder.exists():
+    ledger = _read_ledger(output)
+    known = ledger.get(stage.name) if stage.folder.exists() else None
+    if stage.folder.exists() and known is None:
         raise RunInputError(f"{stage.folder} was not made by this pipeline; choose another run.output")
-    is_due = not (known and "seconds" in known and stage.made.exists())
+    noted = known["inputs"] if known else {}
+    inputs = identify({path: path for path in stage.inputs}, noted)
+    entry: dict[str, Any] = {"recipe": stage.made_from, "inputs": inputs}
+    is_finished = known is not None and "seconds" in known
+    if known:
+        _compare(stage, known, entry, is_finished)
+    # What is finished and gone is made again.
+    is_due = not (is_finished and stage.made.exists())
     if known and not is_due:
         entry["seconds"] = known["seconds"]
-    write_text(output / _STATE, json.dumps(state | {stage.name: entry}, indent=1))
+    write_text(output / _LEDGER, json.dumps(ledger | {stage.name: entry}, indent=1))
     return is_due
 
 
+def _compare(stage: Stage, known: dict[str, Any], entry: dict[str, Any], is_finished: bool) -> None:
+    """Raises RunInputError where the stage was made from something else."""
+    changes = []
+    if is_finished:  # one in progress knows itself which keys may change
+        changes += [f"recipe: {key}" for key in differing(known["recipe"], entry["recipe"])]
+    if stage.recipe is None or not stage.recipe.run.accept_changes:
+        changes += [f"inputs: {path}" for path in changed(known["inputs"], entry["inputs"])]
+    if changes:
+        raise RunInputError(
+            f"stage {stage.name} in {stage.folder} was made from another {', '.join(changes)}; restore it, remove "
+            "that folder to make the stage anew, choose another run.output, or accept inputs with other content by "
+            f"--stages.{stage.name}.run.accept_changes=true"
+        )
+
+
 def _close(stage: Stage, output: Path, seconds: float) -> None:
-    state = _read_state(output)
-    state[stage.name]["seconds"] = round(seconds, 1)
-    write_text(output / _STATE, json.dumps(state, indent=1))
+    ledger = _read_ledger(output)
+    ledger[stage.name]["seconds"] = round(seconds, 1)
+    write_text(output / _LEDGER, json.dumps(ledger, indent=1))
 
 
 def _run(stage: Stage, settings: PipelineRecipe) -> None:
@@ -345,35 +379,23 @@ def _call(stage: Stage, seed: int) -> None:
         function(folder, seed, **stage.made_from["options"])
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Keys of two nested dictionaries, those of a section as section.key, whose values differ."""
-    found = []
-    for key in before | now:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += [f"{key}.{name}" for name in _differing(old, new)]
-        elif old != new:
-            found.append(key)
-    return found
-
-
-def _read_state(output: Path) -> dict[str, Any]:
+def _read_ledger(output: Path) -> dict[str, Any]:
     try:
-        state = parse_json((output / _STATE).read_bytes())
-        if not all({"recipe", "inputs"} <= entry.keys() for entry in state.values()):
+        ledger = parse_json((output / _LEDGER).read_bytes())
+        if not all({"recipe", "inputs"} <= entry.keys() for entry in ledger.values()):
             raise ValueError("a stage lacks what it is made from")
-        return state
+        return ledger
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError) as error:
         raise RunInputError(
-            f"{output / _STATE}: not what a pipeline has written ({error}); restore it, or remove {output}"
+            f"{output / _LEDGER}: not what a pipeline has written ({error}); restore it, or remove {output}"
         ) from error
 
 
 def _summarize(stages: list[Stage], output: Path) -> None:
     """The scores of the last evaluation, the seconds of each stage and the picture of the whole."""
-    seconds = {name: entry.get("seconds", 0.0) for name, entry in _read_state(output).items()}
+    seconds = {name: entry.get("seconds", 0.0) for name, entry in _read_ledger(output).items()}
     times = Table(title="stages", title_justify="left")
     for column in ("stage", "kind", "seconds", "made"):
         times.add_column(column, justify="right" if column == "seconds" else "left")
@@ -384,8 +406,9 @@ def _summarize(stages: list[Stage], output: Path) -> None:
     rows: list[dict[str, Any]] = []
     for stage in stages:
         if stage.kind == "eval":
-            rows = json.loads(stage.made.read_text(encoding="utf-8"))
-            rows = [row for row in rows if row["model"] in stage.made_from["models"]]  # not those of an edited file
+            written = json.loads(stage.made.read_text(encoding="utf-8"))
+            # The file keeps rows of models that an edited pipeline names no more.
+            rows = [row for row in written if row["model"] in stage.made_from["models"]]
             printer.print(table_of(rows))
             write_text(output / f"{stage.name}.md", markdown_of(rows))
     curves = {stage.name: stage.folder for stage in stages if stage.kind == "train"}

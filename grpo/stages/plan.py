@@ -119,6 +119,7 @@ class Costs:
     def memory(self, token_budget: int) -> dict[str, Parts]:
         """The parts of a GPU's memory at each moment of the docstring above, with micro-batches of `token_budget`."""
         size, config, shard = self.itemsize, self.config, self.size.total / self.shard_ranks
+        # What is there at every moment.
         state = {
             "reserve": self.machine.reserve + FRAGMENTATION * self.machine.memory * (not self.machine.is_cpu),
             "parameters (fp32 shard)": 4 * shard,
@@ -129,9 +130,11 @@ class Costs:
         group_size, blocks = self.recipe.rollout.group_size, config.num_layers
         tokens, _, targets = self.lengths.group(group_size)
         rows = token_budget * targets / tokens
+        # A CPU's attention copies a prompt's keys for each completion; the kernel reads them in place.
         cpu_group = (self.lengths.prompt, self.lengths.response - 1, group_size) if self.machine.is_cpu else None
         block = BlockActivations.of(config, self.recipe.model.activation_checkpointing, size, cpu_group)
-        outside = 2 * size * config.hidden_size + 8 * config.head_dim  # final norm's input and output, cos and sin
+        # Outside of the blocks: the final norm's input and output, cos and sin.
+        outside = 2 * size * config.hidden_size + 8 * config.head_dim
         saved = token_budget * (blocks * block.kept + outside)
         gathered, resharded = size * self.size.root, self.recipe.train.reshard_after_forward
         all_blocks, head = size * blocks * self.size.block, self.size.head
@@ -224,11 +227,13 @@ class Costs:
         memory_rate = self.machine.memory_rate * MEMORY_SHARE
         passes = (train.mini_batches - 1) / train.mini_batches + (self.recipe.loss.kl_coef > 0)
         score = passes * max(self.work(1, 1, 1), train.mini_batches * self.micro_batches * self.collective_s(moved))
-        again = self.recipe.model.activation_checkpointing == "full"  # attention: 2 products, backward 7
+        # Attention: 2 products in a forward pass, 7 in a backward one.
+        again = self.recipe.model.activation_checkpointing == "full"
         compute = self.work(3 + again, 4.5 + again, 3 + (self.recipe.loss.ratio_level == "sequence"))
         gathers = 2 if train.reshard_after_forward else 1
         exchange = self.micro_batches * (gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total))
-        adamw = 28 * self.size.total / self.shard_ranks / memory_rate  # reads 4 and writes 3 fp32 numbers a weight
+        # AdamW reads 4 and writes 3 fp32 numbers a weight.
+        adamw = 28 * self.size.total / self.shard_ranks / memory_rate
         one_pass = max(compute, train.mini_batches * (exchange + self.all_reduce_s())) + train.mini_batches * adamw
         sync = self.collective_s(moved) + moved / memory_rate
         return {"generate": self.generate_s(), "score": score, "train": train.epochs * one_pass, "sync": sync}
@@ -246,7 +251,8 @@ class Costs:
         for i in range(num_points):
             t = (i + 0.5) * width
             live = rows * lengths.alive(t)
-            read = live * t + prompts * (1 - (1 - lengths.alive(t)) ** size)  # a prompt is read once for its group
+            # A prompt is read once for its group, as long as one of its completions lives.
+            read = live * t + prompts * (1 - (1 - lengths.alive(t)) ** size)
             read_s = (weights + self.kv_bytes * read) / memory_rate
             compute_s = flops.forward(live, live * (t + lengths.prompt), live) / rate
             seconds += width * max(read_s, compute_s, host_s)
@@ -333,46 +339,24 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
 
 def _largest_budget(run: Costs) -> int:
     """Most tokens of a micro-batch that fit, 0 for none."""
+    # Every part grows with the budget, so that halving finds the end in 40 looks.
     return bisect.bisect_left(range(1, 1 << 40), True, key=lambda tokens: not run.fits(tokens))
 
 
 def _refusal(run: Costs, memory: dict[str, Parts], needed: int) -> str:
-    """What is too large, and which changes are enough by themselves."""
-    moment, parts = max(memory.items(), key=lambda item: sum(item[1].values()))
-    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
-
-    def changed(section: str, **values: object) -> Costs:
-        new = dataclasses.replace(getattr(run.recipe, section), **values)
-        return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **{section: new}))
-
-    budget = _largest_budget(run)
-    doubled = [run.num_gpus << i for i in range(1, 13)]
-    prompts, updates = run.recipe.rollout.prompts_per_step, run.recipe.train.mini_batches
-    halved = [prompts >> i for i in range(1, prompts.bit_length()) if not prompts % (updates << i)]
-    changes = {  # each kind from the smallest change
-        "--train.token_budget": [(budget, changed("train", token_budget=budget))] if budget >= needed else [],
-        "--model.activation_checkpointing": [
-            (kind, changed("model", activation_checkpointing=kind)) for kind in ("selective", "full")
-        ],
-        "--train.shard_ranks": [(0, changed("train", shard_ranks=0))],
-        "--rollout.prompts_per_step": [(n, changed("rollout", prompts_per_step=n)) for n in halved],
-        "--gpus": [(n, dataclasses.replace(run, num_gpus=n)) for n in doubled],
-    }
-    enough = [
-        next((f"{name}={value}" for value, new in tried if new.fits(new.recipe.train.token_budget)), None)
-        for name, tried in changes.items()
-    ]
-    alone = " or ".join(filter(None, enough))
-    together = "several changes are needed: " + (
-        "lower rollout.prompts_per_step, rollout.group_size or rollout.max_new_tokens, or more GPUs"
-        if moment == "rollout"
-        else "model.activation_checkpointing=full, a lower train.token_budget or more GPUs"
-    )
+    """What is too large, and the largest token budget, which is the one change that costs no result."""
+    moment = max(memory, key=lambda name: sum(memory[name].values()))
+    largest = sorted(memory[moment].items(), key=lambda part: part[1], reverse=True)[:3]
     sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in largest)
+    budget = _largest_budget(run)
+    if budget >= needed:
+        advice = f"--train.token_budget={budget} would be enough"
+    else:
+        advice = "no token budget is small enough: make one of them smaller, or take more GPUs"
     return (
-        f"{sum(parts.values()) / 1e9:,.1f} GB a GPU are needed ({moment}), {run.machine.memory / 1e9:,.1f} GB are "
-        f"there, on {run.num_gpus} GPUs; the largest are {sizes}; "
-        + (f"{alone} would be enough" if alone else together)
+        f"{sum(memory[moment].values()) / 1e9:,.1f} GB a GPU are needed ({moment}), "
+        f"{run.machine.memory / 1e9:,.1f} GB are there, on {run.num_gpus} GPUs; "
+        f"the largest are {sizes}; {advice}"
     )
 
 
@@ -383,7 +367,10 @@ def print_plan(found: Plan) -> None:
     table.add_column("")
     for moment in found.memory:
         table.add_column(moment, justify="right")
-    for name in dict.fromkeys(name for parts in found.memory.values() for name in parts):
+    names: dict[str, None] = {}
+    for parts in found.memory.values():  # a part that several moments have is one row
+        names |= dict.fromkeys(parts)
+    for name in names:
         sizes = [parts.get(name) for parts in found.memory.values()]
         table.add_row(name, *("" if size is None else f"{size / 1e9:,.2f}" for size in sizes))
     table.add_section()

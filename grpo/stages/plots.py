@@ -5,7 +5,6 @@ Of an SFT run or a reward model's, the loss.
 
 import fnmatch
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,9 @@ from rich.text import Text
 from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.metrics import PHASES
 from flashgrpo.grpo.run.folder import read_rows
+from flashgrpo.model.files import whole_file
+
+Draw = Callable[[Axes, list[dict], list[dict]], None]  # of all rows, and those of training steps
 
 _SHOWN_SHARE = 0.005  # of the time; a thinner band could not be seen
 _LEGEND_COLUMNS = 3
@@ -52,7 +54,7 @@ def write_report(run: str | Path) -> Path:
     """Draw RUN/report.png from RUN/metrics.jsonl; returns its path. Raises RunInputError for no step to draw."""
     run = Path(run)
     rows = _read_metrics(run)
-    steps = [row for row in rows if "loss" in row]
+    steps = _with_key(rows, "loss")
     if not steps:
         raise RunInputError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a run?")
     panels = _panels(rows, steps)
@@ -62,41 +64,45 @@ def write_report(run: str | Path) -> Path:
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axis, draw in zip(axes, panels, strict=False):
         draw(axis, rows, steps)
-    numbers = [row["step"] for row in rows]
-    margin = max(0.02 * (max(numbers) - min(numbers)), 0.5)
+    first, last = rows[0]["step"], rows[-1]["step"]
+    margin = max(0.02 * (last - first), 0.5)
     for axis in axes:
         axis.set_xlabel("step")
-        axis.set_xlim(min(numbers) - margin, max(numbers) + margin)
+        axis.set_xlim(first - margin, last + margin)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _open_corner(axis)
+    # A grid with an odd number of panels has a place too many.
     for axis in axes[max(len(panels), 1) :]:
         axis.remove()
     figure.suptitle(str(run), fontsize="medium", color="0.4", parse_math=False)
-    path = run / "report.png"
-    temporary = path.with_name("report.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.rename(path)
-    return path
+    return _save(figure, run / "report.png", dpi=120)
 
 
 def print_summary(run: str | Path, num_samples: int = 3) -> None:
     """Held-out score or loss before and after, and the newest sampled completions, to standard output."""
     run, console = Path(run), Console()
     rows = _read_metrics(run)
-    evaluations = [row for row in rows if "eval/pass@1" in row or "eval/accuracy" in row]
-    steps = [row for row in rows if "loss" in row]
-    columns = _GRPO_SUMMARY if any("reward/mean" in row for row in steps) else _SFT_SUMMARY
-    if any("train/accuracy" in row for row in steps):
+    steps = _with_key(rows, "loss")
+    evaluations = _with_key(rows, "eval/pass@1") or _with_key(rows, "eval/accuracy")
+    columns = _SFT_SUMMARY
+    if _with_key(steps, "reward/mean"):
+        columns = _GRPO_SUMMARY
+    elif _with_key(steps, "train/accuracy"):
         columns = _REWARD_MODEL_SUMMARY
     table = Table(title=Text(str(run)), title_justify="left")
     for column in ("step", *columns):
         table.add_column(column, justify="right")
     for row in evaluations or steps[:1] + steps[1:][-1:]:
-        cells = ["" if row.get(key) is None else form.format(row[key]) for key, form in columns.values()]
-        table.add_row(str(row["step"]), *cells)
+        cells = [str(row["step"])]
+        for key, form in columns.values():
+            cells.append("" if row.get(key) is None else form.format(row[key]))
+        table.add_row(*cells)
     console.print(table)
-    newest = {str(sample.get("prompt")): sample for sample in read_rows(run / "samples.jsonl")}
+    # Of a prompt the last sample stays, at the place of its first.
+    newest = {}
+    for sample in read_rows(run / "samples.jsonl"):
+        newest[str(sample.get("prompt"))] = sample
     for prompt, sample in list(newest.items())[-num_samples:]:
         reward = "missing"
         if isinstance(sample.get("reward"), float | int):
@@ -122,56 +128,61 @@ def _check_number(path: Path, row: dict[str, Any], key: str) -> None:
         raise RunInputError(f"{path}: {key} is {value!r:.80} in step {row['step']!s:.20}, wanted a number")
 
 
-def _panels(rows: list[dict], steps: list[dict]) -> list[Callable[[Axes, list[dict], list[dict]], None]]:
+def _panels(rows: list[dict], steps: list[dict]) -> list[Draw]:
     """What draws each panel that has something to show."""
 
     def has(*keys: str, above_zero: bool = False) -> bool:
-        values = np.concatenate([_series(rows, key)[1] for key in keys])
-        return bool(np.nan_to_num(values).any() if above_zero else np.isfinite(values).any())
+        for key in keys:
+            values = _series(rows, key)[1]
+            if (np.nan_to_num(values) if above_zero else np.isfinite(values)).any():
+                return True
+        return False
 
-    if any("reward/mean" in row for row in steps):
+    if _with_key(steps, "reward/mean"):
         found = {
             _draw_scores: has("eval/pass@1", "reward/accuracy"),
             _draw_lengths: has("length/mean"),
             _draw_rewards: has("reward/mean"),
             _draw_times: has(*(f"time/{phase}_s" for phase in PHASES), above_zero=True),
-            partial(_draw_one, key="kl", title="KL to the reference, nats a token"): has("kl", above_zero=True),
-            partial(_draw_one, key="entropy", title="entropy, nats a token"): has("entropy"),
+            _one("kl", "KL to the reference, nats a token"): has("kl", above_zero=True),
+            _one("entropy", "entropy, nats a token"): has("entropy"),
             _draw_clipped: has("clip/low", "clip/high", above_zero=True),
         }
     else:
-        found = {_draw_loss: has("loss"), _draw_accuracy: has("train/accuracy", "eval/accuracy")}
-    found[partial(_draw_one, key="grad_norm", title="gradient norm, before clipping")] = has("grad_norm")
+        unit = "row" if "train/accuracy" in steps[0] else "token"
+        found = {
+            _one("loss", f"loss, nats a {unit}", from_zero=False): has("loss"),
+            _draw_accuracy: has("train/accuracy", "eval/accuracy"),
+        }
+    found[_one("grad_norm", "gradient norm, before clipping")] = has("grad_norm")
     return [draw for draw, is_there in found.items() if is_there]
 
 
 def _draw_scores(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-    evaluations = [row for row in rows if row.get("eval/pass@1") is not None]
+    evaluations = _known(rows, "eval/pass@1")
     _plot(axis, steps, "reward/accuracy", color="0.7", label="accuracy of the rollouts")
     if evaluations:
-        low, high = (_series(evaluations, f"eval/pass@1/{end}")[1] for end in ("low", "high"))
-        _band(axis, evaluations, low, high, color="tab:blue", label="95% interval")
+        _band(axis, evaluations, "eval/pass@1/low", "eval/pass@1/high", color="tab:blue", label="95% interval")
         _plot(axis, evaluations, "eval/pass@1", marks=True, color="tab:blue", label="held-out pass@1")
         if evaluations[-1].get("eval/k", 1) > 1:
             label = f"held-out cons@{evaluations[-1]['eval/k']:.0f}"
             _plot(axis, evaluations, "eval/cons@k", marks=True, linestyle="--", color="tab:green", label=label)
-    axis.set_ylim(-0.02, 1.02)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _in_percent(axis)
     _label(axis, "score")
 
 
 def _draw_lengths(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-    shortest, longest = (_series(steps, f"length/{end}")[1] for end in ("min", "max"))
-    _band(axis, steps, shortest, longest, color="tab:blue", label="shortest to longest")
+    _band(axis, steps, "length/min", "length/max", color="tab:blue", label="shortest to longest")
     _plot(axis, steps, "length/mean", color="tab:blue", label="mean")
     axis.set_ylim(bottom=0)
-    if any(row.get("reflection/per_1000_tokens") for row in steps):
+    if np.nan_to_num(_series(steps, "reflection/per_1000_tokens")[1]).any():
+        # Its curve is on the other axis, whose legend nobody asks for: an empty one stands for it.
         axis.plot([], [], ":", color="tab:red", label="reflections in 1,000")
         right = axis.twinx()
         _plot(right, steps, "reflection/per_1000_tokens", linestyle=":", color="tab:red")
         right.set_ylim(bottom=0)
         right.tick_params(colors="tab:red")
-        right.spines[["top", "right"]].set_visible(False)
+        _open_corner(right)
     _label(axis, "response length, tokens")
 
 
@@ -184,9 +195,10 @@ def _draw_rewards(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
 
 
 def _draw_times(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-    seconds = {phase: np.array([row.get(f"time/{phase}_s") or 0.0 for row in steps]) for phase in PHASES}
-    total = sum(values.sum() for values in seconds.values())
-    bottom, numbers = np.zeros(len(steps)), [row["step"] for row in steps]
+    numbers, _ = _series(steps, "loss")
+    seconds = {phase: np.nan_to_num(_series(steps, f"time/{phase}_s")[1]) for phase in PHASES}
+    total = np.sum([*seconds.values()])
+    bottom = np.zeros(len(steps))
     for phase, values in seconds.items():
         if values.sum() <= _SHOWN_SHARE * total:
             continue
@@ -200,17 +212,10 @@ def _draw_times(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
     _label(axis, "seconds a step")
 
 
-def _draw_loss(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-    _plot(axis, steps, "loss", color="tab:blue")
-    _label(axis, "loss, nats a row" if "train/accuracy" in steps[0] else "loss, nats a token")
-
-
 def _draw_accuracy(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
     _plot(axis, steps, "train/accuracy", color="0.7", label="of a step")
-    evaluations = [row for row in rows if row.get("eval/accuracy") is not None]
-    _plot(axis, evaluations, "eval/accuracy", marks=True, color="tab:blue", label="held-out")
-    axis.set_ylim(-0.02, 1.02)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _plot(axis, _known(rows, "eval/accuracy"), "eval/accuracy", marks=True, color="tab:blue", label="held-out")
+    _in_percent(axis)
     _label(axis, "accuracy")
 
 
@@ -222,10 +227,16 @@ def _draw_clipped(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
     _label(axis, "share of tokens whose ratio is clipped")
 
 
-def _draw_one(axis: Axes, rows: list[dict], steps: list[dict], key: str, title: str) -> None:
-    _plot(axis, steps, key, color="tab:blue")
-    axis.set_ylim(bottom=0)
-    _label(axis, title)
+def _one(key: str, title: str, from_zero: bool = True) -> Draw:
+    """A panel of one number."""
+
+    def draw(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
+        _plot(axis, steps, key, color="tab:blue")
+        if from_zero:
+            axis.set_ylim(bottom=0)
+        _label(axis, title)
+
+    return draw
 
 
 def _plot(axis: Axes, rows: list[dict], key: str, marks: bool = False, **style: Any) -> None:
@@ -239,11 +250,12 @@ def _plot(axis: Axes, rows: list[dict], key: str, marks: bool = False, **style: 
     axis.plot(numbers, values, marker="o", markersize=4, markevery=np.flatnonzero(marked).tolist(), **style)
 
 
-def _band(axis: Axes, rows: list[dict], low: np.ndarray, high: np.ndarray, color: str, label: str) -> None:
+def _band(axis: Axes, rows: list[dict], low_key: str, high_key: str, color: str, label: str) -> None:
     """Between two lines; of a single step a bar."""
+    numbers, low = _series(rows, low_key)
+    high = _series(rows, high_key)[1]
     if not np.isfinite(low + high).any():
         return
-    numbers = [row["step"] for row in rows]
     if len(numbers) == 1:
         axis.vlines(numbers, low, high, color=color, alpha=0.25, linewidth=8, label=label)
     else:
@@ -262,8 +274,22 @@ def _label(axis: Axes, title: str) -> None:
 
 
 def _series(rows: list[dict], key: str) -> tuple[list[int], np.ndarray]:
-    values = [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
-    return [row["step"] for row in rows], np.array(values)
+    """Steps, and what they have under a key, NaN where that is nothing."""
+    numbers, values = [], np.full(len(rows), np.nan)
+    for i, row in enumerate(rows):
+        numbers.append(row["step"])
+        if row.get(key) is not None:
+            values[i] = row[key]
+    return numbers, values
+
+
+def _with_key(rows: list[dict], key: str) -> list[dict]:
+    """Rows that have a key, be it null."""
+    return [row for row in rows if key in row]
+
+
+def _known(rows: list[dict], key: str) -> list[dict]:
+    return [row for row in rows if row.get(key) is not None]
 
 
 def draw_pipeline(stages: dict[str, Path], scores: list[dict[str, Any]], path: Path) -> Path:
@@ -277,48 +303,73 @@ def draw_pipeline(stages: dict[str, Path], scores: list[dict[str, Any]], path: P
         _draw_stages(axis, runs, keys)
         axis.set_title(title, loc="left", fontweight="bold", pad=20)
         if keys[0] in _SHARES:
-            axis.set_ylim(-0.02, 1.02)
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            _in_percent(axis)
     _draw_models(panels[-1], scores)
-    temporary = path.with_name(f"{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.rename(path)
-    return path
+    return _save(figure, path, dpi=110)
 
 
-def _draw_stages(axis: Axes, runs: dict[str, list[dict[str, Any]]], keys: tuple[str, ...]) -> None:
+def _draw_stages(axis: Axes, runs: dict[str, list[dict[str, Any]]], patterns: tuple[str, ...]) -> None:
+    """One run after the other, on an axis of all their steps."""
     start = 0
     for (name, rows), color in zip(runs.items(), _STAGE_COLOURS * len(runs), strict=False):
-        found = dict.fromkeys(key for pattern in keys for row in rows for key in fnmatch.filter(row, pattern))
-        found.pop("source/data/reward", None)  # the others' are on a scale of their own
-        for number, key in enumerate(found):
-            known = [row for row in rows if row.get(key) is not None]
-            steps, values = [start + row["step"] for row in known], [row[key] for row in known]
-            is_sparse = number == 0 and len(keys) > 1
-            axis.plot(steps, values, "o-" if is_sparse else "-", markersize=3, color=color, alpha=0.35 if number else 1)
-        end = start + max((row["step"] for row in rows), default=0)
+        for number, key in enumerate(_matching(rows, patterns)):
+            steps, values = _series(_known(rows, key), key)
+            is_sparse = number == 0 and len(patterns) > 1
+            style = {"markersize": 3, "color": color, "alpha": 0.35 if number else 1}
+            axis.plot(start + np.array(steps), values, "o-" if is_sparse else "-", **style)
+        end = start + (rows[-1]["step"] if rows else 0)
         axis.text((start + end) / 2, 1.01, name, color=color, transform=axis.get_xaxis_transform(), ha="center")
         axis.axvline(end, color="0.85", linewidth=0.8)
         start = end
     axis.set_xlim(0, max(start, 1))
     axis.set_xlabel("step, of all RL stages")
     axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    _open_corner(axis)
+
+
+def _matching(rows: list[dict[str, Any]], patterns: tuple[str, ...]) -> list[str]:
+    """Keys of the rows, by the patterns' order and then by that in which they come."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        for row in rows:
+            found |= dict.fromkeys(fnmatch.filter(row, pattern))
+    found.pop("source/data/reward", None)  # the others' are on a scale of their own
+    return [*found]
 
 
 def _draw_models(axis: Axes, rows: list[dict[str, Any]]) -> None:
     """pass@1 with its interval, and the majority's score, of the models on the first benchmark."""
     rows = [row for row in rows if row["benchmark"] == rows[0]["benchmark"]]
+    names, scores, votes, below, above = [], [], [], [], []
+    for row in rows:
+        names.append(row["model"])
+        scores.append(row["pass@1"])
+        votes.append(row["cons@k"])
+        below.append(row["pass@1"] - row["pass@1/low"])
+        above.append(row["pass@1/high"] - row["pass@1"])
     places = range(len(rows))
-    scores = [row["pass@1"] for row in rows]
-    errors = [[row["pass@1"] - row["pass@1/low"] for row in rows], [row["pass@1/high"] - row["pass@1"] for row in rows]]
-    axis.barh(places, scores, xerr=errors, color="tab:blue", alpha=0.75, label="pass@1, 95% interval")
+    axis.barh(places, scores, xerr=[below, above], color="tab:blue", alpha=0.75, label="pass@1, 95% interval")
     if rows:
-        axis.plot([row["cons@k"] for row in rows], places, "s", color="tab:green", label=f"cons@{rows[0]['k']:.0f}")
+        axis.plot(votes, places, "s", color="tab:green", label=f"cons@{rows[0]['k']:.0f}")
         axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=2, fontsize="small")
-    axis.set_yticks(places, [row["model"] for row in rows])
+    axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_title("held-out", loc="left", fontweight="bold", pad=20)
+    _open_corner(axis)
+
+
+def _in_percent(axis: Axes) -> None:
+    axis.set_ylim(-0.02, 1.02)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _open_corner(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> Path:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")  # its name ends otherwise
+    return path

@@ -15,6 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 _Z = NormalDist().inv_cdf(0.975)
+_TEXT_COLUMNS = ("benchmark", "model")
+
+
+def solved_by(columns: Mapping[str, Any]) -> str:
+    """The reward function that says whether a problem with these columns is solved (`is_correct` of its score)."""
+    return "code" if columns.get("tests") else "accuracy"
 
 
 class Graded(NamedTuple):
@@ -40,19 +46,18 @@ class Evaluation:
         the truncated share, reflective phrases per 1,000 tokens; where asked for and known, format and language; the
         share of missing scores where there are any, and nothing else where there are no others.
         """
-        rows = [self.samples[number] for number in sorted(self.samples)]
-        samples = [sample for row in rows for sample in row]
-        missing = float(np.mean([sample.is_missing for sample in samples]))
+        # Where nothing was scored, "pass@1 0%" would be no score of the model.
+        missing = float(self._column("is_missing").mean())
         if missing == 1:
             return {"missing": missing}
-        correct = np.array([[sample.is_correct for sample in row] for row in rows])  # [num_problems, k]
+        correct, lengths = self._column("is_correct"), self._column("length")
         num_problems, k = correct.shape
-        consensus = float(np.mean([_majority(row) for row in rows]))
+        majorities = np.array([_majority(row) for row in self.samples.values()])
+        consensus = float(majorities.mean())
         low, high = clustered_interval(correct)
         cons_low, cons_high = wilson_interval(consensus, num_problems)
-        tokens = sum(sample.length for sample in samples)
-        quality = {name: [s.quality[name] for s in samples] for name in samples[0].quality}
-        return {
+        tokens = int(lengths.sum())
+        scores: dict[str, float] = {
             "pass@1": float(correct.mean()),
             "pass@1/low": low,
             "pass@1/high": high,
@@ -62,12 +67,26 @@ class Evaluation:
             "cons@k/high": cons_high,
             "k": k,
             "num_problems": num_problems,
-            "length": tokens / len(samples),
-            "truncated": float(np.mean([sample.is_truncated for sample in samples])),
-            **({"missing": missing} if missing else {}),
-            "reflection": 1000 * sum(sample.reflections for sample in samples) / max(tokens, 1),
-            **{name: float(np.nanmean(values)) for name, values in quality.items() if not np.isnan(values).all()},
+            "length": tokens / correct.size,
+            "truncated": float(self._column("is_truncated").mean()),
         }
+        if missing:
+            scores["missing"] = missing
+        # A rate over all tokens: the mean of rates would be that of short completions.
+        scores["reflection"] = 1000 * int(self._column("reflections").sum()) / max(tokens, 1)
+        qualities = self._column("quality")
+        for name in qualities.flat[0]:
+            values = np.array([quality[name] for quality in qualities.flat])
+            if not np.isnan(values).all():
+                scores[name] = float(np.nanmean(values))
+        return scores
+
+    def _column(self, name: str) -> np.ndarray:  # [num_problems, k]
+        """A field of all samples, problem by problem."""
+        column = []
+        for number in sorted(self.samples):
+            column.append([getattr(sample, name) for sample in self.samples[number]])
+        return np.array(column)
 
 
 def clustered_interval(
@@ -97,7 +116,10 @@ def wilson_interval(share: float, num: float) -> tuple[float, float]:
 
 def merge(parts: Sequence[Evaluation]) -> Evaluation:
     """Evaluations of different problems as one."""
-    return Evaluation({number: row for part in parts for number, row in part.samples.items()})
+    samples = {}
+    for part in parts:
+        samples |= part.samples
+    return Evaluation(samples)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -105,7 +127,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="95% intervals", title_justify="left")
     header, *lines = _cells(rows)
     for name in header:
-        table.add_column(name, justify="left" if name in ("benchmark", "model") else "right")
+        table.add_column(name, justify="left" if name in _TEXT_COLUMNS else "right")
     for line in lines:
         table.add_row(*map(escape, line))
     return table
@@ -114,8 +136,11 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
 def markdown_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """The same table as Markdown."""
     header, *lines = _cells(rows)
-    rule = ["---" if name in ("benchmark", "model") else "---:" for name in header]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
+    rule = ["---" if name in _TEXT_COLUMNS else "---:" for name in header]
+    text = ""
+    for line in (header, rule, *lines):
+        text += f"| {' | '.join(line)} |\n"
+    return text
 
 
 def _majority(row: Sequence[Graded]) -> bool:
@@ -129,23 +154,28 @@ def _majority(row: Sequence[Graded]) -> bool:
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Header and lines of a table; the benchmark is a column where there are several."""
-    numbers_of_samples = {row["k"] for row in rows}
-    k = numbers_of_samples.pop() if len(numbers_of_samples) == 1 else "k"
-    columns = {
-        "model": lambda row: row["model"],
-        "pass@1": lambda row: f"{_share(row, 'pass@1')} ({_share(row, 'pass@1/low')} to {_share(row, 'pass@1/high')})",
-        f"cons@{k}": lambda row: _share(row, "cons@k"),
-        f"pass@{k}": lambda row: _share(row, "pass@k"),
-        "length": lambda row: f"{row['length']:,.0f}",
-        "truncated": lambda row: _share(row, "truncated"),
-        "format": lambda row: _share(row, "format"),
-        "language": lambda row: _share(row, "language"),
-    }
-    if any("missing" in row for row in rows):
-        columns["missing"] = lambda row: _share(row, "missing")
-    if len({row["benchmark"] for row in rows}) > 1:
-        columns = {"benchmark": lambda row: Path(row["benchmark"]).stem, **columns}
-    return [[*columns], *([cell(row) for cell in columns.values()] for row in rows)]
+    ks, benchmarks, names = set(), set(), set()
+    for row in rows:
+        ks.add(row["k"])
+        benchmarks.add(row["benchmark"])
+        names |= row.keys()
+    k = ks.pop() if len(ks) == 1 else "k"
+    shares = {f"cons@{k}": "cons@k", f"pass@{k}": "pass@k"}
+    marks = ["truncated", "format", "language", *(["missing"] if "missing" in names else [])]
+    header = ["model", "pass@1", *shares, "length", *marks]
+    lines = []
+    for row in rows:
+        interval = f"{_share(row, 'pass@1/low')} to {_share(row, 'pass@1/high')}"
+        line = [row["model"], f"{_share(row, 'pass@1')} ({interval})"]
+        line += [_share(row, name) for name in shares.values()]
+        line += [f"{row['length']:,.0f}"]
+        line += [_share(row, name) for name in marks]
+        lines.append(line)
+    if len(benchmarks) > 1:
+        header = ["benchmark", *header]
+        for row, line in zip(rows, lines, strict=True):
+            line.insert(0, Path(row["benchmark"]).stem)
+    return [header, *lines]
 
 
 def _share(row: Mapping[str, Any], name: str) -> str:

@@ -114,7 +114,7 @@ def test_without_an_answer_nothing_is_wrong():
 
 def test_duplicates_and_the_cap_look_at_all_that_was_kept():
     texts = [f"<think>a</think>{text}" for text in ("One  way", "one way\n", "two", "three")]
-    selection = Selection(FilterSection(max_per_prompt=2), WriteSection(), set(), Counter())
+    selection = Selection(FilterSection(max_per_prompt=2), WriteSection())
     kept = [selection.take(sample(text, sample=i)) for i, text in enumerate(texts)]
     assert kept == [texts[0], None, texts[2], None]
     other = dataclasses.replace(sample(texts[0], prompt_id=1), prompt="another")
@@ -142,7 +142,7 @@ def test_duplicates_and_the_cap_look_at_all_that_was_kept():
     ],
 )
 def test_completions_are_rewritten(template, completion, written):
-    selection = Selection(FilterSection(format=False), WriteSection(template), set(), Counter())
+    selection = Selection(FilterSection(format=False), WriteSection(template))
     assert selection.take(sample(completion)) == written
     assert selection.rejected == ({} if written else {"template": 1})
 

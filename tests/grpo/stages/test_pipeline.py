@@ -15,7 +15,7 @@ import ranks
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.errors import DataError, RecipeError, RunInputError
 from flashgrpo.grpo.run.folder import read_rows
-from flashgrpo.grpo.stages.pipeline import _check_inputs, load_pipeline, run_pipeline
+from flashgrpo.grpo.stages.pipeline import _check_given, load_pipeline, run_pipeline
 
 ROOT = Path(__file__).resolve().parents[3]
 IS_SOAK = "KILLS" in os.environ
@@ -170,7 +170,7 @@ def test_a_column_that_a_late_stage_misses_is_found_before_the_first_stage_runs(
     if message is None:
         run_pipeline(pipeline, until="data")
         for stage in load_pipeline(pipeline)[1]:
-            _check_inputs(stage, given_only=True)
+            _check_given(stage)
     else:
         with pytest.raises(DataError, match=message):
             run_pipeline(pipeline)

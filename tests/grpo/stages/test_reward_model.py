@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure
+from flashgrpo.grpo.learn.balance import plan_packs
 from flashgrpo.grpo.learn.packing import build_batch
 from flashgrpo.grpo.recipe.load import RewardModelRecipe, build_recipe
 from flashgrpo.grpo.recipe.schema import ModelSection, PreferenceSection
@@ -122,7 +123,7 @@ def test_loss_and_gradients_are_those_of_float64_on_single_sequences(recipe, sco
         trainer.recipe = changed(recipe, "train", token_budget=token_budget)
         scoring = RewardModel(str(scoring_path), "cpu", 64, "").model
         trainer.policy.model.load_state_dict(scoring.state_dict())  # its head is not 0
-        _, batches, signs = trainer._pack(trainer.rows)
+        batches, signs = trainer._pack(trainer._groups(trainer.rows)), trainer._shared(trainer.rows)
         assert (len(batches) == 1) == (token_budget == 4096)
         loss = 0.0
         for batch in batches:
@@ -148,14 +149,13 @@ def test_loss_and_gradients_are_those_of_float64_on_single_sequences(recipe, sco
 def test_a_pair_is_never_split(recipe, num_ranks):
     """Neither where a pack has no room for it, nor to even out ranks; every rank has as many micro-batches."""
     rng = np.random.default_rng(1)
-    recipe = changed(recipe, "train", token_budget=100)
     with open_world(recipe) as world, RunFolder(recipe, resume=False, world=world) as folder:
         trainer = RewardModelTrainer(recipe, folder, world)
-        trainer.world = dataclasses.replace(world, size=num_ranks)
         for num_pairs in (1, 2, 7):
             lengths = rng.integers(1, 30, (num_pairs, 3))
             rows = [Row([1] * a, [np.ones(b), np.ones(c)], [1.0, -1.0]) for a, b, c in lengths.tolist()]
-            plan, _, _ = trainer._pack(rows)
+            groups, whole = trainer._groups(rows), trainer.keeps_groups_whole
+            plan = plan_packs(groups, 100, num_ranks, trainer.flops, keep_whole=whole)
             found = [group for rank in plan.packs for pack in rank for group in pack]
             assert [len(group.completions) for group in found] == [2] * num_pairs
             assert len({len(rank) for rank in plan.packs}) == 1
@@ -197,10 +197,10 @@ def test_ctrl_c_and_resume_is_bitwise(recipe, tmp_path, monkeypatch):
     reward_model(whole)
     original = RewardModelTrainer._loss
 
-    def interrupted(self, batch, signs):
-        if self.step == 2:
+    def interrupted(self, batch, shared):
+        if self.step == 2 and torch.is_grad_enabled():  # not in the evaluation
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, batch, signs)
+        return original(self, batch, shared)
 
     with monkeypatch.context() as patch:
         patch.setattr(RewardModelTrainer, "_loss", interrupted)

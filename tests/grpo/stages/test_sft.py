@@ -15,7 +15,7 @@ from flashgrpo.grpo.errors import DataError, RunError
 from flashgrpo.grpo.learn.balance import plan_packs
 from flashgrpo.grpo.learn.packing import build_batch
 from flashgrpo.grpo.recipe.load import SftRecipe, build_recipe
-from flashgrpo.grpo.recipe.schema import ModelSection, SftDataSection
+from flashgrpo.grpo.recipe.schema import ModelSection
 from flashgrpo.grpo.run.folder import RunFolder, read_rows
 from flashgrpo.grpo.run.policy import open_policy
 from flashgrpo.grpo.run.world import open_world
@@ -72,13 +72,13 @@ def test_loss_and_gradients_are_those_of_cross_entropy(recipe, model_path, token
     """Completion tokens alone are trained on, the end-of-sequence token among them; packing changes nothing."""
     with open_world(recipe) as world, RunFolder(recipe, resume=False, world=world) as folder:
         trainer = SftTrainer(recipe, folder, world)
-        (packs,) = plan_packs(trainer.examples, token_budget, 1, trainer.flops).packs
+        (packs,) = plan_packs(trainer.rows, token_budget, 1, trainer.flops).packs
         batches = [build_batch(pack) for pack in packs]
         assert (len(batches) == 1) == (token_budget == 4096)
         num_targets = sum(batch.num_targets for batch in batches)
         nll = 0.0
         for batch in batches:
-            loss, stats = trainer._loss(batch, denominator=float(num_targets))
+            loss, stats = trainer._loss(batch, float(num_targets))
             loss.backward()
             nll -= stats["logprobs"].sum().item() / num_targets
         grads = {name: p.grad for name, p in trainer.learner.params.items() if p.grad is not None}
@@ -117,9 +117,9 @@ def test_every_example_is_seen_once_an_epoch(recipe, monkeypatch):
     recipe = changed(recipe, "train", batch_size=6, epochs=2)
     seen: list[list[int]] = []
 
-    def spy(groups, *options):
+    def spy(groups, *options, **more):
         seen.append([group.completions[0].sequence_id for group in groups])
-        return plan_packs(groups, *options)
+        return plan_packs(groups, *options, **more)
 
     monkeypatch.setattr("flashgrpo.grpo.stages.sft.plan_packs", spy)
     sft(recipe)
@@ -137,10 +137,10 @@ def test_ctrl_c_in_an_update_and_resume_is_bitwise(recipe, tmp_path, monkeypatch
     sft(whole)
     original = SftTrainer._loss
 
-    def interrupted(self, batch, denominator):
+    def interrupted(self, batch, shared):
         if self.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, batch, denominator)
+        return original(self, batch, shared)
 
     with monkeypatch.context() as patch:
         patch.setattr(SftTrainer, "_loss", interrupted)
@@ -162,8 +162,8 @@ def test_ctrl_c_in_an_update_and_resume_is_bitwise(recipe, tmp_path, monkeypatch
 def test_gradients_that_stay_not_finite_end_the_run(recipe, monkeypatch):
     original = SftTrainer._loss
 
-    def poisoned(self, batch, denominator):
-        loss, stats = original(self, batch, denominator)
+    def poisoned(self, batch, shared):
+        loss, stats = original(self, batch, shared)
         return loss * float("nan"), stats
 
     monkeypatch.setattr(SftTrainer, "_loss", poisoned)
@@ -171,10 +171,9 @@ def test_gradients_that_stay_not_finite_end_the_run(recipe, monkeypatch):
         sft(recipe)
 
 
-def test_the_end_of_sequence_is_appended_once(policy, tmp_path):
+def test_the_end_of_sequence_is_appended_once(recipe, policy, tmp_path):
     rows = [{"prompt": "a", "completion": "bc"}, {"prompt": "a", "completion": "bc<eos>"}]
-    data = SftDataSection(path=str(write_rows(tmp_path / "rows.jsonl", rows)), template="none")
-    first, second = load_examples(data, policy, token_budget=64)
+    first, second = load_examples(changed(recipe, "data", path=str(write_rows(tmp_path / "rows.jsonl", rows))), policy)
     end = policy.tokenizer.eos_token_id
     assert first.completions[0].token_ids.tolist() == second.completions[0].token_ids.tolist()
     assert first.completions[0].token_ids.tolist().count(end) == 1
@@ -204,7 +203,7 @@ GOOD = {"prompt": "1+1=", "completion": "2"}
         ([], {}, r"no rows in .*rows\.jsonl"),
     ],
 )
-def test_bad_examples_are_found_before_the_first_step(policy, tmp_path, rows, data, message):
-    section = SftDataSection(path=str(write_rows(tmp_path / "rows.jsonl", rows)), template="none", **data)
+def test_bad_examples_are_found_before_the_first_step(recipe, policy, tmp_path, rows, data, message):
+    recipe = changed(recipe, "data", path=str(write_rows(tmp_path / "rows.jsonl", rows)), **data)
     with pytest.raises(DataError, match=message):
-        load_examples(section, policy, token_budget=64)
+        load_examples(recipe, policy)

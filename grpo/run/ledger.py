@@ -1,0 +1,157 @@
+"""What a product was made from: its recipe, and what the files and folders that it reads held.
+
+One ledger for runs, collections, evaluations and pipelines: a product stands as long as both are the same. A model or a
+data set that was replaced in place would be another product under this one's name. An input is known by a hash of its
+content, kept beside a mark of its files' sizes and times: it is read once, and again only where those have changed.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flashgrpo.grpo.errors import RunInputError
+from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
+from flashgrpo.grpo.run.progress import console
+from flashgrpo.model.files import content_files, content_hash, is_local, parse_json, parse_toml, write_text
+
+_MADE_FROM = "made_from.json"
+_SLOW_BYTES = 10e9  # more takes seconds to read, or minutes
+
+Inputs = dict[str, dict[str, str]]  # by the name of an input: `mark` and `sha256`
+
+
+def identify(paths: Mapping[str, str], known: Mapping[str, Any]) -> Inputs:
+    """What stands at each path, by the names of `paths`; one that is missing is left to its reader.
+
+    Nothing is read of what is in `known` and has the same mark. Raises RunInputError for what cannot be read.
+    """
+    found = {}
+    for name, path in paths.items():
+        try:
+            mark, before = _mark(Path(path)), known.get(name)
+            # Large models are not read again at every start.
+            if isinstance(before, dict) and before.get("mark") == mark:
+                found[name] = before
+                continue
+            tell_of_reading(Path(path), "to notice changes")
+            found[name] = {"mark": mark, "sha256": content_hash(Path(path))}
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise RunInputError(f"{name}: {error.filename or path} cannot be read: {error.strerror}") from None
+    return found
+
+
+def changed(before: Mapping[str, Any], now: Inputs) -> list[str]:
+    """The inputs whose content is another one; of what an older version has noted, nothing is known."""
+    names = []
+    for name, found in now.items():
+        noted = before.get(name)
+        if isinstance(noted, dict) and noted.get("sha256") != found["sha256"]:
+            names.append(name)
+    return names
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys of two nested dictionaries, those of a section as section.key, whose values differ."""
+    found = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{key}.{name}" for name in differing(old, new)]
+        elif old != new:
+            found.append(key)
+    return found
+
+
+def input_paths(recipe: AnyRecipe) -> dict[str, str]:
+    """The files and folders that a run reads, by their keys; what a hub has is known by its name."""
+    values = dataclasses.asdict(recipe)
+    sections = {name: values[name] for name in ("model", "data") if name in values}
+    for kind in ("sources", "reward_models", "given"):
+        for name, section in values.get(kind, {}).items():
+            sections[f"{kind}.{name}"] = section
+    paths = {}
+    for name, section in sections.items():
+        path, is_data = section["path"], name.startswith(("data", "sources.", "given."))
+        if path and (not is_data or is_local(path)):
+            paths[f"{name}.path"] = path
+    return paths
+
+
+def tell_of_reading(path: Path, why: str) -> None:
+    """Nobody should wait for it in silence."""
+    size = sum(file.stat().st_size for file in content_files(path))
+    if size > _SLOW_BYTES:
+        console.print(f"reading {path}, {size / 1e9:.0f} GB, {why}", markup=False, highlight=False, soft_wrap=True)
+
+
+def compare_inputs(recipe: AnyRecipe) -> tuple[Inputs, dict[str, str]]:
+    """What a run reads; by key, what to say of each that has changed since the run in run.output began."""
+    file, paths = Path(recipe.run.output) / _MADE_FROM, input_paths(recipe)
+    try:
+        known = parse_json(file.read_bytes())
+        if not isinstance(known, dict):
+            raise ValueError("it is no table")
+    except FileNotFoundError:
+        known = {}
+    except (OSError, ValueError) as error:
+        raise RunInputError(f"{file}: not what a run has written ({error}); restore it, or remove it") from None
+    now = identify(paths, known)
+    began = f"since the run in {recipe.run.output} began"
+    return now, {key: f"{key}: what {paths[key]} holds has changed {began}" for key in changed(known, now)}
+
+
+def write_made_from(recipe: AnyRecipe, made_from: Inputs) -> None:
+    """Write the recipe and what its inputs hold."""
+    output = Path(recipe.run.output)
+    write_text(output / "recipe.toml", recipe_to_toml(recipe))
+    write_text(output / _MADE_FROM, json.dumps(made_from, indent=1))
+
+
+def _makes_another_run(section: str, key: str) -> bool:
+    """Another model, data set or seed would be another run under this one's name."""
+    return section in ("data", "sources") or (section, key) in (("model", "path"), ("run", "seed"))
+
+
+def changed_keys(
+    stored: Path, recipe_toml: str, is_fixed: Callable[[str, str], bool] = _makes_another_run
+) -> list[str]:
+    """What is new in a recipe. Raises RunInputError for a section and key that may not change."""
+    try:
+        before = _keys(stored.read_text(encoding="utf-8"))
+    except (OSError, ValueError, AttributeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RunInputError(f"{stored}: not the recipe of a run ({why}); restore it") from None
+    now = _keys(recipe_toml)
+    changes = []
+    for section, key in before | now:
+        old, new = before.get((section, key)), now.get((section, key))
+        if old != new and is_fixed(section, key) and (old is not None or new):  # a key may be newer than the run
+            raise RunInputError(
+                f"{section}.{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
+                "keep it, or choose another run.output"
+            )
+        changes += [f"{section}.{key} {old!r} -> {new!r}"] if old != new else []
+    return changes
+
+
+def _keys(recipe_toml: str) -> dict[tuple[str, str], Any]:
+    """The values of a recipe by section and key."""
+    values = {}
+    for section, keys in parse_toml(recipe_toml).items():
+        for key, value in keys.items():
+            values[section, key] = value
+    return values
+
+
+def _mark(path: Path) -> str:
+    """Of the names, sizes and times of the files at a path."""
+    digest = hashlib.sha256()
+    for file in content_files(path):
+        state = file.stat()
+        digest.update(f"{file.relative_to(path)} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
