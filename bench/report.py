@@ -1,4 +1,4 @@
-"""Write the README's tables from the results files: `flashgrpo bench report`, or with `--check` compare only.
+"""Write the tables of README.md and docs/ from the results files: `flashgrpo bench report`; `--check` compares only.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`.
 """
@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from flashgrpo.bench.shapes import SHAPES
@@ -60,16 +61,14 @@ def headline_table() -> list[str]:
 
 
 def static_table() -> list[str]:
-    """What arithmetic says of an H200 from the compiled code: no measurement."""
-    rows = ["Predicted for an H200, from the compiled code and the bytes and FLOPs of a shape:", ""]
-    rows += ["| kernel, compiled for sm_90 | registers | shared KB | limit, ms | share of it expected | |"]
-    rows.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    """What the kernels compile to for an H200."""
+    rows = ["Compiled for sm_90 in bf16, not run:", ""]
+    rows += ["| kernel | head dim | registers | spills | shared KB |", "| --- | ---: | ---: | ---: | ---: |"]
     for row in _read("static.json")["rows"]:
-        found = row.get("prediction")
-        if found and found["expected_share_of_limit"]:
+        if row["target"] == "sm_90" and row["head_dim"] in (None, 128):
             rows.append(
-                f"| `{row['kernel'].strip('_')}` | {row['registers']} | {row['shared_bytes'] / 1024:.0f} "
-                f"| {found['limit_ms']:.3g} | {found['expected_share_of_limit']:.0%} | {found['reason']} |"
+                f"| `{row['kernel'].strip('_')}` | {row['head_dim'] or ''} | {row['registers']} "
+                f"| {row['hot_loop_spills']} | {row['shared_bytes'] / 1024:.0f} |"
             )
     return rows
 
@@ -242,30 +241,38 @@ TABLES = {
     "demo": demo_table,
     "cpu_step": lambda: cpu_step_table(_read("cpu_step.json")),
     "vllm": vllm_table,
-    "plan": plan_table,
 }
 
 
-def render(readme: str) -> str:
-    """The README with every marked table made anew. Raises KeyError for a name without a table."""
+def pages() -> list[Path]:
+    """The README and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def render(page: str) -> str:
+    """A page with every marked table made anew. Raises KeyError for a name without a table."""
 
     def fill(match: re.Match) -> str:
         return "\n".join([match[1], *TABLES[match[2]](), match[3]])
 
-    return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end -->)", fill, readme, flags=re.DOTALL)
+    return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end -->)", fill, page, flags=re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = option_parser("report", __doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 if the README is not what the results say")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    rendered = render(text)
-    if parser.parse_args(arguments).check:
-        print("\n".join(difflib.unified_diff(text.splitlines(), rendered.splitlines(), "README.md", "results", n=0)))
-        return int(rendered != text)
-    write_text(readme, rendered)
-    return 0
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page is not what the results say")
+    is_check = parser.parse_args(arguments).check
+    is_stale = False
+    for page in pages():
+        text = page.read_text()
+        rendered = render(text)
+        if not is_check:
+            write_text(page, rendered)
+        elif rendered != text:
+            is_stale = True
+            name = str(page.relative_to(ROOT))
+            print("\n".join(difflib.unified_diff(text.splitlines(), rendered.splitlines(), name, "results", n=0)))
+    return int(is_stale)
 
 
 if __name__ == "__main__":
