@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from flashgrpo.bench import cpu_step, demo_seeds, generate, kernels, static, step, sync
@@ -78,24 +79,32 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def render(readme: str) -> str:
-    """The README with every marked table made anew. Raises KeyError for a name without a table."""
+def pages() -> list[Path]:
+    """The README and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def render(page: str) -> str:
+    """A page with every marked table made anew. Raises KeyError for a name without a table."""
 
     def fill(match: re.Match) -> str:
         return "\n".join([match[1], *TABLES[match[2]](), match[3]])
 
-    return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end -->)", fill, readme, flags=re.DOTALL)
+    return re.sub(r"(<!-- results: (\w+) -->)\n.*?(<!-- end -->)", fill, page, flags=re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = option_parser("report", __doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 if the README is not what the results say")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page is not what the results say")
     is_check = parser.parse_args(arguments).check
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    rendered = render(text)
-    if is_check:
-        print("\n".join(difflib.unified_diff(text.splitlines(), rendered.splitlines(), "README.md", "results", n=0)))
-        return int(rendered != text)
-    write_text(readme, rendered)
-    return 0
+    is_stale = False
+    for page in pages():
+        text = page.read_text()
+        rendered = render(text)
+        if not is_check:
+            write_text(page, rendered)
+        elif rendered != text:
+            is_stale = True
+            name = str(page.relative_to(ROOT))
+            print("\n".join(difflib.unified_diff(text.splitlines(), rendered.splitlines(), name, "results", n=0)))
+    return int(is_stale)

@@ -1,0 +1,192 @@
+"""README.md and docs/: their links lead somewhere, their examples run, their commands are understood."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashgrpo.bench.shapes import SHAPES
+from flashgrpo.grpo.cli import _parser
+from flashgrpo.grpo.learn.learner import Learner
+from flashgrpo.grpo.recipe.load import KINDS, Recipe, build_recipe, load_recipe
+from flashgrpo.grpo.recipe.schema import TrainSection
+from flashgrpo.grpo.stages.pipeline import load_pipeline
+from flashgrpo.model.checkpoint import init_decoder
+from flashgrpo.model.config import ModelConfig
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+MAKEFILE = (ROOT / "Makefile").read_text()
+# The first words of lines in blocks of commands that are not ours.
+OTHERS = {"source"}
+MODULE = "flashgrpo.grpo.cli"
+
+by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(name, text) of every fenced block in a language, of all pages."""
+    found = []
+    for page in PAGES:
+        texts = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        found += [(f"{page.name} {number}", text) for number, text in enumerate(texts, start=1)]
+    return found
+
+
+EXAMPLES = dict(blocks("python"))
+COMMANDS = [
+    line
+    for _, text in blocks("bash")
+    for line in text.replace("\\\n", "").splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def section(page: Path, title: str) -> list[str]:
+    """The lines below a heading, up to the next one."""
+    return page.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0].splitlines()
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link can name in a page, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@by_name
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.is_file(), f"{target}: no such file"
+        assert not anchor or anchor in anchors(linked), f"{target}: no such heading"
+
+
+def test_every_page_is_in_the_list_of_the_readme():
+    linked = re.findall(r"\]\((docs/\w+\.md)\)", "\n".join(section(README, "Start")))
+    assert sorted(linked) == [str(page.relative_to(ROOT)) for page in PAGES[1:]]
+
+
+@by_name
+def test_files_that_are_named_exist(page):
+    """Those of the project, in backticks or, in the README, in the tree of its rooms."""
+    text = page.read_text()
+    for path in re.findall(r"`((?:\.ci|bench|grpo|kernels|model|recipes|tests)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_rooms_of_the_readme_are_those_of_the_project():
+    tree = "\n".join(section(README, "The rooms")).split("```")[1]
+    named = re.findall(r"^ *([\w.]+/?)", tree, re.MULTILINE)
+    floor = [
+        f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and path.name.isalpha() and path.name != "runs"
+    ]
+    rooms = [f"{path.parent.name}/" for path in (ROOT / "grpo").glob("*/*.py")]
+    files = [path.name for path in (ROOT / "grpo").glob("*.py")]
+    assert sorted(named) == sorted({*floor, *rooms, *files})
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 230
+    words = [line for line in section(README, "Words") if re.match(r"\| \w", line)]
+    assert 20 <= len(words) <= 30
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_run(name):
+    code = EXAMPLES[name]
+    lines = [line for line in code.splitlines() if line.strip() and not re.match(r"\s*#|import |from ", line)]
+    assert len(lines) <= 20, "about 15 lines each"
+    exec(compile(code, name, "exec"), {})
+
+
+def test_the_step_of_the_readme_trains():
+    """What it scores becomes likelier."""
+    scope: dict = {}
+    exec(compile(next(code for code in EXAMPLES.values() if "def train_step" in code), "README.md", "exec"), scope)
+    torch.manual_seed(0)
+    config = {**SHAPES["small"], "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 20}
+    model = init_decoder(ModelConfig.from_dict(config), seed=0)
+    learner = Learner(model, TrainSection(lr=1e-2), total_steps=30)
+    shares = []
+
+    def reward(rollout) -> float:
+        shares.append(float((rollout.completion_ids == 7).mean()))
+        return shares[-1]
+
+    for step in range(1, 31):
+        learner.set_lr(step)
+        assert scope["train_step"](model, learner, [[5, 6], [8, 9, 10]], reward, step).isfinite()
+    assert sum(shares[-64:]) > 3 * sum(shares[:64])
+
+
+def test_every_kernel_has_an_example():
+    names = "packed_attention gather_logprobs grpo_loss pack_padded logits_grpo_loss linear_logprobs linear_grpo_loss"
+    assert all(re.search(rf"\b{name}\(", "".join(EXAMPLES.values())) for name in names.split())
+
+
+def test_recipes_are_recipes():
+    recipes = blocks("toml")
+    assert recipes
+    for name, text in recipes:
+        assert build_recipe(Recipe, tomllib.loads(text), name)
+
+
+def test_commands_in_the_text_exist():
+    text = "".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"`flashgrpo ([a-z-]+)", text))
+    assert named <= set(re.findall(r"^    ([a-z-]+)\s", _parser().format_help(), re.MULTILINE))
+    targets = set(re.findall(r"`make ([a-z][\w-]*)", text))
+    assert targets <= set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
+
+
+def flashgrpo_words(line: str) -> list[str] | None:
+    """What a line gives to the command line, or None for another program's."""
+    words = shlex.split(line, comments=True)
+    while "=" in words[0]:  # the environment
+        words = words[1:]
+    if words[0] == "flashgrpo":
+        return words[1:]
+    if words[0] == "torchrun":
+        assert words[words.index("-m") + 1] == MODULE
+        return words[words.index(MODULE) + 1 :]
+    if words[0] == "sbatch":
+        assert (ROOT / words[1]).is_file()
+        return ["train", *words[2:]]
+    return None
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_understood(line):
+    """By the command line, and so are the recipes and keys that they name; targets stand in the Makefile."""
+    words = flashgrpo_words(line)
+    if words is None:
+        program, *rest = shlex.split(line, comments=True)
+        assert program in {"make", *OTHERS}, "a command that nobody has tried"
+        for word in rest if program == "make" else []:
+            variable, is_variable, _ = word.partition("=")
+            wanted = rf"\b{variable}\b" if is_variable else rf"^{re.escape(word)}:"
+            assert re.search(wanted, MAKEFILE, re.MULTILINE), word
+        return
+    options, overrides = _parser().parse_known_args(words)
+    if options.command == "pipeline":
+        stages = load_pipeline(ROOT / options.recipe, overrides)[1]
+        assert options.until in {None, *(stage.name for stage in stages)}
+    elif options.command == "demo":
+        assert (ROOT / options.recipe).is_file()
+    elif "recipe" in options:
+        assert load_recipe(KINDS.get(options.command, Recipe), ROOT / options.recipe, overrides)
+    else:
+        assert overrides == []
+
+
+def test_the_commands_of_the_pages_are_many():
+    """Those that a reader looks for first; what is left out here is found with --help."""
+    seen = {words[0] for words in map(flashgrpo_words, COMMANDS) if words}
+    assert seen >= {"train", "sft", "pipeline", "eval", "plan", "serve", "sample", "report", "bench"}
