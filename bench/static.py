@@ -32,7 +32,7 @@ from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
 from flashgrpo.bench.timing import option_parser, results_folder
-from flashgrpo.kernels import attention, attention_tiles, logprob, loss_triton, row_loss
+from flashgrpo.kernels import attention, attention_tiles, logprob, loss_triton
 from flashgrpo.model.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
@@ -50,8 +50,8 @@ _POINTERS = {
     torch.int64: "targets sequence_ids sources",
     torch.int8: "live",
     torch.float32: "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks log_totals loss "
-    "d_logprobs d_entropies rewards old ref behavior partials denominators metrics token_advantages token_lengths "
-    "factors",
+    "d_logprobs d_entropies rewards old ref behavior partials metrics token_advantages token_lengths "
+    "denominator_tensor factors",
 }
 _COUNTS = (
     "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n "
@@ -59,6 +59,8 @@ _COUNTS = (
 )
 ARGUMENTS: dict[str, Any] = {name: MockTensor(dtype) for dtype, names in _POINTERS.items() for name in names.split()}
 ARGUMENTS |= dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
+_INPUTS = loss_triton.KernelInputs._make(ARGUMENTS.get(name, 1.0) for name in loss_triton.KernelInputs._fields)
+ARGUMENTS["inputs"] = _INPUTS
 
 
 class Launch(NamedTuple):
@@ -98,11 +100,12 @@ def launches(target: str) -> Iterator[Launch]:
     row = {"BLOCK": logprob.BLOCK, "num_warps": logprob.NUM_WARPS}
     yield Launch(logprob._logprob_fwd_kernel, target, None, row | {"SLICE": logprob.SLICE})
     yield Launch(logprob._logprob_bwd_kernel, target, None, row)
-    yield Launch(row_loss._row_loss_kernel, target, None, row | {"SLICE": logprob.SLICE, "entropy_coef": None})
-    yield Launch(row_loss._move_rows_kernel, target, None, row)
-    yield Launch(row_loss._scale_kernel, target, None, row)
+    no_bonus = {"SLICE": logprob.SLICE, "inputs": _INPUTS._replace(entropy_coef=None)}
+    yield Launch(loss_triton._row_loss_kernel, target, None, row | no_bonus)
+    yield Launch(loss_triton._move_rows_kernel, target, None, row)
+    yield Launch(loss_triton._scale_kernel, target, None, row)
     row = {"BLOCK": loss_triton.BLOCK, "GROUP_BLOCK": loss_triton.GROUP_BLOCK}
-    yield Launch(row_loss._advantage_kernel, target, None, row)
+    yield Launch(loss_triton._advantage_kernel, target, None, row)
     yield Launch(loss_triton._grpo_loss_kernel, target, None, row)
     yield Launch(loss_triton._sum_blocks_kernel, target, None, {"ROWS": loss_triton._ROWS})
 
