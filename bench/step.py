@@ -53,8 +53,8 @@ from flashgrpo.bench.timing import (
 )
 from flashgrpo.grpo.run.machines import peak_flops
 from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.cost import BlockActivations, ModelSize
 from flashgrpo.model.files import write_text
-from flashgrpo.model.footprint import BlockActivations, ModelSize
 
 SHARED, REPEATED = "flashgrpo, shared prompts", "flashgrpo, repeated prompts"
 PARTS = "attention", "linear", "loss", "optimizer", "other"

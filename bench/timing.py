@@ -26,7 +26,7 @@ from rich.console import Console
 
 from flashgrpo.grpo.run.progress import peak_memory_mb
 from flashgrpo.kernels.common import HAS_TRITON, triton
-from flashgrpo.model.linear import product
+from flashgrpo.model.cpu import product
 
 ROOT = Path(__file__).resolve().parent.parent
 _SLEEP_CLOCKS = 1_000_000  # half a millisecond

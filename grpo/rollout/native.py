@@ -19,8 +19,8 @@ from flashgrpo.grpo.rollout.generator import splitmix64
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.model.cpu import PackedWeights, product
 from flashgrpo.model.decoder import Decoder, huggingface_views
-from flashgrpo.model.linear import PackedWeights, product
 
 _CACHE_STEP = 64
 _IDLE_SHARE = 1 / 8
@@ -158,7 +158,7 @@ class _DecodingBatch:
         return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).to(self.device)
 
     def _drop_idle_rows(self, tokens: Tensor) -> Tensor:
-        step = max(1, len(self.seeds) // 16)  # few different numbers of rows, see `model.linear`
+        step = max(1, len(self.seeds) // 16)  # few different numbers of rows, see model/cpu.py
         spare = self.done & (np.cumsum(self.done) > -np.count_nonzero(~self.done) % step)
         if spare.sum() < max(1, _IDLE_SHARE * len(self.rows)):
             return tokens

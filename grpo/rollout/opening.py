@@ -25,7 +25,9 @@ def open_generator(recipe: SamplingRecipe, policy: Policy, world: World, longest
 
         return open_vllm(recipe, policy, world, longest_prompt)
     dtype = resolve_dtype(recipe.model.dtype, world.device)
-    generator = NativeGenerator(empty_decoder(policy.model.config, dtype), policy.stop_token_ids, world.device)
+    generator = NativeGenerator(
+        empty_decoder(policy.model.config, dtype, world.device), policy.stop_token_ids, world.device
+    )
     generator.model.attention_backend = recipe.model.attention_backend
     generator.free_weights()
     return generator

@@ -34,7 +34,7 @@ from flashgrpo.grpo.run.progress import Clock, StepBar, console, peak_memory_mb
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.types import Problem
 from flashgrpo.model.batch import PackedBatch
-from flashgrpo.model.flops import ModelFlops
+from flashgrpo.model.cost import ModelFlops
 from flashgrpo.model.sharding import free_gathered
 
 _LABELS = {0: -1.0, 1: 1.0}  # by label; True is 1
