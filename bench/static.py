@@ -32,7 +32,7 @@ from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
 from flashgrpo.bench.timing import option_parser, results_folder
-from flashgrpo.kernels import attention, attention_tiles, logprob, loss_triton
+from flashgrpo.kernels import attention, attention_plan, logprob, loss_triton
 from flashgrpo.model.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
@@ -92,7 +92,7 @@ def launches(target: str) -> Iterator[Launch]:
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     for dim in (64, 128, 256):
         options = {"HEAD_DIM": dim, "BLOCK_D": dim} | ({"matrix_instr_nonkdim": 16} if target == "gfx942" else {})
-        tiles = attention_tiles.TILES[target, dim]
+        tiles = attention_plan.TILES[target, dim]
         for kernel, tile in zip(kernels, tiles, strict=True):
             yield Launch(kernel, target, dim, options | dict(zip(names, tile, strict=True)))
         options |= zip(names[1:], tiles[2][1:], strict=True)
