@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction, MockTensor, create_function_from_sig
 
 from flashgrpo.bench.timing import ROOT, Row, markdown, option_parser, show, write_results
 from flashgrpo.grpo.run.progress import console
-from flashgrpo.kernels import attention, attention_tiles, logprob, loss_triton, row_loss
+from flashgrpo.kernels import attention, attention_plan, logprob, loss_triton
 
 RESULTS = ROOT / "bench" / "results" / "static.json"
 TARGETS = {f"sm_{x}": GPUTarget("cuda", x, 32) for x in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -41,8 +41,8 @@ _POINTERS = {
     torch.int64: "targets sequence_ids sources",
     torch.int8: "live",
     torch.float32: "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks log_totals loss "
-    "d_logprobs d_entropies rewards old ref behavior partials denominators metrics token_advantages token_lengths "
-    "factors",
+    "d_logprobs d_entropies rewards old ref behavior partials metrics token_advantages token_lengths "
+    "denominator_tensor factors",
 }
 _COUNTS = (
     "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n "
@@ -51,6 +51,9 @@ _COUNTS = (
 ARGUMENTS: dict[str, Any] = dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
 for _dtype, _names in _POINTERS.items():
     ARGUMENTS |= dict.fromkeys(_names.split(), MockTensor(_dtype))
+_FIELDS = loss_triton.KernelInputs._fields
+_INPUTS = loss_triton.KernelInputs._make([ARGUMENTS.get(name, 1.0) for name in _FIELDS])
+ARGUMENTS["inputs"] = _INPUTS
 
 
 class Launch(NamedTuple):
@@ -83,7 +86,7 @@ def launches(target: str) -> Iterator[Launch]:
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     for dim in (64, 128, 256):
         options = {"HEAD_DIM": dim, "BLOCK_D": dim} | ({"matrix_instr_nonkdim": 16} if target == "gfx942" else {})
-        tiles = attention_tiles.TILES[target, dim]
+        tiles = attention_plan.TILES[target, dim]
         for kernel, tile in zip(kernels, tiles, strict=True):
             yield Launch(kernel, target, dim, options | dict(zip(names, tile, strict=True)))
         options |= zip(names[1:], tiles[2][1:], strict=True)
@@ -91,11 +94,12 @@ def launches(target: str) -> Iterator[Launch]:
     row = {"BLOCK": logprob.BLOCK, "num_warps": logprob.NUM_WARPS}
     yield Launch(logprob._logprob_fwd_kernel, target, None, row | {"SLICE": logprob.SLICE})
     yield Launch(logprob._logprob_bwd_kernel, target, None, row)
-    yield Launch(row_loss._row_loss_kernel, target, None, row | {"SLICE": logprob.SLICE, "entropy_coef": None})
-    yield Launch(row_loss._move_rows_kernel, target, None, row)
-    yield Launch(row_loss._scale_kernel, target, None, row)
+    no_bonus = {"SLICE": logprob.SLICE, "inputs": _INPUTS._replace(entropy_coef=None)}
+    yield Launch(loss_triton._row_loss_kernel, target, None, row | no_bonus)
+    yield Launch(loss_triton._move_rows_kernel, target, None, row)
+    yield Launch(loss_triton._scale_kernel, target, None, row)
     row = {"BLOCK": loss_triton.BLOCK, "GROUP_BLOCK": loss_triton.GROUP_BLOCK}
-    yield Launch(row_loss._advantage_kernel, target, None, row)
+    yield Launch(loss_triton._advantage_kernel, target, None, row)
     yield Launch(loss_triton._grpo_loss_kernel, target, None, row)
     yield Launch(loss_triton._sum_blocks_kernel, target, None, {"ROWS": loss_triton._ROWS})
 

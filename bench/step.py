@@ -55,7 +55,7 @@ from flashgrpo.bench.timing import (
 from flashgrpo.grpo.run.machines import peak_flops
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.footprint import BlockActivations, ModelSize
+from flashgrpo.model.cost import BlockActivations, ModelSize
 
 SHARED, REPEATED = "flashgrpo, shared prompts", "flashgrpo, repeated prompts"
 PARTS = "attention", "linear", "loss", "optimizer", "other"

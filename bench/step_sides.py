@@ -26,8 +26,8 @@ from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import empty_decoder
 from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.cost import ModelFlops
 from flashgrpo.model.decoder import huggingface_views
-from flashgrpo.model.flops import ModelFlops
 from flashgrpo.model.sharding import free_gathered, local_rows, shard
 
 LOSS = LossConfig.preset("dapo")
@@ -116,7 +116,7 @@ class Ours:
 
     def __init__(self, shape: dict[str, Any], mesh: DeviceMesh, dtype: torch.dtype, checkpointing: Any):
         self.config, self.device = ModelConfig.from_dict(shape), torch.device(mesh.device_type)
-        self.model = empty_decoder(self.config, torch.float32)
+        self.model = empty_decoder(self.config, torch.float32, self.device)
         self.model.activation_checkpointing = checkpointing
         shard(self.model, mesh, dtype)
         self.model.to_empty(device=self.device)

@@ -30,8 +30,8 @@ from rich.markdown import Markdown
 
 from flashgrpo.grpo.run.progress import peak_memory_mb
 from flashgrpo.kernels.common import HAS_TRITON, triton
+from flashgrpo.model.cpu import product
 from flashgrpo.model.files import write_text
-from flashgrpo.model.linear import product
 
 Made = TypeVar("Made")
 Row = dict[str, Any]  # of results, as JSON has it

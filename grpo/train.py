@@ -52,8 +52,8 @@ from flashgrpo.grpo.types import Problem, Prompt, Rollout
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import read_config
+from flashgrpo.model.cost import ModelFlops
 from flashgrpo.model.decoder import Decoder
-from flashgrpo.model.flops import ModelFlops
 from flashgrpo.model.sharding import free_gathered
 
 _LOGGED_GROUPS = 2

@@ -29,8 +29,8 @@ import math
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels import attention_tiles as plan
-from flashgrpo.kernels.attention_flash import check_flash, flash_backward, flash_forward
+from flashgrpo.kernels import attention_plan as plan
+from flashgrpo.kernels.attention_flash import check_flash, flash_attention
 from flashgrpo.kernels.attention_torch import check_tensors, segments_on_host, torch_attention
 from flashgrpo.kernels.common import backward_once, by_triton, check_index, tl, triton
 
@@ -263,17 +263,14 @@ def _with_rows(*tensors: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
 def _attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
-    flash: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out as q; lse [num_heads, total_tokens] fp32, of base 2 but for `flash`, which means flash-attn."""
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out as q; lse [num_heads, total_tokens] fp32, of base 2."""
     q, k, v = _with_rows(q, k, v)
     total_tokens, num_heads, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
     if not q.numel():
         return out, lse
-    if flash:
-        return flash_forward(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
     sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // k.shape[1])
     options, _, _ = plan.tile_options(q)
     with torch.cuda.device_of(q):
@@ -285,15 +282,13 @@ def _attention_fwd(
 @torch.library.custom_op("flashgrpo::packed_attention_backward", mutates_args=())
 def _attention_bwd(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float, flash: bool,
+    cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)
     (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    if flash:
-        return flash_backward(d_out, q, k, v, out, lse, cu_seqlens, prefix, max_seqlen, scale)
     sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // num_kv_heads)
     _, options, key_options = plan.tile_options(q)
     block = key_options["BLOCK_N"]
@@ -334,7 +329,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, d_out, _):
     q, k, v, out, lse, cu_seqlens, prefix = ctx.saved_tensors
     gradients = _attention_bwd(d_out, q, k, v, out, lse, cu_seqlens, prefix, *ctx.options)
-    return *gradients, *(None,) * 5
+    return *gradients, *(None,) * 4
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_save)
@@ -384,5 +379,7 @@ def packed_attention(
         raise TypeError(f"q is {q.dtype}; wanted bfloat16, float16 or float32, or backend='torch'")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale is {scale}; wanted a finite number above 0, or backend='torch'")
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, scale, backend == "flash_attn")[0]
+    scale = float(q.shape[2] ** -0.5) if scale is None else scale
+    if backend == "flash_attn" and q.numel():
+        return flash_attention(q, k, v, cu_seqlens, prefix, scale)
+    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, scale)[0]

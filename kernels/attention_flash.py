@@ -1,44 +1,75 @@
 """Packed attention by flash-attn 2.8 instead of the kernels of attention.py: backend="flash_attn", extra `flash`.
 
-One causal call takes every segment by itself. One that is not causal leads from all completions of a prompt, which
-stand one after another, to the prompt. With out_a, lse_a of the first and out_b, lse_b of the second call
+A completion's keys are its prompt's and its own. Gathered one behind the other they make one packed tensor of keys,
+and a causal call, which aligns queries and keys at their ends, gives the exact result, with one softmax over both
+parts. It costs a copy of the prompt's keys and values for each completion. The gather's backward pass adds the copies'
+gradients in the order of the pack, in fp32, so it is deterministic as the rest.
 
-    lse = log(exp(lse_a) + exp(lse_b))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
-
-and the backward pass, which recomputes p_ij = exp(scale q_i . k_j - lse_i) and needs out only for d_out . out, is both
-calls' on the merged out and lse; their gradients add up. out_a, out_b and each call's gradients are rounded to q's
-dtype before they meet, so this is a little less accurate than one softmax over both parts. Deterministic.
-
-The host waits twice for a new batch with prefixes, to learn how many prompts have completions and how long these are;
-a batch's layers share the answer. Without `max_seqlen` the first call assumes segments of total_tokens, which is slow
-and right. Not done: CPU tensors, fp32, CUDA graphs with prefixes. Sources: Dao, arXiv 2307.08691; Juravsky et al.,
-Hydragen, arXiv 2402.05099.
+The host waits once for a new batch, to learn how many keys there are and how long the longest sequences; a batch's
+layers share the answer. Not done: CPU tensors, fp32, CUDA graphs. Source: Dao, arXiv 2307.08691.
 """
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashgrpo.kernels.attention_tiles import Segments, cached
-from flashgrpo.kernels.common import accumulation_dtype
-
-# zero_tensors: rows of no segment get output and gradients of 0, where flash-attn writes nothing otherwise.
-_OPTIONS: dict[str, Any] = {
-    "dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None,
-    "zero_tensors": True,
-}  # fmt: skip
+from flashgrpo.kernels.attention_plan import Segments, cached
+from flashgrpo.kernels.common import accumulation_dtype, backward_once
 
 
-class _Sequences(NamedTuple):
-    """What a call of flash-attn pairs: sequence i of queries with sequence i of keys, either of which may be empty."""
+class _Keys(NamedTuple):
+    """Where the queries of a batch find their keys."""
 
-    cu_seqlens_q: Tensor  # [num_sequences + 1] int32
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
+    rows: Tensor  # [num_keys] int64, of k and v; a prompt's are there once for itself and once for each completion
+    order: Tensor  # [num_keys] int64, sorts `rows`
+    counts: Tensor  # [total_tokens] int64, how often a row is in `rows`
+    offsets_q: Tensor  # [num_sequences + 1] int32, and so the next
+    offsets_k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+def _gathered(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> _Keys:
+    segments = Segments.of(cu_seqlens, prefix, total_tokens)
+    own = segments.stop - segments.start
+    shared = torch.where(segments.parent < 0, 0, own[segments.parent])
+    # Rows in no segment are the last sequence, which has no keys: flash-attn writes zeros, and else nothing at all.
+    num_keys = torch.where(segments.is_last, 0, shared + own)
+    ends = num_keys.cumsum(0)
+    total, longest_q, longest_k = torch.stack((ends[-1], own.max(), num_keys.max())).tolist()  # waits
+    key = torch.arange(total, device=ends.device)
+    segment = torch.searchsorted(ends, key, right=True)
+    place = key - (ends - num_keys)[segment]
+    own_place = place - shared[segment]
+    prompt_row = segments.start[segments.parent[segment]] + place
+    rows = torch.where(own_place < 0, prompt_row, segments.start[segment] + own_place)
+    offsets_q, offsets_k = F.pad(own.cumsum(0), (1, 0)).int(), F.pad(ends, (1, 0)).int()
+    counts = torch.bincount(rows, minlength=total_tokens)
+    # flash-attn lays one query a sequence out in a way of its own, hence a maximum of 2 or more.
+    longest = max(2, longest_q), max(2, longest_k)
+    return _Keys(rows, rows.argsort(stable=True), counts, offsets_q, offsets_k, *longest)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of x, as often as they are asked for; the backward pass adds them up in order, without atomics."""
+
+    @staticmethod
+    def forward(ctx, x, rows, order, counts):
+        ctx.save_for_backward(order, counts)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @backward_once
+    def backward(ctx, *grad_outputs):
+        (d_gathered,) = grad_outputs
+        order, counts = ctx.saved_tensors
+        ordered = d_gathered.index_select(0, order).to(accumulation_dtype(d_gathered.dtype))
+        d_x = torch.segment_reduce(ordered, "sum", lengths=counts, unsafe=True)
+        return d_x.to(d_gathered.dtype), None, None, None
 
 
 def check_flash(q: Tensor) -> None:
@@ -51,70 +82,22 @@ def check_flash(q: Tensor) -> None:
         )
 
 
-def _flash_attn() -> Any:
-    """The module with flash-attn's kernels."""
+def _flash_attn() -> Callable[..., Tensor]:
     try:
-        return import_module("flash_attn.flash_attn_interface")
+        return import_module("flash_attn").flash_attn_varlen_func
     except ModuleNotFoundError as error:
         raise ImportError("backend 'flash_attn' needs flash-attn: pip install \"flash-attn>=2.8,<3\"") from error
 
 
-def _calls(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, max_seqlen: int | None) -> list[_Sequences]:
-    """The causal call's sequences and, where completions have a prompt, the other call's.
-
-    flash-attn takes at least one sequence, hence the empty one in front, and lays one query a sequence out in a way of
-    its own, hence a maximum of 2 or more.
-    """
-    offsets = F.pad(cu_seqlens.int(), (1, 0))
-    longest = max(2, total_tokens if max_seqlen is None else max_seqlen)
-    calls = [_Sequences(offsets, offsets, longest, longest)]
-    if prefix is None:
-        return calls
-    segments = Segments.of(cu_seqlens, prefix, total_tokens)
-    end = segments.query_stop()
-    families = (end > segments.stop).nonzero().squeeze(1)  # waits
-    if not families.numel():
-        return calls
-    start, stop, end = (x[families] for x in (segments.start, segments.stop, end))
-    # A family is three sequences: keys before its prompt and no queries; queries before its completions and no keys;
-    # its completions with the prompt.
-    offsets_q = torch.stack((F.pad(end[:-1], (1, 0)), stop, end), 1)
-    offsets_k = torch.stack((start, start, stop), 1)
-    offsets_q, offsets_k = (F.pad(x.flatten().int(), (1, 0)) for x in (offsets_q, offsets_k))
-    longest_q, longest_k = torch.stack((offsets_q.diff().max(), offsets_k.diff().max())).tolist()  # waits
-    return [*calls, _Sequences(offsets_q, offsets_k, max(2, longest_q), max(2, longest_k))]
-
-
-def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float
-) -> tuple[Tensor, Tensor]:  # out as q; lse [num_heads, total_tokens] fp32, natural
-    """What `attention._attention_fwd` says."""
-    attend = _flash_attn()._flash_attn_varlen_forward
-    own, *shared = cached(_calls, cu_seqlens, prefix, q.shape[0], max_seqlen)
-    out, lse, *_ = attend(q, k, v, *own, softmax_scale=scale, causal=True, **_OPTIONS)
-    for sequences in shared:
-        other, other_lse, *_ = attend(q, k, v, *sequences, softmax_scale=scale, causal=False, **_OPTIONS)
-        seen = other_lse.isfinite()  # it is inf where there are no keys, -inf in rows of no sequence
-        weight = torch.where(seen, torch.sigmoid(other_lse - lse), 0.0).T.unsqueeze(2)
-        dtype = accumulation_dtype(out.dtype)
-        out = torch.lerp(out.to(dtype), other.to(dtype), weight).to(out.dtype)
-        lse = torch.where(seen, torch.logaddexp(lse, other_lse), lse)
-    return out, lse
-
-
-def flash_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `attention._attention_bwd` says."""
-    backward = _flash_attn()._flash_attn_varlen_backward
-    totals: list[Tensor] = []
-    for sequences in cached(_calls, cu_seqlens, prefix, q.shape[0], max_seqlen):
-        gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-        backward(
-            d_out, q, k, v, out, lse, *gradients, *sequences, softmax_scale=scale, causal=not totals,
-            deterministic=True, **_OPTIONS,
-        )  # fmt: skip
-        totals = [x.add_(y) for x, y in zip(totals, gradients, strict=True)] if totals else gradients
-    d_q, d_k, d_v = totals
-    return d_q, d_k, d_v
+@torch.compiler.disable()  # the host waits
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, scale: float
+) -> Tensor:  # as q
+    """What `packed_attention` says, its arguments checked."""
+    attend = _flash_attn()
+    keys = cached(_gathered, cu_seqlens, prefix, q.shape[0])
+    k, v = (_Gather.apply(x, keys.rows, keys.order, keys.counts) for x in (k, v))
+    return attend(
+        q, k, v, keys.offsets_q, keys.offsets_k, keys.longest_q, keys.longest_k,
+        softmax_scale=scale, causal=True, deterministic=True,
+    )  # fmt: skip

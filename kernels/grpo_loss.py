@@ -28,18 +28,17 @@ from torch import Tensor
 
 from flashgrpo.kernels.common import backward_once, by_triton
 from flashgrpo.kernels.logprob import check_logits, gather_logprobs
-from flashgrpo.kernels.loss_config import LossArguments, LossConfig, check_arguments
-from flashgrpo.kernels.loss_torch import Stats, group_advantages, prepare_inputs, token_losses, token_stats, total_loss
+from flashgrpo.kernels.loss_config import LossConfig, LossInputs
+from flashgrpo.kernels.loss_torch import Stats, TokenInputs, group_advantages, per_token_stats, summed, token_losses
 from flashgrpo.kernels.loss_triton import (
-    ENTROPY_COEF,
-    LossBuffers,
+    KernelInputs,
+    RowLoss,
     empty_sums,
-    kernel_arguments,
     launch_loss,
     launch_sums,
     named_metrics,
+    scale_rows,
 )
-from flashgrpo.kernels.row_loss import logits_loss, scale_rows
 
 __all__ = ["LossConfig", "group_advantages", "grpo_loss", "logits_grpo_loss", "merge_stats", "pack_padded"]
 
@@ -84,11 +83,11 @@ def grpo_loss(
         raise ValueError(f"logprobs has shape {tuple(logprobs.shape)}; wanted [num_targets]")
     if not logprobs.is_floating_point():
         raise TypeError(f"logprobs is {logprobs.dtype}; wanted a floating dtype")
-    arguments = check_arguments(
-        logprobs, target_cu_seqlens, config, denominator, None, rewards, sequence_ids, advantages,
-        old_logprobs, ref_logprobs, behavior_logprobs,
+    inputs = LossInputs(
+        config, target_cu_seqlens, denominator, rewards, sequence_ids, advantages, old_logprobs, ref_logprobs,
+        behavior_logprobs,
     )  # fmt: skip
-    return _loss(logprobs, None, arguments)
+    return _loss(logprobs, None, inputs.checked(logprobs))
 
 
 def logits_grpo_loss(
@@ -114,24 +113,31 @@ def logits_grpo_loss(
     values. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
     check_logits(logits, targets, temperature)
-    arguments = check_arguments(
-        logits.new_empty(targets.shape), target_cu_seqlens, config, denominator, targets, rewards, sequence_ids,
-        advantages, old_logprobs, ref_logprobs, behavior_logprobs,
-    )  # fmt: skip
-    spare = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
+    inputs = LossInputs(
+        config, target_cu_seqlens, denominator, rewards, sequence_ids, advantages, old_logprobs, ref_logprobs,
+        behavior_logprobs, targets,
+    ).checked(logits.new_empty(targets.shape))  # fmt: skip
+    # A compiled function does not ask again whether its logits are a leaf.
+    keep = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
     # A sequence-level ratio needs all log-probs before any gradient, and fp16 would flush a gradient over a denominator
     # to 0 before it is scaled up.
     if not by_triton(logits) or config.ratio_level == "sequence" or logits.dtype == torch.float16:
-        logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not spare)
-        return _loss(logprobs, entropies, arguments)
+        logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not keep)
+        return _loss(logprobs, entropies, inputs)
     if logits.stride(1) != 1:
-        logits, spare = logits.clone(memory_format=torch.contiguous_format), torch.compiler.is_compiling()
-    spare |= logits.stride(0) < logits.shape[1]
+        logits, keep = logits.clone(memory_format=torch.contiguous_format), torch.compiler.is_compiling()
+    in_place = not keep and logits.stride(0) >= logits.shape[1]  # rows that share memory have no place for gradients
     needed = torch.is_grad_enabled() and logits.requires_grad
-    loss, metrics, logprobs, entropies = _LogitsLoss.apply(
-        logits, needed, not spare, *kernel_arguments(arguments), temperature
-    )
-    return loss, named_metrics(metrics, entropies, arguments) | {"logprobs": logprobs, "entropies": entropies}
+    with torch.no_grad():
+        d_logits = None
+        if needed:
+            d_logits = logits.detach() if in_place else logits.new_empty(logits.shape)
+        arguments = KernelInputs.of(inputs)
+        loss, metrics, logprobs, entropies = _logits_loss_op(
+            logits.detach(), d_logits, arguments.tensors, arguments.numbers, temperature
+        )
+    loss = with_gradients(loss, (logits, None), (d_logits, None), None, in_place=in_place)
+    return loss, named_metrics(metrics, inputs, with_entropy=True) | per_token_stats(logprobs, entropies)
 
 
 def pack_padded(
@@ -178,96 +184,109 @@ def merge_stats(stats: Sequence[Stats]) -> Stats:
     return merged
 
 
-def _loss(logprobs: Tensor, entropies: Tensor | None, arguments: LossArguments) -> tuple[Tensor, Stats]:
-    if not by_triton(logprobs):
-        return _GRPOLoss.apply(logprobs, entropies, prepare_inputs(logprobs, arguments))
-    loss, metrics, *_ = _triton_loss(logprobs, entropies, *kernel_arguments(arguments))
-    stats = named_metrics(metrics, entropies, arguments)
-    if entropies is not None:
-        stats |= {"logprobs": logprobs.detach(), "entropies": entropies.detach()}
-    return loss, stats
+def with_gradients(
+    loss: Tensor,  # 0-d
+    inputs: tuple[Tensor, Tensor | None],
+    gradients: tuple[Tensor | None, Tensor | None],
+    denominator: float | Tensor | None,
+    *,
+    in_place: bool = False,
+) -> Tensor:
+    """The loss as a function of its inputs, whose gradients were made with it and lack only the denominator.
+
+    None as denominator: they lack nothing. `in_place`: the first one lies where its input did, and is scaled there.
+    """
+    return _Loss.apply(loss, *inputs, *gradients, denominator, in_place)
+
+
+class _Loss(torch.autograd.Function):
+    """The one that all losses share: gradients are made in the forward pass, the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx, loss, first, second, d_first, d_second, denominator, in_place):
+        ctx.save_for_backward(d_first, d_second)
+        ctx.denominator, ctx.in_place = denominator, in_place
+        ctx.dtypes = first.dtype, None if second is None else second.dtype
+        return loss.view_as(loss)
+
+    @staticmethod
+    @backward_once
+    def backward(ctx, *grad_outputs):
+        scale = grad_outputs[0] if ctx.denominator is None else grad_outputs[0] / ctx.denominator
+        gradients = list(ctx.saved_tensors)
+        if ctx.in_place:  # and so for the last time: autograd refuses what has changed
+            _scale_rows_op(gradients[0], scale)
+        else:
+            for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
+                gradients[i] = None if gradient is None else _scaled(gradient, scale, dtype)
+        return None, *gradients, *[None] * 4
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * scale in the wider of their dtypes, rounded once; no tensor of that dtype exists."""
+    return torch.mul(gradient, scale.reshape(1), out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
+def _loss(logprobs: Tensor, entropies: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Stats]:
+    with torch.no_grad():
+        if by_triton(logprobs):
+            arguments = KernelInputs.of(inputs)
+            loss, metrics, d_logprobs, d_entropies = _logprobs_loss_op(
+                logprobs, entropies, arguments.tensors, arguments.numbers
+            )
+            stats = named_metrics(metrics, inputs, with_entropy=entropies is not None)
+            stats |= per_token_stats(logprobs, entropies)
+        else:
+            tokens = TokenInputs.of(inputs, logprobs)
+            terms = token_losses(logprobs, tokens)
+            loss, stats = summed(terms, logprobs, entropies, tokens, inputs.denominator)
+            d_logprobs, d_entropies = terms.d_logprob, tokens.d_entropies
+    if not inputs.config.entropy_coef:
+        entropies = d_entropies = None
+    return with_gradients(loss, (logprobs, entropies), (d_logprobs, d_entropies), inputs.denominator), stats
+
+
+def or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
+    """x, or an empty tensor: an operator's results are tensors."""
+    return like.new_empty(0) if x is None else x
 
 
 @torch.library.custom_op("flashgrpo::grpo_loss", mutates_args=())
-def _triton_loss(
-    logprobs: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], denominator: Tensor | None,
-    numbers: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _logprobs_loss_op(
+    logprobs: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], numbers: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, gradients by log-prob and by entropy), the gradients before the denominator."""
-    buffers = LossBuffers.empty(logprobs, numbers[ENTROPY_COEF] != 0)
-    launch_loss(logprobs.contiguous(), entropies, tensors, numbers, buffers)
-    return (
-        *launch_sums(buffers.partials, denominator, numbers),
-        buffers.d_logprobs,
-        _or_nothing(buffers.d_entropies, logprobs),
-    )
+    inputs = KernelInputs._make((*tensors, *numbers))
+    d_logprobs, d_entropies, partials = launch_loss(logprobs, entropies, inputs)
+    return *launch_sums(partials, inputs), d_logprobs, or_nothing(d_entropies, logprobs)
 
 
-@_triton_loss.register_fake
-def _(logprobs, entropies, tensors, denominator, numbers):
-    buffers = LossBuffers.empty(logprobs, numbers[ENTROPY_COEF] != 0)
-    return *empty_sums(logprobs), buffers.d_logprobs, _or_nothing(buffers.d_entropies, logprobs)
+@_logprobs_loss_op.register_fake
+def _(logprobs, entropies, tensors, numbers):
+    inputs = KernelInputs._make((*tensors, *numbers))
+    d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
+    d_entropies = torch.empty_like(d_logprobs) if inputs.entropy_coef else None
+    return *empty_sums(logprobs), d_logprobs, or_nothing(d_entropies, logprobs)
 
 
-def _or_nothing(d_entropies: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if d_entropies is None else d_entropies
+@torch.library.custom_op("flashgrpo::logits_grpo_loss", mutates_args=("d_logits",))
+def _logits_loss_op(
+    logits: Tensor, d_logits: Tensor | None, tensors: Sequence[Tensor | None], numbers: Sequence[float],
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics, logprobs, entropies), and the gradient in d_logits, which may be the logits."""
+    inputs = KernelInputs._make((*tensors, *numbers))
+    rows = RowLoss(logits, inputs, temperature)
+    rows.take(logits, d_logits, 0)
+    return *launch_sums(rows.partials, inputs), rows.logprobs, rows.entropies
 
 
-def _keep_gradients(ctx, inputs, output):
-    logprobs, _, _, denominator, numbers = inputs
-    ctx.save_for_backward(*output[2:], denominator)
-    ctx.dtype, ctx.number, ctx.has_bonus = logprobs.dtype, numbers[-1], numbers[ENTROPY_COEF] != 0
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+@_logits_loss_op.register_fake
+def _(logits, d_logits, tensors, numbers, temperature):
+    logprobs = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return *empty_sums(logits), logprobs, torch.empty_like(logprobs)
 
 
-@backward_once
-def _scale_gradients(ctx, *grad_outputs):
-    d_logprobs, d_entropies, denominator = ctx.saved_tensors
-    scale = grad_outputs[0] / (ctx.number if denominator is None else denominator)
-    return (d_logprobs * scale).to(ctx.dtype), d_entropies * scale if ctx.has_bonus else None, None, None, None
-
-
-_triton_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
-
-
-class _LogitsLoss(torch.autograd.Function):
-    """The gradient is made in the forward pass, in place of the logits if `in_place`."""
-
-    @staticmethod
-    def forward(ctx, logits, needed, in_place, tensors, denominator, numbers, temperature):
-        d_logits = None
-        if needed:
-            d_logits = logits if in_place else logits.new_empty(logits.shape)
-        outputs = logits_loss(logits, d_logits, tensors, denominator, numbers, temperature)
-        ctx.save_for_backward(d_logits)
-        ctx.in_place = in_place
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    @backward_once
-    def backward(ctx, *grad_outputs):
-        (d_logits,) = ctx.saved_tensors
-        if ctx.in_place:  # and so for the last time: autograd refuses what has changed
-            scale_rows(d_logits, grad_outputs[0])
-        else:
-            d_logits = d_logits * grad_outputs[0]
-        return d_logits, *[None] * 6
-
-
-class _GRPOLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logprobs, entropies, inputs):
-        terms = token_losses(logprobs, inputs)
-        ctx.save_for_backward(terms.d_logprob, inputs.d_entropies)
-        ctx.denominator, ctx.dtype = inputs.denominator, logprobs.dtype
-        return total_loss(terms, entropies, inputs), token_stats(terms, logprobs, entropies, inputs)
-
-    @staticmethod
-    @backward_once
-    def backward(ctx, *grad_outputs):
-        d_logprob, d_entropy = ctx.saved_tensors
-        scale = grad_outputs[0] / ctx.denominator
-        d_entropy = None if d_entropy is None else d_entropy * scale
-        return (d_logprob * scale).to(ctx.dtype), d_entropy, None
+@torch.library.custom_op("flashgrpo::scale_rows", mutates_args=("x",))
+def _scale_rows_op(x: Tensor, factor: Tensor) -> None:
+    scale_rows(x, factor)

@@ -24,29 +24,44 @@ Not done here: vocabulary-parallel heads, a bias, logit soft-capping. Sources: W
 2411.09009; Hsu et al., Liger Kernel, arXiv 2410.10989.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton, check_index, check_temperature
-from flashgrpo.kernels.linear_sweep import Gradients, Head, recompute, sweep, sweep_loss
-from flashgrpo.kernels.loss_config import LossConfig, check_arguments
-from flashgrpo.kernels.loss_torch import Stats, TokenLoss, prepare_inputs, token_losses, token_stats, total_loss
+from flashgrpo.kernels.grpo_loss import or_nothing, with_gradients
+from flashgrpo.kernels.logprob import TritonRows
+from flashgrpo.kernels.logprob_torch import RowLogprobs, row_logprobs
+from flashgrpo.kernels.loss_config import LossConfig, LossInputs
+from flashgrpo.kernels.loss_torch import Stats, TokenInputs, TokenLoss, per_token_stats, summed, token_losses
 from flashgrpo.kernels.loss_triton import (
-    ENTROPY_COEF,
-    LossBuffers,
+    KernelInputs,
+    RowLoss,
     empty_sums,
-    kernel_arguments,
     launch_loss,
     launch_sums,
+    move_live_rows,
     named_metrics,
 )
-from flashgrpo.kernels.row_loss import RowLoss
 
 _CPU_CACHE = 2 << 20  # bytes
 _MIN_CPU_CHUNK = 256
 _CUDA_CHUNK_BYTES = 12_288  # of one column of logits
+_COMPACT_BELOW = 0.9
+# A chunk's logits, whose memory it may use up, and their rows -> their gradient, None where nobody needs it; and which
+# of the chunk's rows it has, None for all.
+Step = Callable[[Tensor, slice | Tensor], tuple[Tensor | None, Tensor | None]]
+
+
+class Head(NamedTuple):
+    """How the head is computed: the settings that all its chunks share."""
+
+    temperature: float
+    chunk_tokens: int
+    logits_dtype: torch.dtype
 
 
 def linear_logprobs(
@@ -88,36 +103,38 @@ def linear_grpo_loss(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
-    compact: bool | None = None,
 ) -> tuple[Tensor, Stats]:
     """`logits_grpo_loss` of hidden @ lm_head_weight^T, with the gradients made in the forward pass.
 
     The gradients are made only for those of hidden and lm_head_weight that require them, and wait for the backward
     pass, which multiplies them by the upstream scalar over the denominator and cannot be differentiated again. Rows
-    whose gradient is exactly 0 leave the gradient GEMMs where fewer than 90% of a chunk are live (`compact=None`),
-    always (True) or never (False). To count them the host waits for the device once a chunk; under torch.compile None
-    means never.
+    whose gradient is exactly 0 leave the gradient GEMMs where fewer than 90% of a chunk are live. To count them the
+    host waits for the device once a chunk, so under torch.compile all rows stay.
 
     Loss, metrics and arguments are those of `logits_grpo_loss`, the rest as in `linear_logprobs`; raises what they
     raise.
     """
     head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
     targets = targets.contiguous()
-    like = hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-    arguments = check_arguments(
-        like, target_cu_seqlens, config, denominator, targets, rewards, sequence_ids, advantages,
-        old_logprobs, ref_logprobs, behavior_logprobs,
-    )  # fmt: skip
+    inputs = LossInputs(
+        config, target_cu_seqlens, denominator, rewards, sequence_ids, advantages, old_logprobs, ref_logprobs,
+        behavior_logprobs, targets,
+    ).checked(_per_target(hidden, targets))  # fmt: skip
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, lm_head_weight)]
-    if compact is None and torch.compiler.is_compiling():
-        compact = False
-    if not by_triton(hidden):
-        inputs = prepare_inputs(like, arguments)
-        return _LinearGRPOLoss.apply(hidden, lm_head_weight, targets, head, inputs, compact, needed)
-    loss, metrics, logprobs, entropies, *_ = _linear_grpo_op(
-        hidden, lm_head_weight, *kernel_arguments(arguments), config.ratio_level == "sequence", *head, compact, needed
-    )
-    return loss, named_metrics(metrics, entropies, arguments) | {"logprobs": logprobs, "entropies": entropies}
+    compact = not torch.compiler.is_compiling()
+    with torch.no_grad():
+        if by_triton(hidden):
+            arguments = KernelInputs.of(inputs)
+            loss, metrics, logprobs, entropies, d_hidden, d_weight = _linear_loss_op(
+                hidden, lm_head_weight, arguments.tensors, arguments.numbers, *head, compact, needed
+            )
+            stats = named_metrics(metrics, inputs, with_entropy=True) | per_token_stats(logprobs, entropies)
+            gradients = d_hidden if needed[0] else None, d_weight if needed[1] else None
+        else:
+            made = Gradients.zeros(hidden, lm_head_weight, *needed)
+            loss, stats = _torch_loss(hidden, lm_head_weight, head, inputs, made, compact)
+            gradients = made.d_hidden, made.d_weight
+    return with_gradients(loss, (hidden, lm_head_weight), gradients, inputs.denominator), stats
 
 
 def default_chunk_tokens(vocab_size: int, itemsize: int, on_cuda: bool) -> int:
@@ -155,50 +172,213 @@ def _make_head(
     return Head(temperature, chunk_tokens, logits_dtype)
 
 
-class _LinearGRPOLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, head, inputs, compact, needed):
-        d_entropies, gradients = inputs.d_entropies, Gradients.zeros(hidden, weight, *needed)
-        if gradients.needed and inputs.config.ratio_level == "token":
-            parts: list[TokenLoss] = []
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients before the denominator, None where nobody needs them."""
 
-            def upstream(chunk, logprobs, _entropies):
-                parts.append(token_losses(logprobs[chunk], inputs.rows(chunk)))
-                return parts[-1].d_logprob, None if d_entropies is None else d_entropies[chunk]
+    d_hidden: Tensor | None  # [n, hidden_size], hidden's dtype
+    d_weight: Tensor | None  # [vocab, hidden_size], fp32 or float64
 
-            logprobs, entropies = sweep(hidden, weight, targets, head, gradients, upstream, compact=compact)
-            joined = (None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
-            terms = TokenLoss._make(joined) if parts else token_losses(logprobs, inputs)
+    @classmethod
+    def zeros(cls, hidden: Tensor, weight: Tensor, need_d_hidden: bool, need_d_weight: bool) -> "Gradients":
+        return cls(
+            d_hidden=torch.zeros_like(hidden) if need_d_hidden else None,
+            d_weight=torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if need_d_weight else None,
+        )
+
+    @property
+    def needed(self) -> bool:
+        return self.d_hidden is not None or self.d_weight is not None
+
+    def add(self, d_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
+        """Adds what the rows `rows` contribute, by their d_logits and hidden states."""
+        if d_logits.is_cuda:  # 16-bit products also of fp32 logits' gradients
+            d_logits = d_logits.to(weight.dtype)
+        if self.d_hidden is not None and isinstance(rows, slice):
+            torch.mm(d_logits.to(weight.dtype), weight, out=self.d_hidden[rows])
+        elif self.d_hidden is not None:
+            self.d_hidden[rows] = d_logits.to(weight.dtype) @ weight
+        if self.d_weight is None:
+            return
+        if d_logits.is_cuda and d_logits.dtype == hidden.dtype != self.d_weight.dtype:
+            torch.addmm(self.d_weight, d_logits.T, hidden, out_dtype=self.d_weight.dtype, out=self.d_weight)
         else:
-            logprobs, entropies = sweep(hidden, weight, targets, head)
-            terms = token_losses(logprobs, inputs)
-            if gradients.needed:
-                recompute(gradients, hidden, weight, targets, head, terms.d_logprob, d_entropies, compact)
-        ctx.save_for_backward(gradients.d_hidden, gradients.d_weight)
-        ctx.denominator, ctx.dtype = inputs.denominator, weight.dtype
-        return total_loss(terms, entropies, inputs), token_stats(terms, logprobs, entropies, inputs)
-
-    @staticmethod
-    @backward_once
-    def backward(ctx, *grad_outputs):
-        d_hidden, d_weight = ctx.saved_tensors
-        return *_scaled(d_hidden, d_weight, grad_outputs[0] / ctx.denominator, ctx.dtype), *[None] * 5
+            self.d_weight.addmm_(d_logits.T.to(self.d_weight.dtype), hidden.to(self.d_weight.dtype))
 
 
-def _scaled(
-    d_hidden: Tensor | None, d_weight: Tensor | None, scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients times the upstream gradient over the denominator, in the parameters' dtype."""
-    if d_hidden is not None:
-        d_hidden = (d_hidden.to(scale.dtype) * scale).to(dtype)
-    return d_hidden, None if d_weight is None else (d_weight * scale).to(dtype)
+def sweep(
+    hidden: Tensor,  # [n, hidden_size]
+    weight: Tensor,  # [vocab, hidden_size]
+    head: Head,
+    step: Step,
+    gradients: Gradients | None = None,
+    rows: Tensor | None = None,  # [num_rows], those to visit; None: all
+) -> None:
+    """Gives `step` the logits, chunk by chunk, and adds what it makes of them to `gradients`."""
+    num_rows = hidden.shape[0] if rows is None else rows.shape[0]
+    logits_weight = weight if weight.is_cuda else weight.to(head.logits_dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, num_rows, head.chunk_tokens):
+            chunk = slice(start, start + head.chunk_tokens)
+            chosen = chunk if rows is None else rows[chunk]
+            inputs = hidden[chosen]
+            d_logits, live = step(_logits(inputs, logits_weight, head, hidden.shape[0]), chosen)
+            if d_logits is not None and gradients is not None:
+                if live is not None:  # of all rows, so that a chunk's begin at `start`
+                    inputs, chosen = inputs[live], start + live
+                gradients.add(d_logits, inputs, weight, chosen)
+            del d_logits  # before the next chunk's are made
+
+
+def _logits(hidden: Tensor, weight: Tensor, head: Head, num_tokens: int) -> Tensor:
+    rows = hidden.shape[0]
+    # The library chooses a product's order of summation by its shape, so the last of several chunks is as long as all.
+    if by_triton(hidden) and num_tokens > head.chunk_tokens > rows:
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, head.chunk_tokens - rows))
+    if weight.dtype != head.logits_dtype:  # on CUDA: 16-bit products are summed in fp32 anyway
+        return torch.mm(hidden, weight.T, out_dtype=head.logits_dtype)[:rows]
+    return (hidden.to(weight.dtype) @ weight.T)[:rows]
+
+
+def _softmax(logits: Tensor, targets: Tensor, temperature: float) -> RowLogprobs | TritonRows:
+    if by_triton(logits):
+        return TritonRows.of(logits, targets, temperature)
+    return row_logprobs(logits, targets, temperature, overwrite=True)
+
+
+def score(hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:  # [n], [n]
+    """Log-probs and entropies."""
+    logprobs, entropies = _per_target(hidden, targets), _per_target(hidden, targets)
+
+    def step(logits: Tensor, rows: slice | Tensor) -> tuple[None, None]:
+        found = _softmax(logits, targets[rows], head.temperature)
+        logprobs[rows], entropies[rows] = found.logprobs, found.entropy
+        return None, None
+
+    sweep(hidden, weight, head, step)
+    return logprobs, entropies
+
+
+def recompute(
+    gradients: Gradients,
+    hidden: Tensor,  # [n, hidden_size]
+    weight: Tensor,  # [vocab, hidden_size]
+    targets: Tensor,  # [n]
+    head: Head,
+    d_logprobs: Tensor,  # [n]
+    d_entropies: Tensor | None,  # [n]
+    compact: bool,
+) -> None:
+    """The logits once more, when the gradients by log-prob and entropy are known; dead rows leave all three GEMMs."""
+
+    def step(logits: Tensor, rows: slice | Tensor) -> tuple[Tensor, None]:
+        found = _softmax(logits, targets[rows], head.temperature)
+        upstream = d_logprobs[rows], None if d_entropies is None else d_entropies[rows]
+        return found.gradients(targets[rows], *upstream, head.temperature), None
+
+    live = _live_rows(d_logprobs, d_entropies) if compact else None
+    sweep(hidden, weight, head, step, gradients, live)
+
+
+def _live_rows(d_logprobs: Tensor, d_entropies: Tensor | None) -> Tensor | None:
+    """Indices of the rows whose gradient is not exactly 0, or None where these are nearly all. Waits for the device."""
+    live = d_logprobs != 0 if d_entropies is None else (d_logprobs != 0) | (d_entropies != 0)
+    rows = live.nonzero().squeeze(1)
+    return rows if rows.shape[0] < _COMPACT_BELOW * live.shape[0] else None
+
+
+def _torch_loss(
+    hidden: Tensor, weight: Tensor, head: Head, inputs: LossInputs, gradients: Gradients, compact: bool
+) -> tuple[Tensor, Stats]:
+    """What `_linear_loss_op` does, by the torch twins."""
+    targets = inputs.targets
+    assert targets is not None
+    tokens = TokenInputs.of(inputs, _per_target(hidden, targets))
+    d_entropies = tokens.d_entropies
+    if inputs.config.ratio_level == "sequence":
+        logprobs, entropies = score(hidden, weight, targets, head)
+        terms = token_losses(logprobs, tokens)
+        if gradients.needed:
+            recompute(gradients, hidden, weight, targets, head, terms.d_logprob, d_entropies, compact)
+        return summed(terms, logprobs, entropies, tokens, inputs.denominator)
+    logprobs, entropies = _per_target(hidden, targets), _per_target(hidden, targets)
+    parts: list[TokenLoss] = []
+
+    def step(logits: Tensor, rows: slice | Tensor) -> tuple[Tensor | None, Tensor | None]:
+        assert isinstance(rows, slice)
+        wanted = targets[rows]
+        found = row_logprobs(logits, wanted, head.temperature, overwrite=True)
+        logprobs[rows], entropies[rows] = found.logprobs, found.entropy
+        parts.append(token_losses(found.logprobs, tokens.rows(rows)))
+        if not gradients.needed:
+            return None, None
+        d_logprob, d_entropy = parts[-1].d_logprob, None if d_entropies is None else d_entropies[rows]
+        live = _live_rows(d_logprob, d_entropy) if compact else None
+        if live is not None:
+            found, wanted, d_logprob = found.select(live), wanted[live], d_logprob[live]
+            d_entropy = None if d_entropy is None else d_entropy[live]
+        return found.gradients(wanted, d_logprob, d_entropy, head.temperature), live
+
+    sweep(hidden, weight, head, step, gradients)
+    if not parts:  # no tokens
+        return summed(token_losses(logprobs, tokens), logprobs, entropies, tokens, inputs.denominator)
+    columns = zip(*parts, strict=True)
+    terms = TokenLoss._make(None if column[0] is None else torch.cat(column) for column in columns)
+    return summed(terms, logprobs, entropies, tokens, inputs.denominator)
+
+
+@torch.library.custom_op("flashgrpo::linear_grpo_loss", mutates_args=())
+def _linear_loss_op(
+    hidden: Tensor, weight: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float],
+    temperature: float, chunk_tokens: int, logits_dtype: torch.dtype, compact: bool, needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics, logprobs, entropies, d_hidden, d_weight), the gradients before the denominator."""
+    inputs = KernelInputs._make((*tensors, *numbers))
+    head, gradients = Head(temperature, chunk_tokens, logits_dtype), Gradients.zeros(hidden, weight, *needed)
+    targets = inputs.targets
+    assert targets is not None
+    if inputs.at_sequence_level:
+        logprobs, entropies = score(hidden, weight, targets, head)
+        d_logprobs, d_entropies, partials = launch_loss(logprobs, entropies, inputs)
+        if gradients.needed:
+            recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact)
+    else:
+        # The denominator comes after the GEMMs: 1e-6 of it would be 0 in fp16.
+        loss = RowLoss(hidden, inputs._replace(denominator_tensor=None, denominator=1.0), temperature)
+
+        def step(logits: Tensor, rows: slice | Tensor) -> tuple[Tensor | None, Tensor | None]:
+            assert isinstance(rows, slice)
+            loss.take(logits, logits if gradients.needed else None, rows.start)
+            if not gradients.needed:
+                return None, None
+            live = loss.live[rows]
+            # The host waits here, once in 19 TFLOP at 6,144 x 4,096 x 128k. To hide the wait behind the next chunk's
+            # logits would take a second chunk of memory.
+            num_live = int(live.sum()) if compact else live.shape[0]
+            if num_live >= _COMPACT_BELOW * live.shape[0]:
+                return logits, None
+            sources = move_live_rows(logits, live, num_live)
+            return logits[:num_live], sources
+
+        sweep(hidden, weight, head, step, gradients)
+        logprobs, entropies, partials = loss.logprobs, loss.entropies, loss.partials
+    made = or_nothing(gradients.d_hidden, hidden), or_nothing(gradients.d_weight, hidden)
+    return *launch_sums(partials, inputs), logprobs, entropies, *made
+
+
+@_linear_loss_op.register_fake
+def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype, compact, needed):
+    logprobs = _per_target(hidden, tensors[0])
+    d_hidden = torch.empty_like(hidden) if needed[0] else hidden.new_empty(0)
+    d_weight = torch.empty_like(weight, dtype=torch.float32) if needed[1] else hidden.new_empty(0)
+    return *empty_sums(hidden), logprobs, torch.empty_like(logprobs), d_hidden, d_weight
 
 
 @torch.library.custom_op("flashgrpo::linear_logprobs", mutates_args=())
 def _linear_logprobs_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int, logits_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return sweep(hidden, weight, targets, Head(temperature, chunk_tokens, logits_dtype))
+    return score(hidden, weight, targets, Head(temperature, chunk_tokens, logits_dtype))
 
 
 @_linear_logprobs_op.register_fake
@@ -213,10 +393,10 @@ def _linear_logprobs_bwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gradients = Gradients.zeros(hidden, weight, *needed)
     head = Head(temperature, chunk_tokens, logits_dtype)
-    compact = False if hidden.is_cuda else None  # to count live rows would wait for the device
-    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact)
+    # To count live rows would wait for the device.
+    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact=not hidden.is_cuda)
     d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
-    return _or_nothing(gradients.d_hidden, hidden), _or_nothing(d_weight, hidden)
+    return or_nothing(gradients.d_hidden, hidden), or_nothing(d_weight, hidden)
 
 
 @_linear_logprobs_bwd.register_fake
@@ -228,10 +408,6 @@ def _(hidden, weight, targets, d_logprobs, d_entropies, temperature, chunk_token
 
 def _per_target(hidden: Tensor, targets: Tensor) -> Tensor:
     return hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-
-
-def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if x is None else x
 
 
 def _keep_inputs(ctx, inputs, output):
@@ -252,53 +428,3 @@ def _linear_logprobs_backward(ctx, *grad_outputs):
 
 
 _linear_logprobs_op.register_autograd(_linear_logprobs_backward, setup_context=_keep_inputs)
-
-
-@torch.library.custom_op("flashgrpo::linear_grpo_loss", mutates_args=())
-def _linear_grpo_op(
-    hidden: Tensor, weight: Tensor, tensors: Sequence[Tensor | None], denominator: Tensor | None,
-    numbers: Sequence[float], at_sequence_level: bool, temperature: float, chunk_tokens: int,
-    logits_dtype: torch.dtype, compact: bool | None, needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics, logprobs, entropies, d_hidden, d_weight), the gradients before the denominator."""
-    head, gradients = Head(temperature, chunk_tokens, logits_dtype), Gradients.zeros(hidden, weight, *needed)
-    targets = tensors[0]
-    assert targets is not None
-    if at_sequence_level:
-        logprobs, entropies = sweep(hidden, weight, targets, head)
-        loss = LossBuffers.empty(logprobs, numbers[ENTROPY_COEF] != 0)
-        launch_loss(logprobs, entropies, tensors, numbers, loss)
-        if gradients.needed:
-            recompute(gradients, hidden, weight, targets, head, loss.d_logprobs, loss.d_entropies, compact)
-    else:
-        loss = RowLoss(_per_target(hidden, targets), tensors, numbers, temperature)
-        sweep_loss(loss, gradients, hidden, weight, head, compact)
-        logprobs, entropies = loss.logprobs, loss.entropies
-    d_hidden, d_weight = (_or_nothing(x, hidden) for x in (gradients.d_hidden, gradients.d_weight))
-    return *launch_sums(loss.partials, denominator, numbers), logprobs, entropies, d_hidden, d_weight
-
-
-@_linear_grpo_op.register_fake
-def _(hidden, weight, tensors, denominator, numbers, at_sequence_level, temperature, chunk, dtype, compact, needed):
-    d_hidden = torch.empty_like(hidden) if needed[0] else hidden.new_empty(0)
-    d_weight = torch.empty_like(weight, dtype=torch.float32) if needed[1] else hidden.new_empty(0)
-    return *empty_sums(hidden), _per_target(hidden, tensors[0]), _per_target(hidden, tensors[0]), d_hidden, d_weight
-
-
-def _keep_gradients(ctx, inputs, output):
-    hidden, _, _, denominator, numbers, *_, needed = inputs
-    ctx.save_for_backward(*output[4:], denominator)
-    ctx.number, ctx.needed, ctx.dtype = numbers[-1], needed, hidden.dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@backward_once
-def _linear_grpo_backward(ctx, *grad_outputs):
-    *gradients, denominator = ctx.saved_tensors
-    d_hidden, d_weight = (x if need else None for x, need in zip(gradients, ctx.needed, strict=True))
-    scale = grad_outputs[0] / (ctx.number if denominator is None else denominator)
-    return *_scaled(d_hidden, d_weight, scale, ctx.dtype), *[None] * 9
-
-
-_linear_grpo_op.register_autograd(_linear_grpo_backward, setup_context=_keep_gradients)

@@ -102,60 +102,53 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-class LossArguments(NamedTuple):
-    """What the loss functions have in common, as `check_arguments` left it."""
+class LossInputs(NamedTuple):
+    """All that a loss is told besides log-probs. The fields' names are those of the public functions' arguments."""
 
     config: LossConfig
     target_cu_seqlens: Tensor  # [num_completions + 1]
     denominator: float | Tensor
-    targets: Tensor | None  # [num_targets]
     rewards: Tensor | None  # [num_groups, group_size]
     sequence_ids: Tensor | None  # [num_completions]
     advantages: Tensor | None  # [num_completions]
     old_logprobs: Tensor | None  # [num_targets]
     ref_logprobs: Tensor | None  # [num_targets]
     behavior_logprobs: Tensor | None  # [num_targets]
+    targets: Tensor | None = None  # [num_targets]
 
-
-def check_arguments(
-    like: Tensor,  # [num_targets], for shape and device
-    target_cu_seqlens: Tensor,
-    config: LossConfig,
-    denominator: float | Tensor,
-    targets: Tensor | None,
-    rewards: Tensor | None,
-    sequence_ids: Tensor | None,
-    advantages: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    behavior_logprobs: Tensor | None,
-) -> LossArguments:
-    """Raises as `grpo_loss` says; nothing of the result has a gradient."""
-    if config.kl_coef and ref_logprobs is None:
-        raise ValueError(f"kl_coef is {config.kl_coef}, which needs ref_logprobs; found None")
-    if config.behavior_cap is not None and behavior_logprobs is None:
-        raise ValueError(f"behavior_cap is {config.behavior_cap}, which needs behavior_logprobs; found None")
-    if isinstance(denominator, Tensor):
-        if denominator.dim():
-            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
-        denominator = denominator.detach()
-    elif not 0 < denominator < math.inf:
-        raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
-    _check_offsets(target_cu_seqlens, like)
-    per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "behavior_logprobs": behavior_logprobs}
-    for name, x in {**per_token, "advantages": advantages, "rewards": rewards, "denominator": denominator}.items():
-        if not isinstance(x, Tensor):
-            continue
-        if x.device != like.device:
-            raise ValueError(f"{name} is on {x.device}; wanted {like.device}")
-        if name not in ("rewards", "denominator") and not x.is_floating_point():
-            raise TypeError(f"{name} is {x.dtype}; wanted a floating dtype")
-        if name in per_token and x.shape != like.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {tuple(like.shape)}, one entry a target")
-    _check_rewards(rewards, sequence_ids, advantages, target_cu_seqlens.shape[0] - 1)
-    detached = (None if x is None else x.detach() for x in (advantages, old_logprobs, ref_logprobs, behavior_logprobs))
-    rewards = None if rewards is None else rewards.detach().to(accumulation_dtype(rewards.dtype))
-    return LossArguments(config, target_cu_seqlens, denominator, targets, rewards, sequence_ids, *detached)
+    def checked(
+        self,
+        like: Tensor,  # [num_targets], for shape and device
+    ) -> "LossInputs":
+        """The same, detached. Raises as `grpo_loss` says."""
+        config, denominator = self.config, self.denominator
+        if config.kl_coef and self.ref_logprobs is None:
+            raise ValueError(f"kl_coef is {config.kl_coef}, which needs ref_logprobs; found None")
+        if config.behavior_cap is not None and self.behavior_logprobs is None:
+            raise ValueError(f"behavior_cap is {config.behavior_cap}, which needs behavior_logprobs; found None")
+        if isinstance(denominator, Tensor):
+            if denominator.dim():
+                raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
+        elif not 0 < denominator < math.inf:
+            raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
+        _check_offsets(self.target_cu_seqlens, like)
+        for name, x in self._asdict().items():
+            # Offsets, ids and targets have their own check of dtype and shape.
+            if not isinstance(x, Tensor) or name in ("target_cu_seqlens", "sequence_ids", "targets"):
+                continue
+            if x.device != like.device:
+                raise ValueError(f"{name} is on {x.device}; wanted {like.device}")
+            if name not in ("rewards", "denominator") and not x.is_floating_point():
+                raise TypeError(f"{name} is {x.dtype}; wanted a floating dtype")
+            if name.endswith("_logprobs") and x.shape != like.shape:
+                raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {tuple(like.shape)}, one entry a target")
+        _check_rewards(self.rewards, self.sequence_ids, self.advantages, self.target_cu_seqlens.shape[0] - 1)
+        inputs = self._make(x.detach() if isinstance(x, Tensor) else x for x in self)
+        if isinstance(inputs.denominator, Tensor):  # a float64 one would make the loss float64
+            inputs = inputs._replace(denominator=inputs.denominator.to(accumulation_dtype(like.dtype)))
+        if inputs.rewards is not None:  # often bools, and masked lanes of an integer load hold no NaN
+            inputs = inputs._replace(rewards=inputs.rewards.to(accumulation_dtype(inputs.rewards.dtype)))
+        return inputs
 
 
 def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:

@@ -17,19 +17,18 @@ from flashgrpo.kernels.loss_config import (
     MAX_LOG_RATIO,
     AdvantageScale,
     KLEstimator,
-    LossArguments,
     LossConfig,
+    LossInputs,
 )
 
 Stats = dict[str, Tensor]
 ADVANTAGE_EPS = 1e-4  # added to the standard deviation
 
 
-class LossInputs(NamedTuple):
-    """What the loss knows of each token besides its log-prob. Tokens that do not count hold zeros throughout."""
+class TokenInputs(NamedTuple):
+    """`LossInputs` spread over tokens. Those that do not count hold zeros throughout."""
 
     config: LossConfig
-    denominator: float | Tensor
     counted: Tensor  # [num_targets] bool: has an advantage, and a target that is not ignored
     sequence: Tensor  # [num_targets] int64, completion of the token
     spans: Tensor  # [num_completions], tokens
@@ -40,16 +39,51 @@ class LossInputs(NamedTuple):
     ref: Tensor | None  # [num_targets]
     behavior: Tensor | None  # [num_targets]
 
+    @classmethod
+    def of(
+        cls,
+        inputs: LossInputs,
+        like: Tensor,  # [num_targets], for shape, dtype and device
+    ) -> "TokenInputs":
+        config, dtype = inputs.config, accumulation_dtype(like.dtype)
+        offsets = inputs.target_cu_seqlens.long()
+        spans = offsets.diff()
+        sequence = torch.searchsorted(offsets[1:], torch.arange(like.shape[0], device=like.device), right=True)
+        advantages = inputs.advantages
+        if inputs.rewards is not None:
+            advantages = group_advantages(inputs.rewards, scale=config.advantage_scale).flatten()
+            if inputs.sequence_ids is not None:
+                advantages = advantages.index_select(0, inputs.sequence_ids)
+        assert advantages is not None
+        advantages = advantages.to(dtype).index_select(0, sequence)
+        counted = ~advantages.isnan()
+        if inputs.targets is not None:
+            counted &= inputs.targets != IGNORE_TARGET
+
+        def keep(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.where(counted, x.to(dtype), 0)
+
+        weights = counted.to(dtype)
+        lengths = segment_sum(weights, spans)
+        if config.aggregate == "sequence_mean":
+            weights = weights / lengths.clamp(min=1).index_select(0, sequence)
+        return cls(
+            config, counted, sequence, spans, lengths, torch.where(counted, advantages, 0), weights,
+            old=keep(inputs.old_logprobs), ref=keep(inputs.ref_logprobs), behavior=keep(inputs.behavior_logprobs),
+        )  # fmt: skip
+
     @property
     def d_entropies(self) -> Tensor | None:  # [num_targets]
         """Gradient of the loss by each token's entropy, before the denominator; None without an entropy bonus."""
         return -self.config.entropy_coef * self.weights if self.config.entropy_coef else None
 
-    def rows(self, chunk: slice) -> "LossInputs":
+    def rows(self, chunk: slice) -> "TokenInputs":
         """The same for a slice of the tokens. Only token-level ratios can be had from it."""
-        per_token = ("counted", "sequence", "advantages", "weights", "old", "ref", "behavior")
-        values = {name: getattr(self, name) for name in per_token}
-        return self._replace(**{name: value[chunk] for name, value in values.items() if value is not None})
+        old, ref, behavior = (None if x is None else x[chunk] for x in (self.old, self.ref, self.behavior))
+        return self._replace(
+            counted=self.counted[chunk], sequence=self.sequence[chunk], advantages=self.advantages[chunk],
+            weights=self.weights[chunk], old=old, ref=ref, behavior=behavior,
+        )  # fmt: skip
 
 
 class TokenLoss(NamedTuple):
@@ -64,7 +98,7 @@ class TokenLoss(NamedTuple):
 
 def token_losses(
     logprobs: Tensor,  # [num_targets]
-    inputs: LossInputs,
+    inputs: TokenInputs,
 ) -> TokenLoss:
     """Loss and its gradient by the log-prob for every token."""
     config = inputs.config
@@ -99,25 +133,26 @@ def token_losses(
     )
 
 
-def total_loss(
-    terms: TokenLoss,
-    entropies: Tensor | None,  # [num_targets]
-    inputs: LossInputs,
-) -> Tensor:
-    """The scalar that is minimised."""
-    loss, d_entropies = terms.loss, inputs.d_entropies
-    if d_entropies is not None and entropies is not None:
-        loss = loss + d_entropies * torch.where(inputs.counted, entropies, 0)
-    return loss.sum() / inputs.denominator
-
-
-def token_stats(
+def summed(
     terms: TokenLoss,
     logprobs: Tensor,  # [num_targets]
     entropies: Tensor | None,  # [num_targets]
-    inputs: LossInputs,
-) -> Stats:
-    """The metrics that `grpo_loss` describes; with entropies also those of `logits_grpo_loss`."""
+    inputs: TokenInputs,
+    denominator: float | Tensor,
+) -> tuple[Tensor, Stats]:
+    """The scalar that is minimised, and the metrics that `grpo_loss` describes; with entropies `logits_grpo_loss`."""
+    loss, d_entropies = terms.loss, inputs.d_entropies
+    if d_entropies is not None and entropies is not None:
+        loss = loss + d_entropies * torch.where(inputs.counted, entropies, 0)
+    return loss.sum() / denominator, _token_stats(terms, entropies, inputs) | per_token_stats(logprobs, entropies)
+
+
+def per_token_stats(logprobs: Tensor, entropies: Tensor | None) -> Stats:
+    """What `logits_grpo_loss` reports of each token; nothing where there are no entropies."""
+    return {} if entropies is None else {"logprobs": logprobs.detach(), "entropies": entropies.detach()}
+
+
+def _token_stats(terms: TokenLoss, entropies: Tensor | None, inputs: TokenInputs) -> Stats:
     counted, config, d_entropies = inputs.counted, inputs.config, inputs.d_entropies
     num_tokens = counted.sum()
     live = terms.d_logprob != 0
@@ -145,7 +180,7 @@ def token_stats(
         stats["behavior_mismatch_mean"] = mean(terms.mismatch)
         stats["behavior_mismatch_max"] = largest(terms.mismatch)
     if entropies is not None:
-        stats |= {"entropy": mean(entropies), "logprobs": logprobs.detach(), "entropies": entropies.detach()}
+        stats["entropy"] = mean(entropies)
     return stats
 
 
@@ -157,7 +192,7 @@ def segment_sum(
     return torch.segment_reduce(x, "sum", lengths=spans, unsafe=True)
 
 
-def _at_ratio_level(log_ratio: Tensor, inputs: LossInputs) -> Tensor:
+def _at_ratio_level(log_ratio: Tensor, inputs: TokenInputs) -> Tensor:
     if inputs.config.ratio_level == "token":
         return log_ratio
     means = segment_sum(log_ratio, inputs.spans) / inputs.lengths.clamp(min=1)
@@ -168,7 +203,7 @@ def _bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
-def _behavior_weights(mismatch: Tensor, cap: float, inputs: LossInputs) -> Tensor:
+def _behavior_weights(mismatch: Tensor, cap: float, inputs: TokenInputs) -> Tensor:
     weights = _bounded_exp(_at_ratio_level(mismatch, inputs))
     if inputs.config.behavior_mode == "truncate":
         return weights.clamp(max=cap)
@@ -189,42 +224,6 @@ def _kl_and_gradient(
         growth = bounded.expm1()
         kl, d_kl = growth - bounded, growth
     return kl, torch.where((difference < -MAX_DIFFERENCE) | (difference > highest), 0, -d_kl)
-
-
-def prepare_inputs(
-    like: Tensor,  # [num_targets], for shape, dtype and device
-    arguments: LossArguments,
-) -> LossInputs:
-    """The arguments spread over tokens."""
-    config, targets, dtype = arguments.config, arguments.targets, accumulation_dtype(like.dtype)
-    offsets = arguments.target_cu_seqlens.long()
-    spans = offsets.diff()
-    sequence = torch.searchsorted(offsets[1:], torch.arange(like.shape[0], device=like.device), right=True)
-    if arguments.rewards is None:
-        advantages = arguments.advantages
-    else:
-        advantages = group_advantages(arguments.rewards, scale=config.advantage_scale).flatten()
-        if arguments.sequence_ids is not None:
-            advantages = advantages.index_select(0, arguments.sequence_ids)
-    assert advantages is not None
-    advantages = advantages.to(dtype).index_select(0, sequence)
-    counted = ~advantages.isnan()
-    if targets is not None:
-        counted &= targets != IGNORE_TARGET
-
-    def keep(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(counted, x.to(dtype), 0)
-
-    weights = counted.to(dtype)
-    lengths = segment_sum(weights, spans)
-    if config.aggregate == "sequence_mean":
-        weights = weights / lengths.clamp(min=1).index_select(0, sequence)
-    denominator = arguments.denominator
-    return LossInputs(
-        config, denominator.to(dtype) if isinstance(denominator, Tensor) else denominator,
-        counted, sequence, spans, lengths, torch.where(counted, advantages, 0), weights,
-        old=keep(arguments.old_logprobs), ref=keep(arguments.ref_logprobs), behavior=keep(arguments.behavior_logprobs),
-    )  # fmt: skip
 
 
 def group_advantages(

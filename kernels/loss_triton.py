@@ -1,28 +1,35 @@
 # pyright: reportGeneralTypeIssues=false
-"""The loss of grpo_loss.py in two launches: a program for every 512 tokens, then one for every metric.
+"""The loss of grpo_loss.py on the device, from log-probs or from rows of logits.
 
-A program finds the completions of its tokens by bisection, and for each of them reads its group's rewards, and at
-sequence level its tokens' log-ratios: what lies apart is read again rather than kept in a launch of its own. A token
-costs at most 16 bytes read and 4 written; 64k tokens are 1.3 MB, so the launches themselves are what takes time. Sums
-have a fixed order: lanes of a block, then blocks.
+From log-probs it takes two launches: a program for every 512 tokens, then one for every metric. A program finds the
+completions of its tokens by bisection, and for each of them reads its group's rewards, and at sequence level its
+tokens' log-ratios: what lies apart is read again rather than kept in a launch of its own. A token costs at most 16
+bytes read and 4 written; 64k tokens are 1.3 MB, so the launches themselves are what takes time. Sums have a fixed
+order: lanes of a block, then blocks.
+
+From logits (`RowLoss`) a launch beforehand gives every token the advantage and the length of its completion. Then a
+program takes a row: it reads it for log-prob and entropy, makes the loss and its gradient by them, and reads the row
+again, backwards, to write the gradient of its logits. The second read comes from L2 as far as the rows at work fit:
+the 264 of an H200 in 50 MB if they have up to 95,000 logits, and more than half of 151,936. A row whose gradient is 0
+is not read again. 4 bytes an element in bf16 from and to memory, or 6 without L2: for 8,192 rows of 151,936 that takes
+at least 1.16 or 1.74 ms at 4.3 TB/s.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashgrpo.kernels import logprob
 from flashgrpo.kernels.common import launch, tl, triton
-from flashgrpo.kernels.loss_config import LossArguments
+from flashgrpo.kernels.logprob import row_gradient, row_logprob
+from flashgrpo.kernels.loss_config import LossInputs
 from flashgrpo.kernels.loss_torch import ADVANTAGE_EPS, Stats
 
 BLOCK = 512  # tokens of a program
 GROUP_BLOCK = 128  # rewards of a group read at once
 _ROWS = 2048  # blocks summed at once
-# Where `kernel_arguments` puts them among the numbers: those of a token begin, the entropy bonus.
-TOKEN_NUMBERS, ENTROPY_COEF = 3, 7
 # What a program sums up for its block, in this order; maxima are largest values.
 _SUMS = (
     "loss", "num_tokens", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "live_fraction", "kl",
@@ -30,6 +37,92 @@ _SUMS = (
 )  # fmt: skip
 NUM_SUMS = len(_SUMS)
 _RATIO_MAX, _MISMATCH_MAX = (tl.constexpr(_SUMS.index(name)) for name in ("ratio_max", "behavior_mismatch_max"))
+
+
+class KernelInputs(NamedTuple):
+    """`LossInputs` as the kernels take it, whole. Choices are 1.0 or 0.0: Triton would compile an int in.
+
+    torch's operators cannot take a tuple like this: they get `tensors` and `numbers`, and put it together again.
+    """
+
+    targets: Tensor | None  # [num_targets]
+    offsets: Tensor  # [num_completions + 1]
+    rewards: Tensor | None  # [num_groups, group_size]
+    sequence_ids: Tensor | None  # [num_completions]
+    advantages: Tensor | None  # [num_completions]
+    old: Tensor | None  # [num_targets], and so the next two
+    ref: Tensor | None
+    behavior: Tensor | None
+    denominator_tensor: Tensor | None  # 0-d; None: the number that follows
+    denominator: float
+    eps: float
+    by_deviation: float
+    at_sequence_level: float
+    clip_low: float
+    clip_high: float
+    clip_max: float
+    kl_coef: float
+    kl_estimator: float  # 1, 2 or 3
+    entropy_coef: float | None
+    behavior_cap: float
+    behavior_floor: float
+    cispo: float
+    over_tokens: float
+    has_cap: float
+    mask_behavior: float
+
+    @classmethod
+    def of(cls, inputs: LossInputs) -> "KernelInputs":
+        config, denominator = inputs.config, inputs.denominator
+        by_tensor = isinstance(denominator, Tensor)
+        return cls(
+            targets=_contiguous(inputs.targets),
+            offsets=inputs.target_cu_seqlens.contiguous(),
+            rewards=_contiguous(inputs.rewards),
+            sequence_ids=_contiguous(inputs.sequence_ids),
+            advantages=_contiguous(inputs.advantages),
+            old=_contiguous(inputs.old_logprobs),
+            ref=_contiguous(inputs.ref_logprobs),
+            behavior=_contiguous(inputs.behavior_logprobs),
+            denominator_tensor=denominator if by_tensor else None,
+            denominator=1.0 if by_tensor else float(denominator),
+            eps=ADVANTAGE_EPS,
+            by_deviation=float(config.advantage_scale == "std"),
+            at_sequence_level=float(config.ratio_level == "sequence"),
+            clip_low=float(config.clip_low),
+            clip_high=float(config.clip_high),
+            clip_max=math.inf if config.clip_max is None else float(config.clip_max),
+            kl_coef=float(config.kl_coef),
+            kl_estimator={"k1": 1.0, "k2": 2.0, "k3": 3.0}[config.kl_estimator],
+            entropy_coef=float(config.entropy_coef),
+            behavior_cap=math.inf if config.behavior_cap is None else float(config.behavior_cap),
+            behavior_floor=float(config.behavior_floor),
+            cispo=float(config.objective == "cispo"),
+            over_tokens=float(config.aggregate != "sequence_mean"),
+            has_cap=float(config.behavior_cap is not None),
+            mask_behavior=float(config.behavior_mode == "mask"),
+        )
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return self[:_NUM_TENSORS]
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        return self[_NUM_TENSORS:]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Completions, rewards, and rewards of a group."""
+        num_rewards, group_size = (0, 1) if self.rewards is None else (self.rewards.numel(), self.rewards.shape[1])
+        return self.offsets.shape[0] - 1, num_rewards, group_size
+
+
+_NUM_TENSORS = KernelInputs._fields.index("denominator")
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 @triton.jit
@@ -102,114 +195,120 @@ def _kl_and_gradient(difference, estimator):
 
 
 @triton.jit
-def _policy(ratio, log_ratio, logprob, advantage, weighted, clip_low, clip_high, clip_max, cispo):
+def _policy(ratio, log_ratio, logprob, advantage, weighted, inputs):
     """Loss and gradient by the log-prob of the policy term; `weighted` is the advantage times the behavior weight."""
-    above = _at_most(ratio, 1 + clip_high)
-    below = _at_most(tl.where(ratio < 1 - clip_low, 1 - clip_low, ratio), clip_max)
-    bounded = tl.where((cispo == 0) & (advantage < 0), below, above)
+    above = _at_most(ratio, 1 + inputs.clip_high)
+    below = _at_most(tl.where(ratio < 1 - inputs.clip_low, 1 - inputs.clip_low, ratio), inputs.clip_max)
+    bounded = tl.where((inputs.cispo == 0) & (advantage < 0), below, above)
     beyond = (bounded < ratio) | (bounded > ratio) | (log_ratio > 20.0)
     clipped = -weighted * bounded
-    slope = tl.where((cispo == 0) & beyond, 0.0, clipped)
-    loss = tl.where(cispo == 0, clipped, tl.where(clipped == 0, 0.0, clipped * logprob))
+    slope = tl.where((inputs.cispo == 0) & beyond, 0.0, clipped)
+    loss = tl.where(inputs.cispo == 0, clipped, tl.where(clipped == 0, 0.0, clipped * logprob))
     return loss, slope
 
 
 @triton.jit
-def completions_of(
-    rows, start, stop, log_ratio, log_weight, logprobs, targets, offsets, rewards, sequence_ids, advantages, old,
-    behavior, num_sequences, num_rewards, group_size, eps, by_deviation, at_sequence_level,
-    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+def _denominator(inputs):
+    denominator = inputs.denominator
+    if inputs.denominator_tensor is not None:
+        denominator = tl.load(inputs.denominator_tensor).to(tl.float32)
+    return denominator
+
+
+@triton.jit
+def _completions_of(
+    rows, start, stop, log_ratio, log_weight, logprobs, inputs, num_sequences, num_rewards, group_size,
+    at_sequence_level, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each of the `rows` from start to stop, by its completion: the advantage (NaN: does not count), the number of
     tokens that count, and log-ratio and log behavior weight, at sequence level their means.
     """
     advantage = tl.full([BLOCK], float("nan"), tl.float32)
     length = tl.full([BLOCK], 1.0, tl.float32)
-    last = _sequence_of(offsets, num_sequences, stop - 1)
-    for sequence in range(_sequence_of(offsets, num_sequences, start), last + 1):
-        begin, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
+    last = _sequence_of(inputs.offsets, num_sequences, stop - 1)
+    for sequence in range(_sequence_of(inputs.offsets, num_sequences, start), last + 1):
+        begin, end = tl.load(inputs.offsets + sequence), tl.load(inputs.offsets + sequence + 1)
         mine = (rows >= begin) & (rows < end)
-        if advantages is not None:
-            own = tl.load(advantages + sequence).to(tl.float32)
+        if inputs.advantages is not None:
+            own = tl.load(inputs.advantages + sequence).to(tl.float32)
         else:
             slot = sequence
-            if sequence_ids is not None:
-                slot = tl.load(sequence_ids + sequence)
+            if inputs.sequence_ids is not None:
+                slot = tl.load(inputs.sequence_ids + sequence)
             own = float("nan")
             if (slot >= 0) & (slot < num_rewards):
-                own = _group_advantage(rewards, slot, group_size, by_deviation, eps, GROUP_BLOCK)
+                own = _group_advantage(inputs.rewards, slot, group_size, inputs.by_deviation, inputs.eps, GROUP_BLOCK)
         advantage = tl.where(mine, own, advantage)
         count, total, total_mismatch = (end - begin).to(tl.float32), 0.0, 0.0
-        if (targets is not None) | (at_sequence_level != 0):
+        if (inputs.targets is not None) | (at_sequence_level != 0):
             count = 0.0
             for piece in range(begin, end, BLOCK):
                 tokens = piece + tl.arange(0, BLOCK)
                 valid = tokens < end
-                if targets is not None:
-                    valid = valid & (tl.load(targets + tokens, mask=valid, other=-100) != -100)
+                if inputs.targets is not None:
+                    valid = valid & (tl.load(inputs.targets + tokens, mask=valid, other=-100) != -100)
                 count += tl.sum(valid.to(tl.float32), 0)
                 if at_sequence_level != 0:
                     new = tl.load(logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
                     was = new
-                    if old is not None:
-                        was = tl.load(old + tokens, mask=valid, other=0.0).to(tl.float32)
+                    if inputs.old is not None:
+                        was = tl.load(inputs.old + tokens, mask=valid, other=0.0).to(tl.float32)
                         total += tl.sum(new - was, 0)
-                    if behavior is not None:
-                        sampled = tl.load(behavior + tokens, mask=valid, other=0.0).to(tl.float32)
+                    if inputs.behavior is not None:
+                        sampled = tl.load(inputs.behavior + tokens, mask=valid, other=0.0).to(tl.float32)
                         total_mismatch += tl.sum(was - sampled, 0)
         count = tl.maximum(count, 1.0)
         length = tl.where(mine, count, length)
         if at_sequence_level != 0:
-            if old is not None:
+            if inputs.old is not None:
                 log_ratio = tl.where(mine, total / count, log_ratio)
             log_weight = tl.where(mine, total_mismatch / count, log_weight)
-    if targets is not None:
-        ignored = tl.load(targets + rows, mask=rows < stop, other=-100) == -100
+    if inputs.targets is not None:
+        ignored = tl.load(inputs.targets + rows, mask=rows < stop, other=-100) == -100
         advantage = tl.where(ignored, float("nan"), advantage)
     return tl.where(rows < stop, advantage, float("nan")), length, log_ratio, log_weight
 
 
 @triton.jit
-def log_ratio_and_mismatch(rows, inside, logprob, old, behavior):
+def _log_ratio_and_mismatch(rows, inside, logprob, inputs):
     """Of tokens: new - old log-probs, and old - behavior ones; 0 without them, but NaN where the log-prob is."""
     old_logprob = logprob
     log_ratio = tl.where(logprob != logprob, logprob, 0.0)
-    if old is not None:
-        old_logprob = tl.load(old + rows, mask=inside, other=0.0).to(tl.float32)
+    if inputs.old is not None:
+        old_logprob = tl.load(inputs.old + rows, mask=inside, other=0.0).to(tl.float32)
         log_ratio = logprob - old_logprob
     mismatch = tl.zeros_like(logprob)
-    if behavior is not None:
-        mismatch = old_logprob - tl.load(behavior + rows, mask=inside, other=0.0).to(tl.float32)
+    if inputs.behavior is not None:
+        mismatch = old_logprob - tl.load(inputs.behavior + rows, mask=inside, other=0.0).to(tl.float32)
     return log_ratio, mismatch
 
 
 @triton.jit
-def loss_of_tokens(
-    rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, ref, sums, num_blocks,
-    clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap, behavior_floor,
-    kl_estimator, cispo, over_tokens, has_cap, mask_behavior,
-):  # fmt: skip
+def _loss_of_tokens(
+    rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, sums, num_blocks, entropy_coef, inputs
+):
     """The gradients of the loss by log-prob and by entropy; the block's sums go to `sums`."""
     counted = advantage == advantage
     advantage = tl.where(counted, advantage, 0.0)
-    weight = tl.where(counted, tl.where(over_tokens != 0, 1.0, 1.0 / length), 0.0)
+    weight = tl.where(counted, tl.where(inputs.over_tokens != 0, 1.0, 1.0 / length), 0.0)
     logprob = tl.where(counted, logprob, 0.0)
     entropy = tl.where(counted, entropy, 0.0)
     log_ratio = tl.where(counted, log_ratio, 0.0)
     mismatch = tl.abs(tl.where(counted, mismatch, 0.0))
 
     behavior_weight = tl.exp(_at_most(tl.where(counted, log_weight, 0.0), 20.0))
-    within = (behavior_weight >= behavior_floor) & (behavior_weight <= behavior_cap)
-    cut = tl.where(mask_behavior != 0, tl.where(within, behavior_weight, 0.0), _at_most(behavior_weight, behavior_cap))
-    weighted = tl.where(has_cap != 0, advantage * cut, advantage)
+    within = (behavior_weight >= inputs.behavior_floor) & (behavior_weight <= inputs.behavior_cap)
+    truncated, masked = _at_most(behavior_weight, inputs.behavior_cap), tl.where(within, behavior_weight, 0.0)
+    cut = tl.where(inputs.mask_behavior != 0, masked, truncated)
+    weighted = tl.where(inputs.has_cap != 0, advantage * cut, advantage)
     ratio = tl.exp(_at_most(log_ratio, 20.0))
-    loss, slope = _policy(ratio, log_ratio, logprob, advantage, weighted, clip_low, clip_high, clip_max, cispo)
+    loss, slope = _policy(ratio, log_ratio, logprob, advantage, weighted, inputs)
     kl = tl.zeros_like(logprob)
-    if ref is not None:
-        reference = tl.load(ref + rows, mask=counted, other=0.0).to(tl.float32)
-        kl, d_kl = _kl_and_gradient(reference - logprob, kl_estimator)
-        loss += tl.where(kl_coef != 0, kl_coef * kl, 0.0)
-        slope += tl.where(kl_coef != 0, kl_coef * d_kl, 0.0)
+    if inputs.ref is not None:
+        reference = tl.load(inputs.ref + rows, mask=counted, other=0.0).to(tl.float32)
+        kl, d_kl = _kl_and_gradient(reference - logprob, inputs.kl_estimator)
+        loss += tl.where(inputs.kl_coef != 0, inputs.kl_coef * kl, 0.0)
+        slope += tl.where(inputs.kl_coef != 0, inputs.kl_coef * d_kl, 0.0)
     bonus = -entropy_coef * weight
     loss, slope = weight * loss + bonus * entropy, weight * slope
     live = (slope != 0) | (bonus != 0)
@@ -219,8 +318,8 @@ def loss_of_tokens(
     tl.store(sums + num_blocks, tl.sum(counted.to(tl.float32), 0))
     tl.store(sums + 2 * num_blocks, tl.sum(tl.where(counted, ratio, 0.0), 0))
     tl.store(sums + _RATIO_MAX * num_blocks, _largest(tl.where(counted, ratio, 0.0)))
-    tl.store(sums + 4 * num_blocks, tl.sum(((ratio < 1 - clip_low) & (advantage < 0)).to(tl.float32), 0))
-    tl.store(sums + 5 * num_blocks, tl.sum(((ratio > 1 + clip_high) & (advantage > 0)).to(tl.float32), 0))
+    tl.store(sums + 4 * num_blocks, tl.sum(((ratio < 1 - inputs.clip_low) & (advantage < 0)).to(tl.float32), 0))
+    tl.store(sums + 5 * num_blocks, tl.sum(((ratio > 1 + inputs.clip_high) & (advantage > 0)).to(tl.float32), 0))
     tl.store(sums + 6 * num_blocks, tl.sum(live.to(tl.float32), 0))
     tl.store(sums + 7 * num_blocks, tl.sum(tl.where(counted, kl, 0.0), 0))
     tl.store(sums + 8 * num_blocks, tl.sum(mismatch, 0))
@@ -231,11 +330,8 @@ def loss_of_tokens(
 
 @triton.jit(do_not_specialize=["n", "num_sequences", "num_rewards", "group_size", "num_blocks"])
 def _grpo_loss_kernel(
-    logprobs, entropies, targets, offsets, rewards, sequence_ids, advantages, old, ref, behavior,
-    d_logprobs, d_entropies, partials, n, num_sequences, num_rewards, group_size, num_blocks,
-    eps, by_deviation, at_sequence_level, clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap,
-    behavior_floor, kl_estimator, cispo, over_tokens, has_cap, mask_behavior,
-    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    logprobs, entropies, d_logprobs, d_entropies, partials, n, num_sequences, num_rewards, group_size, num_blocks,
+    inputs, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     start = block * BLOCK
@@ -245,16 +341,14 @@ def _grpo_loss_kernel(
     entropy = tl.zeros([BLOCK], tl.float32)
     if entropies is not None:
         entropy = tl.load(entropies + rows, mask=inside, other=0.0)
-    log_ratio, mismatch = log_ratio_and_mismatch(rows, inside, logprob, old, behavior)
-    advantage, length, log_ratio, log_weight = completions_of(
-        rows, start, tl.minimum(start + BLOCK, n), log_ratio, mismatch, logprobs, targets, offsets, rewards,
-        sequence_ids, advantages, old, behavior, num_sequences, num_rewards, group_size, eps, by_deviation,
-        at_sequence_level, BLOCK, GROUP_BLOCK,
+    log_ratio, mismatch = _log_ratio_and_mismatch(rows, inside, logprob, inputs)
+    advantage, length, log_ratio, log_weight = _completions_of(
+        rows, start, tl.minimum(start + BLOCK, n), log_ratio, mismatch, logprobs, inputs, num_sequences, num_rewards,
+        group_size, inputs.at_sequence_level, BLOCK, GROUP_BLOCK,
     )  # fmt: skip
-    slope, bonus = loss_of_tokens(
-        rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, ref, partials + block, num_blocks,
-        clip_low, clip_high, clip_max, kl_coef, entropy_coef, behavior_cap, behavior_floor,
-        kl_estimator, cispo, over_tokens, has_cap, mask_behavior,
+    slope, bonus = _loss_of_tokens(
+        rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, partials + block, num_blocks,
+        inputs.entropy_coef, inputs,
     )  # fmt: skip
     tl.store(d_logprobs + rows, slope, mask=inside)
     if d_entropies is not None:
@@ -262,7 +356,7 @@ def _grpo_loss_kernel(
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def _sum_blocks_kernel(partials, denominators, loss, metrics, num_blocks, denominator, ROWS: tl.constexpr):
+def _sum_blocks_kernel(partials, loss, metrics, num_blocks, inputs, ROWS: tl.constexpr):
     """One program a metric: the sum of its blocks in order, or their largest value."""
     metric = tl.program_id(0)
     is_max = (metric == _RATIO_MAX) | (metric == _MISMATCH_MAX)
@@ -275,96 +369,205 @@ def _sum_blocks_kernel(partials, denominators, loss, metrics, num_blocks, denomi
         tokens += tl.load(partials + num_blocks + start + lanes, mask=start + lanes < num_blocks, other=0.0)
     result = tl.where(is_max, _largest(total), tl.sum(total, 0))
     if metric == 0:
-        if denominators is not None:
-            denominator = tl.load(denominators).to(tl.float32)
-        tl.store(loss, result / denominator)
+        tl.store(loss, result / _denominator(inputs))
     if (metric != 1) & (is_max == 0):
         result = result / tl.maximum(tl.sum(tokens, 0), 1.0)
     tl.store(metrics + metric, result)
 
 
-class LossBuffers(NamedTuple):
+@triton.jit(do_not_specialize=["n", "num_sequences", "num_rewards", "group_size"])
+def _advantage_kernel(
+    token_advantages, token_lengths, n, num_sequences, num_rewards, group_size, inputs,
+    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * BLOCK
+    rows = start + tl.arange(0, BLOCK)
+    nothing = tl.zeros([BLOCK], tl.float32)
+    advantage, length, _, _ = _completions_of(
+        rows, start, tl.minimum(start + BLOCK, n), nothing, nothing, None, inputs, num_sequences, num_rewards,
+        group_size, 0, BLOCK, GROUP_BLOCK,
+    )  # fmt: skip
+    tl.store(token_advantages + rows, advantage, mask=rows < n)
+    tl.store(token_lengths + rows, length, mask=rows < n)
+
+
+@triton.jit(do_not_specialize=["first_row", "num_rows"])
+def _row_loss_kernel(
+    logits, d_logits, token_advantages, token_lengths, logprobs, entropies, live, partials, first_row, num_rows, vocab,
+    row_stride, d_row_stride, scale, inputs, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """d_logits may be the logits, whose first row is that of token `first_row`. An entropy_coef of None is 0."""
+    n = tl.program_id(0).to(tl.int64)
+    token = first_row + n
+    target = tl.load(inputs.targets + token)
+    row = logits + n * row_stride
+    logprob, entropy, peak, log_total = row_logprob(row, target, vocab, scale, BLOCK, SLICE)
+    tl.store(logprobs + token, logprob)
+    tl.store(entropies + token, entropy)
+
+    one = token + tl.arange(0, 1)
+    log_ratio, mismatch = _log_ratio_and_mismatch(one, one >= 0, tl.full([1], logprob, tl.float32), inputs)
+    coefficient = 0.0
+    if inputs.entropy_coef is not None:
+        coefficient = inputs.entropy_coef
+    slope, bonus = _loss_of_tokens(
+        one, tl.full([1], logprob, tl.float32), tl.full([1], entropy, tl.float32), log_ratio, mismatch, mismatch,
+        tl.load(token_advantages + one), tl.load(token_lengths + one), partials + token, num_rows, coefficient, inputs,
+    )  # fmt: skip
+    d_logprob, d_entropy = tl.sum(slope, 0), tl.sum(bonus, 0)
+    is_live = (d_logprob != 0) | (d_entropy != 0)
+    tl.store(live + token, is_live.to(tl.int8))
+    if d_logits is not None:
+        denominator = _denominator(inputs)
+        d_logprob /= denominator
+        d_bonus = None
+        if inputs.entropy_coef is not None:
+            d_bonus = d_entropy / denominator
+        d_row = d_logits + n * d_row_stride
+        last = (vocab - 1) // BLOCK * BLOCK
+        for back in range(0, vocab, BLOCK):
+            columns = last - back + tl.arange(0, BLOCK)
+            gradient = tl.zeros([BLOCK], tl.float32)
+            if is_live:
+                x = tl.load(row + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
+                gradient = row_gradient(x, columns, target, vocab, peak, log_total, entropy, d_logprob, d_bonus, scale)
+            tl.store(d_row + columns, gradient, mask=columns < vocab)
+
+
+@triton.jit
+def _move_rows_kernel(x, sources, width, row_stride, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    source = tl.load(sources + n)
+    columns = tl.arange(0, BLOCK)
+    if source != n:
+        for start in range(0, width, BLOCK):
+            inside = start + columns < width
+            moved = tl.load(x + source * row_stride + start + columns, mask=inside)
+            tl.store(x + n * row_stride + start + columns, moved, mask=inside)
+
+
+@triton.jit
+def _scale_kernel(x, factors, width, row_stride, BLOCK: tl.constexpr):
+    factor = tl.load(factors).to(tl.float32)
+    row = x + tl.program_id(0).to(tl.int64) * row_stride
+    columns = tl.arange(0, BLOCK)
+    if factor != 1:
+        for start in range(0, width, BLOCK):
+            inside = start + columns < width
+            tl.store(row + start + columns, tl.load(row + start + columns, mask=inside) * factor, mask=inside)
+
+
+class LossOutputs(NamedTuple):
     """What the loss kernel writes."""
 
     d_logprobs: Tensor  # [num_targets] fp32, before the denominator
     d_entropies: Tensor | None  # [num_targets] fp32, with an entropy bonus
     partials: Tensor  # [NUM_SUMS, num_blocks] fp32
 
-    @classmethod
-    def empty(cls, logprobs: Tensor, with_entropies: bool) -> "LossBuffers":
-        d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
-        d_entropies = torch.empty_like(d_logprobs) if with_entropies else None
-        return cls(d_logprobs, d_entropies, d_logprobs.new_empty(NUM_SUMS, -(-logprobs.shape[0] // BLOCK)))
-
-
-def kernel_arguments(arguments: LossArguments) -> tuple[list[Tensor | None], Tensor | None, list[float]]:
-    """The arguments as the kernels take them: tensors, the denominator if it is one, numbers."""
-    config, denominator = arguments.config, arguments.denominator
-    tensors = (
-        arguments.targets, arguments.target_cu_seqlens, arguments.rewards, arguments.sequence_ids,
-        arguments.advantages, arguments.old_logprobs, arguments.ref_logprobs, arguments.behavior_logprobs,
-    )  # fmt: skip
-    contiguous = [None if x is None else x.contiguous() for x in tensors]
-    numbers = [
-        ADVANTAGE_EPS, config.advantage_scale == "std", config.ratio_level == "sequence",
-        config.clip_low, config.clip_high, _or_infinite(config.clip_max), config.kl_coef, config.entropy_coef,
-        _or_infinite(config.behavior_cap), config.behavior_floor, {"k1": 1, "k2": 2, "k3": 3}[config.kl_estimator],
-        config.objective == "cispo", config.aggregate != "sequence_mean", config.behavior_cap is not None,
-        config.behavior_mode == "mask",
-        1.0 if isinstance(denominator, Tensor) else denominator,
-    ]  # fmt: skip
-    return contiguous, denominator if isinstance(denominator, Tensor) else None, [float(number) for number in numbers]
-
 
 def launch_loss(
     logprobs: Tensor,  # [num_targets]
     entropies: Tensor | None,  # [num_targets]
-    tensors: Sequence[Tensor | None],  # those of `kernel_arguments`
-    numbers: Sequence[float],
-    buffers: LossBuffers,
-) -> None:
-    """Loss, and its gradient by the log-prob."""
+    inputs: KernelInputs,
+) -> LossOutputs:
+    """Loss of log-probs, and its gradients."""
+    n = logprobs.shape[0]
+    d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
+    d_entropies = torch.empty_like(d_logprobs) if inputs.entropy_coef else None
+    outputs = LossOutputs(d_logprobs, d_entropies, d_logprobs.new_empty(NUM_SUMS, -(-n // BLOCK)))
     launch(
-        _grpo_loss_kernel, buffers.partials.shape[1:], logprobs, entropies, *tensors, *buffers, logprobs.shape[0],
-        *completion_counts(tensors), buffers.partials.shape[1], *numbers[:-1], BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
+        _grpo_loss_kernel, outputs.partials.shape[1:], logprobs.contiguous(), entropies, *outputs, n, *inputs.counts,
+        outputs.partials.shape[1], inputs, BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
     )  # fmt: skip
+    return outputs
 
 
-def completion_counts(tensors: Sequence[Tensor | None]) -> tuple[int, int, int]:
-    """Completions, rewards, and rewards of a group, by the tensors of `kernel_arguments`."""
-    offsets, rewards = tensors[1:3]
-    assert offsets is not None
-    num_rewards, group_size = (0, 1) if rewards is None else (rewards.numel(), rewards.shape[1])
-    return offsets.shape[0] - 1, num_rewards, group_size
+def launch_sums(
+    partials: Tensor,  # [NUM_SUMS, num_blocks]
+    inputs: KernelInputs,
+) -> tuple[Tensor, Tensor]:  # 0-d, [NUM_SUMS]
+    """The loss, and the metrics of all tokens."""
+    loss, metrics = empty_sums(partials)
+    launch(_sum_blocks_kernel, (NUM_SUMS,), partials, loss, metrics, partials.shape[1], inputs, ROWS=_ROWS)
+    return loss, metrics
 
 
 def empty_sums(like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty((), dtype=torch.float32), like.new_empty(NUM_SUMS, dtype=torch.float32)
 
 
-def launch_sums(
-    partials: Tensor,  # [NUM_SUMS, num_blocks]
-    denominator: Tensor | None,
-    numbers: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # 0-d, [NUM_SUMS]
-    """The loss, and the metrics of all tokens."""
-    loss, metrics = empty_sums(partials)
-    launch(
-        _sum_blocks_kernel, (NUM_SUMS,), partials, denominator, loss, metrics, partials.shape[1], numbers[-1],
-        ROWS=_ROWS,
-    )  # fmt: skip
-    return loss, metrics
-
-
-def named_metrics(metrics: Tensor, entropies: Tensor | None, arguments: LossArguments) -> Stats:
-    """Those of the metrics that the arguments define."""
+def named_metrics(metrics: Tensor, inputs: LossInputs, *, with_entropy: bool) -> Stats:
+    """Those of the metrics that the inputs define."""
     absent = {"loss"}
-    absent |= {"kl"} if arguments.ref_logprobs is None else set()
-    absent |= {"entropy"} if entropies is None else set()
-    if arguments.behavior_logprobs is None:
+    if inputs.ref_logprobs is None:
+        absent.add("kl")
+    if inputs.behavior_logprobs is None:
         absent |= {"behavior_mismatch_mean", "behavior_mismatch_max"}
+    if not with_entropy:
+        absent.add("entropy")
     return {name: value for name, value in zip(_SUMS, metrics, strict=True) if name not in absent}
 
 
-def _or_infinite(value: float | None) -> float:
-    return math.inf if value is None else value
+class RowLoss:
+    """The token-level loss of tokens whose logits come in any number of calls, and what the calls have written."""
+
+    def __init__(self, like: Tensor, inputs: KernelInputs, temperature: float):
+        """`like` is a tensor on the device."""
+        assert inputs.targets is not None
+        n = inputs.targets.shape[0]
+        self.logprobs, self.entropies, self.advantages, self.lengths = (
+            like.new_empty(n, dtype=torch.float32) for _ in range(4)
+        )
+        self.live = like.new_empty(n, dtype=torch.int8)
+        self.partials = like.new_empty(NUM_SUMS, n, dtype=torch.float32)
+        # Without a bonus the kernel leaves the entropy's gradient out.
+        self.inputs = inputs._replace(entropy_coef=inputs.entropy_coef or None)
+        self.scale = math.log2(math.e) / temperature
+        launch(
+            _advantage_kernel, (-(-n // BLOCK),), self.advantages, self.lengths, n, *inputs.counts, inputs,
+            BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
+        )  # fmt: skip
+
+    def take(
+        self,
+        logits: Tensor,  # [rows, vocab], contiguous along rows
+        d_logits: Tensor | None,  # like logits, or the logits; None: no gradient
+        first_row: int,
+    ) -> None:
+        """The loss of tokens `first_row` and after, and its gradient over the denominator."""
+        rows, vocab = logits.shape
+        launch(
+            _row_loss_kernel, (rows,), logits, d_logits, self.advantages, self.lengths, self.logprobs, self.entropies,
+            self.live, self.partials, first_row, self.partials.shape[1], vocab, logits.stride(0),
+            0 if d_logits is None else d_logits.stride(0), self.scale, self.inputs,
+            BLOCK=logprob.BLOCK, SLICE=logprob.SLICE, num_warps=logprob.NUM_WARPS,
+        )  # fmt: skip
+
+
+def move_live_rows(
+    x: Tensor,  # [rows, width], contiguous along rows
+    live: Tensor,  # [rows], 0 or 1
+    num_live: int,
+) -> Tensor:  # [num_live] int64
+    """Moves x's live rows from behind the first `num_live` into dead ones before; returns where each came from.
+
+    As many rows before are dead as behind are live, and nothing before is read: programs cannot race.
+    """
+    sources = torch.nonzero_static(live, size=num_live).squeeze(1)
+    if num_live:
+        kept = live[:num_live] != 0
+        place = torch.arange(num_live, device=x.device)
+        behind = kept.sum() + (~kept).cumsum(0) - 1  # where `sources` has the row for a dead one
+        sources = torch.where(kept, place, sources[behind.clamp(0, num_live - 1)])
+        launch(
+            _move_rows_kernel, (num_live,), x, sources, x.shape[1], x.stride(0),
+            BLOCK=logprob.BLOCK, num_warps=logprob.NUM_WARPS,
+        )  # fmt: skip
+    return sources
+
+
+def scale_rows(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a 0-d tensor, without touching x where that is 1; x is contiguous along rows."""
+    launch(
+        _scale_kernel, x.shape[:1], x, factor, x.shape[1], x.stride(0), BLOCK=logprob.BLOCK, num_warps=logprob.NUM_WARPS
+    )

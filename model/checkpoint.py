@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from flashgrpo.model import cpu
 from flashgrpo.model.config import CheckpointError, ModelConfig
 from flashgrpo.model.decoder import Decoder, huggingface_rows, huggingface_views
 from flashgrpo.model.files import TOKENIZER_FILES, parse_json, recover, whole_folder
@@ -39,7 +40,7 @@ def init_decoder(
     Equal seeds give equal weights on every device.
     """
     generator = torch.Generator().manual_seed(seed)
-    decoder = empty_decoder(config, dtype).to_empty(device=device)
+    decoder = empty_decoder(config, dtype, device).to_empty(device=device)
     for name, weight in huggingface_views({n: p.detach() for n, p in decoder.named_parameters()}, config).items():
         if weight.dim() == 2:
             weight.copy_(torch.empty(weight.shape).normal_(0.0, config.initializer_range, generator=generator))
@@ -82,7 +83,7 @@ def load_checkpoint(
     and a model that is not supported (`ModelConfig.from_dict`).
     """
     config = read_config(path, reward_model=reward_model)
-    decoder = empty_decoder(config, dtype or _stored_dtype(Path(path))).to_empty(device=device)
+    decoder = empty_decoder(config, dtype or _stored_dtype(Path(path)), device).to_empty(device=device)
     load_weights(decoder, path)
     return decoder
 
@@ -172,10 +173,13 @@ def save_checkpoint(
             pass
 
 
-def empty_decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
-    """A decoder on the meta device, for `to_empty`: it takes no memory."""
+def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device | str | None = None) -> Decoder:
+    """A decoder on the meta device, for `to_empty`: it takes no memory. It computes on `device`."""
     with torch.device("meta"):
-        return Decoder(config).to(dtype)
+        decoder = Decoder(config).to(dtype)
+    if device is not None and torch.device(device).type == "cpu":
+        cpu.adapt(decoder)
+    return decoder
 
 
 def read_json(file: Path) -> dict[str, Any]:

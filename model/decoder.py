@@ -10,20 +10,18 @@ that checkpoints use.
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.common import accumulation_dtype, backward_once
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.linear import ONEDNN_PRODUCT, Linear, padded_rows, product, weight_gradient
 from flashgrpo.model.rope import apply_rope, rotary_cos_sin
-from flashgrpo.model.threads import fit_threads
 
 # (layer index, q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim]) -> [n, num_heads, head_dim];
 # q and k come after QK norm and RoPE
@@ -81,8 +79,8 @@ class Decoder(nn.Module):
         return F.linear(hidden.to(wide), self.score.weight.to(wide)).squeeze(1)
 
     def padded_tokens(self, num_tokens: int) -> int:
-        """`num_tokens`, or a little more on a CPU: `model.linear` has the reason."""
-        return padded_rows(num_tokens, self.model.layers[0].mlp.down_proj.weight)  # pyright: ignore
+        """`num_tokens`, or a little more where the decoder is on a CPU: model/cpu.py has the reason."""
+        return num_tokens
 
     def run(
         self,
@@ -101,8 +99,6 @@ class Decoder(nn.Module):
         if self.activation_checkpointing not in get_args(ActivationCheckpointing):
             wanted = ", ".join(get_args(ActivationCheckpointing))
             raise ValueError(f"activation_checkpointing is {self.activation_checkpointing!r}; wanted one of {wanted}")
-        if input_ids.is_cpu:
-            fit_threads()
         cos, sin = rotary_cos_sin(self.config.rope, self.config.head_dim, position_ids)
         hidden = self.model.embed_tokens(input_ids)
         for index, block in enumerate(self.model.layers):
@@ -151,7 +147,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Block(nn.Module):
@@ -159,9 +155,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -190,10 +186,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias)
-        self.o_proj = Linear(q_size, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:
         heads = self.num_heads, self.num_kv_heads
@@ -201,126 +197,88 @@ class SelfAttention(nn.Module):
         qk, v = qkv.split((sum(heads), self.num_kv_heads), dim=1)
         if self.q_norm is None or self.k_norm is None:
             v = v.contiguous()  # a view would keep q and k for the backward pass, too
-        elif qk.is_cpu:  # where operators cost more than copies
-            weights = self.q_norm.weight.expand(heads[0], -1), self.k_norm.weight.expand(heads[1], -1)
-            qk = rms_norm(qk, torch.cat(weights), self.q_norm.eps)
         else:
-            q, k = qk.split(heads, dim=1)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+            qk = self.norm_heads(qk, self.q_norm, self.k_norm)
         q, k = apply_rope(qk, cos, sin).split(heads, dim=1)
         return self.o_proj(attend(index, q, k, v).flatten(1))
 
+    def norm_heads(
+        self,
+        qk: Tensor,  # [n, num_heads + num_kv_heads, head_dim]
+        q_norm: nn.RMSNorm,
+        k_norm: nn.RMSNorm,
+    ) -> Tensor:
+        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
+        return torch.cat((q_norm(q), k_norm(k)), dim=1)
+
+
+def swiglu_function(product: Callable[[Tensor, Tensor], Tensor]) -> type[torch.autograd.Function]:
+    """(silu(x gate^T) * (x up^T)) down^T (Shazeer 2020) of x, gate and up as one, and down; product(x, w) is x w^T.
+
+    It keeps two tensors of [n, intermediate_size] for the backward pass where plain autograd keeps four: silu and the
+    product are computed again, at no matmul's cost.
+    """
+
+    class SwiGLU(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, gate_up_weight, down_weight):
+            gate_up = product(x, gate_up_weight)
+            ctx.save_for_backward(x, gate_up, gate_up_weight, down_weight)
+            gate, up = gate_up.chunk(2, dim=1)
+            return product(F.silu(gate).mul_(up), down_weight)
+
+        @staticmethod
+        @backward_once
+        def backward(ctx, *grad_outputs):
+            (d_out,) = grad_outputs
+            x, gate_up, gate_up_weight, down_weight = ctx.saved_tensors
+            gate, up = gate_up.chunk(2, dim=1)
+            silu = F.silu(gate)
+            d_down_weight = product(d_out.T, (silu * up).T)
+            d_product = product(d_out, down_weight.T)
+            d_up = silu.mul_(d_product)
+            d_gate_up = torch.cat((torch.ops.aten.silu_backward(d_product.mul_(up), gate), d_up), dim=1)
+            return product(d_gate_up, gate_up_weight.T), product(d_gate_up.T, x.T), d_down_weight
+
+    return SwiGLU
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
 
 class MLP(nn.Module):
+    product = staticmethod(_product)
+    swiglu = swiglu_function(_product)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         weights = self.gate_up_proj.weight, self.down_proj.weight
         if torch.is_grad_enabled():
-            return _SwiGLU.apply(hidden, *weights)
-        gate, up = product(hidden, weights[0]).chunk(2, dim=1)
-        return product(F.silu(gate).mul_(up), weights[1])
+            return self.swiglu.apply(hidden, *weights)
+        gate, up = self.product(hidden, weights[0]).chunk(2, dim=1)
+        return self.product(F.silu(gate).mul_(up), weights[1])
 
 
-class RMSNorm(nn.RMSNorm):
-    """`rms_norm` with a weight over the last dimension."""
-
-    eps: float  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(
-    x: Tensor,  # [n, d] or [n, num_heads, d]
-    weight: Tensor,  # [d] or [num_heads, d]
-    eps: float,
-) -> Tensor:
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
-    if not x.is_cpu or x.dtype.itemsize < 4:
-        if weight.dim() == 1:
-            return F.rms_norm(x, weight.shape, weight, eps)
-        return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
-    if torch.is_grad_enabled():  # torch has no fused kernel here, only its composition
-        return _RMSNorm.apply(x, weight, eps)
-    return (x * _inverse_rms(x, eps)).mul_(weight)
+# What selective checkpointing keeps: products and attention, flash-attn's too. model/cpu.py adds its product.
+KEPT_OPERATORS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.flashgrpo.packed_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(_scalar(eps, x.dtype), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+def _what_to_keep(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    kept = operator in KEPT_OPERATORS or getattr(operator, "namespace", "") == "flash_attn"
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-@functools.cache
-def _scalar(value: float, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps x and 1 / rms for the backward pass, where plain autograd also keeps the normalised x."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        inverse_rms = _inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, inverse_rms)
-        normed = x * inverse_rms
-        if torch.compiler.is_compiling():  # where torch 2.11 would lose the gradient of a result written in place
-            return normed * weight
-        return normed.mul_(weight)
-
-    @staticmethod
-    @backward_once
-    def backward(ctx, *grad_outputs):
-        (d_out,) = grad_outputs
-        x, weight, inverse_rms = ctx.saved_tensors
-        normed = x * inverse_rms
-        d_scaled = d_out * normed  # summed over rows it is d_weight, weighted over columns the part of d_out along x
-        along = d_scaled @ weight if weight.dim() == 1 else torch.linalg.vecdot(d_scaled, weight)
-        along = along.div_(-x.shape[-1]).unsqueeze(-1)
-        d_x = torch.addcmul(d_out * weight, normed, along).mul_(inverse_rms)
-        return d_x, d_scaled.sum_to_size(weight.shape), None
-
-
-class _SwiGLU(torch.autograd.Function):
-    """(silu(x gate^T) * (x up^T)) down^T (Shazeer 2020), which keeps two tensors of [n, intermediate_size] for the
-    backward pass where plain autograd keeps four: silu and the product are computed again, at no matmul's cost.
-    """
-
-    @staticmethod
-    def forward(ctx, x, gate_up_weight, down_weight):
-        gate_up = product(x, gate_up_weight)
-        ctx.save_for_backward(x, gate_up, gate_up_weight, down_weight)
-        gate, up = gate_up.chunk(2, dim=1)
-        return product(F.silu(gate).mul_(up), down_weight)
-
-    @staticmethod
-    @backward_once
-    def backward(ctx, *grad_outputs):
-        (d_out,) = grad_outputs
-        x, gate_up, gate_up_weight, down_weight = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=1)
-        silu = F.silu(gate)
-        d_down_weight = weight_gradient(d_out, silu * up)
-        d_product = product(d_out, down_weight.T)
-        d_up = silu.mul_(d_product)
-        d_gate_up = torch.cat((torch.ops.aten.silu_backward(d_product.mul_(up), gate), d_up), dim=1)
-        return product(d_gate_up, gate_up_weight.T), weight_gradient(d_gate_up, x), d_down_weight
-
-
-_keep_products = functools.partial(
-    create_selective_checkpoint_contexts,
-    [
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        *([ONEDNN_PRODUCT.default] if ONEDNN_PRODUCT else []),
-        torch.ops.flashgrpo.packed_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    ],
-)
+_keep_products = functools.partial(create_selective_checkpoint_contexts, _what_to_keep)

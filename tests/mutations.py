@@ -36,8 +36,8 @@ FAULTS = {
         ("logits overwritten unasked", "logits if ctx.inplace_backward", "logits if True", "temperatures"),
     ],
     ("loss_triton", "grpo_loss"): [
-        ("clip bounds swapped", "clip_low, config.clip_high", "clip_high, config.clip_low", "every_method and dapo"),
-        ("clipped tokens keep a gradient", "(cispo == 0) & beyond", "(cispo > 1) & beyond", "every_method and bnpo"),
+        ("clip bounds swapped", "float(config.clip_low)", "float(config.clip_high)", "every_method and dapo"),
+        ("clipped tokens keep a gradient", "cispo == 0) & beyond", "cispo > 1) & beyond", "every_method and bnpo"),
         ("k1 of the wrong sign", "(estimator == 1, -d", "(estimator == 1, d", "every_method and k1"),
         ("k3's slope without d", "-(k3 + d)", "-k3", "small_differences"),
         ("population deviation", "tl.maximum(count - 1.0, 1.0)", "tl.maximum(count, 1.0)", "groups and missing"),
@@ -49,9 +49,7 @@ FAULTS = {
         ("ignored targets counted", "other=-100) == -100", "other=-100) == -101", "ignored"),
         ("entropy bonus of the wrong sign", "bonus = -entropy", "bonus = entropy", "ignored_targets"),
         ("completion found a token late", "(offsets + middle) <= row", "(offsets + middle) < row", "own_advantages"),
-        ("1/denominator left out of the loss", "result / denominator", "result", "own_advantages"),
-    ],
-    ("row_loss", "grpo_loss"): [
+        ("1/denominator left out of the loss", "result / _denominator(inputs)", "result", "own_advantages"),
         ("1/denominator left out of d_logits", "d_logprob /= denominator", "d_logprob /= 1.0", "rows_are_as_accurate"),
         ("upstream gradient left out", "mask=inside) * factor", "mask=inside)", "rows_are_as_accurate"),
         ("first live row moved to all", "behind.clamp", "(0 * behind).clamp", "live_rows"),
@@ -70,16 +68,17 @@ FAULTS = {
         ("last piece of a family left out", "range(num_pieces)", "range(num_pieces - 1)", "split_families and 70"),
         ("NaN in rows of no segment", "tl.where(own_start < 0, 1.0, row_sum)", "row_sum", "next_to_nothing"),
     ],
-    ("linear_grpo", "linear_grpo"): [
-        ("1/denominator left out of the gradients", "(ctx.number if", "(1.0 if", "low_precision and None"),
+    ("grpo_loss", "linear_grpo"): [
+        ("1/denominator left out of the gradients", "grad_outputs[0] / ctx.denominator", "grad_outputs[0]",
+         "low_precision and None"),
     ],
-    ("linear_sweep", "linear_grpo"): [
+    ("linear_grpo", "linear_grpo"): [
         ("d_weight of the last chunk alone", "d_weight.dtype))", "d_weight.dtype), beta=0)", "low_precision and None"),
         ("d_weight summed in bf16", "accumulation_dtype(weight.dtype))", "weight.dtype)", "low_precision and None"),
-        ("compacted rows of another chunk", "start + move_live", "move_live", "compaction and True"),
+        ("compacted rows of another chunk", "start + live", "live", "compaction and 2.0"),
     ],
-    ("row_loss", "linear_grpo"): [
-        ("rows of the entropy bonus alone left out", " | (d_entropy != 0)", "", "compaction and True"),
+    ("loss_triton", "linear_grpo"): [
+        ("rows of the entropy bonus alone left out", " | (d_entropy != 0)", "", "compaction and 2.0"),
     ],
 }  # fmt: skip
 

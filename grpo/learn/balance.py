@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashgrpo.grpo.learn.packing import Completion, Group, best_fit, check_group
-from flashgrpo.model.flops import ModelFlops
+from flashgrpo.model.cost import ModelFlops
 
 # Found on lognormal lengths with medians of 300 to 4,000 tokens, prompts of 150 to 4,096, budgets of 16k to 64k.
 _SLACKS = (1.04, 1.005)  # what a pack may cost, as multiples of an equal share of what is left

@@ -55,7 +55,8 @@ def open_generator(
         if loaded:
             return NativeGenerator(policy.model, policy.stop_token_ids)
         dtype = resolve_dtype(recipe.model.dtype, world.device)
-        own = NativeGenerator(empty_decoder(policy.model.config, dtype), policy.stop_token_ids, world.device)
+        empty = empty_decoder(policy.model.config, dtype, world.device)
+        own = NativeGenerator(empty, policy.stop_token_ids, world.device)
         own.model.attention_backend = recipe.model.attention_backend
         own.free_weights()
         return own

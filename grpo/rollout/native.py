@@ -19,8 +19,8 @@ from torch import Tensor
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.model.cpu import PackedWeights, product
 from flashgrpo.model.decoder import Decoder, huggingface_views
-from flashgrpo.model.linear import PackedWeights, product
 
 _CACHE_STEP = 64
 _IDLE_SHARE = 1 / 8
@@ -168,7 +168,7 @@ class _DecodingBatch:
         return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).to(self.device)
 
     def _drop_idle_rows(self, tokens: Tensor) -> Tensor:
-        # In steps: on a CPU every number of rows that a product meets costs memory for good (see `model.linear`).
+        # In steps: on a CPU every number of rows that a product meets costs memory for good (see model/cpu.py).
         step = max(1, len(self.seeds) // 16)
         spare = self.done & (np.cumsum(self.done) > -np.count_nonzero(~self.done) % step)
         if spare.sum() < max(1, _IDLE_SHARE * len(self.rows)):

@@ -74,7 +74,7 @@ def open_sharded_model(
     (`load_weights`). Raises CheckpointError.
     """
     config = read_config(section.path)
-    model = empty_decoder(config.as_reward_model() if new_score else config, stored)
+    model = empty_decoder(config.as_reward_model() if new_score else config, stored, device)
     model.activation_checkpointing = section.activation_checkpointing
     model.attention_backend = section.attention_backend
     if section.compile:

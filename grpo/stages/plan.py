@@ -30,8 +30,7 @@ from flashgrpo.grpo.run.machines import MACHINES, Machine
 from flashgrpo.kernels.linear_grpo import default_chunk_tokens
 from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.flops import ModelFlops
-from flashgrpo.model.footprint import BlockActivations, ModelSize
+from flashgrpo.model.cost import BlockActivations, ModelFlops, ModelSize
 
 MATMUL_SHARE = 0.6  # of peak FLOP/s in products, with the norms and RoPE between them: assumed
 ATTENTION_SHARE = 0.45  # of peak FLOP/s in attention: predicted from the kernels' issue cycles on sm_90

@@ -28,7 +28,7 @@ from flashgrpo.grpo.run.progress import Clock, StepBar, console, peak_memory_mb
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.batch import PackedBatch
-from flashgrpo.model.flops import ModelFlops
+from flashgrpo.model.cost import ModelFlops
 from flashgrpo.model.sharding import free_gathered
 
 _CROSS_ENTROPY = LossConfig.preset("bnpo")

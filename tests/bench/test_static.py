@@ -17,9 +17,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from flashgrpo.bench.static import RESULTS, TARGETS, compile_row, launches
 from flashgrpo.kernels import attention
 from flashgrpo.kernels.logprob import TritonRows
-from flashgrpo.kernels.loss_config import LossConfig, check_arguments
-from flashgrpo.kernels.loss_triton import LossBuffers, kernel_arguments, launch_loss, launch_sums
-from flashgrpo.kernels.row_loss import RowLoss, move_live_rows, scale_rows
+from flashgrpo.kernels.loss_config import LossConfig, LossInputs
+from flashgrpo.kernels.loss_triton import KernelInputs, RowLoss, launch_loss, launch_sums, move_live_rows, scale_rows
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 RECORDED = json.loads(RESULTS.read_text())
@@ -110,7 +109,10 @@ def products(kernel):
     """
     launch = find_launch(kernel, 128 if "attention" in kernel else None)
     signature = launch.specialise()[1][1]
-    arguments = [name for name, kind in signature.items() if kind != "constexpr"]
+    arguments = []
+    for name, kind in signature.items():  # a tuple's entries are arguments of their own
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        arguments += [name] * sum(each != "constexpr" for each in kinds)
     ptx = launch.compile().asm["ptx"]
     origins, found = defaultdict(set), []
     lines = re.findall(r"^\s*(?:@\S+ )?([a-z][\w.:]*)\s+([^;]*%[^;]*);", ptx, re.M)
@@ -195,17 +197,12 @@ def test_sizes_do_not_recompile(compiled_keys):
         offsets, rewards = draw_cu_seqlens(rng, n), torch.zeros(groups, group_size)
         config = LossConfig.preset(rng.choice(["grpo", "dapo", "cispo", "gspo"]), kl_coef=rng.choice([1, 0.04]))
         ids = torch.zeros(offsets.shape[0] - 1, dtype=torch.int64)
-        arguments = check_arguments(
-            values, offsets, config, rng.choice([1, 0.5]), None, rewards, ids, None, values, values, None
-        )
-        tensors, denominator, numbers = kernel_arguments(arguments)
-        buffers = LossBuffers.empty(values, False)
-        launch_loss(values, None, tensors, numbers, buffers)
-        launch_sums(buffers.partials, denominator, numbers)
-        targets = torch.zeros(n, dtype=torch.int64)
-        arguments = arguments._replace(targets=targets)
+        inputs = LossInputs(config, offsets, rng.choice([1, 0.5]), rewards, ids, None, values, values, None)
+        arguments = KernelInputs.of(inputs.checked(values))
+        launch_sums(launch_loss(values, None, arguments).partials, arguments)
+        arguments = arguments._replace(targets=torch.zeros(n, dtype=torch.int64))
         logits = torch.zeros(n, vocab, dtype=torch.bfloat16)
-        RowLoss(values, kernel_arguments(arguments)[0], numbers, rng.random()).take(logits, logits, 0, 1.0)
+        RowLoss(values, arguments, rng.random()).take(logits, logits, 0)
         move_live_rows(logits, (torch.arange(n) % 2).to(torch.int8), n // 2)
         scale_rows(logits, values[0])
 

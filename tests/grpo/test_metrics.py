@@ -18,7 +18,7 @@ from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.types import Rollout
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import load_checkpoint
-from flashgrpo.model.flops import ModelFlops
+from flashgrpo.model.cost import ModelFlops
 
 NAN = float("nan")
 

@@ -1,4 +1,4 @@
-"""The merge of flash-attn's two calls, with its functions computed densely on a CPU."""
+"""The keys that flash-attn is given, with its function computed densely on a CPU."""
 
 import sys
 from itertools import accumulate, pairwise
@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
-from flashgrpo.kernels import attention, attention_flash
+from flashgrpo.kernels import attention_flash
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.common import accumulation_dtype
 
@@ -16,64 +15,32 @@ FAMILIES = [1, 9, 0, 4, 6, 3, 5, 0, 7, 0, 2], [-1, 0, 0, -1, -1, 4, 4, 4, -1, 8,
 EMPTY_PROMPT = [0, 3, 5, 4, 2], [-1, 0, -1, 2, 2]
 
 
-def pairs(q: Tensor, k: Tensor, offsets_q, offsets_k, max_q: int, max_k: int, scale: float, causal: bool):
-    """Rows and scores [heads, queries, keys] of each sequence, -inf where a query does not see a key."""
-    assert offsets_q.dtype == offsets_k.dtype == torch.int32
-    assert len(offsets_q) == len(offsets_k) > 1, "batch size must be positive"
-    assert min(max_q, max_k) > 1, "a maximum of 1 is another layout, one of 0 an empty grid"
-    for (start, stop), (first, last) in zip(pairwise(offsets_q.tolist()), pairwise(offsets_k.tolist()), strict=True):
-        assert stop - start <= max_q
-        assert last - first <= max_k
-        keys = k[first:last].repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = scale * torch.einsum("qhd,khd->hqk", q[start:stop], keys)
-        if causal:
-            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + last - first - (stop - start))
-            scores.masked_fill_(hidden, -torch.inf)
-        yield slice(start, stop), slice(first, last), scores
-
-
-def forward(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, zero_tensors=False,
-):  # fmt: skip
-    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0, -1, -1, 0, None)
-    dtype, sequences = q.dtype, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q, k, v = (x.to(accumulation_dtype(dtype)) for x in (q, k, v))
-    out = torch.full_like(q, 0 if zero_tensors else torch.nan)
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf if zero_tensors else torch.nan)
-    for queries, keys, scores in pairs(q, k, *sequences, softmax_scale, causal):
-        values = v[keys].repeat_interleave(q.shape[1] // k.shape[1], 1)
-        out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(2), values)
-        lse[:, queries] = scores.logsumexp(2) if scores.shape[2] else torch.inf
-    return out.to(dtype), lse, None, None
-
-
-def backward(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
-    rng_state=None, zero_tensors=False,
-):  # fmt: skip
-    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0, -1, -1, 0, None)
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal, deterministic):
+    """flash_attn_varlen_func, densely: rows of no sequence hold anything, and so do their gradients."""
+    assert causal
     assert deterministic
-    group, sequences = q.shape[1] // k.shape[1], (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    dout, q, k, v, out = (x.to(accumulation_dtype(x.dtype)) for x in (dout, q, k, v, out))
-    for gradient in (dq, dk, dv):
-        gradient.fill_(0 if zero_tensors else torch.nan)
-    delta = (dout * out).sum(2)
-    for queries, keys, scores in pairs(q, k, *sequences, softmax_scale, causal):
-        p = (scores - softmax_lse[:, queries, None]).exp()
-        dp = torch.einsum("qhd,khd->hqk", dout[queries], v[keys].repeat_interleave(group, 1))
-        ds = softmax_scale * p * (dp - delta[queries].T[:, :, None])
-        dq[queries] = torch.einsum("hqk,khd->qhd", ds, k[keys].repeat_interleave(group, 1)).to(dq.dtype)
-        for gradient, x, rows in ((dk, ds, q), (dv, p, dout)):
-            by_head = torch.einsum("hqk,qhd->khd", x, rows[queries])
-            gradient[keys] = by_head.unflatten(1, (k.shape[1], group)).sum(2).to(gradient.dtype)
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert len(cu_seqlens_q) == len(cu_seqlens_k) > 1, "batch size must be positive"
+    assert min(max_seqlen_q, max_seqlen_k) > 1, "a maximum of 1 is another layout, one of 0 an empty grid"
+    wide = accumulation_dtype(q.dtype)
+    out = torch.full_like(q, torch.nan, dtype=wide)
+    bounds = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+    for (start, stop), (first, last) in bounds:
+        assert stop - start <= max_seqlen_q
+        assert last - first <= max_seqlen_k
+        if first == last:
+            out[start:stop] = 0
+            continue
+        keys, values = (x[first:last].to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = softmax_scale * torch.einsum("qhd,khd->hqk", q[start:stop].to(wide), keys)
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + last - first - (stop - start))
+        out[start:stop] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(2), values)
+    return out.to(q.dtype) + (q[:0].sum() + k[:0].sum() + v[:0].sum())  # a function of all three also without keys
 
 
 @pytest.fixture
 def flash_attn(monkeypatch):
-    functions = SimpleNamespace(_flash_attn_varlen_forward=forward, _flash_attn_varlen_backward=backward)
-    monkeypatch.setattr(attention_flash, "_flash_attn", lambda: functions)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
 
 
 def inputs(lengths, prefix, dtype, spare=0):
@@ -86,17 +53,15 @@ def inputs(lengths, prefix, dtype, spare=0):
     return [x.requires_grad_() for x in tensors[:3]], tensors[3], offsets, prefix and torch.tensor(prefix)
 
 
-@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "prefix", "spare"),
     [(*FAMILIES, 3), (*EMPTY_PROMPT, 0), ([4, 0, 6], None, 2), ([1, 1, 1], [-1, 0, 0], 1), ([3, 0], [-1, 0], 0),
      ([0, 0], [-1, 0], 2), ([], None, 2), ([], None, 0)],
     ids=["families", "empty prompt", "no prefix", "single tokens", "no completion", "all empty", "none", "no row"],
 )  # fmt: skip
-def test_equals_the_twin(lengths, prefix, spare, bounded, flash_attn):
+def test_equals_the_twin(lengths, prefix, spare, flash_attn):
     qkv, d_out, offsets, prefix = inputs(lengths, prefix, torch.float64, spare)
-    max_seqlen = max(lengths, default=0) if bounded else None
-    out, _ = attention._attention_fwd(*qkv, offsets, prefix, max_seqlen, 0.3, True)
+    out = attention_flash.flash_attention(*qkv, offsets, prefix, 0.3)
     expected = packed_attention(*qkv, offsets, prefix, scale=0.3)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     gradients = torch.autograd.grad(out, qkv, d_out)
@@ -106,8 +71,8 @@ def test_equals_the_twin(lengths, prefix, spare, bounded, flash_attn):
         assert not x[sum(lengths) :].any()
 
 
-def test_the_public_function_merges_in_fp32(flash_attn):
-    """Both calls round to bf16, so that the error is some roundings' and not that of a sum in bf16."""
+def test_the_public_function_adds_gradients_in_fp32(flash_attn):
+    """A prompt's keys are read by all its completions: the error is some roundings' and not that of a sum in bf16."""
     qkv, d_out, offsets, prefix = inputs(*FAMILIES, torch.bfloat16)
     out = packed_attention(*qkv, offsets, prefix, max_seqlen=9, backend="flash_attn")
     exact = [x.detach().double().requires_grad_() for x in qkv]
@@ -118,15 +83,15 @@ def test_the_public_function_merges_in_fp32(flash_attn):
         torch.testing.assert_close(x.double(), y, rtol=0.02, atol=0.02 * y.abs().max().item())
 
 
-def test_a_prompt_is_read_once_for_all_its_completions():
-    """As many sequences as families, however many completions these have; rows in none cost nothing."""
-    offsets = torch.tensor([0, *accumulate([5, 10, *[7] * 60, 3, 8, 4, 4])])
-    _, (offsets_q, offsets_k, *longest) = attention_flash._calls(
-        offsets, torch.tensor([-1, -1, *[1] * 60, -1, -1, 63, 63]), 500, 10
-    )
-    assert offsets_q.tolist() == [0, 0, 15, 435, 435, 446, 454]
-    assert offsets_k.tolist() == [0, 5, 5, 15, 438, 438, 446]
-    assert longest == [420, 423]
+def test_the_host_learns_of_a_batch_once(flash_attn, monkeypatch):
+    """Its layers share the answer."""
+    calls = []
+    plan = attention_flash._gathered
+    monkeypatch.setattr(attention_flash, "_gathered", lambda *x: calls.append(x) or plan(*x))
+    qkv, _, offsets, prefix = inputs(*FAMILIES, torch.bfloat16)
+    for _ in range(3):
+        packed_attention(*qkv, offsets, prefix, backend="flash_attn")
+    assert len(calls) == 1
 
 
 def test_what_flash_attn_does_not_have_is_named():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
-from flashgrpo.kernels import attention, attention_tiles
+from flashgrpo.kernels import attention, attention_plan
 from flashgrpo.kernels.attention import HEAD_DIMS, packed_attention
 
 ALONE = [0, 129, 0, 0, 1, 70, 0], [-1] * 7
@@ -182,8 +182,8 @@ def test_pieces_fit_their_slots_and_cover_every_query():
     lengths, prefix = [130, *[700] * 40, 2000, *[500] * 40, 300], [-1, *[0] * 40, -1, *[41] * 40, -1]
     cu_seqlens, parents = index(lengths, prefix, "cpu")
     total_tokens, block, piece = sum(lengths), 128, 16_384
-    num_slots = 2 * total_tokens // piece * min(attention_tiles.SPLIT_TILES, 2000 // block + 1)
-    entries, slots = attention_tiles.key_tiles(cu_seqlens, parents, total_tokens, block, piece, num_slots)
+    num_slots = 2 * total_tokens // piece * min(attention_plan.SPLIT_TILES, 2000 // block + 1)
+    entries, slots = attention_plan.key_tiles(cu_seqlens, parents, total_tokens, block, piece, num_slots)
     used = entries[entries[:, 0] < entries[:, 1]]
     assert sorted(used[used[:, 4] >= 0][:, 4].tolist()) == list(range(2 * 2 + 16 * 2))
     assert int(slots[:, 3][slots[:, 0] < slots[:, 1]].sum()) == 2 * 2 + 16 * 2
@@ -200,21 +200,21 @@ def test_pieces_fit_their_slots_and_cover_every_query():
 def test_tables_are_made_without_reading_the_offsets():
     with FakeTensorMode():  # raises where a value is needed on the host
         cu_seqlens, prefix = torch.zeros(8, dtype=torch.int32), torch.zeros(7, dtype=torch.int32)
-        assert attention_tiles.query_tiles(cu_seqlens, prefix, 1000, 64).shape == (1000 // 64 + 8, 5)
-        assert attention_tiles.key_tiles(cu_seqlens, prefix, 1000, 64, 256, 14)[1].shape == (14, 5)
+        assert attention_plan.query_tiles(cu_seqlens, prefix, 1000, 64).shape == (1000 // 64 + 8, 5)
+        assert attention_plan.key_tiles(cu_seqlens, prefix, 1000, 64, 256, 14)[1].shape == (14, 5)
 
 
 def test_tables_are_kept_for_the_layers_of_a_batch_until_it_changes():
     cu_seqlens, prefix = index([10, 20], [-1, 0], "cpu")
-    first = attention_tiles.cached(attention_tiles.query_tiles, cu_seqlens, prefix, 30, 16)
-    assert attention_tiles.cached(attention_tiles.query_tiles, cu_seqlens.detach(), prefix.detach(), 30, 16) is first
+    first = attention_plan.cached(attention_plan.query_tiles, cu_seqlens, prefix, 30, 16)
+    assert attention_plan.cached(attention_plan.query_tiles, cu_seqlens.detach(), prefix.detach(), 30, 16) is first
     cu_seqlens[1] = 12
-    changed = attention_tiles.cached(attention_tiles.query_tiles, cu_seqlens, prefix, 30, 16)
-    assert torch.equal(changed, attention_tiles.query_tiles(cu_seqlens, prefix, 30, 16))
+    changed = attention_plan.cached(attention_plan.query_tiles, cu_seqlens, prefix, 30, 16)
+    assert torch.equal(changed, attention_plan.query_tiles(cu_seqlens, prefix, 30, 16))
     assert not torch.equal(changed, first)
     for _ in range(50):
-        attention_tiles.cached(attention_tiles.query_tiles, cu_seqlens.clone(), prefix, 30, 16)
-    assert len(attention_tiles._tables) < 20
+        attention_plan.cached(attention_plan.query_tiles, cu_seqlens.clone(), prefix, 30, 16)
+    assert len(attention_plan._tables) < 20
 
 
 @pytest.mark.parametrize("head_dim", [16, 80])

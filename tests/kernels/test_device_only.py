@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from flashgrpo.kernels import attention, logprob, loss_triton, row_loss
+from flashgrpo.kernels import attention, logprob, loss_triton
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, grpo_loss, logits_grpo_loss, merge_stats
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
@@ -29,9 +29,9 @@ SMALL = [[70, 40, 3], [33, 0, 90]]
 LARGE = [[128, *[1024] * 24], [3000, *range(100, 1300, 50)]]
 FUNCTIONS = [
     "packed_attention", "gather_logprobs", "group_advantages", "grpo_loss", "logits_grpo_loss", "linear_logprobs",
-    "linear_grpo_loss", "grpo_loss of sequences", "linear_grpo_loss of sequences", "linear_grpo_loss of live rows",
+    "linear_grpo_loss", "grpo_loss of sequences", "linear_grpo_loss of sequences",
 ]  # fmt: skip
-WAITS = FUNCTIONS[-1]  # for the number of live rows, as it says
+WAITS = "linear_grpo_loss", "linear_grpo_loss of sequences"  # for the number of live rows, as it says
 has_60_gb = torch.cuda.is_available() and torch.cuda.mem_get_info()[1] > 60e9
 huge = pytest.mark.skipif(not has_60_gb, reason="the GPU has less than 60 GB")
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -64,9 +64,9 @@ def make_calls(device, families, vocab=9001, dtype=torch.bfloat16):
     for name in ("old_logprobs", "ref_logprobs", "behavior_logprobs"):
         given[name] = -9 + noise(n, dtype=torch.float32)
 
-    def loss(function, config, *inputs, **options):
+    def loss(function, config, *inputs):
         def call(*leaves):
-            value, stats = function(*leaves, *inputs, target_cu_seqlens, config, **given, **options)
+            value, stats = function(*leaves, *inputs, target_cu_seqlens, config, **given)
             return value, *merge_stats([stats, stats]).values()
 
         return call
@@ -81,10 +81,9 @@ def make_calls(device, families, vocab=9001, dtype=torch.bfloat16):
         (loss(grpo_loss, grpo), logprobs),
         (loss(logits_grpo_loss, grpo, targets), logits),
         (lambda *x: linear_logprobs(*x, targets), head),
-        (loss(linear_grpo_loss, grpo, targets, compact=False), head),
+        (loss(linear_grpo_loss, grpo, targets), head),
         (loss(grpo_loss, gspo), logprobs),
-        (loss(linear_grpo_loss, gspo, targets, compact=False), head),
-        (loss(linear_grpo_loss, grpo, targets, compact=True), head),
+        (loss(linear_grpo_loss, gspo, targets), head),
     ]
     return dict(zip(FUNCTIONS, functions, strict=True))
 
@@ -149,7 +148,7 @@ def test_the_same_bits_in_every_run(name, device):
     assert not differ
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != WAITS])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in WAITS])
 def test_no_function_waits_for_the_device(name, device):
     call = make_calls(device, SMALL)[name]
     run(*call)
@@ -166,7 +165,7 @@ def test_no_batch_compiles_a_kernel_again(device, monkeypatch):
     """Heads, vocabulary and configuration are a model's own; all that changes from batch to batch does so here."""
     compiled, first, rng = [], [], random.Random(0)
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, repr, **_: compiled.append(repr))
-    for kernel in (x for module in (attention, logprob, loss_triton, row_loss) for x in vars(module).values()):
+    for kernel in (x for module in (attention, logprob, loss_triton) for x in vars(module).values()):
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
     for batch in range(1 + RUNS):

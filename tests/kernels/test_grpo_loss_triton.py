@@ -5,7 +5,7 @@ import torch
 
 from flashgrpo.kernels.grpo_loss import LossConfig, grpo_loss, logits_grpo_loss
 from flashgrpo.kernels.logprob import gather_logprobs
-from flashgrpo.kernels.row_loss import move_live_rows
+from flashgrpo.kernels.loss_triton import move_live_rows
 
 # Of completions: empty ones first, last and between, one beyond a block, and two that start at a block's last token.
 SPANS = [0, 700, 1, 0, 0, 322, 512, 30, 0]

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flashgrpo.kernels import linear_grpo
 from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
-from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
-from flashgrpo.kernels.linear_sweep import Gradients, Head, recompute, sweep
+from flashgrpo.kernels.linear_grpo import Gradients, Head, linear_grpo_loss, linear_logprobs, recompute, score
 from flashgrpo.kernels.logprob import gather_logprobs
 
 HIDDEN, VOCAB = 5, 13
@@ -52,19 +52,18 @@ def assert_same(actual: tuple, expected: tuple, inputs: list[Tensor], tolerance:
         torch.testing.assert_close(actual_gradient, expected_gradient, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("compact", [None, False, True])
+@pytest.mark.parametrize("compact_below", [0.0, 0.9, 2.0])  # never, where few rows are live, always
 @pytest.mark.parametrize("chunk_tokens", [1, 4, None])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_the_loss_of_whole_logits(name, chunk_tokens, compact):
+def test_equals_the_loss_of_whole_logits(name, chunk_tokens, compact_below, monkeypatch):
+    monkeypatch.setattr(linear_grpo, "_COMPACT_BELOW", compact_below)
     hidden, weight, targets = make_head()
     targets[6] = -100
     advantages = ADVANTAGES.clone()
     advantages[3] = torch.nan
     options = {"denominator": 7, "advantages": advantages, "temperature": 0.8}
     options |= make_per_token(hidden, weight, targets, 0.8)
-    actual = linear_grpo_loss(
-        hidden, weight, targets, OFFSETS, CONFIGS[name], chunk_tokens=chunk_tokens, compact=compact, **options
-    )
+    actual = linear_grpo_loss(hidden, weight, targets, OFFSETS, CONFIGS[name], chunk_tokens=chunk_tokens, **options)
     expected = logits_grpo_loss(hidden @ weight.T, targets, OFFSETS, CONFIGS[name], **options)
     assert_same(actual, expected, [hidden, weight])
 
@@ -152,8 +151,8 @@ def test_memory_grows_with_the_chunk_and_not_with_the_logits(name):
         if name == "scoring":  # what linear_logprobs runs as one operator, into which the tracker does not see
             head, gradients = Head(1.0, chunk_tokens, torch.float32), Gradients.zeros(hidden, weight, True, True)
             with torch.no_grad():
-                sweep(hidden, weight, targets, head)
-                recompute(gradients, hidden, weight, targets, head, torch.ones(num_rows), None, None)
+                score(hidden, weight, targets, head)
+                recompute(gradients, hidden, weight, targets, head, torch.ones(num_rows), None, compact=True)
             return hidden.sum()
         return linear_grpo_loss(
             hidden, weight, targets, torch.tensor([0, 100, num_rows]), CONFIGS[name], denominator=1,
@@ -183,14 +182,14 @@ def test_autocast_changes_nothing(dtype):
         assert torch.equal(actual, expected)
 
 
-def count_matmuls(*, name="dapo", grad=(True, True), advantages=(1.0, -1.0), **options) -> int:
+def count_matmuls(*, name="dapo", grad=(True, True), advantages=(1.0, -1.0)) -> int:
     hidden, weight, targets = make_head(16, 4, 9, torch.float32)
     hidden.requires_grad_(grad[0])
     weight.requires_grad_(grad[1])
     with Operations() as operations:
         linear_grpo_loss(
             hidden, weight, targets, torch.tensor([0, 8, 16]), CONFIGS[name], denominator=1,
-            advantages=torch.tensor(advantages), chunk_tokens=8, **options,
+            advantages=torch.tensor(advantages), chunk_tokens=8,
         )  # fmt: skip
     return operations.matmuls
 
@@ -209,8 +208,7 @@ def test_only_the_gemms_that_are_needed_run():
 
 def test_dead_rows_leave_the_gradient_gemms():
     assert count_matmuls(name="gspo", advantages=(0.0, 1.0)) == 2 + 3
-    assert count_matmuls(name="gspo", advantages=(0.0, 1.0), compact=False) == 2 + 6
-    assert count_matmuls(name="gspo", advantages=(0.0, 0.0), compact=True) == 2
+    assert count_matmuls(name="gspo", advantages=(0.0, 0.0)) == 2
 
 
 def test_gradients_wait_for_the_upstream_scalar_and_can_be_taken_again():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flashgrpo.kernels import linear_grpo
 from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
@@ -113,12 +114,14 @@ def test_only_what_is_needed(needed, preset, device):
         assert torch.equal(a, b) if need else b is None
 
 
-@pytest.mark.parametrize(("compact", "entropy_coef"), [(True, 0.0), (None, 0.0), (True, 0.01)])
-def test_compaction_changes_no_gradient(compact, entropy_coef, device):
+@pytest.mark.parametrize(("compact_below", "entropy_coef"), [(2.0, 0.0), (0.9, 0.0), (2.0, 0.01)])
+def test_compaction_changes_no_gradient(compact_below, entropy_coef, device, monkeypatch):
     case = make_case(device)
     config = LossConfig.preset("dapo", entropy_coef=entropy_coef)
-    all_rows = evaluate(case, config, torch.float32, compact=False, chunk_tokens=32)
-    live = evaluate(case, config, torch.float32, compact=compact, chunk_tokens=32)
+    monkeypatch.setattr(linear_grpo, "_COMPACT_BELOW", 0.0)
+    all_rows = evaluate(case, config, torch.float32, chunk_tokens=32)
+    monkeypatch.setattr(linear_grpo, "_COMPACT_BELOW", compact_below)
+    live = evaluate(case, config, torch.float32, chunk_tokens=32)
     for a, b in zip(all_rows[:3], live[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert live[1][SPANS[0] + 1 : SPANS[0] + 1 + SPANS[3]].any() == (

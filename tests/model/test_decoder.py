@@ -13,7 +13,8 @@ from flashgrpo.kernels.linear_grpo import linear_grpo_loss
 from flashgrpo.model.batch import gather_predictors
 from flashgrpo.model.checkpoint import init_decoder, load_checkpoint
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.decoder import MLP, RMSNorm, huggingface_views
+from flashgrpo.model.cpu import CPUMLP, RMSNorm
+from flashgrpo.model.decoder import MLP, huggingface_views
 
 TINY = {
     "model_type": "qwen3",
@@ -168,11 +169,11 @@ def test_compiled_blocks_equal_eager_ones(mode, pack):
 
 
 @pytest.mark.parametrize(
-    ("module", "shape"), [(RMSNorm(6, 1e-6), (3, 6)), (RMSNorm(6, 1e-6), (2, 3, 6)), ("mlp", (3, 32))]
+    ("module", "shape"), [(RMSNorm(6, 1e-6), (3, 6)), (RMSNorm(6, 1e-6), (2, 3, 6)), (MLP, (3, 32)), (CPUMLP, (3, 32))]
 )
 def test_hand_written_gradients(module, shape):
     """The norm and the MLP have backward passes of their own, checked against differences in float64."""
-    module = MLP(ModelConfig.from_dict(TINY)) if module == "mlp" else module
+    module = module(ModelConfig.from_dict(TINY)) if isinstance(module, type) else module
     names = [name for name, _ in module.named_parameters()]
     weights = [torch.randn_like(p, dtype=torch.float64, requires_grad=True) for p in module.parameters()]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -207,7 +208,7 @@ def test_trains_after_sampling(pack):
 def test_the_hand_written_gradients_compile_whole():
     """A break in the graph would leave the blocks to eager mode where they are checkpointed."""
     config = ModelConfig.from_dict(TINY)
-    for module in (MLP(config), RMSNorm(config.hidden_size, 1e-6)):
+    for module in (MLP(config), CPUMLP(config), RMSNorm(config.hidden_size, 1e-6)):
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         x = torch.randn(5, config.hidden_size, requires_grad=True)
         wanted = torch.autograd.grad(module(x).sum(), x)[0]

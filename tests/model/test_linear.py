@@ -12,7 +12,7 @@ from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.linear import Linear, PackedWeights, padded_rows, product, weight_gradient
+from flashgrpo.model.cpu import Linear, PackedWeights, padded_rows, product, weight_gradient
 
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 

@@ -37,7 +37,7 @@ CONFIG = {
 def open_sharded(folder: Path, dtype: torch.dtype, backend: str | None = None):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    decoder = empty_decoder(read_config(folder), torch.float32)
+    decoder = empty_decoder(read_config(folder), torch.float32, "cpu")
     if backend:
         decoder.compile_blocks(backend)
     shard(decoder, init_device_mesh("cpu", (dist.get_world_size(),)), dtype)

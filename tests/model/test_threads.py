@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from flashgrpo.model import threads
+from flashgrpo.model import cpu
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig
 
@@ -21,7 +21,7 @@ def asked_for(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(2)
-    monkeypatch.setattr(threads, "_threads", threads._Threads())
+    monkeypatch.setattr(cpu, "_threads", cpu._Threads())
     yield
     torch.set_num_threads(before)
 
@@ -30,14 +30,14 @@ def asked_for(monkeypatch):
 def measure(monkeypatch):
     """A machine of four processors: half a second passes at each call, in which others take so many of them."""
     clock = itertools.count(100.0, 0.5)
-    monkeypatch.setattr(threads.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(threads.time, "process_time", lambda: 0.0)
+    monkeypatch.setattr(cpu.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(cpu.time, "process_time", lambda: 0.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(CPUS)), raising=False)
 
     def measured(taken: float, times: int = 1) -> int:
         monkeypatch.setattr(psutil, "cpu_percent", lambda percpu: [100 * taken / CPUS] * CPUS)
         for _ in range(times):
-            threads.fit_threads()
+            cpu.fit_threads()
         return torch.get_num_threads()
 
     measured(0.0)  # the first one only begins to count
@@ -50,7 +50,7 @@ def test_threads_leave_the_processors_that_others_use_and_come_back_when_those_a
     assert measure(1.0) == 3
     assert measure(2.6) == 1
     assert measure(9.0) == 1
-    assert measure(0.0, times=threads._REMEMBERED - 1) == 1  # a pause of a busy process is not its end
+    assert measure(0.0, times=cpu._REMEMBERED - 1) == 1  # a pause of a busy process is not its end
     assert measure(0.0) == 4
 
 
@@ -91,7 +91,7 @@ def test_beside_a_real_busy_process_a_thread_less_computes():
     try:
         deadline = time.monotonic() + 60
         while torch.get_num_threads() == 2 and time.monotonic() < deadline:
-            threads.fit_threads()
+            cpu.fit_threads()
             time.sleep(0.05)
         assert torch.get_num_threads() == 1
     finally:

@@ -12,7 +12,7 @@ from flashgrpo.grpo.errors import PackingError
 from flashgrpo.grpo.learn.balance import PackPlan, plan_packs
 from flashgrpo.grpo.learn.packing import Completion, Group, best_fit, build_batch
 from flashgrpo.model.batch import PackedBatch
-from flashgrpo.model.flops import ModelFlops
+from flashgrpo.model.cost import ModelFlops
 
 TOKENS = np.zeros(16384, dtype=np.int64)
 TOY = ModelFlops(per_token=7, per_pair=3, per_target=11)

@@ -32,7 +32,7 @@ from flashgrpo.grpo.train import Trainer
 from flashgrpo.kernels import attention
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.footprint import BlockActivations, ModelSize
+from flashgrpo.model.cost import BlockActivations, ModelSize
 
 SHAPE = {
     "model_type": "qwen3", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,

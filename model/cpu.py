@@ -1,0 +1,275 @@
+"""What a decoder does otherwise on a CPU: products by oneDNN, norms in fewer passes, as many threads as are of use.
+
+`adapt` swaps these in when a model is opened for a CPU.
+
+fp32 products go through oneDNN rather than torch's choice, MKL, which does not use AVX-512 on processors that are not
+Intel's: on two cores of a Zen 5, [1200, 256] x [256, 768] runs at 360 GFLOP/s instead of 170, a gradient of the weight
+at 240. The operator is the one that torch's own compiler calls; a torch without it falls back. oneDNN keeps about
+0.4 MB for every shape it has met, so the number of rows must not take any value: `padded_rows`.
+
+torch takes as many threads as other processes leave it processors, measured as it computes. The threads of an operator
+wait for the slowest of them, and wait awake (GOMP_SPINCOUNT, see grpo/cli.py): where another process has taken the
+processor of one, the others burn theirs until the scheduler comes round, at every operator. With a thread on each of
+two processors and one busy process beside them, SFT falls to a thirteenth; a single thread has a processor to itself
+and keeps three quarters.
+"""
+
+import functools
+import os
+import threading
+import time
+from collections import deque
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashgrpo.kernels.common import backward_once
+from flashgrpo.model.decoder import KEPT_OPERATORS, MLP, Decoder, SelfAttention, swiglu_function
+
+# Read at MKL's first product. Without it the bits of a product of few rows depend on the number of threads, and a run
+# on what else the machine does; without STRICT they still do where a processor has AMX.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+# Below, MKL's shorter way to a product (about 15 us) outweighs its slower arithmetic.
+_MIN_MULTIPLY_ADDS = 2**21
+_ONEDNN_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+if _ONEDNN_PRODUCT:  # an activation checkpoint knows torch's own products only
+    KEPT_OPERATORS.append(_ONEDNN_PRODUCT.default)
+_INTERVAL_S = 0.5  # long for the clock ticks that processor time is counted in, short beside a step
+_REMEMBERED = 4  # intervals: a thread too many costs far more than one too few, so it comes back late
+_TOLERATED = 0.35  # of a processor: with more of it taken, a thread costs more than it gives
+
+
+def adapt(decoder: Decoder) -> None:
+    """Give a decoder, sharded or not, the modules below. Their parameters and names stay."""
+    for module in decoder.modules():
+        module.__class__ = _ON_CPU.get(type(module), type(module))
+
+
+class _Decoder(Decoder):
+    def padded_tokens(self, num_tokens: int) -> int:
+        return padded_rows(num_tokens, self.model.layers[0].mlp.down_proj.weight)  # pyright: ignore
+
+
+class _Embedding(nn.Embedding):
+    """The first module of every pass, so the place to look at the threads."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        fit_threads()
+        return super().forward(input)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` through `product`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and _by_onednn(input, self.weight):
+            return _Linear.apply(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` through `rms_norm`."""
+
+    eps: float  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class _SelfAttention(SelfAttention):
+    def norm_heads(self, qk: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> Tensor:
+        """One norm of all heads: operators cost more here than copies."""
+        assert q_norm.eps is not None
+        weights = q_norm.weight.expand(self.num_heads, -1), k_norm.weight.expand(self.num_kv_heads, -1)
+        return rms_norm(qk, torch.cat(weights), q_norm.eps)
+
+
+def product(
+    x: Tensor,  # [n, in_features]
+    weight: Tensor,  # [out_features, in_features], any strides
+    bias: Tensor | None = None,  # [out_features]
+) -> Tensor:  # [n, out_features]
+    """x weight^T + bias. Not differentiable where oneDNN computes it: `Linear` is."""
+    if not _by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    weight = _packed.get(id(weight), weight)
+    return _ONEDNN_PRODUCT(x, weight, bias, "none", [], "")  # pyright: ignore[reportOptionalCall]
+
+
+_packed: dict[int, Tensor] = {}  # by a parameter's id, while `PackedWeights` is open
+
+
+class PackedWeights:
+    """A snapshot of a module's large matrices in oneDNN's own layout, for many products of few rows, as in decoding.
+
+    `with packed:` lets `product` read it, about 10 us a product sooner. Later changes of the weights are not seen.
+    """
+
+    def __init__(self, module: nn.Module, num_rows: int):
+        matrices = [p for p in module.parameters() if p.dim() == 2 and _suits_onednn(num_rows, p)]
+        self.matrices = matrices  # kept, so that nothing else gets their ids
+        pack = torch.ops.mkldnn._reorder_linear_weight if matrices else None
+        self.copies = {id(p): pack(p.detach(), num_rows) for p in matrices}  # pyright: ignore[reportOptionalCall]
+
+    def __enter__(self) -> None:
+        _packed.update(self.copies)
+
+    def __exit__(self, *_: object) -> None:
+        _packed.clear()
+
+
+def weight_gradient(
+    d_out: Tensor,  # [n, out_features]
+    x: Tensor,  # [n, in_features]
+) -> Tensor:  # [out_features, in_features]
+    """d_out^T x."""
+    return product(d_out.T, x.T)
+
+
+def padded_rows(n: int, weight: Tensor) -> int:
+    """n, or where oneDNN takes n rows a little more: a multiple of 64, and one of 16 between two powers of two."""
+    step = max(64, 1 << max(n.bit_length() - 5, 0)) if _suits_onednn(n, weight) else 1
+    return -(-n // step) * step
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` takes oneDNN for these."""
+    return x.dim() == 2 and x.dtype == weight.dtype and _suits_onednn(len(x), weight)
+
+
+def _suits_onednn(n: int, weight: Tensor) -> bool:
+    return (  # what most often fails first: decoding calls this often
+        n * weight.numel() >= _MIN_MULTIPLY_ADDS
+        and weight.is_cpu
+        and weight.dtype == torch.float32
+        and _ONEDNN_PRODUCT is not None
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @backward_once
+    def backward(ctx, *grad_outputs):
+        (d_out,) = grad_outputs
+        x, weight = ctx.saved_tensors
+        d_x = product(d_out, weight.T) if ctx.needs_input_grad[0] else None
+        d_weight = weight_gradient(d_out, x) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight, d_out.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class CPUMLP(MLP):
+    swiglu = swiglu_function(product)
+    product = staticmethod(product)
+
+
+def rms_norm(
+    x: Tensor,  # [n, d] or [n, num_heads, d]
+    weight: Tensor,  # [d] or [num_heads, d]
+    eps: float,
+) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+    if x.dtype.itemsize < 4:
+        if weight.dim() == 1:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+    if torch.is_grad_enabled():  # torch has no fused kernel here, only its composition
+        return _RMSNorm.apply(x, weight, eps)
+    return (x * _inverse_rms(x, eps)).mul_(weight)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(_scalar(eps, x.dtype), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+@functools.cache
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and 1 / rms for the backward pass, where plain autograd also keeps the normalised x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse_rms = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        normed = x * inverse_rms
+        if torch.compiler.is_compiling():  # where torch 2.11 would lose the gradient of a result written in place
+            return normed * weight
+        return normed.mul_(weight)
+
+    @staticmethod
+    @backward_once
+    def backward(ctx, *grad_outputs):
+        (d_out,) = grad_outputs
+        x, weight, inverse_rms = ctx.saved_tensors
+        normed = x * inverse_rms
+        d_scaled = d_out * normed  # summed over rows it is d_weight, weighted over columns the part of d_out along x
+        along = d_scaled @ weight if weight.dim() == 1 else torch.linalg.vecdot(d_scaled, weight)
+        along = along.div_(-x.shape[-1]).unsqueeze(-1)
+        d_x = torch.addcmul(d_out * weight, normed, along).mul_(inverse_rms)
+        return d_x, d_scaled.sum_to_size(weight.shape), None
+
+
+class _Threads:
+    def __init__(self) -> None:
+        self.most = self.given = 0  # that somebody asked for, and that torch has been given since
+        self.taken: deque[float] = deque(maxlen=_REMEMBERED)  # processors that others took, of late
+        self.measured_at = self.own_s = 0.0
+
+    def fit(self) -> None:
+        now = time.monotonic()
+        is_main = threading.current_thread() is threading.main_thread()  # torch counts each thread's own
+        if now - self.measured_at < _INTERVAL_S or not is_main:
+            return
+        if torch.get_num_threads() != self.given:  # at first, or since somebody has changed it
+            self.most = self.given = torch.get_num_threads()
+        if self.most == 1 or "OMP_NUM_THREADS" in os.environ:  # a number that was asked for stays, as torchrun's 1
+            return
+        import psutil  # not where kernels alone are installed
+
+        shares, own_s = psutil.cpu_percent(percpu=True), time.process_time()  # shares: since the last call
+        cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
+        busy = sum(share / 100 for cpu, share in enumerate(shares) if cpu in cpus)
+        own = (own_s - self.own_s) / (now - self.measured_at)
+        is_first, self.measured_at, self.own_s = not self.measured_at, now, own_s
+        if is_first:
+            return
+        self.taken.append(busy - own)
+        self.given = max(1, min(self.most, int(len(cpus) - max(self.taken) + _TOLERATED)))
+        if self.given != torch.get_num_threads():
+            torch.set_num_threads(self.given)
+
+
+_threads = _Threads()
+
+
+def fit_threads() -> None:
+    """Give torch the threads that have a processor to themselves: one or more, at most those that it had.
+
+    Called at every pass through a decoder on a CPU; measures twice a second. A thread that was taken away comes back
+    after two quiet seconds. Where OMP_NUM_THREADS is set, the number of threads stays.
+    """
+    if not torch.compiler.is_compiling():
+        _threads.fit()
+
+
+_ON_CPU: dict[type, type] = {
+    Decoder: _Decoder,
+    nn.Embedding: _Embedding,
+    nn.Linear: Linear,
+    nn.RMSNorm: RMSNorm,
+    SelfAttention: _SelfAttention,
+    MLP: CPUMLP,
+}
