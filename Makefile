@@ -79,7 +79,9 @@ gpu:
 	failed=0; \
 	part() { \
 		name=$$1; limit=$$2; log=$(RESULTS)/gpu_$$1.log; start=$$(date +%s); shift 2; \
-		timeout --kill-after 3 $$limit "$$@" >$$log 2>&1; code=$$?; \
+		timeout --kill-after 3 $$limit "$$@" >$$log 2>&1 & pid=$$!; \
+		trap "kill $$pid; exit 130" INT TERM; \
+		wait $$pid; code=$$?; \
 		case $$code in \
 			0) outcome=passed;; \
 			124|137) outcome="ended at its limit of $$limit s"; failed=1;; \
@@ -90,7 +92,7 @@ gpu:
 	}; \
 	$(if $(WHEELS),part wheels $(WHEELS_S) \
 		python3 -m pip install -q --no-index --no-deps --upgrade --target .wheels $(WHEELS)/*.whl;) \
-	part tests $(TESTS_S) $(MAKE) gpu-test; \
+	part tests $(TESTS_S) make gpu-test; \
 	part kernels $(KERNELS_S) python3 -m flashgrpo.grpo.cli bench kernels; \
 	part step $(STEP_S) python3 -m flashgrpo.grpo.cli bench step; \
 	echo "results and logs: $(RESULTS)"; \

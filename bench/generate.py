@@ -30,7 +30,7 @@ from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.run.policy import open_policy, open_sharded_model, resolve_dtype
 from flashgrpo.grpo.run.world import World, open_world
-from flashgrpo.grpo.stages.demo import make_model
+from flashgrpo.grpo.stages.toy import make_model
 from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
 from flashgrpo.model.config import ModelConfig

@@ -125,7 +125,7 @@ def time_case(
             # Nothing is timed again that has failed in the first pass.
             if len(passes[name]) == number:
                 with _noted(rows[name]):
-                    passes[name].append(sample_ms(call, device, budget_s=budget_s / 2 / len(calls)))
+                    passes[name].append(sample_ms(call, device, budget_s=budget_s / 2 / len(calls), rounds=2))
     for name, taken in passes.items():
         if len(taken) == 2:
             rows[name] |= _rates(case, Timing.of(taken), rows[name]["limit_ms"])

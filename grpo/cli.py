@@ -215,7 +215,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "pipeline": (
         _run_pipeline,
         "run stages in a row, as all of DeepSeek-R1; override as --stages.NAME.section.key=value",
-        _RECIPE,
+        _option("recipe", metavar="PIPELINE.toml", help="any key can be overridden, as --stages.sft.train.lr=1e-5"),
         _option("--until", metavar="STAGE", help="the last stage to run; finished stages stay"),
     ),
     "eval": (

@@ -35,7 +35,6 @@ _PROBES, _PROBE_TOKENS = 4, 64
 _NO_ARRAYS = {
     "completion_ids": np.empty(0, dtype=np.int64),
     "behavior_logprobs": np.empty(0, dtype=np.float32),
-    "kept_logprobs": None,
 }
 
 
@@ -214,7 +213,7 @@ class Sampler:
         none = [np.empty(0)]
         ids = self.world.gather_array(np.concatenate([r.completion_ids for r in flat] or none).astype(np.int32))
         logprobs = self.world.gather_array(
-            np.concatenate([r.comparable_logprobs for r in flat] or none).astype(np.float32)
+            np.concatenate([r.behavior_logprobs for r in flat] or none).astype(np.float32)
         )
         finished = []
         for share, rank_ids, rank_logprobs in zip(shares, ids, logprobs, strict=True):
@@ -241,7 +240,12 @@ class Sampler:
             scored = completion_group(prompts[group[0].group], group, self.policy)
             self.pool.submit(scored, step)
             texts = zip(group, scored.completions, strict=True)
-            finished.append([dataclasses.replace(r, reflections=count_reflections(text)) for r, text in texts])
+            whole = []
+            for rollout, text in texts:
+                # From here on log-probs are of the whole vocabulary, as the trainer's.
+                found = {"behavior_logprobs": rollout.comparable_logprobs, "kept_logprobs": None}
+                whole.append(dataclasses.replace(rollout, reflections=count_reflections(text), **found))
+            finished.append(whole)
         return finished
 
     def _take_ahead(self) -> list[list[Rollout]]:

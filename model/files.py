@@ -100,7 +100,8 @@ def content_hash(path: Path) -> str:
     digest = hashlib.sha256()
     states = [file.stat() for file in files]
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(_known_hash, files, [s.st_size for s in states], [s.st_mtime_ns for s in states])
+        kept = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in states]
+        hashes = pool.map(_known_hash, files, kept)
     for file, state, found in zip(files, states, hashes, strict=True):
         digest.update(f"{file.relative_to(path)}\n{state.st_size}\n".encode())
         digest.update(bytes.fromhex(found))
@@ -124,7 +125,7 @@ def _hash(file: Path) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _known_hash(file: Path, size: int, mtime_ns: int) -> str:
+def _known_hash(file: Path, state: tuple[int, ...]) -> str:
     return _hash(file)
 
 

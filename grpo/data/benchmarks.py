@@ -139,8 +139,8 @@ def _labelled(where: str, row: Mapping[str, Any], column: str) -> tuple[list[str
         # Parquet fills what a row lacks.
         given = {label: text for label, text in found.items() if text is not None}
         labels, texts = list(given), list(given.values())
-    most = min(len(labels), len(ascii_uppercase))
-    is_list = isinstance(labels, list) and isinstance(texts, list) and 2 <= len(texts) <= most
+    is_list = isinstance(labels, list) and isinstance(texts, list)
+    is_list = is_list and 2 <= len(texts) <= min(len(labels), len(ascii_uppercase))
     if not is_list or not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"{where}: column {column!r} holds {found!r:.80}; wanted 2 to {len(ascii_uppercase)} texts, as a list, an "

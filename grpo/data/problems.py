@@ -226,7 +226,8 @@ def _read_parquet(file: Path) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches():
+            # Few at a time: rows of tests are megabytes, and a pipeline reads the first of them alone.
+            for batch in parquet.iter_batches(batch_size=128):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file} row {number}", row

@@ -242,7 +242,8 @@ def _same_quantity(found: str, gold: str) -> bool:
         share = Fraction(1, 100) ** (is_share - wants_share)  # 50% may be written 0.5, or 50
         return _is_close(number, wanted_number) or _is_close(number * share, wanted_number)
     if is_share != wants_share:
-        return _verify(_parse_gold(gold), _parse(found))
+        parsed = _parse_gold(gold), _parse(found)
+        return not any(map(_is_endless, itertools.chain(*parsed))) and _verify(*parsed)
     return any(_is_equal(a, b) for a, b in itertools.product(_parse_gold(wanted), _parse(amount)))
 
 

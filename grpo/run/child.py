@@ -156,7 +156,7 @@ class Child:
         try:
             self._connection.send((method, arguments))
         except (BrokenPipeError, ConnectionResetError):
-            self._raise_dead(str(method))
+            self._raise_dead("starting" if callable(method) else method)
 
     def receive(self, method: str, timeout_s: float | None) -> Any:
         """Its result, or the next one where it yields them. Raises its error; a process that is late, or has ended,

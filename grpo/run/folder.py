@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,14 +131,16 @@ class RunFolder:
             return
         rows = read_rows(self.path / "metrics.jsonl")
         before = rows.pop() if rows and rows[-1]["step"] == step else {}
-        _write_rows(self.path / "metrics.jsonl", [*rows, before | self._row(step, metrics)])
+        row = self._row(step, metrics, shown=before.keys())
+        _write_rows(self.path / "metrics.jsonl", [*rows, before | row])
 
-    def _row(self, step: int, metrics: Mapping[str, float | None]) -> dict[str, Any]:
+    def _row(self, step: int, metrics: Mapping[str, float | None], shown: Collection[str] = ()) -> dict[str, Any]:
         row: dict[str, Any] = {"step": step}
         for key, value in metrics.items():
             is_finite = value is not None and math.isfinite(value)
             row[key] = value if is_finite else None  # JSON has no NaN
-            self._tensorboard.add_scalar(key, value if is_finite else math.nan, step)
+            if key not in shown:  # TensorBoard would draw both
+                self._tensorboard.add_scalar(key, value if is_finite else math.nan, step)
         return row
 
     def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:

@@ -149,9 +149,12 @@ def _keys(recipe_toml: str) -> dict[tuple[str, str], Any]:
 
 
 def _mark(path: Path) -> str:
-    """Of the names, sizes and times of the files at a path."""
+    """Of the names, sizes and times of the files at a path; a file that another was moved over has another inode,
+    though it may have the size and the time of the one before.
+    """
     digest = hashlib.sha256()
     for file in content_files(path):
         state = file.stat()
-        digest.update(f"{file.relative_to(path)} {state.st_size} {state.st_mtime_ns}\n".encode())
+        kept = file.relative_to(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
+        digest.update(f"{kept}\n".encode())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ asked for.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import tempfile
 import time
@@ -35,7 +36,7 @@ from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
 from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.folder import newest_checkpoint
-from flashgrpo.grpo.run.ledger import changed, differing, identify, input_paths
+from flashgrpo.grpo.run.ledger import changed, differing, identify
 from flashgrpo.grpo.run.policy import Policy, open_policy, resolve_device
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import World, open_world
@@ -111,7 +112,7 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
         benchmarks = _load_benchmarks(recipe)
         # Rank 0 alone has the file; the others hear from it what is still to be done.
         known = world.on_main(lambda: _read_rows(output))
-        ledger = world.on_main(lambda: _compare(recipe, models, [*benchmarks], known, output))
+        ledger = world.on_main(lambda: _compare(recipe, models, benchmarks, known, output))
         with _open_pool(recipe, benchmarks) as pool:
             for label, name in ledger:
                 if (label, name) not in known:
@@ -210,16 +211,16 @@ def _load_benchmarks(recipe: Recipe) -> dict[str, list[Problem]]:
 
 
 def _compare(
-    recipe: Recipe, models: Mapping[str, str], benchmarks: Sequence[str], known: Rows, output: Path | None
+    recipe: Recipe, models: Mapping[str, str], benchmarks: Mapping[str, list[Problem]], known: Rows, output: Path | None
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """What each pair is made from, in the order in which they are evaluated. Raises RunInputError where the row that is
     known of it was made from anything else.
     """
     ledger = {}
-    for name in benchmarks:
-        settings, problems = _problems_of(recipe, name)
+    for name, problems in benchmarks.items():
+        settings = _settings(recipe, problems)
         for label in models:
-            pair, inputs = (label, name), {"weights": models[label], **problems}
+            pair, inputs = (label, name), {"weights": models[label]}
             before = known[pair]["made_from"] if pair in known else {"recipe": {}, "inputs": {}}
             now = ledger[pair] = {"recipe": settings, "inputs": identify(inputs, before["inputs"])}
             changes = differing(before["recipe"], settings) + changed(before["inputs"], now["inputs"])
@@ -231,16 +232,16 @@ def _compare(
     return ledger
 
 
-def _problems_of(recipe: Recipe, benchmark: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """What of a recipe decides the scores on a benchmark, and the file of its problems."""
-    data = dataclasses.asdict(recipe.data)
-    if benchmark == _HELD_OUT:  # a task, and what a hub has, are known by their names
-        files = {"problems": input_paths(recipe)["data.path"]} if "data.path" in input_paths(recipe) else {}
-        settings: dict[str, Any] = {"data": data, "problems": recipe.eval.problems}
-    else:
-        files = {"problems": benchmark}
-        settings = {key: data[key] for key in ("template", "template_options", "system_prompt")}
-    settings |= {
+def _settings(recipe: Recipe, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What decides the scores of a model besides its weights. Problems are known by what they are: a task or a hub may
+    have others under the same name.
+    """
+    rows = json.dumps([[problem.prompt, problem.columns] for problem in problems], default=str)
+    settings = {
+        "problems": hashlib.sha256(rows.encode()).hexdigest(),
+        "template": recipe.data.template,
+        "template_options": recipe.data.template_options,
+        "system_prompt": recipe.data.system_prompt,
         "samples": recipe.eval.samples,
         "temperature": recipe.eval.temperature,
         "top_p": recipe.eval.top_p,
@@ -248,7 +249,7 @@ def _problems_of(recipe: Recipe, benchmark: str) -> tuple[dict[str, Any], dict[s
         "dtype": recipe.model.dtype,
         "seed": recipe.run.seed,
     }
-    return json.loads(json.dumps(settings, default=str)), files
+    return json.loads(json.dumps(settings, default=str))  # as it will be read
 
 
 def _score_pair(

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.load import Recipe
+from flashgrpo.grpo.rewards.rules import check_names
 from flashgrpo.grpo.run.machines import MACHINES, Machine
 from flashgrpo.kernels.linear_grpo import default_chunk_tokens
 from flashgrpo.model.checkpoint import read_config
@@ -289,6 +290,7 @@ def plan_recipe(
     response: float | None = None,  # mean tokens; None: a quarter of the limit
 ) -> Plan:
     """`plan` of the model at model.path. Raises RecipeError also for an unknown GPU, CheckpointError for no model."""
+    check_names(recipe)
     if gpu not in MACHINES:
         raise RecipeError(f"--gpu {gpu} is unknown; known are {', '.join(MACHINES)}")
     machine = MACHINES[gpu]

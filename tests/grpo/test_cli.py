@@ -455,3 +455,14 @@ def test_other_ends(run_that_raises, capsys):
     assert error_line(capsys) == "flashgrpo: x: no usable tokenizer: try this or that"
     with pytest.raises(KeyError, match="bug"):
         run_that_raises(KeyError("bug"))
+
+
+def test_faults_of_the_program_are_not_hidden(write_recipe, monkeypatch):
+    """A bug must show its traceback."""
+
+    def end(recipe, resume):
+        raise KeyError("bug")
+
+    monkeypatch.setattr("flashgrpo.grpo.train.train", end)
+    with pytest.raises(KeyError, match="bug"):
+        main(["train", write_recipe()])

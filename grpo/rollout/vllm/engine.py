@@ -116,7 +116,8 @@ class Engine:
                 for output in engine.step():
                     if output.finished:
                         yield _rollouts(waiting.pop(output.request_id), output.outputs)
-                if time.monotonic() - told_at > _PROGRESS_S:
+                # Never behind the last: nobody would read it, and take it for the answer of the next call.
+                if waiting and time.monotonic() - told_at > _PROGRESS_S:
                     told_at = time.monotonic()
                     yield []
         finally:

@@ -7,7 +7,7 @@ import threading
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,10 @@ def open_engine(
             try:
                 engine = EngineProcess(options, policy.stop_token_ids, world.device, timeout_s, load_format)
             except GeneratorFailure as error:
+                cache_gb = options.engine_arguments().get("kv_cache_memory_bytes", 0) / 1e9
                 raise RecipeError(
                     f"vLLM cannot start with this recipe; the keys are vllm.memory_share = "
-                    f"{recipe.vllm.memory_share:g}, vllm.kv_cache_gb = {recipe.vllm.kv_cache_gb:g}, "
+                    f"{recipe.vllm.memory_share:g}, vllm.kv_cache_gb = {cache_gb:g}, "
                     f"vllm.max_model_len = {options.max_model_len}: {error}"
                 ) from error
             engines.append(opened.enter_context(closing(engine)))
@@ -275,10 +276,9 @@ class VllmGenerator:
                 outcome.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
-        try:
-            return outcome.result(self.timeout_s)
-        except TimeoutError:
-            raise GeneratorFailure(f"no NCCL group of trainer and servers within {self.timeout_s:g} s") from None
+        if not wait([outcome], self.timeout_s).done:
+            raise GeneratorFailure(f"no NCCL group of trainer and servers within {self.timeout_s:g} s")
+        return outcome.result()
 
     @contextlib.contextmanager
     def _deadline(self) -> Iterator[None]:
@@ -367,6 +367,11 @@ def _check_servers(
         raise RunInputError(f"not reached: {'; '.join(f'{url}: {why}' for url, why in client.lost.items())}")
     wanted = weight_shapes(policy.model.config)
     for url, (served, *_) in found.items():
+        if not (isinstance(served, dict) and {"weights", "dtype", "max_model_len"} <= served.keys()):
+            raise RunInputError(
+                f"{url} says of its model {str(served)[:100]}, wanted its weights, type and length: it is of another "
+                "version; start it again by `flashgrpo serve RECIPE`"
+            )
         for name in {**served["weights"], **wanted}:
             theirs, ours = served["weights"].get(name, "missing"), wanted.get(name, "missing")
             if theirs != ours:

@@ -136,6 +136,9 @@ class VllmServers:
     def world_sizes(self) -> dict[str, int]:
         """Workers of each server."""
         answers = self._run(self._all("GET", "get_world_size", dict.fromkeys(self.servers)))
+        for url, answer in answers.items():
+            if type(answer.get("world_size")) is not int or answer["world_size"] < 1:
+                raise ServerRefusal(f"{url} answered get_world_size by {str(answer)[:100]}, wanted its workers' number")
         return {url: answer["world_size"] for url, answer in answers.items()}
 
     def weight_digests(self) -> list[dict[str, int]]:

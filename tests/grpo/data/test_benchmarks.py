@@ -123,6 +123,10 @@ def test_programs_need_no_answer(write, tmp_path):
         ),
         ([{"problem": "q"}], r"found the columns problem; .* or tests"),
         ([], "no rows"),
+        (
+            [{"question": "q", "choices": {"label": None, "text": ["a", "b"]}, "answer": "A"}],
+            r"rows\.jsonl:1: column 'choices' holds .*; wanted 2 to 26 texts",
+        ),
         ([{"problem": "q", "answer": "1"}, {"problem": "q"}], r"rows\.jsonl:2: no column 'answer'"),
         (
             [GPQA, {**GPQA, "Incorrect Answer 2": None}],
@@ -154,6 +158,7 @@ def test_programs_need_no_answer(write, tmp_path):
         "unknown columns",
         "no answer",
         "empty",
+        "labels that are null",
         "a row without",
         "a choice that is null",
         "choices by columns",

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +139,28 @@ def test_samples_are_those_of_their_seeds(opened):
             assert one.weight_versions == ((1, len(one.completion_ids)),)
             reasons.add(one.finish_reason)
     assert reasons == {"stop", "length"}
+
+
+def test_no_sign_of_life_comes_after_the_last_group(monkeypatch):
+    """Nobody would read it, and it would be taken for the answer of the next call, as that a sync is done."""
+    from flashgrpo.grpo.rollout.vllm import engine as module
+
+    class Stub:
+        def __init__(self):
+            self.steps = [[], [SimpleNamespace(finished=True, request_id="0", outputs=["text"])]]
+            self.llm_engine, self.renderer = self, SimpleNamespace(render_cmpl=lambda prompts: prompts)
+
+        def add_request(self, *_):
+            pass
+
+        def step(self):
+            return self.steps.pop(0)
+
+    monkeypatch.setattr(module, "_PROGRESS_S", -1.0)  # one is due after every step
+    monkeypatch.setattr(module, "_rollouts", lambda request, outputs: outputs)
+    engine = module.Engine.__new__(module.Engine)
+    engine.llm, engine.stop_token_ids = Stub(), [0]
+    assert [*engine.generate(requests()[:1], Sampling(8))] == [[], ["text"]]
 
 
 def test_an_update_that_fails_leaves_no_trace(opened, monkeypatch):

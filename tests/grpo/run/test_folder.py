@@ -25,6 +25,8 @@ from flashgrpo.grpo.recipe.load import Recipe, load_recipe
 from flashgrpo.grpo.run import ledger
 from flashgrpo.grpo.run.checkpoints import SUMS, _Reader
 from flashgrpo.grpo.run.folder import read_rows
+from flashgrpo.grpo.run.ledger import changed as changed_content
+from flashgrpo.grpo.run.ledger import identify
 from flashgrpo.grpo.train import train
 from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
 from flashgrpo.model.files import content_hash, locked, parse_json
@@ -384,3 +386,16 @@ def test_an_output_that_cannot_be_written_is_found_before_the_first_step(recipe_
         assert line.count("\n") == 1
         assert "run.output" in line
         assert output in line
+
+
+def test_a_file_moved_over_an_input_is_noticed_though_its_size_and_time_are_the_same(tmp_path):
+    """Weights of one architecture are of one size, and archives of images give all files one time."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("one\n")
+    before = identify({"data.path": str(path)}, {})
+    other = tmp_path / "other"
+    other.write_text("two\n")
+    state = path.stat()
+    os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
+    other.rename(path)
+    assert changed_content(before, identify({"data.path": str(path)}, before)) == ["data.path"]

@@ -169,11 +169,21 @@ def peak_bytes(recipe: Recipe) -> tuple[int, dict[str, int]]:
         torch.randn(64, 64) @ torch.randn(64, 64)
         before = memory("VmRSS")
         trainer = Trainer(recipe, folder, world, pool, problems, held_out)
-        data, rollout = peak(lambda: trainer.sampler.rollout(1, trainer.position, Clock()))
+
+        def sample():
+            trainer.sampler.sync(0)
+            return trainer.sampler.rollout(1, trainer.position, Clock())
+
+        data, rollout = peak(sample)
         trainer.sampler.generator.free_weights()
         data.table.rewards[:] = np.arange(data.table.rewards.shape[1])  # every group has a gradient
         updates = trainer._pack(data)
-        _, training = peak(lambda: trainer._learn(updates, data, Clock()))
+
+        def learn():
+            trainer._score(updates, takes_behavior=False)
+            trainer._update(updates)
+
+        _, training = peak(learn)
     return max(b.total_tokens for b in updates[0].batches), {"rollout": rollout, "training": training}
 
 
