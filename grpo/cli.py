@@ -189,6 +189,7 @@ _flag = partial(_option, action="store_true")
 
 # A command that has it takes --section.key=value, too.
 _RECIPE = _option("recipe", metavar="RECIPE.toml", help="any key can be overridden, as --train.lr=1e-5")
+_PIPELINE = _option("recipe", metavar="PIPELINE.toml", help="any key, as --stages.sft.train.lr=1e-5")
 _RUN = (
     _RECIPE,
     _flag("--resume", help="continue the run in run.output, or start it if there is none"),
@@ -215,7 +216,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "pipeline": (
         _run_pipeline,
         "run stages in a row, as all of DeepSeek-R1; override as --stages.NAME.section.key=value",
-        _option("recipe", metavar="PIPELINE.toml", help="any key can be overridden, as --stages.sft.train.lr=1e-5"),
+        _PIPELINE,
         _option("--until", metavar="STAGE", help="the last stage to run; finished stages stay"),
     ),
     "eval": (
@@ -321,7 +322,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command; those that are for its recipe are `overrides`."""
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and _RECIPE not in COMMANDS[options.command]:
+    if overrides and not {_RECIPE, _PIPELINE} & {*COMMANDS[options.command]}:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     # A flag that is nearly one of the command's is no key of a recipe, which has a dot.
     not_given = [f"--{name}" for name, value in vars(options).items() if value in (None, False)]

@@ -1,5 +1,6 @@
 """How long a call takes, and by whose clock."""
 
+import time
 from unittest.mock import create_autospec
 
 import torch
@@ -25,11 +26,14 @@ def test_a_budget_is_spent_and_not_more():
 
 
 def test_short_calls_on_a_gpu_are_timed_by_triton(monkeypatch):
-    """Without a GPU: with arguments that it takes."""
+    """Without a GPU: with arguments that it takes; a long call is not called seven times before it counts."""
     do_bench = create_autospec(triton.testing.do_bench, return_value=[1.0, 2.0])
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
-    assert sample_ms(print, torch.device("cuda"), budget_s=0.5) == [1.0, 2.0]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert sample_ms(lambda: None, torch.device("cuda"), budget_s=0.5) == [1.0, 2.0]
     assert do_bench.call_args.kwargs["rep"] == 500
+    assert len(sample_ms(lambda: time.sleep(0.02), torch.device("cuda"), budget_s=0.05)) == 3
+    assert do_bench.call_count == 1
 
 
 def test_an_empty_cell_is_one_space():
