@@ -65,6 +65,13 @@ def see(prompts, completions, completion_ids, finish_reasons, questions, max_new
 def pid(prompts, completions, **columns):
     return [os.getpid()] * len(prompts)
 
+def meet(prompts, completions, **columns):
+    folder = completions[0]
+    open(f"{folder}/{os.getpid()}", "w").close()
+    while len(os.listdir(folder)) < 2:
+        time.sleep(0.01)
+    return [1.0] * len(prompts)
+
 def blank(prompts, completions, **columns):
     return [None] * len(prompts)
 
@@ -167,6 +174,12 @@ def test_scores_stand_in_the_order_of_submission_and_are_weighted(make_pool):
     assert table.scores["format"].tolist() == [[0, 1], [0, 0], [0, 1]]
     assert table.rewards.tolist() == [[2, 19], [0.5, 1], [0.5, 2.5]]
     assert table.rewards.dtype == np.float64
+
+
+def test_groups_are_spread_over_the_workers(make_pool, tmp_path):
+    """Each waits for the other, which only a second worker can begin."""
+    pool = make_pool(["meet"], num_workers=2, timeout_s=20)
+    assert step(pool, group(str(tmp_path)), group(str(tmp_path))).tolist() == [[1], [1]]
 
 
 def test_functions_see_the_columns_and_what_the_pool_adds(make_pool):

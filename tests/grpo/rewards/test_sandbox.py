@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import resource
 import socket
 import struct
 import subprocess
@@ -488,21 +489,21 @@ def test_limits_are_checked_with_the_recipe(recipe_values):
             build_recipe(Recipe, recipe_values)
 
 
-def test_programs_are_spread_over_workers():
-    """Twenty short ones a second on two cores, in the best of eight rounds, since other tests want the cores, too; and
-    each gets its own score.
-    """
+def test_each_program_of_a_group_gets_its_own_score():
     problem = Problem("Echo.", {"tests": {"inputs": ["1"], "outputs": ["1"]}})
     texts = [f"```python\nprint({i % 2})\n```" for i in range(8)]
     group = CompletionGroup(problem, "Echo.", texts, [[0]] * 8, ["stop"] * 8)
-    rates = [0.0]
     with RewardPool({"data": RewardSet({"code": 1.0}, problem)}, max_new_tokens=8, programs=LIMITS) as pool:
-        while len(rates) <= 8 and max(rates) <= 20:
-            start = time.monotonic()
-            scores = pool.score([group] * 5, "code")
-            rates.append(40 / (time.monotonic() - start))
-            assert scores.tolist() == [[0.0, 1.0] * 4] * 5
-    assert max(rates) > 20
+        assert pool.score([group] * 2, "code").tolist() == [[0.0, 1.0] * 4] * 2
+
+
+def test_a_program_costs_little_beside_what_it_does():
+    """In seconds of processor, which other work on the machine does not change; 0.02 of a quiet one's."""
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(5):
+        assert score("print(input())") == 1
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime) / 5 < 0.2
 
 
 def test_attacks_beside_right_programs_do_not_change_their_scores():
