@@ -1,9 +1,12 @@
 """A model's shape, read from Hugging Face's config.json: dense Llama, Qwen2 and Qwen3, as causal models or as reward
 models, which have a head of one score in place of the LM head.
 
-The original dictionary is kept and written back whole, so that keys this package does not know survive training.
+transformers reads it: its defaults, its names of older versions and its checks of types are the definition of what a
+key means. What is left to this file is to refuse what the decoder does not compute. The original dictionary is kept
+and written back whole, so that keys nobody here knows survive training.
 """
 
+import copy
 import math
 import sys
 from collections.abc import Mapping
@@ -13,12 +16,16 @@ from typing import Any
 from flashgrpo.model.rope import Rope
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_ROPE_KEYS = "rope_type", "type", "rope_theta", "partial_rotary_factor"
-_ROPE_SCALINGS = (
+_CAUSAL, _SCORING = "ForCausalLM", "ForSequenceClassification"
+# transformers has defaults for these, too, and they are those of another model.
+_SIZES = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+_POSITIVE = *_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "initializer_range", "max_position_embeddings"
+_ROPE_KINDS = "default", "linear", "llama3", "yarn"
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_ROPE_SCALINGS = {
     "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
     "attention_factor", "mscale", "mscale_all_dim", "truncate",
-)  # fmt: skip
-_CAUSAL, _SCORING = "ForCausalLM", "ForSequenceClassification"
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -41,6 +48,7 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope: Rope
+    context: int  # tokens of the longest sequence that the model was made for
     qkv_bias: bool
     output_bias: bool
     qk_norm: bool
@@ -49,50 +57,48 @@ class ModelConfig:
     initializer_range: float
     raw: Mapping[str, Any] = field(repr=False, compare=False)
 
-    @property
-    def context(self) -> int:
-        """Tokens of the longest sequence that the model was made for."""
-        stretched = int(self.rope.original_context * self.rope.factor)
-        return max(_positive_int(self.raw, "max_position_embeddings", sys.maxsize), stretched)
-
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """The model that `raw`, a parsed config.json, describes; keys left out have transformers' defaults.
 
-        Raises CheckpointError for another family, a missing key, or a feature that would change the mathematics
-        (sliding window, another activation, MLP bias, partial rotary embedding, quantised weights, several scores).
+        Raises CheckpointError for another family, a size that is missing, a value that transformers refuses, or a
+        feature that would change the mathematics (sliding window, another activation, MLP bias, partial rotary
+        embedding, quantised weights, several scores).
         """
         family = raw.get("model_type")
         if family not in ARCHITECTURES:
             raise CheckpointError(f"model_type is {family!r}; supported families are {', '.join(ARCHITECTURES)}")
-        _refuse_unsupported(raw)
-        hidden_size, num_heads = _positive_int(raw, "hidden_size"), _positive_int(raw, "num_attention_heads")
-        num_kv_heads = _positive_int(raw, "num_key_value_heads", num_heads)
-        head_dim = _positive_int(raw, "head_dim", 128 if family == "qwen3" else hidden_size // num_heads)
+        if missing := [key for key in _SIZES if key not in raw]:
+            raise CheckpointError(f"{missing[0]} is missing")
+        found = _read_by_transformers(raw)
+        _refuse_unsupported(found)
+        num_heads, num_kv_heads = found.num_attention_heads, found.num_key_value_heads
+        head_dim = getattr(found, "head_dim", None) or found.hidden_size // num_heads
         if num_heads % num_kv_heads:
             raise CheckpointError(
                 f"num_attention_heads is {num_heads}, which num_key_value_heads, {num_kv_heads}, does not divide"
             )
         if head_dim % 2:
             raise CheckpointError(f"head_dim is {head_dim}; rotary embedding needs an even one")
-        attention_bias = bool(raw.get("attention_bias", False)) and family != "qwen2"
+        attention_bias = family != "qwen2" and found.attention_bias
         return cls(
             family=family,
-            vocab_size=_positive_int(raw, "vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=_positive_int(raw, "intermediate_size"),
-            num_layers=_positive_int(raw, "num_hidden_layers"),
+            vocab_size=found.vocab_size,
+            hidden_size=found.hidden_size,
+            intermediate_size=found.intermediate_size,
+            num_layers=found.num_hidden_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6),
-            rope=_rope(raw),
+            rms_norm_eps=found.rms_norm_eps,
+            rope=_rope(found),
+            context=max(raw.get("max_position_embeddings", sys.maxsize), _stretched_context(found.rope_parameters)),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias,
             qk_norm=family == "qwen3",
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            is_reward_model=_is_reward_model(raw),
-            initializer_range=_positive(raw, "initializer_range", 0.02),
+            tie_embeddings=found.tie_word_embeddings,
+            is_reward_model=_is_reward_model(found),
+            initializer_range=found.initializer_range,
             raw=raw,
         )
 
@@ -118,93 +124,69 @@ class ModelConfig:
         return written
 
 
-def _is_reward_model(raw: Mapping[str, Any]) -> bool:
-    if not any(str(name).endswith(_SCORING) for name in raw.get("architectures") or ()):
+def _read_by_transformers(raw: Mapping[str, Any]) -> Any:
+    """transformers' configuration of `raw`, its types checked."""
+    from transformers import AutoConfig  # here, because kernels and decoder run without it
+
+    try:
+        return AutoConfig.for_model(**copy.deepcopy(dict(raw)))  # a copy: it writes into nested objects
+    except Exception as error:  # of a class for every kind of fault, and the reason stands last
+        raise CheckpointError(str(error).rpartition("Error: ")[2].strip('"')) from None
+
+
+def _refuse_unsupported(found: Any) -> None:
+    for key in _POSITIVE:
+        value = getattr(found, key, None)  # Qwen2 has no head_dim of its own
+        if value is not None and not 0 < value < math.inf:
+            raise CheckpointError(f"{key} is {value!r}; a positive number is wanted")
+    if found.hidden_act != "silu":
+        raise CheckpointError(f"hidden_act is {found.hidden_act!r}; only 'silu' is supported")
+    if getattr(found, "mlp_bias", False):
+        raise CheckpointError("mlp_bias is true; MLPs with a bias are not supported")
+    if getattr(found, "quantization_config", None):
+        raise CheckpointError("quantization_config is set; train from the unquantised checkpoint")
+    if other := {*(getattr(found, "layer_types", None) or ())} - {"full_attention"}:
+        raise CheckpointError(
+            f"layers of this checkpoint are of type {min(other)!r}, and only full attention is supported; if it was "
+            "trained with full attention set use_sliding_window to false and remove layer_types"
+        )
+
+
+def _is_reward_model(found: Any) -> bool:
+    if not any(name.endswith(_SCORING) for name in found.architectures or ()):
         return False
-    if (num := raw.get("num_labels", len(raw.get("id2label") or (0, 1)))) != 1:
-        raise CheckpointError(f"a head of {num} labels; only a reward model's, of one, is supported")
+    if found.num_labels != 1:
+        raise CheckpointError(f"a head of {found.num_labels} labels; only a reward model's, of one, is supported")
     return True
 
 
-def _positive(raw: Mapping[str, Any], key: str, default: float | None = None, wanted: str = "number") -> float:
-    """raw[key], or `default` where the key is missing or null; a number above 0 either way."""
-    value = default if raw.get(key) is None else raw[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        found = f"is {value!r}" if key in raw else "is missing"
-        raise CheckpointError(f"{key} {found}; a positive {wanted} is wanted")
-    return value
+def _rope(found: Any) -> Rope:
+    """Frequencies by transformers' own formulas, so that a checkpoint sees the angles it was trained with."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-
-def _positive_int(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = _positive(raw, key, default, "integer")
-    if not isinstance(value, int):
-        raise CheckpointError(f"{key} is {value!r}; a positive integer is wanted")
-    return value
-
-
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    if (activation := raw.get("hidden_act", "silu")) != "silu":
-        raise CheckpointError(f"hidden_act is {activation!r}; only 'silu' is supported")
-    if raw.get("mlp_bias"):
-        raise CheckpointError("mlp_bias is true; MLPs with a bias are not supported")
-    if raw.get("quantization_config"):
-        raise CheckpointError("quantization_config is set; train from the unquantised checkpoint")
-    if other := set(map(str, raw.get("layer_types") or ())) - {"full_attention", "sliding_attention"}:
-        raise CheckpointError(f"layer_types have {min(other)!r}; only layers of full attention are supported")
-    windowed = "sliding_attention" in (raw.get("layer_types") or ())
-    if raw.get("layer_types") is None and raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
-        windowed = _positive(raw, "max_window_layers", 28) < _positive_int(raw, "num_hidden_layers")
-    if windowed:
+    parameters = {key: value for key, value in found.rope_parameters.items() if value is not None}
+    kind = parameters.get("rope_type", "default")
+    if kind not in _ROPE_KINDS:
+        raise CheckpointError(f"RoPE scaling {kind!r}; supported are {', '.join(_ROPE_KINDS)}")
+    known = _ROPE_KEYS if kind == "default" else _ROPE_KEYS | _ROPE_SCALINGS
+    if unknown := [key for key in parameters if key not in known]:
         raise CheckpointError(
-            "layers of this checkpoint use a sliding window, which is not supported; if it was trained "
-            "with full attention set use_sliding_window to false and remove layer_types"
+            f"RoPE parameters have {unknown[0]} = {parameters[unknown[0]]!r}, which is not supported with rope_type "
+            f"{kind!r}"
         )
-
-
-def _check_rope(parameters: Any) -> None:
-    if not isinstance(parameters, Mapping):
-        raise CheckpointError(f"RoPE parameters are {parameters!r}; an object is wanted")
-    given = {key: value for key, value in parameters.items() if value is not None}
-    if unknown := [key for key in given if key not in (*_ROPE_KEYS, *_ROPE_SCALINGS)]:
-        raise CheckpointError(
-            f"RoPE parameters have {unknown[0]} = {given[unknown[0]]!r}, which is not supported; known are "
-            f"{', '.join((*_ROPE_KEYS, *_ROPE_SCALINGS))}, the same for all layers"
-        )
-    if not {"rope_type", "type"} & given.keys() and (unused := given.keys() & {*_ROPE_SCALINGS}):
-        raise CheckpointError(f"RoPE parameters have {min(unused)}, and no rope_type that says what it scales")
-
-
-def _rope(raw: Mapping[str, Any]) -> Rope:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    given = [raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)]
-    for parameters in given:
-        _check_rope(parameters)
-    found = given[0] if given else {}
-    theta = _positive(found, "rope_theta", _positive(raw, "rope_theta", 10_000.0))
-    kind = found.get("rope_type") or found.get("type") or "default"
-    if (partial := found.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) not in (1.0, None):
+    if (partial := parameters.get("partial_rotary_factor", 1.0)) != 1:
         raise CheckpointError(f"partial_rotary_factor is {partial}; only 1 is supported")
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, kind, _positive(found, "factor"))
-    if kind not in ("llama3", "yarn"):
-        raise CheckpointError(f"RoPE scaling {kind!r}; supported are default, linear, llama3, yarn")
-    key = "original_max_position_embeddings"
-    context = _positive_int(raw if raw.get(key) else found, key, raw.get("max_position_embeddings"))
-    if kind == "llama3":
-        low, high = _positive(found, "low_freq_factor"), _positive(found, "high_freq_factor")
-        return Rope(theta, kind, _positive(found, "factor"), context, low_freq_factor=low, high_freq_factor=high)
-    for key, wanted in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
-        if found.get(key) not in (None, wanted):
-            raise CheckpointError(f"YaRN's {key} is {found[key]!r}, which is not supported")
-    factor = _positive(found, "factor", _positive_int(raw, "max_position_embeddings", context) / context)
-    return Rope(
-        theta,
-        kind,
-        factor,
-        context,
-        beta_fast=_positive(found, "beta_fast", 32.0),
-        beta_slow=_positive(found, "beta_slow", 1.0),
-        attention_factor=_positive(found, "attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
-    )
+    if kind == "default":  # which transformers has in each model's own code: it is `linear` by a factor of 1
+        kind, found.rope_parameters["factor"] = "linear", 1.0
+    try:
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](found, "cpu")
+        rope = Rope(tuple(frequencies.tolist()), float(scale))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"RoPE parameters are {parameters}: {error}") from None
+    if not all(0 < number < math.inf for number in (*rope.frequencies, rope.scale)):
+        raise CheckpointError(f"RoPE parameters are {parameters}, which give no angles")
+    return rope
+
+
+def _stretched_context(parameters: Mapping[str, Any]) -> int:
+    return int(parameters.get("original_max_position_embeddings", 0) * (parameters.get("factor") or 1))

@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         if self.activation_checkpointing not in get_args(ActivationCheckpointing):
             wanted = ", ".join(get_args(ActivationCheckpointing))
             raise ValueError(f"activation_checkpointing is {self.activation_checkpointing!r}; wanted one of {wanted}")
-        cos, sin = rotary_cos_sin(self.config.rope, self.config.head_dim, position_ids)
+        cos, sin = rotary_cos_sin(self.config.rope, position_ids)
         hidden = self.model.embed_tokens(input_ids)
         for index, block in enumerate(self.model.layers):
             hidden = block(hidden, cos, sin, attend, index, self.activation_checkpointing)

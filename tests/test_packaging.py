@@ -26,13 +26,15 @@ def test_a_wheel_holds_recipes_pictures_and_marks_of_types(monkeypatch):
     assert "Typing :: Typed" in project["classifiers"]
 
 
-def test_kernels_import_and_run_on_a_cpu_without_triton():
+def test_kernels_and_decoder_import_and_run_on_a_cpu_with_torch_alone():
     program = """
 import importlib.util, sys
+sys.modules["transformers"] = sys.modules["psutil"] = None
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 import torch
 from flashgrpo.kernels import attention, common, grpo_loss, linear_grpo, logprob
+from flashgrpo.model import batch, cost, cpu, decoder, sharding
 assert "flashgrpo.kernels.loss_triton" in sys.modules and not common.HAS_TRITON
 logits = torch.randn(3, 8, requires_grad=True)
 logprob.gather_logprobs(logits, torch.tensor([1, 2, 3]))[0].sum().backward()

@@ -18,6 +18,8 @@ SCALINGS = {
     "yarn": YARN,
     "yarn-betas": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": True},
     "yarn-attention-factor": {**YARN, "attention_factor": 0.8},
+    "yarn-mscale": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
+    "yarn-nulls": {**YARN, "mscale": None, "attention_factor": None},
     "yarn-own-context": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},
 }
 SIZES = {
@@ -47,11 +49,11 @@ def test_angles_equal_transformers(scaling, written_by):
     cos, sin = Qwen3RotaryEmbedding(theirs)(torch.zeros(1), POSITIONS[None])
     q = torch.randn(len(POSITIONS), 4, 64)
     wanted, _ = apply_rotary_pos_emb(q, q, cos[0], sin[0])
-    torch.testing.assert_close(apply_rope(q, *rotary_cos_sin(ours.rope, 64, POSITIONS)), wanted, atol=2e-6, rtol=0)
+    torch.testing.assert_close(apply_rope(q, *rotary_cos_sin(ours.rope, POSITIONS)), wanted, atol=2e-6, rtol=0)
 
 
 def test_gradient_is_the_inverse_rotation():
-    cos, sin = rotary_cos_sin(ModelConfig.from_dict({"model_type": "llama", **SIZES}).rope, 64, POSITIONS)
+    cos, sin = rotary_cos_sin(ModelConfig.from_dict({"model_type": "llama", **SIZES}).rope, POSITIONS)
     x = torch.randn(len(POSITIONS), 2, 64, requires_grad=True)
     (gradient,) = torch.autograd.grad(apply_rope(x, cos, sin).square().sum() / 2, x)
     torch.testing.assert_close(gradient, x.detach())
@@ -59,7 +61,7 @@ def test_gradient_is_the_inverse_rotation():
 
 def test_bfloat16_is_rounded_once():
     """cos and sin stay fp32: rounded to bf16 they would turn every key and query by the wrong angle."""
-    cos, sin = rotary_cos_sin(ModelConfig.from_dict({"model_type": "llama", **SIZES}).rope, 64, POSITIONS)
+    cos, sin = rotary_cos_sin(ModelConfig.from_dict({"model_type": "llama", **SIZES}).rope, POSITIONS)
     x = torch.randn(len(POSITIONS), 2, 64).bfloat16()
     rotated = apply_rope(x, cos, sin)
     assert torch.equal(rotated, apply_rope(x.float(), cos, sin).bfloat16())
