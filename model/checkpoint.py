@@ -4,12 +4,13 @@ Whatever is written here loads in transformers and vLLM, and whatever is read is
 shape. A folder appears under its name only when every byte of it is on the disk.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,34 +96,36 @@ def load_weights(decoder: Decoder, path: str | os.PathLike, *, new_score: bool =
     at 0, so that no random preference has to be unlearned and the loss begins at log 2.
     """
     folder = Path(path)
-    missing = {
+    files = _tensor_files(folder)
+    wanted = {
         part: (parameter, rows)
         for name, parameter in decoder.named_parameters()
         for part, rows in huggingface_rows(name, len(parameter), decoder.config).items()
     }
     if new_score:
-        local_rows(missing.pop("score.weight")[0])[0].zero_()
+        local_rows(wanted.pop("score.weight")[0])[0].zero_()
     is_tied = decoder.config.tie_embeddings and (decoder.score is None or new_score)
-    embedding = missing[_EMBEDDING]
-    unexpected: list[str] = []
-    tied_head = None
-    for name, stored in _stored_tensors(folder):
-        if name in missing:
-            _fill(folder, name, *_own_part(folder, name, stored, *missing.pop(name)))
-        elif name == _HEAD and is_tied:
-            tied_head = _own_part(folder, name, stored, *embedding)
-        elif name == _HEAD and new_score:
-            continue
-        elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that older checkpoints carry
-            unexpected.append(name)
-    if tied_head and missing.pop(_EMBEDDING, None):  # safetensors keeps one of two names, and not always this one
-        _fill(folder, _HEAD, *tied_head)
-    _check_names(folder, list(missing), unexpected)
-    if tied_head and not torch.equal(tied_head[0], tied_head[1].to(tied_head[0])):
-        raise CheckpointError(
-            f"{folder}: {CONFIG} ties {_HEAD} to {_EMBEDDING}, but they differ in the file; "
-            "set tie_word_embeddings to false"
-        )
+    head = files.pop(_HEAD, None) if is_tied or new_score else None
+    stored_as = {name: name for name in wanted}
+    if is_tied and head and _EMBEDDING not in files:  # safetensors keeps one of two names, and not always this one
+        files[_HEAD], stored_as[_EMBEDDING] = head, _HEAD
+    _check_names(folder, stored_as.values(), files)
+
+    for name, (parameter, rows) in wanted.items():
+        weight, stored = _own_part(files[stored_as[name]], stored_as[name], parameter, rows)
+        weight.copy_(stored)
+        if not is_finite(weight):
+            raise CheckpointError(
+                f"{folder}: {stored_as[name]} holds NaN or infinity, and nothing that it computes would be a number; "
+                "restore the file, or take an earlier checkpoint"
+            )
+    if is_tied and head:
+        weight, stored = _own_part(head, _HEAD, *wanted[_EMBEDDING])
+        if not torch.equal(weight, stored.to(weight)):
+            raise CheckpointError(
+                f"{folder}: {CONFIG} ties {_HEAD} to {_EMBEDDING}, but they differ in the file; "
+                "set tie_word_embeddings to false"
+            )
 
 
 def weights_sha256(path: str | os.PathLike) -> str:
@@ -131,10 +134,11 @@ def weights_sha256(path: str | os.PathLike) -> str:
     Tensors are read one by one. Raises CheckpointError for a file that is missing or broken.
     """
     lines = []
-    for name, stored in _stored_tensors(Path(path)):
-        tensor = stored[:].contiguous()
-        content = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
-        lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {content}")
+    for name, stored_in in _tensor_files(Path(path)).items():
+        with _opened(stored_in) as file:
+            tensor = file.get_tensor(name)
+        digest = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
+        lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {digest}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -197,65 +201,58 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Every tensor of the checkpoint as a slice that reads no more than the rows it is asked for; with an index, those
-    it lists, from the shards it names. A file is mapped anew for each, so that what was read does not stay in memory.
-    """
-    shards: dict[str, list[str]] = {}  # no names: all that the file holds
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of the checkpoint: with an index, of those it lists, the shards it names."""
     if (folder / WEIGHTS).is_file():
-        shards[WEIGHTS] = []
-    elif (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{folder / INDEX}: has no object 'weight_map'")
-        for name, shard in weight_map.items():
-            shards.setdefault(str(shard), []).append(name)
-    else:
+        with _opened(folder / WEIGHTS) as file:
+            return dict.fromkeys(file.keys(), folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}; only safetensors weights are read")
-    for shard, names in shards.items():
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder / shard}: no such file, though {INDEX} names it")
-        try:
-            if not names:
-                with safe_open(folder / shard, framework="pt") as stored:
-                    names = [*stored.keys()]
-            for name in names:
-                with safe_open(folder / shard, framework="pt") as stored:
-                    yield name, stored.get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{folder / shard}: broken or incomplete: {error}") from None
-        except OSError as error:
-            raise CheckpointError(f"{folder / shard}: cannot be read: {error}") from None
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{folder / INDEX}: has no object 'weight_map'")
+    return {name: folder / str(shard) for name, shard in weight_map.items()}
 
 
-def _own_part(folder: Path, name: str, stored: Any, parameter: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped anew for each tensor, so that what was read does not stay in memory."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file, though {INDEX} names it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: broken or incomplete: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+
+
+def _own_part(path: Path, name: str, parameter: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """This rank's part of some rows of a parameter, to write in, and what is stored for it."""
     wanted = [rows.stop - rows.start, *parameter.shape[1:]]
-    if stored.get_shape() != wanted:
-        raise CheckpointError(f"{folder}: {name} has shape {stored.get_shape()}; {CONFIG} wants {wanted}")
     local, first = local_rows(parameter)
     start, stop = max(rows.start, first), min(rows.stop, first + len(local))
-    if start >= stop:
-        return local[:0], local[:0]
-    return local[start - first : stop - first], stored[start - rows.start : stop - rows.start]
-
-
-def _fill(folder: Path, name: str, weight: Tensor, stored: Tensor) -> None:
-    weight.copy_(stored)
-    if not is_finite(weight):
-        raise CheckpointError(
-            f"{folder}: {name} holds NaN or infinity, and nothing that it computes would be a number; restore the "
-            "file, or take an earlier checkpoint"
-        )
+    with _opened(path) as file:
+        stored = file.get_slice(name)
+        if stored.get_shape() != wanted:
+            raise CheckpointError(f"{path}: {name} has shape {stored.get_shape()}; {CONFIG} wants {wanted}")
+        if start >= stop:
+            return local[:0], local[:0]
+        return local[start - first : stop - first], stored[start - rows.start : stop - rows.start]
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    for _, stored in _stored_tensors(folder):
-        return stored[:0].dtype
+    for name, path in _tensor_files(folder).items():
+        with _opened(path) as file:
+            return file.get_slice(name)[:0].dtype
     raise CheckpointError(f"{folder}: holds no tensors")
 
 
-def _check_names(folder: Path, missing: list[str], unexpected: list[str]) -> None:
+def _check_names(folder: Path, wanted: Collection[str], stored: Collection[str]) -> None:
+    missing = [name for name in wanted if name not in stored]
+    # Older checkpoints carry a buffer.
+    unexpected = [name for name in stored if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
     if missing:
         near = difflib.get_close_matches(missing[0], unexpected, n=1)
         hint = f"; the nearest unused one is {near[0]}" if near else ""
