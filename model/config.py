@@ -57,6 +57,16 @@ class ModelConfig:
     initializer_range: float
     raw: Mapping[str, Any] = field(repr=False, compare=False)
 
+    @property
+    def q_size(self) -> int:
+        """Of the queries of all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Of the keys, or the values, of all heads."""
+        return self.num_kv_heads * self.head_dim
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """The model that `raw`, a parsed config.json, describes; keys left out have transformers' defaults.

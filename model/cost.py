@@ -3,9 +3,13 @@
 A multiply-add is two FLOPs, attention counts its query-key pairs, and recomputation counts nothing.
 """
 
+import functools
 from dataclasses import dataclass
 
+import torch
+
 from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.decoder import Block
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,10 @@ class ModelFlops:
     @classmethod
     def of(cls, config: ModelConfig) -> "ModelFlops":
         """The counts of a model's shape."""
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        weights = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+        matrices = sum(parameter.numel() for parameter in _block(config).parameters() if parameter.dim() == 2)
         return cls(
-            per_token=2.0 * config.num_layers * weights,
-            per_pair=4.0 * config.num_layers * q_size,
+            per_token=2.0 * config.num_layers * matrices,
+            per_pair=4.0 * config.num_layers * config.q_size,
             per_target=0.0 if config.is_reward_model else 2.0 * config.hidden_size * config.vocab_size,
         )
 
@@ -44,12 +47,9 @@ class ModelSize:
     @classmethod
     def of(cls, config: ModelConfig) -> "ModelSize":
         """The counts of a model's shape."""
-        q, kv, hidden = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.hidden_size
-        matrices = hidden * (2 * q + 2 * kv + 3 * config.intermediate_size)
-        biases = config.qkv_bias * (q + 2 * kv) + config.output_bias * hidden
-        block = matrices + biases + 2 * hidden + 2 * config.qk_norm * config.head_dim
-        head = config.vocab_size * hidden
-        root = head * (1 if config.tie_embeddings else 2) + hidden
+        block = sum(parameter.numel() for parameter in _block(config).parameters())
+        head = config.vocab_size * config.hidden_size
+        root = head * (1 if config.tie_embeddings else 2) + config.hidden_size
         return cls(block, head, root, config.num_layers * block + root)
 
 
@@ -70,7 +70,7 @@ class BlockActivations:
         `cpu_group` is for a CPU, whose attention copies a prompt's keys for each completion: tokens of the prompt and
         of a completion in the pack, and completions a prompt, all of equal length.
         """
-        q, kv, mlp = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.intermediate_size
+        q, kv, mlp = config.q_size, config.kv_size, config.intermediate_size
         hidden = itemsize * config.hidden_size
         products = itemsize * (q + 2 * kv + 2 * mlp)  # to q, k, v, and to gate and up
         attended = itemsize * q + 4 * config.num_heads  # with lse
@@ -87,3 +87,9 @@ class BlockActivations:
         reused = attended + itemsize * 2 * mlp + (itemsize * (q + 2 * kv) if config.qk_norm else 0)
         recomputed = {"none": 0, "selective": everything - hidden - reused, "full": everything - hidden}[checkpointing]
         return cls(kept, recomputed, itemsize * 5 * mlp + 2 * hidden)
+
+
+@functools.cache
+def _block(config: ModelConfig) -> Block:
+    with torch.device("meta"):
+        return Block(config)

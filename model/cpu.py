@@ -1,4 +1,4 @@
-"""What a decoder does otherwise on a CPU: products by oneDNN, norms in fewer passes, as many threads as are of use.
+"""What a decoder does otherwise on a CPU: products by oneDNN, norms in fewer passes, threads.py before each pass.
 
 `adapt` swaps these in when a model is opened for a CPU.
 
@@ -6,26 +6,18 @@ fp32 products go through oneDNN rather than torch's choice, MKL, which does not 
 Intel's: on two cores of a Zen 5, [1200, 256] x [256, 768] runs at 360 GFLOP/s instead of 170, a gradient of the weight
 at 240. The operator is the one that torch's own compiler calls; a torch without it falls back. oneDNN keeps about
 0.4 MB for every shape it has met, so the number of rows must not take any value: `padded_rows`.
-
-torch takes as many threads as other processes leave it processors, measured as it computes. The threads of an operator
-wait for the slowest of them, and wait awake (GOMP_SPINCOUNT, see grpo/cli.py): where another process has taken the
-processor of one, the others burn theirs until the scheduler comes round, at every operator. With a thread on each of
-two processors and one busy process beside them, SFT falls to a thirteenth; a single thread has a processor to itself
-and keeps three quarters.
 """
 
 import functools
 import os
-import threading
-import time
-from collections import deque
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashgrpo.kernels.common import backward_once
-from flashgrpo.model.decoder import KEPT_OPERATORS, MLP, Decoder, SelfAttention, swiglu_function
+from flashgrpo.model.decoder import KEPT_OPERATORS, MLP, Decoder, SelfAttention
+from flashgrpo.model.threads import Threads
 
 # Read at MKL's first product. Without it the bits of a product of few rows depend on the number of threads, and a run
 # on what else the machine does; without STRICT they still do where a processor has AMX.
@@ -36,9 +28,6 @@ _MIN_MULTIPLY_ADDS = 2**21
 _ONEDNN_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 if _ONEDNN_PRODUCT:  # an activation checkpoint knows torch's own products only
     KEPT_OPERATORS.append(_ONEDNN_PRODUCT.default)
-_INTERVAL_S = 0.5  # long for the clock ticks that processor time is counted in, short beside a step
-_REMEMBERED = 4  # intervals: a thread too many costs far more than one too few, so it comes back late
-_TOLERATED = 0.35  # of a processor: with more of it taken, a thread costs more than it gives
 
 
 def adapt(decoder: Decoder) -> None:
@@ -55,8 +44,10 @@ class _Decoder(Decoder):
 class _Embedding(nn.Embedding):
     """The first module of every pass, so the place to look at the threads."""
 
+    threads = Threads()  # torch's, so one for all decoders
+
     def forward(self, input: Tensor) -> Tensor:
-        fit_threads()
+        self.threads.fit()
         return super().forward(input)
 
 
@@ -120,14 +111,6 @@ class PackedWeights:
         _packed.clear()
 
 
-def weight_gradient(
-    d_out: Tensor,  # [n, out_features]
-    x: Tensor,  # [n, in_features]
-) -> Tensor:  # [out_features, in_features]
-    """d_out^T x."""
-    return product(d_out.T, x.T)
-
-
 def padded_rows(n: int, weight: Tensor) -> int:
     """n, or where oneDNN takes n rows a little more: a multiple of 64, and one of 16 between two powers of two."""
     step = max(64, 1 << max(n.bit_length() - 5, 0)) if _suits_onednn(n, weight) else 1
@@ -162,12 +145,11 @@ class _Linear(torch.autograd.Function):
         (d_out,) = grad_outputs
         x, weight = ctx.saved_tensors
         d_x = product(d_out, weight.T) if ctx.needs_input_grad[0] else None
-        d_weight = weight_gradient(d_out, x) if ctx.needs_input_grad[1] else None
+        d_weight = product(d_out.T, x.T) if ctx.needs_input_grad[1] else None
         return d_x, d_weight, d_out.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class CPUMLP(MLP):
-    swiglu = swiglu_function(product)
     product = staticmethod(product)
 
 
@@ -220,49 +202,6 @@ class _RMSNorm(torch.autograd.Function):
         along = along.div_(-x.shape[-1]).unsqueeze(-1)
         d_x = torch.addcmul(d_out * weight, normed, along).mul_(inverse_rms)
         return d_x, d_scaled.sum_to_size(weight.shape), None
-
-
-class _Threads:
-    def __init__(self) -> None:
-        self.most = self.given = 0  # that somebody asked for, and that torch has been given since
-        self.taken: deque[float] = deque(maxlen=_REMEMBERED)  # processors that others took, of late
-        self.measured_at = self.own_s = 0.0
-
-    def fit(self) -> None:
-        now = time.monotonic()
-        is_main = threading.current_thread() is threading.main_thread()  # torch counts each thread's own
-        if now - self.measured_at < _INTERVAL_S or not is_main:
-            return
-        if torch.get_num_threads() != self.given:  # at first, or since somebody has changed it
-            self.most = self.given = torch.get_num_threads()
-        if self.most == 1 or "OMP_NUM_THREADS" in os.environ:  # a number that was asked for stays, as torchrun's 1
-            return
-        import psutil  # not where kernels alone are installed
-
-        shares, own_s = psutil.cpu_percent(percpu=True), time.process_time()  # shares: since the last call
-        cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
-        busy = sum(share / 100 for cpu, share in enumerate(shares) if cpu in cpus)
-        own = (own_s - self.own_s) / (now - self.measured_at)
-        is_first, self.measured_at, self.own_s = not self.measured_at, now, own_s
-        if is_first:
-            return
-        self.taken.append(busy - own)
-        self.given = max(1, min(self.most, int(len(cpus) - max(self.taken) + _TOLERATED)))
-        if self.given != torch.get_num_threads():
-            torch.set_num_threads(self.given)
-
-
-_threads = _Threads()
-
-
-def fit_threads() -> None:
-    """Give torch the threads that have a processor to themselves: one or more, at most those that it had.
-
-    Called at every pass through a decoder on a CPU; measures twice a second. A thread that was taken away comes back
-    after two quiet seconds. Where OMP_NUM_THREADS is set, the number of threads stays.
-    """
-    if not torch.compiler.is_compiling():
-        _threads.fit()
 
 
 _ON_CPU: dict[type, type] = {

@@ -10,7 +10,7 @@ that checkpoints use.
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +96,6 @@ class Decoder(nn.Module):
             return self._run(input_ids, position_ids, attend)
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
-        if self.activation_checkpointing not in get_args(ActivationCheckpointing):
-            wanted = ", ".join(get_args(ActivationCheckpointing))
-            raise ValueError(f"activation_checkpointing is {self.activation_checkpointing!r}; wanted one of {wanted}")
         cos, sin = rotary_cos_sin(self.config.rope, position_ids)
         hidden = self.model.embed_tokens(input_ids)
         for index, block in enumerate(self.model.layers):
@@ -113,9 +110,8 @@ class Decoder(nn.Module):
 
 def huggingface_rows(name: str, num_rows: int, config: ModelConfig) -> dict[str, slice]:
     """The rows of a decoder's parameter under the names that Hugging Face checkpoints use: one, or those of a joint."""
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     parts = {
-        ".qkv_proj.": {".q_proj.": q_size, ".k_proj.": kv_size, ".v_proj.": kv_size},
+        ".qkv_proj.": {".q_proj.": config.q_size, ".k_proj.": config.kv_size, ".v_proj.": config.kv_size},
         ".gate_up_proj.": {".gate_proj.": config.intermediate_size, ".up_proj.": config.intermediate_size},
     }
     joint = next((joint for joint in parts if joint in name), None)
@@ -185,9 +181,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
+        self.qkv_proj = nn.Linear(config.hidden_size, config.q_size + 2 * config.kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=config.output_bias)
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -212,44 +207,38 @@ class SelfAttention(nn.Module):
         return torch.cat((q_norm(q), k_norm(k)), dim=1)
 
 
-def swiglu_function(product: Callable[[Tensor, Tensor], Tensor]) -> type[torch.autograd.Function]:
+class SwiGLU(torch.autograd.Function):
     """(silu(x gate^T) * (x up^T)) down^T (Shazeer 2020) of x, gate and up as one, and down; product(x, w) is x w^T.
 
     It keeps two tensors of [n, intermediate_size] for the backward pass where plain autograd keeps four: silu and the
     product are computed again, at no matmul's cost.
     """
 
-    class SwiGLU(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, gate_up_weight, down_weight):
-            gate_up = product(x, gate_up_weight)
-            ctx.save_for_backward(x, gate_up, gate_up_weight, down_weight)
-            gate, up = gate_up.chunk(2, dim=1)
-            return product(F.silu(gate).mul_(up), down_weight)
+    @staticmethod
+    def forward(ctx, x, gate_up_weight, down_weight, product):
+        gate_up = product(x, gate_up_weight)
+        ctx.save_for_backward(x, gate_up, gate_up_weight, down_weight)
+        ctx.product = product
+        gate, up = gate_up.chunk(2, dim=1)
+        return product(F.silu(gate).mul_(up), down_weight)
 
-        @staticmethod
-        @backward_once
-        def backward(ctx, *grad_outputs):
-            (d_out,) = grad_outputs
-            x, gate_up, gate_up_weight, down_weight = ctx.saved_tensors
-            gate, up = gate_up.chunk(2, dim=1)
-            silu = F.silu(gate)
-            d_down_weight = product(d_out.T, (silu * up).T)
-            d_product = product(d_out, down_weight.T)
-            d_up = silu.mul_(d_product)
-            d_gate_up = torch.cat((torch.ops.aten.silu_backward(d_product.mul_(up), gate), d_up), dim=1)
-            return product(d_gate_up, gate_up_weight.T), product(d_gate_up.T, x.T), d_down_weight
-
-    return SwiGLU
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight)
+    @staticmethod
+    @backward_once
+    def backward(ctx, *grad_outputs):
+        (d_out,) = grad_outputs
+        x, gate_up, gate_up_weight, down_weight = ctx.saved_tensors
+        product = ctx.product
+        gate, up = gate_up.chunk(2, dim=1)
+        silu = F.silu(gate)
+        d_down_weight = product(d_out.T, (silu * up).T)
+        d_product = product(d_out, down_weight.T)
+        d_up = silu.mul_(d_product)
+        d_gate_up = torch.cat((torch.ops.aten.silu_backward(d_product.mul_(up), gate), d_up), dim=1)
+        return product(d_gate_up, gate_up_weight.T), product(d_gate_up.T, x.T), d_down_weight, None
 
 
 class MLP(nn.Module):
-    product = staticmethod(_product)
-    swiglu = swiglu_function(_product)
+    product = staticmethod(F.linear)  # x w^T
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -259,7 +248,7 @@ class MLP(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         weights = self.gate_up_proj.weight, self.down_proj.weight
         if torch.is_grad_enabled():
-            return self.swiglu.apply(hidden, *weights)
+            return SwiGLU.apply(hidden, *weights, self.product)
         gate, up = self.product(hidden, weights[0]).chunk(2, dim=1)
         return self.product(F.silu(gate).mul_(up), weights[1])
 

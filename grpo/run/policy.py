@@ -1,7 +1,6 @@
 """Opening a model: device, type, tokenizer, stop tokens."""
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flashgrpo.grpo.recipe.schema import ModelSection
 from flashgrpo.grpo.run.progress import console
-from flashgrpo.model.checkpoint import CheckpointError, empty_decoder, load_checkpoint, load_weights, read_config
+from flashgrpo.model.checkpoint import (
+    CONFIG,
+    GENERATION_CONFIG,
+    CheckpointError,
+    empty_decoder,
+    load_checkpoint,
+    load_weights,
+    read_config,
+    read_json,
+)
 from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.sharding import shard
 
@@ -125,13 +133,9 @@ def warn_beyond_context(policy: Policy, longest: int) -> None:
 def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a completion: those of the tokenizer, config.json and generation_config.json together."""
     found: list[Any] = [tokenizer.eos_token_id]
-    for name in ("config.json", "generation_config.json"):
-        file = Path(path) / name
+    for file in (Path(path) / CONFIG, Path(path) / GENERATION_CONFIG):
         if file.exists():
-            try:
-                ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise CheckpointError(f"{file}: not a JSON object: {error}") from error
+            ids = read_json(file).get("eos_token_id")
             found += ids if isinstance(ids, list) else [ids]
     ids = [token for token in found if token is not None]
     if faulty := [token for token in ids if type(token) is not int]:

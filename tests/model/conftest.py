@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashgrpo.model.batch import PackedBatch
+from flashgrpo.model.config import ModelConfig
 
 SIZES = {
     "vocab_size": 97,
@@ -35,6 +36,12 @@ MODELS = {  # every family, tied and untied, with and without biases, and every 
     "qwen3-tied": {"model_type": "qwen3", "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen3-bias": {"model_type": "qwen3", "attention_bias": True, "rope_parameters": {**YARN, "beta_fast": 16.0}},
 }
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny(**changes) -> the ModelConfig of a small Qwen3."""
+    return lambda **changes: ModelConfig.from_dict({"model_type": "qwen3", **SIZES, **changes})
 
 
 @pytest.fixture(params=MODELS)

@@ -1,5 +1,6 @@
 """Opening a model: its tokenizer fits it, and its tokens become the text that was sampled."""
 
+import dataclasses
 import json
 import shutil
 
@@ -18,12 +19,10 @@ TAGS = "<think>", "</think>", "<answer>", "</answer>"
 
 
 @pytest.fixture
-def with_tokens(make_model, tmp_path):
+def with_tokens(make_model):
     """with_tokens(*names, stops, vocab_size) -> a policy whose tokenizer has these special tokens and cleans spaces."""
 
-    def make(
-        *names: str, stops: tuple[str, ...] = (), vocab_size: int = 120, special: bool = True, **changes
-    ) -> Policy:
+    def make(*names: str, stops: tuple[str, ...] = (), vocab_size: int = 120, special: bool = True, **changes):
         path = make_model(vocab_size=vocab_size)
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(path / "tokenizer.json"), eos_token="<eos>", bos_token="<bos>", **changes
@@ -32,7 +31,7 @@ def with_tokens(make_model, tmp_path):
         tokenizer.save_pretrained(path)
         policy = open_policy(ModelSection(str(path)), torch.device("cpu"))
         ends = [tokenizer.convert_tokens_to_ids(name) for name in stops]
-        return Policy(policy.path, policy.model, policy.tokenizer, sorted([*policy.stop_token_ids, *ends]))
+        return dataclasses.replace(policy, stop_token_ids=sorted([*policy.stop_token_ids, *ends]))
 
     return make
 
@@ -60,14 +59,10 @@ def test_tags_that_are_special_tokens_are_read(with_tokens):
     assert accuracy([policy.decode(ids(policy, "2+2? <think>"))], ["4"], ["4"]) == [0.0]  # never left its reasoning
 
 
-def test_a_tag_that_ends_completions_is_read(with_tokens):
-    policy = with_tokens(*TAGS, stops=("</answer>",))
-    assert policy.decode(ids(policy, "<answer>4</answer>")) == "<answer>4</answer>"
-
-
-def test_a_token_that_ends_completions_is_no_text_whatever_its_flag(with_tokens):
+def test_a_token_that_ends_completions_is_read_if_it_is_a_tag_whatever_its_flag(with_tokens):
     """As <|im_end|> that was added as an ordinary token: an answer would end with it, and be wrong."""
-    policy = with_tokens("<|im_end|>", stops=("<|im_end|>",), special=False)
+    policy = with_tokens(*TAGS, "<|im_end|>", stops=("</answer>", "<|im_end|>"), special=False)
+    assert policy.decode(ids(policy, "<answer>4</answer>")) == "<answer>4</answer>"
     assert policy.decode(ids(policy, "5<|im_end|>")) == "5"
 
 
@@ -77,29 +72,38 @@ def test_what_is_collected_is_learned_token_by_token(with_tokens):
     assert closed_ids(policy.decode(sampled), policy.tokenizer, 0).tolist() == sampled
 
 
-def test_tokens_without_an_embedding_are_refused_by_name(with_tokens):
+def test_tokens_without_an_embedding_are_refused_by_name(with_tokens, make_model):
     with_tokens("<x0>", vocab_size=100)
     with pytest.raises(CheckpointError, match=r"has tokens up to 101 \('<x2>'\), and vocab_size = 100 in config\.json"):
         with_tokens("<x0>", "<x1>", "<x2>", vocab_size=100)
-
-
-def test_a_stop_token_without_an_embedding_is_refused(make_model):
     path = make_model(eos_token_id=[0, 500])
     with pytest.raises(CheckpointError, match=r"eos_token_id = 500 .* is beyond vocab_size = 98"):
         open_policy(ModelSection(str(path)), torch.device("cpu"))
-    assert stop_token_ids(path, open_tokenizer(path)) == [0, 500]
 
 
-@pytest.mark.parametrize("end", ["<eos>", [0, "1"], [[0]], True])
-def test_a_stop_token_that_is_no_number_is_refused(model_path, tmp_path, end):
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    with pytest.raises(CheckpointError, match=r"eos_token_id has .*, wanted a token's number"):
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"eos_token_id": "<eos>"}', "eos_token_id has '<eos>', wanted a token's number"),
+        ('{"eos_token_id": [0, "1"]}', "eos_token_id has '1'"),
+        ('{"eos_token_id": true}', "eos_token_id has True"),
+        ("[]", "holds a JSON list"),
+    ],
+)
+def test_a_stop_token_that_is_no_number_is_refused(model_path, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
         stop_token_ids(tmp_path, open_tokenizer(model_path))
 
 
-@pytest.mark.parametrize(
-    "content", ['{"model": {"type": "none"}}', "{", "", "[]", "version https://git-lfs.github.com/spec"]
-)
+def test_stop_tokens_are_those_of_every_file(model_path, tmp_path):
+    for name, ends in (("config.json", 5), ("generation_config.json", [7, 5])):
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": ends}))
+    assert stop_token_ids(tmp_path, open_tokenizer(model_path)) == [0, 5, 7]
+
+
+@pytest.mark.parametrize("content", ['{"model": {"type": "none"}}', "", "version https://git-lfs.github.com/spec"])
 def test_a_broken_tokenizer_is_named(model_path, tmp_path, content):
     """The tokenizers library raises bare exceptions for some of them."""
     folder = shutil.copytree(model_path, tmp_path / "broken")
