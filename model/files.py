@@ -90,8 +90,10 @@ def content_files(path: Path) -> list[Path]:
         return [path]
     is_model = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     patterns = MODEL_FILES if is_model else ("**/*",)
-    found = {file for pattern in patterns for file in path.glob(pattern)}
-    return sorted(p for p in found if p.is_file() and not is_hidden(p.relative_to(path)))
+    found = set()
+    for pattern in patterns:
+        found.update(file for file in path.glob(pattern) if file.is_file())
+    return sorted(file for file in found if "/." not in f"/{file.relative_to(path)}")  # hidden, or in a hidden folder
 
 
 def content_hash(path: Path) -> str:
@@ -106,11 +108,6 @@ def content_hash(path: Path) -> str:
         digest.update(f"{file.relative_to(path)}\n{state.st_size}\n".encode())
         digest.update(bytes.fromhex(found))
     return digest.hexdigest()
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether a relative path is, or leads through, one whose name begins with a dot."""
-    return any(part.startswith(".") for part in path.parts)
 
 
 def hash_files(files: Sequence[Path]) -> list[str]:

@@ -61,7 +61,7 @@ class NativeGenerator:
             return
         with torch.inference_mode():
             batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids)
-        while batch.has_live_rows:
+        while len(batch.rows):
             # Not around the `yield`: what the caller does with a group is no inference.
             with torch.inference_mode():
                 finished = batch.step()
@@ -78,7 +78,6 @@ class _DecodingBatch:
         self.device, self.dtype = weight.device, weight.dtype
         counts = [len(request.seeds) for request in requests]
         num_rows = sum(counts)
-        self.first_row = np.concatenate([[0], np.cumsum(counts)])
         self.seeds = np.concatenate([request.seeds for request in requests]).astype(np.uint64)
         self.stop_token_ids = np.array(stop_token_ids, dtype=np.int64)
         self.tokens = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.int64)
@@ -89,7 +88,6 @@ class _DecodingBatch:
         self.rows = np.arange(num_rows)  # live rows, in cache order
         self.done = np.zeros(num_rows, dtype=bool)  # by cache place
         self.group_of_row = np.repeat(np.arange(len(requests)), counts)
-        self.unfinished = np.array(counts)
         self.groups = np.arange(len(requests))  # those with a place in the prompts' cache, ascending
         self.shared = set(counts) != {1}
         lengths = [len(request.prompt_ids) for request in requests]
@@ -104,14 +102,10 @@ class _DecodingBatch:
         hidden = self._prefill([request.prompt_ids for request in requests])
         self.hidden = hidden.index_select(0, self.group_of_place)
 
-    @property
-    def has_live_rows(self) -> bool:
-        return len(self.rows) > 0
-
     def rollouts_of(self, index: int, weight_version: int) -> list[Rollout]:
         """Every completion of request `index`."""
         request, rollouts = self.requests[index], []
-        for row in range(self.first_row[index], self.first_row[index + 1]):
+        for row in np.flatnonzero(self.group_of_row == index):
             length = self.lengths[row]
             logprobs, kept = self.logprobs[:, row, :length].copy()
             rollout = Rollout(
@@ -149,9 +143,8 @@ class _DecodingBatch:
             self.lengths[ended] = self.position
             self.stopped[ended] = stops[newly_done]
             self.done |= newly_done
-            groups, counts = np.unique(self.group_of_row[ended], return_counts=True)
-            self.unfinished[groups] -= counts
-            complete = [int(group) for group in groups if self.unfinished[group] == 0]
+            live_groups = self.group_of_row[self.rows[~self.done]]
+            complete = np.setdiff1d(self.group_of_row[ended], live_groups).tolist()
             if self.done.all():
                 self.rows = self.rows[:0]
                 return complete
