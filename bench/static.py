@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction, MockTensor, create_function_from_sig
 from flashgrpo.bench.timing import ROOT, Row, markdown, option_parser, show, write_results
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.kernels import attention, attention_plan, logprob, loss_triton
+from flashgrpo.kernels.loss_config import LossInputs
 
 RESULTS = ROOT / "bench" / "results" / "static.json"
 TARGETS = {f"sm_{x}": GPUTarget("cuda", x, 32) for x in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -37,12 +38,12 @@ _WIDE = re.compile(r"\bLDG\w*\..*\.128|\bUTMALDG|(global|buffer)_load_dwordx4")
 _SPILL, _END = re.compile(r"\b(LDL|STL|scratch_load|scratch_store)"), re.compile(r"\bEXIT\b|s_endpgm")
 _POINTERS = {
     torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits x",
-    torch.int32: "tiles_ptr offsets",
+    torch.int32: "tiles_ptr target_cu_seqlens",
     torch.int64: "targets sequence_ids sources",
     torch.int8: "live",
     torch.float32: "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks log_totals loss "
-    "d_logprobs d_entropies rewards old ref behavior partials metrics token_advantages token_lengths "
-    "denominator_tensor factors",
+    "d_logprobs d_entropies rewards old_logprobs ref_logprobs behavior_logprobs partials metrics token_advantages "
+    "token_lengths denominator_tensor factors",
 }
 _COUNTS = (
     "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n "
@@ -51,8 +52,8 @@ _COUNTS = (
 ARGUMENTS: dict[str, Any] = dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
 for _dtype, _names in _POINTERS.items():
     ARGUMENTS |= dict.fromkeys(_names.split(), MockTensor(_dtype))
-_FIELDS = loss_triton.KernelInputs._fields
-_INPUTS = loss_triton.KernelInputs._make([ARGUMENTS.get(name, 1.0) for name in _FIELDS])
+_FIELDS = LossInputs._fields
+_INPUTS = LossInputs._make([ARGUMENTS.get(name, 1.0) for name in _FIELDS])
 ARGUMENTS["inputs"] = _INPUTS
 
 

@@ -25,6 +25,7 @@ FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen, arXiv 2402.05099,
 
 # pyright: reportGeneralTypeIssues=false
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -281,9 +282,10 @@ def _attention_fwd(
 
 @torch.library.custom_op("flashgrpo::packed_attention_backward", mutates_args=())
 def _attention_bwd(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_out: Tensor, saved: Sequence[Tensor], prefix: Tensor | None, max_seqlen: int | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`saved` is q, k, v, cu_seqlens, and what the forward operator has returned."""
+    q, k, v, cu_seqlens, out, lse = saved
     d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)
     (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
@@ -316,20 +318,19 @@ def _(q, *_):
 
 
 @_attention_bwd.register_fake
-def _(d_out, q, k, v, *_):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _(d_out, saved, *_):
+    return tuple(x.new_empty(x.shape) for x in saved[:3])
 
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, prefix, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, prefix)
+    ctx.save_for_backward(prefix, q, k, v, cu_seqlens, *output)
 
 
 @backward_once
 def _backward(ctx, d_out, _):
-    q, k, v, out, lse, cu_seqlens, prefix = ctx.saved_tensors
-    gradients = _attention_bwd(d_out, q, k, v, out, lse, cu_seqlens, prefix, *ctx.options)
-    return *gradients, *(None,) * 4
+    prefix, *saved = ctx.saved_tensors
+    return *_attention_bwd(d_out, saved, prefix, *ctx.options), *(None,) * 4
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_save)

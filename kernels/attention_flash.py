@@ -9,7 +9,6 @@ The host waits once for a new batch, to learn how many keys there are and how lo
 layers share the answer. Not done: CPU tensors, fp32, CUDA graphs. Source: Dao, arXiv 2307.08691.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
 
@@ -82,19 +81,15 @@ def check_flash(q: Tensor) -> None:
         )
 
 
-def _flash_attn() -> Callable[..., Tensor]:
-    try:
-        return import_module("flash_attn").flash_attn_varlen_func
-    except ModuleNotFoundError as error:
-        raise ImportError("backend 'flash_attn' needs flash-attn: pip install \"flash-attn>=2.8,<3\"") from error
-
-
 @torch.compiler.disable()  # the host waits
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, scale: float
 ) -> Tensor:  # as q
     """What `packed_attention` says, its arguments checked."""
-    attend = _flash_attn()
+    try:
+        attend = import_module("flash_attn").flash_attn_varlen_func
+    except ModuleNotFoundError as error:
+        raise ImportError("backend 'flash_attn' needs flash-attn: pip install \"flash-attn>=2.8,<3\"") from error
     keys = cached(_gathered, cu_seqlens, prefix, q.shape[0])
     k, v = (_Gather.apply(x, keys.rows, keys.order, keys.counts) for x in (k, v))
     return attend(

@@ -111,11 +111,7 @@ def torch_attention(
     scale: float | None,
 ) -> Tensor:  # [total_tokens, num_heads, head_dim]
     """What `packed_attention` says, its arguments checked but for the offsets' values; prompts may stand anywhere."""
-    return _attend(q, k, v, segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen), scale)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], scale: float | None) -> Tensor:
-    """Padded rows repeat a segment's last token: finite wherever the segment is, never read back, hidden as keys."""
+    segments = segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen)
     if not segments:  # zeros that remain a function of all three
         return q.new_zeros(q.shape) + (q[:0].sum() + k[:0].sum() + v[:0].sum())
     outputs = [q.new_zeros(1, q.shape[1] * q.shape[2])]  # that of tokens in no segment, then the batches' padded rows
@@ -125,6 +121,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], scale: flo
         start, length, prefix_start, prefix_length = torch.tensor(
             [(s.start, s.length, s.prefix_start, s.prefix_length) for s in batch], device=q.device
         ).T.unsqueeze(2)
+        # Padded rows repeat a segment's last token: finite wherever the segment is, never read back, hidden as keys.
         own = torch.arange(max(s.length for s in batch), device=q.device)
         shared = torch.arange(max(s.prefix_length for s in batch), device=q.device)
         query_rows = start + own.minimum(length - 1)  # [batch, own]

@@ -22,26 +22,20 @@ GSPO 2507.18071, CISPO 2506.13585, dual clip 1912.09729, TIS fengyao.notion.site
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.common import backward_once, by_triton
+from flashgrpo.kernels import loss_torch, loss_triton
+from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton
 from flashgrpo.kernels.logprob import check_logits, gather_logprobs
-from flashgrpo.kernels.loss_config import LossConfig, LossInputs
-from flashgrpo.kernels.loss_torch import Stats, TokenInputs, group_advantages, per_token_stats, summed, token_losses
-from flashgrpo.kernels.loss_triton import (
-    KernelInputs,
-    RowLoss,
-    empty_sums,
-    launch_loss,
-    launch_sums,
-    named_metrics,
-    scale_rows,
-)
+from flashgrpo.kernels.loss_config import METRICS, LossConfig, LossInputs
+from flashgrpo.kernels.loss_torch import group_advantages
 
 __all__ = ["LossConfig", "group_advantages", "grpo_loss", "logits_grpo_loss", "merge_stats", "pack_padded"]
 
+Stats = dict[str, Tensor]
 _PER_TOKEN_STATS = ("logprobs", "entropies")
 
 
@@ -83,11 +77,12 @@ def grpo_loss(
         raise ValueError(f"logprobs has shape {tuple(logprobs.shape)}; wanted [num_targets]")
     if not logprobs.is_floating_point():
         raise TypeError(f"logprobs is {logprobs.dtype}; wanted a floating dtype")
-    inputs = LossInputs(
-        config, target_cu_seqlens, denominator, rewards, sequence_ids, advantages, old_logprobs, ref_logprobs,
-        behavior_logprobs,
+    inputs = LossInputs.of(
+        logprobs, config, target_cu_seqlens, denominator, targets=None, rewards=rewards, sequence_ids=sequence_ids,
+        advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        behavior_logprobs=behavior_logprobs,
     )  # fmt: skip
-    return _loss(logprobs, None, inputs.checked(logprobs))
+    return _loss(logprobs, None, inputs)
 
 
 def logits_grpo_loss(
@@ -113,10 +108,11 @@ def logits_grpo_loss(
     values. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
     check_logits(logits, targets, temperature)
-    inputs = LossInputs(
-        config, target_cu_seqlens, denominator, rewards, sequence_ids, advantages, old_logprobs, ref_logprobs,
-        behavior_logprobs, targets,
-    ).checked(logits.new_empty(targets.shape))  # fmt: skip
+    inputs = LossInputs.of(
+        logits.new_empty(targets.shape), config, target_cu_seqlens, denominator, targets=targets, rewards=rewards,
+        sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        behavior_logprobs=behavior_logprobs,
+    )  # fmt: skip
     # A compiled function does not ask again whether its logits are a leaf.
     keep = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
     # A sequence-level ratio needs all log-probs before any gradient, and fp16 would flush a gradient over a denominator
@@ -132,12 +128,11 @@ def logits_grpo_loss(
         d_logits = None
         if needed:
             d_logits = logits.detach() if in_place else logits.new_empty(logits.shape)
-        arguments = KernelInputs.of(inputs)
-        loss, metrics, logprobs, entropies = _logits_loss_op(
-            logits.detach(), d_logits, arguments.tensors, arguments.numbers, temperature
+        loss, metrics, *per_token = _logits_loss_op(
+            logits.detach(), d_logits, inputs.tensors, inputs.numbers, temperature
         )
-    loss = with_gradients(loss, (logits, None), (d_logits, None), None, in_place=in_place)
-    return loss, named_metrics(metrics, inputs, with_entropy=True) | per_token_stats(logprobs, entropies)
+    loss = WithGradients.apply(loss, logits, None, d_logits, None, None, in_place)
+    return loss, named_stats(metrics, inputs, *per_token)
 
 
 def pack_padded(
@@ -155,6 +150,26 @@ def pack_padded(
     kept = completion_mask != 0
     rows = kept.flatten().nonzero().squeeze(1)
     return rows, torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+
+
+def named_stats(
+    metrics: Tensor,  # [len(METRICS)]
+    inputs: LossInputs,
+    logprobs: Tensor,  # [num_targets]
+    entropies: Tensor | None,  # [num_targets]
+) -> Stats:
+    """Those of the metrics that the inputs define; where there are entropies, also what is reported of each token."""
+    absent = {"loss"}
+    if inputs.ref_logprobs is None:
+        absent.add("kl")
+    if inputs.behavior_logprobs is None:
+        absent |= {"behavior_mismatch_mean", "behavior_mismatch_max"}
+    if entropies is None:
+        absent.add("entropy")
+    stats = {name: value for name, value in zip(METRICS, metrics, strict=True) if name not in absent}
+    if entropies is not None:
+        stats |= {"logprobs": logprobs.detach(), "entropies": entropies.detach()}
+    return stats
 
 
 def merge_stats(stats: Sequence[Stats]) -> Stats:
@@ -184,23 +199,11 @@ def merge_stats(stats: Sequence[Stats]) -> Stats:
     return merged
 
 
-def with_gradients(
-    loss: Tensor,  # 0-d
-    inputs: tuple[Tensor, Tensor | None],
-    gradients: tuple[Tensor | None, Tensor | None],
-    denominator: float | Tensor | None,
-    *,
-    in_place: bool = False,
-) -> Tensor:
-    """The loss as a function of its inputs, whose gradients were made with it and lack only the denominator.
+class WithGradients(torch.autograd.Function):
+    """The loss as a function of its inputs, whose gradients were made with it: the backward pass scales them.
 
-    None as denominator: they lack nothing. `in_place`: the first one lies where its input did, and is scaled there.
+    They lack the denominator; None: nothing. `in_place`: the first one lies where its input did, and is scaled there.
     """
-    return _Loss.apply(loss, *inputs, *gradients, denominator, in_place)
-
-
-class _Loss(torch.autograd.Function):
-    """The one that all losses share: gradients are made in the forward pass, the backward pass scales them."""
 
     @staticmethod
     def forward(ctx, loss, first, second, d_first, d_second, denominator, in_place):
@@ -229,21 +232,17 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _loss(logprobs: Tensor, entropies: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Stats]:
     with torch.no_grad():
-        if by_triton(logprobs):
-            arguments = KernelInputs.of(inputs)
-            loss, metrics, d_logprobs, d_entropies = _logprobs_loss_op(
-                logprobs, entropies, arguments.tensors, arguments.numbers
-            )
-            stats = named_metrics(metrics, inputs, with_entropy=entropies is not None)
-            stats |= per_token_stats(logprobs, entropies)
-        else:
-            tokens = TokenInputs.of(inputs, logprobs)
-            terms = token_losses(logprobs, tokens)
-            loss, stats = summed(terms, logprobs, entropies, tokens, inputs.denominator)
-            d_logprobs, d_entropies = terms.d_logprob, tokens.d_entropies
-    if not inputs.config.entropy_coef:
+        make = _logprobs_loss_op if by_triton(logprobs) else _logprobs_loss
+        loss, metrics, d_logprobs, d_entropies = make(logprobs, entropies, inputs.tensors, inputs.numbers)
+    stats = named_stats(metrics, inputs, logprobs, entropies)
+    if not inputs.entropy_coef:
         entropies = d_entropies = None
-    return with_gradients(loss, (logprobs, entropies), (d_logprobs, d_entropies), inputs.denominator), stats
+    return WithGradients.apply(loss, logprobs, entropies, d_logprobs, d_entropies, inputs.divisor, False), stats
+
+
+def implementation(x: Tensor) -> ModuleType:
+    """The twin that makes the loss of what comes from x: both have `loss_of_logprobs`, `RowLoss` and `live_rows`."""
+    return loss_triton if by_triton(x) else loss_torch
 
 
 def or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
@@ -251,22 +250,27 @@ def or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-@torch.library.custom_op("flashgrpo::grpo_loss", mutates_args=())
-def _logprobs_loss_op(
+def empty_sums(like: Tensor) -> tuple[Tensor, Tensor]:
+    """For an operator's fake: a loss and its metrics."""
+    return like.new_empty((), dtype=accumulation_dtype(like.dtype)), like.new_empty(len(METRICS), dtype=torch.float32)
+
+
+def _logprobs_loss(
     logprobs: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, gradients by log-prob and by entropy), the gradients before the denominator."""
-    inputs = KernelInputs._make((*tensors, *numbers))
-    d_logprobs, d_entropies, partials = launch_loss(logprobs, entropies, inputs)
-    return *launch_sums(partials, inputs), d_logprobs, or_nothing(d_entropies, logprobs)
+    made = implementation(logprobs).loss_of_logprobs(logprobs, entropies, LossInputs._make((*tensors, *numbers)))
+    return *made[:3], or_nothing(made.d_entropies, logprobs)
+
+
+_logprobs_loss_op = torch.library.custom_op("flashgrpo::grpo_loss", _logprobs_loss, mutates_args=())
 
 
 @_logprobs_loss_op.register_fake
 def _(logprobs, entropies, tensors, numbers):
-    inputs = KernelInputs._make((*tensors, *numbers))
-    d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
-    d_entropies = torch.empty_like(d_logprobs) if inputs.entropy_coef else None
-    return *empty_sums(logprobs), d_logprobs, or_nothing(d_entropies, logprobs)
+    d_logprobs = logprobs.new_empty(logprobs.shape, dtype=accumulation_dtype(logprobs.dtype))
+    bonus = LossInputs._make((*tensors, *numbers)).entropy_coef
+    return *empty_sums(logprobs), d_logprobs, torch.empty_like(d_logprobs) if bonus else logprobs.new_empty(0)
 
 
 @torch.library.custom_op("flashgrpo::logits_grpo_loss", mutates_args=("d_logits",))
@@ -275,10 +279,10 @@ def _logits_loss_op(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics, logprobs, entropies), and the gradient in d_logits, which may be the logits."""
-    inputs = KernelInputs._make((*tensors, *numbers))
-    rows = RowLoss(logits, inputs, temperature)
-    rows.take(logits, d_logits, 0)
-    return *launch_sums(rows.partials, inputs), rows.logprobs, rows.entropies
+    inputs = LossInputs._make((*tensors, *numbers))
+    rows = loss_triton.RowLoss(inputs, logits, temperature)
+    rows.take(logits, 0, d_logits)
+    return *rows.result(inputs), rows.logprobs, rows.entropies
 
 
 @_logits_loss_op.register_fake
@@ -289,4 +293,4 @@ def _(logits, d_logits, tensors, numbers, temperature):
 
 @torch.library.custom_op("flashgrpo::scale_rows", mutates_args=("x",))
 def _scale_rows_op(x: Tensor, factor: Tensor) -> None:
-    scale_rows(x, factor)
+    loss_triton.scale_rows(x, factor)

@@ -32,20 +32,10 @@ import torch
 from torch import Tensor
 
 from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton, check_index, check_temperature
-from flashgrpo.kernels.grpo_loss import or_nothing, with_gradients
-from flashgrpo.kernels.logprob import TritonRows
-from flashgrpo.kernels.logprob_torch import RowLogprobs, row_logprobs
+from flashgrpo.kernels.grpo_loss import Stats, WithGradients, empty_sums, implementation, named_stats, or_nothing
+from flashgrpo.kernels.logprob import softmax_rows
 from flashgrpo.kernels.loss_config import LossConfig, LossInputs
-from flashgrpo.kernels.loss_torch import Stats, TokenInputs, TokenLoss, per_token_stats, summed, token_losses
-from flashgrpo.kernels.loss_triton import (
-    KernelInputs,
-    RowLoss,
-    empty_sums,
-    launch_loss,
-    launch_sums,
-    move_live_rows,
-    named_metrics,
-)
+from flashgrpo.kernels.loss_torch import is_live
 
 _CPU_CACHE = 2 << 20  # bytes
 _MIN_CPU_CHUNK = 256
@@ -57,11 +47,68 @@ Step = Callable[[Tensor, slice | Tensor], tuple[Tensor | None, Tensor | None]]
 
 
 class Head(NamedTuple):
-    """How the head is computed: the settings that all its chunks share."""
+    """Where logits come from, and how they are made."""
 
+    hidden: Tensor  # [n, hidden_size]
+    weight: Tensor  # [vocab, hidden_size]
+    targets: Tensor  # [n]
     temperature: float
     chunk_tokens: int
     logits_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk_tokens: int | None,
+        logits_dtype: torch.dtype | None,
+    ) -> "Head":
+        """Checked, and with the defaults filled in. Raises as `linear_logprobs` says."""
+        if hidden.dim() != 2:
+            raise ValueError(f"hidden has shape {tuple(hidden.shape)}; wanted [n, hidden_size]")
+        if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or not weight.shape[0]:
+            raise ValueError(f"lm_head_weight has shape {tuple(weight.shape)}; wanted [vocab, {hidden.shape[1]}]")
+        if not hidden.is_floating_point() or weight.dtype != hidden.dtype:
+            raise TypeError(f"hidden is {hidden.dtype} and lm_head_weight {weight.dtype}; wanted one floating dtype")
+        if weight.device != hidden.device:
+            raise ValueError(f"hidden is on {hidden.device} and lm_head_weight on {weight.device}; wanted one device")
+        check_index("targets", targets, hidden.device, hidden.shape[0])
+        check_temperature(temperature)
+        logits_dtype = logits_dtype or hidden.dtype
+        allowed = {hidden.dtype, accumulation_dtype(hidden.dtype)}
+        if logits_dtype not in allowed:
+            raise ValueError(f"logits_dtype is {logits_dtype}; wanted one of {', '.join(map(str, allowed))}")
+        if chunk_tokens is None:
+            chunk_tokens = default_chunk_tokens(weight.shape[0], logits_dtype.itemsize, hidden.is_cuda)
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {chunk_tokens}; wanted 1 or above")
+        return cls(hidden, weight, targets.contiguous(), temperature, chunk_tokens, logits_dtype)
+
+    def per_target(self) -> Tensor:  # [n]
+        """A new tensor of log-probs, or what else there is one of for each target."""
+        return self.hidden.new_empty(self.targets.shape, dtype=accumulation_dtype(self.hidden.dtype))
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:  # [rows, vocab]
+        """Those of a chunk of rows."""
+        rows = hidden.shape[0]
+        # The library chooses a product's order of summation by its shape, so the last of several chunks is as long as
+        # all.
+        if by_triton(hidden) and self.hidden.shape[0] > self.chunk_tokens > rows:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, self.chunk_tokens - rows))
+        if weight.dtype != self.logits_dtype:  # on CUDA: 16-bit products are summed in fp32 anyway
+            return torch.mm(hidden, weight.T, out_dtype=self.logits_dtype)[:rows]
+        return (hidden.to(weight.dtype) @ weight.T)[:rows]
+
+
+class Wanted(NamedTuple):
+    """Which gradients, and whether rows that have none may leave their products, which the host waits to learn."""
+
+    d_hidden: bool
+    d_weight: bool
+    compact: bool
 
 
 def linear_logprobs(
@@ -82,8 +129,7 @@ def linear_logprobs(
     Raises ValueError for shapes that do not fit together, a temperature that is not above 0, fewer than one token a
     chunk and another logits_dtype; TypeError for wrong dtypes.
     """
-    head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
-    return _linear_logprobs_op(hidden, lm_head_weight, targets.contiguous(), *head)
+    return _linear_logprobs_op(*Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype))
 
 
 def linear_grpo_loss(
@@ -114,62 +160,27 @@ def linear_grpo_loss(
     Loss, metrics and arguments are those of `logits_grpo_loss`, the rest as in `linear_logprobs`; raises what they
     raise.
     """
-    head = _make_head(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
-    targets = targets.contiguous()
-    inputs = LossInputs(
-        config, target_cu_seqlens, denominator, rewards, sequence_ids, advantages, old_logprobs, ref_logprobs,
-        behavior_logprobs, targets,
-    ).checked(_per_target(hidden, targets))  # fmt: skip
+    head = Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
+    inputs = LossInputs.of(
+        head.per_target(), config, target_cu_seqlens, denominator, targets=targets, rewards=rewards,
+        sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        behavior_logprobs=behavior_logprobs,
+    )  # fmt: skip
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, lm_head_weight)]
-    compact = not torch.compiler.is_compiling()
+    wanted = Wanted(*needed, compact=not torch.compiler.is_compiling())
     with torch.no_grad():
-        if by_triton(hidden):
-            arguments = KernelInputs.of(inputs)
-            loss, metrics, logprobs, entropies, d_hidden, d_weight = _linear_loss_op(
-                hidden, lm_head_weight, arguments.tensors, arguments.numbers, *head, compact, needed
-            )
-            stats = named_metrics(metrics, inputs, with_entropy=True) | per_token_stats(logprobs, entropies)
-            gradients = d_hidden if needed[0] else None, d_weight if needed[1] else None
-        else:
-            made = Gradients.zeros(hidden, lm_head_weight, *needed)
-            loss, stats = _torch_loss(hidden, lm_head_weight, head, inputs, made, compact)
-            gradients = made.d_hidden, made.d_weight
-    return with_gradients(loss, (hidden, lm_head_weight), gradients, inputs.denominator), stats
+        make = _linear_loss_op if by_triton(hidden) else _linear_loss
+        loss, metrics, logprobs, entropies, d_hidden, d_weight = make(
+            hidden, lm_head_weight, inputs.tensors, inputs.numbers, *head[3:], wanted
+        )
+    gradients = d_hidden if wanted.d_hidden else None, d_weight if wanted.d_weight else None
+    loss = WithGradients.apply(loss, hidden, lm_head_weight, *gradients, inputs.divisor, False)
+    return loss, named_stats(metrics, inputs, logprobs, entropies)
 
 
 def default_chunk_tokens(vocab_size: int, itemsize: int, on_cuda: bool) -> int:
     """Rows whose logits, of `itemsize` bytes each, exist at once."""
     return _CUDA_CHUNK_BYTES // itemsize if on_cuda else max(_MIN_CPU_CHUNK, _CPU_CACHE // (4 * vocab_size))
-
-
-def _make_head(
-    hidden: Tensor,  # [n, hidden_size]
-    weight: Tensor,  # [vocab, hidden_size]
-    targets: Tensor,  # [n]
-    temperature: float,
-    chunk_tokens: int | None,
-    logits_dtype: torch.dtype | None,
-) -> Head:
-    """Checks the arguments that both functions have, and fills in the defaults. Raises as `linear_logprobs` says."""
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; wanted [n, hidden_size]")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or not weight.shape[0]:
-        raise ValueError(f"lm_head_weight has shape {tuple(weight.shape)}; wanted [vocab, {hidden.shape[1]}]")
-    if not hidden.is_floating_point() or weight.dtype != hidden.dtype:
-        raise TypeError(f"hidden is {hidden.dtype} and lm_head_weight {weight.dtype}; wanted one floating dtype")
-    if weight.device != hidden.device:
-        raise ValueError(f"hidden is on {hidden.device} and lm_head_weight on {weight.device}; wanted one device")
-    check_index("targets", targets, hidden.device, hidden.shape[0])
-    check_temperature(temperature)
-    logits_dtype = logits_dtype or hidden.dtype
-    allowed = {hidden.dtype, accumulation_dtype(hidden.dtype)}
-    if logits_dtype not in allowed:
-        raise ValueError(f"logits_dtype is {logits_dtype}; wanted one of {', '.join(map(str, allowed))}")
-    if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(weight.shape[0], logits_dtype.itemsize, hidden.is_cuda)
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; wanted 1 or above")
-    return Head(temperature, chunk_tokens, logits_dtype)
 
 
 @dataclass(frozen=True)
@@ -180,15 +191,20 @@ class Gradients:
     d_weight: Tensor | None  # [vocab, hidden_size], fp32 or float64
 
     @classmethod
-    def zeros(cls, hidden: Tensor, weight: Tensor, need_d_hidden: bool, need_d_weight: bool) -> "Gradients":
+    def zeros(cls, head: Head, wanted: Wanted) -> "Gradients":
+        wide = accumulation_dtype(head.weight.dtype)
         return cls(
-            d_hidden=torch.zeros_like(hidden) if need_d_hidden else None,
-            d_weight=torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if need_d_weight else None,
+            d_hidden=torch.zeros_like(head.hidden) if wanted.d_hidden else None,
+            d_weight=torch.zeros_like(head.weight, dtype=wide) if wanted.d_weight else None,
         )
 
     @property
     def needed(self) -> bool:
         return self.d_hidden is not None or self.d_weight is not None
+
+    def or_nothing(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, an empty tensor for None: an operator's results are tensors."""
+        return or_nothing(self.d_hidden, like), or_nothing(self.d_weight, like)
 
     def add(self, d_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
         """Adds what the rows `rows` contribute, by their d_logits and hidden states."""
@@ -207,14 +223,13 @@ class Gradients:
 
 
 def sweep(
-    hidden: Tensor,  # [n, hidden_size]
-    weight: Tensor,  # [vocab, hidden_size]
     head: Head,
     step: Step,
     gradients: Gradients | None = None,
     rows: Tensor | None = None,  # [num_rows], those to visit; None: all
 ) -> None:
     """Gives `step` the logits, chunk by chunk, and adds what it makes of them to `gradients`."""
+    hidden, weight = head.hidden, head.weight
     num_rows = hidden.shape[0] if rows is None else rows.shape[0]
     logits_weight = weight if weight.is_cuda else weight.to(head.logits_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -222,7 +237,7 @@ def sweep(
             chunk = slice(start, start + head.chunk_tokens)
             chosen = chunk if rows is None else rows[chunk]
             inputs = hidden[chosen]
-            d_logits, live = step(_logits(inputs, logits_weight, head, hidden.shape[0]), chosen)
+            d_logits, live = step(head.logits(inputs, logits_weight), chosen)
             if d_logits is not None and gradients is not None:
                 if live is not None:  # of all rows, so that a chunk's begin at `start`
                     inputs, chosen = inputs[live], start + live
@@ -230,201 +245,131 @@ def sweep(
             del d_logits  # before the next chunk's are made
 
 
-def _logits(hidden: Tensor, weight: Tensor, head: Head, num_tokens: int) -> Tensor:
-    rows = hidden.shape[0]
-    # The library chooses a product's order of summation by its shape, so the last of several chunks is as long as all.
-    if by_triton(hidden) and num_tokens > head.chunk_tokens > rows:
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, head.chunk_tokens - rows))
-    if weight.dtype != head.logits_dtype:  # on CUDA: 16-bit products are summed in fp32 anyway
-        return torch.mm(hidden, weight.T, out_dtype=head.logits_dtype)[:rows]
-    return (hidden.to(weight.dtype) @ weight.T)[:rows]
-
-
-def _softmax(logits: Tensor, targets: Tensor, temperature: float) -> RowLogprobs | TritonRows:
-    if by_triton(logits):
-        return TritonRows.of(logits, targets, temperature)
-    return row_logprobs(logits, targets, temperature, overwrite=True)
-
-
-def score(hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:  # [n], [n]
+def score(head: Head) -> tuple[Tensor, Tensor]:  # [n], [n]
     """Log-probs and entropies."""
-    logprobs, entropies = _per_target(hidden, targets), _per_target(hidden, targets)
+    logprobs, entropies = head.per_target(), head.per_target()
 
     def step(logits: Tensor, rows: slice | Tensor) -> tuple[None, None]:
-        found = _softmax(logits, targets[rows], head.temperature)
+        found = softmax_rows(logits, head.targets[rows], head.temperature)
         logprobs[rows], entropies[rows] = found.logprobs, found.entropy
         return None, None
 
-    sweep(hidden, weight, head, step)
+    sweep(head, step)
     return logprobs, entropies
 
 
 def recompute(
-    gradients: Gradients,
-    hidden: Tensor,  # [n, hidden_size]
-    weight: Tensor,  # [vocab, hidden_size]
-    targets: Tensor,  # [n]
     head: Head,
     d_logprobs: Tensor,  # [n]
     d_entropies: Tensor | None,  # [n]
-    compact: bool,
-) -> None:
+    wanted: Wanted,
+) -> Gradients:
     """The logits once more, when the gradients by log-prob and entropy are known; dead rows leave all three GEMMs."""
 
     def step(logits: Tensor, rows: slice | Tensor) -> tuple[Tensor, None]:
-        found = _softmax(logits, targets[rows], head.temperature)
+        found = softmax_rows(logits, head.targets[rows], head.temperature)
         upstream = d_logprobs[rows], None if d_entropies is None else d_entropies[rows]
-        return found.gradients(targets[rows], *upstream, head.temperature), None
+        return found.gradients(head.targets[rows], *upstream, head.temperature), None
 
-    live = _live_rows(d_logprobs, d_entropies) if compact else None
-    sweep(hidden, weight, head, step, gradients, live)
-
-
-def _live_rows(d_logprobs: Tensor, d_entropies: Tensor | None) -> Tensor | None:
-    """Indices of the rows whose gradient is not exactly 0, or None where these are nearly all. Waits for the device."""
-    live = d_logprobs != 0 if d_entropies is None else (d_logprobs != 0) | (d_entropies != 0)
-    rows = live.nonzero().squeeze(1)
-    return rows if rows.shape[0] < _COMPACT_BELOW * live.shape[0] else None
+    gradients, visited = Gradients.zeros(head, wanted), None
+    if gradients.needed:
+        if wanted.compact:
+            live = is_live(d_logprobs, d_entropies).nonzero().squeeze(1)  # waits
+            visited = live if live.shape[0] < _COMPACT_BELOW * d_logprobs.shape[0] else None
+        sweep(head, step, gradients, visited)
+    return gradients
 
 
-def _torch_loss(
-    hidden: Tensor, weight: Tensor, head: Head, inputs: LossInputs, gradients: Gradients, compact: bool
-) -> tuple[Tensor, Stats]:
-    """What `_linear_loss_op` does, by the torch twins."""
-    targets = inputs.targets
-    assert targets is not None
-    tokens = TokenInputs.of(inputs, _per_target(hidden, targets))
-    d_entropies = tokens.d_entropies
-    if inputs.config.ratio_level == "sequence":
-        logprobs, entropies = score(hidden, weight, targets, head)
-        terms = token_losses(logprobs, tokens)
-        if gradients.needed:
-            recompute(gradients, hidden, weight, targets, head, terms.d_logprob, d_entropies, compact)
-        return summed(terms, logprobs, entropies, tokens, inputs.denominator)
-    logprobs, entropies = _per_target(hidden, targets), _per_target(hidden, targets)
-    parts: list[TokenLoss] = []
-
-    def step(logits: Tensor, rows: slice | Tensor) -> tuple[Tensor | None, Tensor | None]:
-        assert isinstance(rows, slice)
-        wanted = targets[rows]
-        found = row_logprobs(logits, wanted, head.temperature, overwrite=True)
-        logprobs[rows], entropies[rows] = found.logprobs, found.entropy
-        parts.append(token_losses(found.logprobs, tokens.rows(rows)))
-        if not gradients.needed:
-            return None, None
-        d_logprob, d_entropy = parts[-1].d_logprob, None if d_entropies is None else d_entropies[rows]
-        live = _live_rows(d_logprob, d_entropy) if compact else None
-        if live is not None:
-            found, wanted, d_logprob = found.select(live), wanted[live], d_logprob[live]
-            d_entropy = None if d_entropy is None else d_entropy[live]
-        return found.gradients(wanted, d_logprob, d_entropy, head.temperature), live
-
-    sweep(hidden, weight, head, step, gradients)
-    if not parts:  # no tokens
-        return summed(token_losses(logprobs, tokens), logprobs, entropies, tokens, inputs.denominator)
-    columns = zip(*parts, strict=True)
-    terms = TokenLoss._make(None if column[0] is None else torch.cat(column) for column in columns)
-    return summed(terms, logprobs, entropies, tokens, inputs.denominator)
-
-
-@torch.library.custom_op("flashgrpo::linear_grpo_loss", mutates_args=())
-def _linear_loss_op(
+def _linear_loss(
     hidden: Tensor, weight: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float],
-    temperature: float, chunk_tokens: int, logits_dtype: torch.dtype, compact: bool, needed: Sequence[bool],
+    temperature: float, chunk_tokens: int, logits_dtype: torch.dtype, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics, logprobs, entropies, d_hidden, d_weight), the gradients before the denominator."""
-    inputs = KernelInputs._make((*tensors, *numbers))
-    head, gradients = Head(temperature, chunk_tokens, logits_dtype), Gradients.zeros(hidden, weight, *needed)
-    targets = inputs.targets
-    assert targets is not None
+    inputs, by = LossInputs._make((*tensors, *numbers)), implementation(hidden)
+    assert inputs.targets is not None
+    head = Head(hidden, weight, inputs.targets, temperature, chunk_tokens, logits_dtype)
     if inputs.at_sequence_level:
-        logprobs, entropies = score(hidden, weight, targets, head)
-        d_logprobs, d_entropies, partials = launch_loss(logprobs, entropies, inputs)
-        if gradients.needed:
-            recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact)
+        logprobs, entropies = score(head)
+        made = by.loss_of_logprobs(logprobs, entropies, inputs)
+        gradients, sums = recompute(head, made.d_logprobs, made.d_entropies, Wanted(*wanted)), made[:2]
     else:
         # The denominator comes after the GEMMs: 1e-6 of it would be 0 in fp16.
-        loss = RowLoss(hidden, inputs._replace(denominator_tensor=None, denominator=1.0), temperature)
+        loss = by.RowLoss(inputs.undivided(), hidden, temperature)
+        gradients, compact = Gradients.zeros(head, Wanted(*wanted)), wanted[-1]
 
         def step(logits: Tensor, rows: slice | Tensor) -> tuple[Tensor | None, Tensor | None]:
             assert isinstance(rows, slice)
-            loss.take(logits, logits if gradients.needed else None, rows.start)
-            if not gradients.needed:
-                return None, None
-            live = loss.live[rows]
+            d_logits = loss.take(logits, rows.start, logits if gradients.needed else None)
+            if d_logits is None or not compact:
+                return d_logits, None
             # The host waits here, once in 19 TFLOP at 6,144 x 4,096 x 128k. To hide the wait behind the next chunk's
             # logits would take a second chunk of memory.
-            num_live = int(live.sum()) if compact else live.shape[0]
+            live = loss.live[rows]
+            num_live = int(live.sum())
             if num_live >= _COMPACT_BELOW * live.shape[0]:
-                return logits, None
-            sources = move_live_rows(logits, live, num_live)
-            return logits[:num_live], sources
+                return d_logits, None
+            return by.live_rows(d_logits, live, num_live)
 
-        sweep(hidden, weight, head, step, gradients)
-        logprobs, entropies, partials = loss.logprobs, loss.entropies, loss.partials
-    made = or_nothing(gradients.d_hidden, hidden), or_nothing(gradients.d_weight, hidden)
-    return *launch_sums(partials, inputs), logprobs, entropies, *made
+        sweep(head, step, gradients)
+        logprobs, entropies, sums = loss.logprobs, loss.entropies, loss.result(inputs)
+    return *sums, logprobs, entropies, *gradients.or_nothing(hidden)
+
+
+_linear_loss_op = torch.library.custom_op("flashgrpo::linear_grpo_loss", _linear_loss, mutates_args=())
 
 
 @_linear_loss_op.register_fake
-def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype, compact, needed):
-    logprobs = _per_target(hidden, tensors[0])
-    d_hidden = torch.empty_like(hidden) if needed[0] else hidden.new_empty(0)
-    d_weight = torch.empty_like(weight, dtype=torch.float32) if needed[1] else hidden.new_empty(0)
-    return *empty_sums(hidden), logprobs, torch.empty_like(logprobs), d_hidden, d_weight
+def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype, wanted):
+    head = Head(hidden, weight, tensors[0], temperature, chunk_tokens, logits_dtype)
+    gradients = Gradients.zeros(head, Wanted(*wanted))
+    return *empty_sums(hidden), head.per_target(), head.per_target(), *gradients.or_nothing(hidden)
 
 
 @torch.library.custom_op("flashgrpo::linear_logprobs", mutates_args=())
 def _linear_logprobs_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int, logits_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return score(hidden, weight, targets, Head(temperature, chunk_tokens, logits_dtype))
+    return score(Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype))
 
 
 @_linear_logprobs_op.register_fake
-def _(hidden, weight, targets, *_head):
-    return _per_target(hidden, targets), _per_target(hidden, targets)
+def _(*head):
+    return Head(*head).per_target(), Head(*head).per_target()
 
 
 @torch.library.custom_op("flashgrpo::linear_logprobs_bwd", mutates_args=())
 def _linear_logprobs_bwd(
-    hidden: Tensor, weight: Tensor, targets: Tensor, d_logprobs: Tensor, d_entropies: Tensor | None,
-    temperature: float, chunk_tokens: int, logits_dtype: torch.dtype, needed: Sequence[bool],
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int, logits_dtype: torch.dtype,
+    upstream: Sequence[Tensor | None], wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    gradients = Gradients.zeros(hidden, weight, *needed)
-    head = Head(temperature, chunk_tokens, logits_dtype)
-    # To count live rows would wait for the device.
-    recompute(gradients, hidden, weight, targets, head, d_logprobs, d_entropies, compact=not hidden.is_cuda)
-    d_weight = None if gradients.d_weight is None else gradients.d_weight.to(weight.dtype)
-    return or_nothing(gradients.d_hidden, hidden), or_nothing(d_weight, hidden)
+    """(d_hidden, d_weight) by the gradients by log-prob and by entropy."""
+    head = Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype)
+    d_logprobs, d_entropies = upstream
+    if d_logprobs is None:
+        d_logprobs = head.per_target().zero_()
+    return recompute(head, d_logprobs, d_entropies, Wanted(*wanted)).or_nothing(hidden)
 
 
 @_linear_logprobs_bwd.register_fake
-def _(hidden, weight, targets, d_logprobs, d_entropies, temperature, chunk_tokens, logits_dtype, needed):
-    return tuple(
-        torch.empty_like(x) if need else hidden.new_empty(0) for x, need in zip((hidden, weight), needed, strict=True)
-    )
-
-
-def _per_target(hidden: Tensor, targets: Tensor) -> Tensor:
-    return hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
+def _(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, upstream, wanted):
+    head = Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype)
+    return Gradients.zeros(head, Wanted(*wanted)).or_nothing(hidden)
 
 
 def _keep_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
-    ctx.head = inputs[3:]
+    ctx.settings = inputs[3:]
     ctx.set_materialize_grads(False)
 
 
 @backward_once
-def _linear_logprobs_backward(ctx, *grad_outputs):
-    d_logprobs, d_entropies = grad_outputs
+def _linear_logprobs_backward(ctx, *upstream):
     hidden, weight, targets = ctx.saved_tensors
-    if d_logprobs is None:
-        d_logprobs = _per_target(hidden, targets).zero_()
-    needed = list(ctx.needs_input_grad[:2])
-    gradients = _linear_logprobs_bwd(hidden, weight, targets, d_logprobs, d_entropies, *ctx.head, needed)
-    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, None, None, None
+    # On a GPU to count live rows would wait for the device.
+    wanted = Wanted(*ctx.needs_input_grad[:2], compact=not hidden.is_cuda)
+    d_hidden, d_weight = _linear_logprobs_bwd(hidden, weight, targets, *ctx.settings, upstream, wanted)
+    d_weight = d_weight.to(weight.dtype) if wanted.d_weight else None
+    return d_hidden if wanted.d_hidden else None, d_weight, None, None, None, None
 
 
 _linear_logprobs_op.register_autograd(_linear_logprobs_backward, setup_context=_keep_inputs)

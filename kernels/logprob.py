@@ -17,13 +17,14 @@ only at the row's end. Everything is in powers of two.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashgrpo.kernels.common import backward_once, by_triton, check_index, check_temperature, launch, tl, triton
-from flashgrpo.kernels.logprob_torch import GatherLogprobs
+from flashgrpo.kernels.logprob_torch import GatherLogprobs, RowLogprobs, row_logprobs
 
 # The order of a row's sums depends on both, so whatever makes log-probs has the same. Two programs fill a processor.
 BLOCK = 16_384  # logits a program has in registers at a time
@@ -158,10 +159,10 @@ def gather_logprobs(
     dtypes.
     """
     check_logits(logits, targets, temperature)
+    inplace_backward &= logits.stride(0) >= logits.shape[1]  # rows that share memory have no place for gradients
     if by_triton(logits):
         if logits.stride(1) != 1:
             logits, inplace_backward = logits.contiguous(), False
-        inplace_backward &= logits.stride(0) >= logits.shape[1]  # rows that share memory have no place for gradients
         return _logprob_fwd(logits, targets.contiguous(), temperature, inplace_backward)[:2]
     return GatherLogprobs.apply(logits, targets, temperature, inplace_backward)
 
@@ -214,13 +215,23 @@ class TritonRows(NamedTuple):
         return d_logits
 
 
+def softmax_rows(
+    logits: Tensor,  # [rows, vocab], whose memory is used up
+    targets: Tensor,  # [rows]
+    temperature: float,
+) -> RowLogprobs | TritonRows:
+    """A chunk of rows after the softmax, by the kernel or by its twin."""
+    if by_triton(logits):
+        return TritonRows.of(logits, targets, temperature)
+    return row_logprobs(logits, targets, temperature, overwrite=True)
+
+
 @torch.library.custom_op("flashgrpo::logprob_fwd", mutates_args=())
 def _logprob_fwd(
     logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropies, peaks, log totals), [n] each; the last two and `inplace_backward` are for the backward."""
-    _, logprobs, entropies, peaks, log_totals = TritonRows.of(logits, targets, temperature)
-    return logprobs, entropies, peaks, log_totals
+    return TritonRows.of(logits, targets, temperature)[1:]
 
 
 @_logprob_fwd.register_fake
@@ -230,30 +241,29 @@ def _(logits, targets, temperature, inplace_backward):
 
 @torch.library.custom_op("flashgrpo::logprob_bwd", mutates_args=("d_logits",))
 def _logprob_bwd(
-    logits: Tensor, d_logits: Tensor, targets: Tensor, entropies: Tensor, peaks: Tensor, log_totals: Tensor,
-    d_logprobs: Tensor | None, d_entropies: Tensor | None, temperature: float,
-) -> None:  # fmt: skip
-    """Writes d_logits, which may be the logits; rows of both are contiguous."""
-    rows = TritonRows(logits, entropies, entropies, peaks, log_totals)
-    rows.gradients(targets, d_logprobs, d_entropies, temperature, d_logits)
+    d_logits: Tensor, targets: Tensor, saved: Sequence[Tensor], upstream: Sequence[Tensor | None], temperature: float
+) -> None:
+    """Writes d_logits, which may be the logits; rows of both are contiguous. `saved` has the fields of TritonRows."""
+    d_logprobs, d_entropies = upstream
+    TritonRows(*saved).gradients(targets, d_logprobs, d_entropies, temperature, d_logits)
 
 
 def _keep_for_backward(ctx, inputs, output):
     logits, targets, ctx.temperature, ctx.inplace_backward = inputs
-    _, *row_values = output
-    ctx.save_for_backward(logits, targets, *row_values)
+    ctx.save_for_backward(targets, logits, *output)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 @backward_once
 def _backward(ctx, *grad_outputs):
-    d_logprobs, d_entropies = grad_outputs[:2]
-    if d_logprobs is None and d_entropies is None:
+    upstream = grad_outputs[:2]
+    if upstream == (None, None):
         return None, None, None, None
-    logits, *row_values = ctx.saved_tensors
+    targets, *saved = ctx.saved_tensors
+    logits = saved[0]
     d_logits = logits if ctx.inplace_backward else torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _logprob_bwd(logits, d_logits, *row_values, d_logprobs, d_entropies, ctx.temperature)
+    _logprob_bwd(d_logits, targets, saved, upstream, ctx.temperature)
     return d_logits, None, None, None
 
 

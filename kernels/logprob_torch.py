@@ -20,9 +20,6 @@ class RowLogprobs(NamedTuple):
     log_p: Tensor  # [rows, vocab], bounded from below
     p: Tensor  # [rows, vocab]
 
-    def select(self, rows: Tensor) -> "RowLogprobs":
-        return RowLogprobs(*(x.index_select(0, rows) for x in self))
-
     def gradients(
         self,
         targets: Tensor,  # [rows]

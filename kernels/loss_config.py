@@ -1,4 +1,4 @@
-"""What the loss functions are told: the configuration, and the arguments they share, checked.
+"""What the loss functions are told: the configuration, and the arguments they share, checked; and what they report.
 
 grpo_loss.py has the formulas.
 """
@@ -23,6 +23,12 @@ ADVANTAGE_SCALES = get_args(AdvantageScale)
 MAX_LOG_RATIO = 20.0
 # So are differences beyond this between log-prob and reference, which is below what fp32 holds as a probability.
 MAX_DIFFERENCE = 100.0
+ADVANTAGE_EPS = 1e-4  # added to a group's standard deviation
+# What both twins sum up over tokens, in this order; maxima are largest values.
+METRICS = (
+    "loss", "num_tokens", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "live_fraction", "kl",
+    "behavior_mismatch_mean", "behavior_mismatch_max", "entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,52 +109,129 @@ def _is_number(value: Any) -> bool:
 
 
 class LossInputs(NamedTuple):
-    """All that a loss is told besides log-probs. The fields' names are those of the public functions' arguments."""
+    """All that a loss is told besides log-probs, checked, as both twins take it and the kernels get it whole.
 
-    config: LossConfig
+    The tensors have the names of the public functions' arguments. Choices are 1.0 or 0.0: Triton would compile an int
+    in. torch's operators cannot take a tuple like this: they get `tensors` and `numbers`, and put it together again.
+    """
+
+    targets: Tensor | None  # [num_targets]
     target_cu_seqlens: Tensor  # [num_completions + 1]
-    denominator: float | Tensor
     rewards: Tensor | None  # [num_groups, group_size]
     sequence_ids: Tensor | None  # [num_completions]
     advantages: Tensor | None  # [num_completions]
-    old_logprobs: Tensor | None  # [num_targets]
-    ref_logprobs: Tensor | None  # [num_targets]
-    behavior_logprobs: Tensor | None  # [num_targets]
-    targets: Tensor | None = None  # [num_targets]
+    old_logprobs: Tensor | None  # [num_targets], and so the next two
+    ref_logprobs: Tensor | None
+    behavior_logprobs: Tensor | None
+    denominator_tensor: Tensor | None  # 0-d; None: the number that follows
+    denominator: float
+    eps: float
+    by_deviation: float
+    at_sequence_level: float
+    clip_low: float
+    clip_high: float
+    clip_max: float
+    kl_coef: float
+    kl_estimator: float  # 1, 2 or 3
+    entropy_coef: float | None
+    behavior_cap: float
+    behavior_floor: float
+    cispo: float
+    over_tokens: float
+    has_cap: float
+    mask_behavior: float
 
-    def checked(
-        self,
-        like: Tensor,  # [num_targets], for shape and device
+    @classmethod
+    def of(
+        cls,
+        like: Tensor,  # [num_targets], for shape, dtype and device
+        config: LossConfig,
+        target_cu_seqlens: Tensor,
+        denominator: float | Tensor,
+        **tensors: Tensor | None,
     ) -> "LossInputs":
-        """The same, detached. Raises as `grpo_loss` says."""
-        config, denominator = self.config, self.denominator
-        if config.kl_coef and self.ref_logprobs is None:
-            raise ValueError(f"kl_coef is {config.kl_coef}, which needs ref_logprobs; found None")
-        if config.behavior_cap is not None and self.behavior_logprobs is None:
-            raise ValueError(f"behavior_cap is {config.behavior_cap}, which needs behavior_logprobs; found None")
-        if isinstance(denominator, Tensor):
-            if denominator.dim():
-                raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
-        elif not 0 < denominator < math.inf:
+        """Of the arguments of a public function, `tensors` by name. Raises as `grpo_loss` says."""
+        _check_config(config, tensors)
+        _check_denominator(denominator, like)
+        _check_offsets(target_cu_seqlens, like)
+        _check_tensors(tensors, like)
+        _check_rewards(tensors["rewards"], tensors["sequence_ids"], tensors["advantages"], len(target_cu_seqlens) - 1)
+        by_tensor = isinstance(denominator, Tensor)
+        given = {name: None if x is None else x.detach().contiguous() for name, x in tensors.items()}
+        if (rewards := given["rewards"]) is not None:  # often bools, and masked lanes of an integer load hold no NaN
+            given["rewards"] = rewards.to(accumulation_dtype(rewards.dtype))
+        return cls(
+            **given,
+            target_cu_seqlens=target_cu_seqlens.contiguous(),
+            # A float64 one would make the loss float64.
+            denominator_tensor=denominator.detach().to(accumulation_dtype(like.dtype)) if by_tensor else None,
+            denominator=1.0 if by_tensor else float(denominator),
+            eps=ADVANTAGE_EPS,
+            by_deviation=float(config.advantage_scale == "std"),
+            at_sequence_level=float(config.ratio_level == "sequence"),
+            clip_low=float(config.clip_low),
+            clip_high=float(config.clip_high),
+            clip_max=math.inf if config.clip_max is None else float(config.clip_max),
+            kl_coef=float(config.kl_coef),
+            kl_estimator={"k1": 1.0, "k2": 2.0, "k3": 3.0}[config.kl_estimator],
+            entropy_coef=float(config.entropy_coef),
+            behavior_cap=math.inf if config.behavior_cap is None else float(config.behavior_cap),
+            behavior_floor=float(config.behavior_floor),
+            cispo=float(config.objective == "cispo"),
+            over_tokens=float(config.aggregate != "sequence_mean"),
+            has_cap=float(config.behavior_cap is not None),
+            mask_behavior=float(config.behavior_mode == "mask"),
+        )
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return self[:_NUM_TENSORS]
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        return self[_NUM_TENSORS:]
+
+    @property
+    def divisor(self) -> float | Tensor:
+        """The denominator, whichever it is."""
+        return self.denominator if self.denominator_tensor is None else self.denominator_tensor
+
+    def undivided(self) -> "LossInputs":
+        """The same with a denominator of 1."""
+        return self._replace(denominator_tensor=None, denominator=1.0)
+
+
+_NUM_TENSORS = LossInputs._fields.index("denominator")
+
+
+def _check_config(config: LossConfig, tensors: dict[str, Tensor | None]) -> None:
+    if config.kl_coef and tensors["ref_logprobs"] is None:
+        raise ValueError(f"kl_coef is {config.kl_coef}, which needs ref_logprobs; found None")
+    if config.behavior_cap is not None and tensors["behavior_logprobs"] is None:
+        raise ValueError(f"behavior_cap is {config.behavior_cap}, which needs behavior_logprobs; found None")
+
+
+def _check_denominator(denominator: float | Tensor, like: Tensor) -> None:
+    if not isinstance(denominator, Tensor):
+        if not 0 < denominator < math.inf:
             raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
-        _check_offsets(self.target_cu_seqlens, like)
-        for name, x in self._asdict().items():
-            # Offsets, ids and targets have their own check of dtype and shape.
-            if not isinstance(x, Tensor) or name in ("target_cu_seqlens", "sequence_ids", "targets"):
-                continue
-            if x.device != like.device:
-                raise ValueError(f"{name} is on {x.device}; wanted {like.device}")
-            if name not in ("rewards", "denominator") and not x.is_floating_point():
-                raise TypeError(f"{name} is {x.dtype}; wanted a floating dtype")
-            if name.endswith("_logprobs") and x.shape != like.shape:
-                raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {tuple(like.shape)}, one entry a target")
-        _check_rewards(self.rewards, self.sequence_ids, self.advantages, self.target_cu_seqlens.shape[0] - 1)
-        inputs = self._make(x.detach() if isinstance(x, Tensor) else x for x in self)
-        if isinstance(inputs.denominator, Tensor):  # a float64 one would make the loss float64
-            inputs = inputs._replace(denominator=inputs.denominator.to(accumulation_dtype(like.dtype)))
-        if inputs.rewards is not None:  # often bools, and masked lanes of an integer load hold no NaN
-            inputs = inputs._replace(rewards=inputs.rewards.to(accumulation_dtype(inputs.rewards.dtype)))
-        return inputs
+    elif denominator.dim():
+        raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
+    elif denominator.device != like.device:
+        raise ValueError(f"denominator is on {denominator.device}; wanted {like.device}")
+
+
+def _check_tensors(tensors: dict[str, Tensor | None], like: Tensor) -> None:
+    """Of those whose check needs nothing else: ids are checked with their rewards, targets with their log-probs."""
+    for name, x in tensors.items():
+        if x is None or name in ("sequence_ids", "targets"):
+            continue
+        if x.device != like.device:
+            raise ValueError(f"{name} is on {x.device}; wanted {like.device}")
+        if name != "rewards" and not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}; wanted a floating dtype")
+        if name.endswith("_logprobs") and x.shape != like.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {tuple(like.shape)}, one entry a target")
 
 
 def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:

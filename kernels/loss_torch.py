@@ -11,33 +11,107 @@ import torch
 from torch import Tensor
 
 from flashgrpo.kernels.common import IGNORE_TARGET, accumulation_dtype
+from flashgrpo.kernels.logprob_torch import row_logprobs
 from flashgrpo.kernels.loss_config import (
+    ADVANTAGE_EPS,
     ADVANTAGE_SCALES,
     MAX_DIFFERENCE,
     MAX_LOG_RATIO,
+    METRICS,
     AdvantageScale,
-    KLEstimator,
-    LossConfig,
     LossInputs,
 )
 
-Stats = dict[str, Tensor]
-ADVANTAGE_EPS = 1e-4  # added to the standard deviation
+
+class Loss(NamedTuple):
+    """What is made of log-probs. Gradients lack the denominator."""
+
+    loss: Tensor  # 0-d
+    metrics: Tensor  # [len(METRICS)] fp32
+    d_logprobs: Tensor  # [num_targets]
+    d_entropies: Tensor | None  # [num_targets], with an entropy bonus
+
+
+def loss_of_logprobs(
+    logprobs: Tensor,  # [num_targets]
+    entropies: Tensor | None,  # [num_targets]
+    inputs: LossInputs,
+) -> Loss:
+    tokens = TokenInputs.of(inputs, logprobs)
+    terms = token_losses(logprobs, tokens)
+    return Loss(*summed(terms, entropies, tokens, inputs), terms.d_logprob, tokens.d_entropies)
+
+
+class RowLoss:
+    """The token-level loss of tokens whose logits come in any number of calls, and what the calls have written."""
+
+    def __init__(
+        self,
+        inputs: LossInputs,
+        like: Tensor,  # for dtype and device
+        temperature: float,
+    ):
+        assert inputs.targets is not None
+        self.targets, self.temperature = inputs.targets, temperature
+        self.logprobs = like.new_empty(self.targets.shape, dtype=accumulation_dtype(like.dtype))
+        self.entropies = torch.empty_like(self.logprobs)
+        self.live = torch.empty_like(self.logprobs, dtype=torch.bool)  # the gradient is not exactly 0
+        self.tokens = TokenInputs.of(inputs, self.logprobs)
+        self.taken: list[TokenLoss] = []
+
+    def take(
+        self,
+        logits: Tensor,  # [rows, vocab], whose memory it may use up
+        first_row: int,
+        d_logits: Tensor | None,  # memory for the gradient, which may be the logits; None: no gradient
+    ) -> Tensor | None:  # [rows, vocab]
+        """The loss of tokens `first_row` and after; returns its gradient, which may also lie elsewhere."""
+        rows = slice(first_row, first_row + logits.shape[0])
+        targets, tokens = self.targets[rows], self.tokens.rows(rows)
+        found = row_logprobs(logits, targets, self.temperature, overwrite=True)
+        self.logprobs[rows], self.entropies[rows] = found.logprobs, found.entropy
+        self.taken.append(token_losses(found.logprobs, tokens))
+        if d_logits is None:
+            return None
+        d_logprobs, d_entropies = self.taken[-1].d_logprob, tokens.d_entropies
+        self.live[rows] = is_live(d_logprobs, d_entropies)
+        return found.gradients(targets, d_logprobs, d_entropies, self.temperature)
+
+    def result(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:  # 0-d, [len(METRICS)]
+        """The loss over the denominator of `inputs`, and the metrics, when all rows have been taken."""
+        columns = zip(*self.taken or [token_losses(self.logprobs, self.tokens)], strict=True)
+        terms = TokenLoss._make(None if column[0] is None else torch.cat(column) for column in columns)
+        return summed(terms, self.entropies, self.tokens, inputs)
+
+
+def live_rows(
+    x: Tensor,  # [rows, width]
+    live: Tensor,  # [rows] bool
+    num_live: int,
+) -> tuple[Tensor, Tensor]:  # [num_live, width], [num_live] int64
+    """x's live rows, and where each came from."""
+    sources = torch.nonzero_static(live, size=num_live).squeeze(1)
+    return x.index_select(0, sources), sources
+
+
+def is_live(d_logprobs: Tensor, d_entropies: Tensor | None) -> Tensor:
+    """Where a gradient is not exactly 0."""
+    return d_logprobs != 0 if d_entropies is None else (d_logprobs != 0) | (d_entropies != 0)
 
 
 class TokenInputs(NamedTuple):
     """`LossInputs` spread over tokens. Those that do not count hold zeros throughout."""
 
-    config: LossConfig
-    counted: Tensor  # [num_targets] bool: has an advantage, and a target that is not ignored
-    sequence: Tensor  # [num_targets] int64, completion of the token
+    numbers: LossInputs
     spans: Tensor  # [num_completions], tokens
     lengths: Tensor  # [num_completions], tokens that count
-    advantages: Tensor  # [num_targets]
-    weights: Tensor  # [num_targets], of the aggregate, before the denominator
-    old: Tensor | None  # [num_targets], None: exactly on-policy
-    ref: Tensor | None  # [num_targets]
-    behavior: Tensor | None  # [num_targets]
+    sequence: Tensor  # [num_targets] int64, completion of the token
+    counted: Tensor  # [num_targets] bool: has an advantage, and a target that is not ignored
+    advantages: Tensor  # [num_targets], and so the others
+    weights: Tensor  # of the aggregate, before the denominator
+    old: Tensor | None  # None: exactly on-policy
+    ref: Tensor | None
+    behavior: Tensor | None
 
     @classmethod
     def of(
@@ -45,13 +119,13 @@ class TokenInputs(NamedTuple):
         inputs: LossInputs,
         like: Tensor,  # [num_targets], for shape, dtype and device
     ) -> "TokenInputs":
-        config, dtype = inputs.config, accumulation_dtype(like.dtype)
-        offsets = inputs.target_cu_seqlens.long()
+        dtype, offsets = accumulation_dtype(like.dtype), inputs.target_cu_seqlens.long()
         spans = offsets.diff()
         sequence = torch.searchsorted(offsets[1:], torch.arange(like.shape[0], device=like.device), right=True)
         advantages = inputs.advantages
         if inputs.rewards is not None:
-            advantages = group_advantages(inputs.rewards, scale=config.advantage_scale).flatten()
+            scale = "std" if inputs.by_deviation else "none"
+            advantages = group_advantages(inputs.rewards, scale=scale, eps=inputs.eps).flatten()
             if inputs.sequence_ids is not None:
                 advantages = advantages.index_select(0, inputs.sequence_ids)
         assert advantages is not None
@@ -65,25 +139,22 @@ class TokenInputs(NamedTuple):
 
         weights = counted.to(dtype)
         lengths = segment_sum(weights, spans)
-        if config.aggregate == "sequence_mean":
+        if not inputs.over_tokens:
             weights = weights / lengths.clamp(min=1).index_select(0, sequence)
         return cls(
-            config, counted, sequence, spans, lengths, torch.where(counted, advantages, 0), weights,
-            old=keep(inputs.old_logprobs), ref=keep(inputs.ref_logprobs), behavior=keep(inputs.behavior_logprobs),
+            inputs, spans, lengths, sequence, counted, torch.where(counted, advantages, 0), weights,
+            keep(inputs.old_logprobs), keep(inputs.ref_logprobs), keep(inputs.behavior_logprobs),
         )  # fmt: skip
 
     @property
     def d_entropies(self) -> Tensor | None:  # [num_targets]
         """Gradient of the loss by each token's entropy, before the denominator; None without an entropy bonus."""
-        return -self.config.entropy_coef * self.weights if self.config.entropy_coef else None
+        return -self.numbers.entropy_coef * self.weights if self.numbers.entropy_coef else None
 
     def rows(self, chunk: slice) -> "TokenInputs":
         """The same for a slice of the tokens. Only token-level ratios can be had from it."""
-        old, ref, behavior = (None if x is None else x[chunk] for x in (self.old, self.ref, self.behavior))
-        return self._replace(
-            counted=self.counted[chunk], sequence=self.sequence[chunk], advantages=self.advantages[chunk],
-            weights=self.weights[chunk], old=old, ref=ref, behavior=behavior,
-        )  # fmt: skip
+        per_token = (None if x is None else x[chunk] for x in self[3:])
+        return self._make((*self[:3], *per_token))
 
 
 class TokenLoss(NamedTuple):
@@ -98,90 +169,79 @@ class TokenLoss(NamedTuple):
 
 def token_losses(
     logprobs: Tensor,  # [num_targets]
-    inputs: TokenInputs,
+    tokens: TokenInputs,
 ) -> TokenLoss:
     """Loss and its gradient by the log-prob for every token."""
-    config = inputs.config
-    logprobs = torch.where(inputs.counted, logprobs.detach().to(inputs.weights.dtype), 0)
-    if inputs.old is None:
+    numbers = tokens.numbers
+    logprobs = torch.where(tokens.counted, logprobs.to(tokens.weights.dtype), 0)
+    if tokens.old is None:
         log_ratio = torch.where(logprobs.isnan(), logprobs, 0)
     else:
-        log_ratio = _at_ratio_level(logprobs - inputs.old, inputs)
+        log_ratio = _at_ratio_level(logprobs - tokens.old, tokens)
     ratio = _bounded_exp(log_ratio)
-    old = logprobs if inputs.old is None else inputs.old
-    mismatch = None if inputs.behavior is None else old - inputs.behavior
-    scaled_advantages = inputs.advantages
-    if config.behavior_cap is not None and mismatch is not None:
-        scaled_advantages = scaled_advantages * _behavior_weights(mismatch, config.behavior_cap, inputs)
-    if config.objective == "cispo":
-        d_logprob = -scaled_advantages * ratio.clamp(max=1 + config.clip_high)
+    old = logprobs if tokens.old is None else tokens.old
+    mismatch = None if tokens.behavior is None else old - tokens.behavior
+    scaled_advantages = tokens.advantages
+    if numbers.has_cap and mismatch is not None:
+        scaled_advantages = scaled_advantages * _behavior_weights(mismatch, tokens)
+    above = ratio.clamp(max=1 + numbers.clip_high)
+    if numbers.cispo:
+        d_logprob = -scaled_advantages * above
         loss = torch.where(d_logprob == 0, 0, d_logprob * logprobs)
     else:
-        above, below = ratio.clamp(max=1 + config.clip_high), ratio.clamp(1 - config.clip_low, config.clip_max)
-        bounded = torch.where(inputs.advantages < 0, below, above)
+        below = ratio.clamp(1 - numbers.clip_low, numbers.clip_max)
+        bounded = torch.where(tokens.advantages < 0, below, above)
         loss = -scaled_advantages * bounded
         beyond = (bounded < ratio) | (bounded > ratio) | (log_ratio > MAX_LOG_RATIO)
         d_logprob = torch.where(beyond, 0, loss)
     kl = None
-    if inputs.ref is not None:
-        kl, d_kl = _kl_and_gradient(inputs.ref - logprobs, config.kl_estimator)
-        if config.kl_coef:
-            loss = loss + config.kl_coef * kl
-            d_logprob = d_logprob + config.kl_coef * d_kl
+    if tokens.ref is not None:
+        kl, d_kl = _kl_and_gradient(tokens.ref - logprobs, numbers.kl_estimator)
+        if numbers.kl_coef:
+            loss = loss + numbers.kl_coef * kl
+            d_logprob = d_logprob + numbers.kl_coef * d_kl
     return TokenLoss(
-        inputs.weights * loss, inputs.weights * d_logprob, ratio, kl, None if mismatch is None else mismatch.abs()
+        tokens.weights * loss, tokens.weights * d_logprob, ratio, kl, None if mismatch is None else mismatch.abs()
     )
 
 
 def summed(
     terms: TokenLoss,
-    logprobs: Tensor,  # [num_targets]
     entropies: Tensor | None,  # [num_targets]
-    inputs: TokenInputs,
-    denominator: float | Tensor,
-) -> tuple[Tensor, Stats]:
-    """The scalar that is minimised, and the metrics that `grpo_loss` describes; with entropies `logits_grpo_loss`."""
-    loss, d_entropies = terms.loss, inputs.d_entropies
+    tokens: TokenInputs,
+    inputs: LossInputs,
+) -> tuple[Tensor, Tensor]:  # 0-d, [len(METRICS)]
+    """The scalar that is minimised, and the metrics; 0 for those that the inputs do not define."""
+    loss, d_entropies, counted, advantages = terms.loss, tokens.d_entropies, tokens.counted, tokens.advantages
     if d_entropies is not None and entropies is not None:
-        loss = loss + d_entropies * torch.where(inputs.counted, entropies, 0)
-    return loss.sum() / denominator, _token_stats(terms, entropies, inputs) | per_token_stats(logprobs, entropies)
-
-
-def per_token_stats(logprobs: Tensor, entropies: Tensor | None) -> Stats:
-    """What `logits_grpo_loss` reports of each token; nothing where there are no entropies."""
-    return {} if entropies is None else {"logprobs": logprobs.detach(), "entropies": entropies.detach()}
-
-
-def _token_stats(terms: TokenLoss, entropies: Tensor | None, inputs: TokenInputs) -> Stats:
-    counted, config, d_entropies = inputs.counted, inputs.config, inputs.d_entropies
+        loss = loss + d_entropies * torch.where(counted, entropies, 0)
     num_tokens = counted.sum()
-    live = terms.d_logprob != 0
-    if d_entropies is not None:
-        live |= d_entropies != 0
 
     def mean(x: Tensor) -> Tensor:
-        return (torch.where(counted, x, 0).sum() / num_tokens.clamp(min=1)).float()
+        return torch.where(counted, x, 0).sum() / num_tokens.clamp(min=1)
 
     def largest(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(torch.where(counted, x, 0), (0, 1)).amax().float()
+        return torch.nn.functional.pad(torch.where(counted, x, 0), (0, 1)).amax()
 
-    below, above = terms.ratio < 1 - config.clip_low, terms.ratio > 1 + config.clip_high
-    stats = {
-        "num_tokens": num_tokens.float(),
+    below, above = terms.ratio < 1 - inputs.clip_low, terms.ratio > 1 + inputs.clip_high
+    found = {
+        "num_tokens": num_tokens,
         "ratio_mean": mean(terms.ratio),
         "ratio_max": largest(terms.ratio),
-        "clip_low_fraction": mean(below & (inputs.advantages < 0)),
-        "clip_high_fraction": mean(above & (inputs.advantages > 0)),
-        "live_fraction": mean(live),
+        "clip_low_fraction": mean(below & (advantages < 0)),
+        "clip_high_fraction": mean(above & (advantages > 0)),
+        "live_fraction": mean(is_live(terms.d_logprob, d_entropies)),
     }
     if terms.kl is not None:
-        stats["kl"] = mean(terms.kl)
+        found["kl"] = mean(terms.kl)
     if terms.mismatch is not None:
-        stats["behavior_mismatch_mean"] = mean(terms.mismatch)
-        stats["behavior_mismatch_max"] = largest(terms.mismatch)
+        found["behavior_mismatch_mean"] = mean(terms.mismatch)
+        found["behavior_mismatch_max"] = largest(terms.mismatch)
     if entropies is not None:
-        stats["entropy"] = mean(entropies)
-    return stats
+        found["entropy"] = mean(entropies)
+    nothing = loss.new_zeros(())
+    metrics = torch.stack([found.get(name, nothing).to(loss.dtype) for name in METRICS])
+    return loss.sum() / inputs.divisor, metrics.float()
 
 
 def segment_sum(
@@ -192,33 +252,33 @@ def segment_sum(
     return torch.segment_reduce(x, "sum", lengths=spans, unsafe=True)
 
 
-def _at_ratio_level(log_ratio: Tensor, inputs: TokenInputs) -> Tensor:
-    if inputs.config.ratio_level == "token":
+def _at_ratio_level(log_ratio: Tensor, tokens: TokenInputs) -> Tensor:
+    if not tokens.numbers.at_sequence_level:
         return log_ratio
-    means = segment_sum(log_ratio, inputs.spans) / inputs.lengths.clamp(min=1)
-    return means.index_select(0, inputs.sequence)
+    means = segment_sum(log_ratio, tokens.spans) / tokens.lengths.clamp(min=1)
+    return means.index_select(0, tokens.sequence)
 
 
 def _bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
-def _behavior_weights(mismatch: Tensor, cap: float, inputs: TokenInputs) -> Tensor:
-    weights = _bounded_exp(_at_ratio_level(mismatch, inputs))
-    if inputs.config.behavior_mode == "truncate":
-        return weights.clamp(max=cap)
-    return torch.where((weights >= inputs.config.behavior_floor) & (weights <= cap), weights, 0)
+def _behavior_weights(mismatch: Tensor, tokens: TokenInputs) -> Tensor:
+    weights, numbers = _bounded_exp(_at_ratio_level(mismatch, tokens)), tokens.numbers
+    if not numbers.mask_behavior:
+        return weights.clamp(max=numbers.behavior_cap)
+    return torch.where((weights >= numbers.behavior_floor) & (weights <= numbers.behavior_cap), weights, 0)
 
 
 def _kl_and_gradient(
     difference: Tensor,  # [num_targets], ref - logprob
-    estimator: KLEstimator,
+    estimator: float,  # 1, 2 or 3
 ) -> tuple[Tensor, Tensor]:
-    highest = MAX_LOG_RATIO if estimator == "k3" else MAX_DIFFERENCE
+    highest = MAX_LOG_RATIO if estimator == 3 else MAX_DIFFERENCE
     bounded = difference.clamp(-MAX_DIFFERENCE, highest)
-    if estimator == "k1":
+    if estimator == 1:
         kl, d_kl = -bounded, -torch.ones_like(bounded)
-    elif estimator == "k2":
+    elif estimator == 2:
         kl, d_kl = bounded.square() / 2, bounded
     else:
         growth = bounded.expm1()

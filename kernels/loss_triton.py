@@ -16,7 +16,6 @@ at least 1.16 or 1.74 ms at 4.3 TB/s.
 """
 
 import math
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,105 +23,13 @@ from torch import Tensor
 from flashgrpo.kernels import logprob
 from flashgrpo.kernels.common import launch, tl, triton
 from flashgrpo.kernels.logprob import row_gradient, row_logprob
-from flashgrpo.kernels.loss_config import LossInputs
-from flashgrpo.kernels.loss_torch import ADVANTAGE_EPS, Stats
+from flashgrpo.kernels.loss_config import METRICS, LossInputs
+from flashgrpo.kernels.loss_torch import Loss
 
 BLOCK = 512  # tokens of a program
 GROUP_BLOCK = 128  # rewards of a group read at once
 _ROWS = 2048  # blocks summed at once
-# What a program sums up for its block, in this order; maxima are largest values.
-_SUMS = (
-    "loss", "num_tokens", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "live_fraction", "kl",
-    "behavior_mismatch_mean", "behavior_mismatch_max", "entropy",
-)  # fmt: skip
-NUM_SUMS = len(_SUMS)
-_RATIO_MAX, _MISMATCH_MAX = (tl.constexpr(_SUMS.index(name)) for name in ("ratio_max", "behavior_mismatch_max"))
-
-
-class KernelInputs(NamedTuple):
-    """`LossInputs` as the kernels take it, whole. Choices are 1.0 or 0.0: Triton would compile an int in.
-
-    torch's operators cannot take a tuple like this: they get `tensors` and `numbers`, and put it together again.
-    """
-
-    targets: Tensor | None  # [num_targets]
-    offsets: Tensor  # [num_completions + 1]
-    rewards: Tensor | None  # [num_groups, group_size]
-    sequence_ids: Tensor | None  # [num_completions]
-    advantages: Tensor | None  # [num_completions]
-    old: Tensor | None  # [num_targets], and so the next two
-    ref: Tensor | None
-    behavior: Tensor | None
-    denominator_tensor: Tensor | None  # 0-d; None: the number that follows
-    denominator: float
-    eps: float
-    by_deviation: float
-    at_sequence_level: float
-    clip_low: float
-    clip_high: float
-    clip_max: float
-    kl_coef: float
-    kl_estimator: float  # 1, 2 or 3
-    entropy_coef: float | None
-    behavior_cap: float
-    behavior_floor: float
-    cispo: float
-    over_tokens: float
-    has_cap: float
-    mask_behavior: float
-
-    @classmethod
-    def of(cls, inputs: LossInputs) -> "KernelInputs":
-        config, denominator = inputs.config, inputs.denominator
-        by_tensor = isinstance(denominator, Tensor)
-        return cls(
-            targets=_contiguous(inputs.targets),
-            offsets=inputs.target_cu_seqlens.contiguous(),
-            rewards=_contiguous(inputs.rewards),
-            sequence_ids=_contiguous(inputs.sequence_ids),
-            advantages=_contiguous(inputs.advantages),
-            old=_contiguous(inputs.old_logprobs),
-            ref=_contiguous(inputs.ref_logprobs),
-            behavior=_contiguous(inputs.behavior_logprobs),
-            denominator_tensor=denominator if by_tensor else None,
-            denominator=1.0 if by_tensor else float(denominator),
-            eps=ADVANTAGE_EPS,
-            by_deviation=float(config.advantage_scale == "std"),
-            at_sequence_level=float(config.ratio_level == "sequence"),
-            clip_low=float(config.clip_low),
-            clip_high=float(config.clip_high),
-            clip_max=math.inf if config.clip_max is None else float(config.clip_max),
-            kl_coef=float(config.kl_coef),
-            kl_estimator={"k1": 1.0, "k2": 2.0, "k3": 3.0}[config.kl_estimator],
-            entropy_coef=float(config.entropy_coef),
-            behavior_cap=math.inf if config.behavior_cap is None else float(config.behavior_cap),
-            behavior_floor=float(config.behavior_floor),
-            cispo=float(config.objective == "cispo"),
-            over_tokens=float(config.aggregate != "sequence_mean"),
-            has_cap=float(config.behavior_cap is not None),
-            mask_behavior=float(config.behavior_mode == "mask"),
-        )
-
-    @property
-    def tensors(self) -> tuple[Any, ...]:
-        return self[:_NUM_TENSORS]
-
-    @property
-    def numbers(self) -> tuple[Any, ...]:
-        return self[_NUM_TENSORS:]
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """Completions, rewards, and rewards of a group."""
-        num_rewards, group_size = (0, 1) if self.rewards is None else (self.rewards.numel(), self.rewards.shape[1])
-        return self.offsets.shape[0] - 1, num_rewards, group_size
-
-
-_NUM_TENSORS = KernelInputs._fields.index("denominator")
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+_RATIO_MAX, _MISMATCH_MAX = (tl.constexpr(METRICS.index(name)) for name in ("ratio_max", "behavior_mismatch_max"))
 
 
 @triton.jit
@@ -225,9 +132,9 @@ def _completions_of(
     """
     advantage = tl.full([BLOCK], float("nan"), tl.float32)
     length = tl.full([BLOCK], 1.0, tl.float32)
-    last = _sequence_of(inputs.offsets, num_sequences, stop - 1)
-    for sequence in range(_sequence_of(inputs.offsets, num_sequences, start), last + 1):
-        begin, end = tl.load(inputs.offsets + sequence), tl.load(inputs.offsets + sequence + 1)
+    last = _sequence_of(inputs.target_cu_seqlens, num_sequences, stop - 1)
+    for sequence in range(_sequence_of(inputs.target_cu_seqlens, num_sequences, start), last + 1):
+        begin, end = tl.load(inputs.target_cu_seqlens + sequence), tl.load(inputs.target_cu_seqlens + sequence + 1)
         mine = (rows >= begin) & (rows < end)
         if inputs.advantages is not None:
             own = tl.load(inputs.advantages + sequence).to(tl.float32)
@@ -251,16 +158,16 @@ def _completions_of(
                 if at_sequence_level != 0:
                     new = tl.load(logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
                     was = new
-                    if inputs.old is not None:
-                        was = tl.load(inputs.old + tokens, mask=valid, other=0.0).to(tl.float32)
+                    if inputs.old_logprobs is not None:
+                        was = tl.load(inputs.old_logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
                         total += tl.sum(new - was, 0)
-                    if inputs.behavior is not None:
-                        sampled = tl.load(inputs.behavior + tokens, mask=valid, other=0.0).to(tl.float32)
+                    if inputs.behavior_logprobs is not None:
+                        sampled = tl.load(inputs.behavior_logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
                         total_mismatch += tl.sum(was - sampled, 0)
         count = tl.maximum(count, 1.0)
         length = tl.where(mine, count, length)
         if at_sequence_level != 0:
-            if inputs.old is not None:
+            if inputs.old_logprobs is not None:
                 log_ratio = tl.where(mine, total / count, log_ratio)
             log_weight = tl.where(mine, total_mismatch / count, log_weight)
     if inputs.targets is not None:
@@ -274,12 +181,12 @@ def _log_ratio_and_mismatch(rows, inside, logprob, inputs):
     """Of tokens: new - old log-probs, and old - behavior ones; 0 without them, but NaN where the log-prob is."""
     old_logprob = logprob
     log_ratio = tl.where(logprob != logprob, logprob, 0.0)
-    if inputs.old is not None:
-        old_logprob = tl.load(inputs.old + rows, mask=inside, other=0.0).to(tl.float32)
+    if inputs.old_logprobs is not None:
+        old_logprob = tl.load(inputs.old_logprobs + rows, mask=inside, other=0.0).to(tl.float32)
         log_ratio = logprob - old_logprob
     mismatch = tl.zeros_like(logprob)
-    if inputs.behavior is not None:
-        mismatch = old_logprob - tl.load(inputs.behavior + rows, mask=inside, other=0.0).to(tl.float32)
+    if inputs.behavior_logprobs is not None:
+        mismatch = old_logprob - tl.load(inputs.behavior_logprobs + rows, mask=inside, other=0.0).to(tl.float32)
     return log_ratio, mismatch
 
 
@@ -304,8 +211,8 @@ def _loss_of_tokens(
     ratio = tl.exp(_at_most(log_ratio, 20.0))
     loss, slope = _policy(ratio, log_ratio, logprob, advantage, weighted, inputs)
     kl = tl.zeros_like(logprob)
-    if inputs.ref is not None:
-        reference = tl.load(inputs.ref + rows, mask=counted, other=0.0).to(tl.float32)
+    if inputs.ref_logprobs is not None:
+        reference = tl.load(inputs.ref_logprobs + rows, mask=counted, other=0.0).to(tl.float32)
         kl, d_kl = _kl_and_gradient(reference - logprob, inputs.kl_estimator)
         loss += tl.where(inputs.kl_coef != 0, inputs.kl_coef * kl, 0.0)
         slope += tl.where(inputs.kl_coef != 0, inputs.kl_coef * d_kl, 0.0)
@@ -313,7 +220,7 @@ def _loss_of_tokens(
     loss, slope = weight * loss + bonus * entropy, weight * slope
     live = (slope != 0) | (bonus != 0)
 
-    # In the order of _SUMS.
+    # In the order of METRICS.
     tl.store(sums, tl.sum(loss, 0))
     tl.store(sums + num_blocks, tl.sum(counted.to(tl.float32), 0))
     tl.store(sums + 2 * num_blocks, tl.sum(tl.where(counted, ratio, 0.0), 0))
@@ -457,84 +364,65 @@ def _scale_kernel(x, factors, width, row_stride, BLOCK: tl.constexpr):
             tl.store(row + start + columns, tl.load(row + start + columns, mask=inside) * factor, mask=inside)
 
 
-class LossOutputs(NamedTuple):
-    """What the loss kernel writes."""
-
-    d_logprobs: Tensor  # [num_targets] fp32, before the denominator
-    d_entropies: Tensor | None  # [num_targets] fp32, with an entropy bonus
-    partials: Tensor  # [NUM_SUMS, num_blocks] fp32
-
-
-def launch_loss(
+def loss_of_logprobs(
     logprobs: Tensor,  # [num_targets]
     entropies: Tensor | None,  # [num_targets]
-    inputs: KernelInputs,
-) -> LossOutputs:
-    """Loss of log-probs, and its gradients."""
+    inputs: LossInputs,
+) -> Loss:
     n = logprobs.shape[0]
     d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
     d_entropies = torch.empty_like(d_logprobs) if inputs.entropy_coef else None
-    outputs = LossOutputs(d_logprobs, d_entropies, d_logprobs.new_empty(NUM_SUMS, -(-n // BLOCK)))
+    partials = d_logprobs.new_empty(len(METRICS), -(-n // BLOCK))
     launch(
-        _grpo_loss_kernel, outputs.partials.shape[1:], logprobs.contiguous(), entropies, *outputs, n, *inputs.counts,
-        outputs.partials.shape[1], inputs, BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
+        _grpo_loss_kernel, partials.shape[1:], logprobs.contiguous(), entropies, d_logprobs, d_entropies, partials,
+        n, *_counts(inputs), partials.shape[1], inputs, BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
     )  # fmt: skip
-    return outputs
+    return Loss(*_sums(partials, inputs), d_logprobs, d_entropies)
 
 
-def launch_sums(
-    partials: Tensor,  # [NUM_SUMS, num_blocks]
-    inputs: KernelInputs,
-) -> tuple[Tensor, Tensor]:  # 0-d, [NUM_SUMS]
+def _counts(inputs: LossInputs) -> tuple[int, int, int]:
+    """Completions, rewards, and rewards of a group."""
+    rewards = inputs.rewards
+    num_rewards, group_size = (0, 1) if rewards is None else (rewards.numel(), rewards.shape[1])
+    return inputs.target_cu_seqlens.shape[0] - 1, num_rewards, group_size
+
+
+def _sums(
+    partials: Tensor,  # [len(METRICS), num_blocks]
+    inputs: LossInputs,
+) -> tuple[Tensor, Tensor]:  # 0-d, [len(METRICS)]
     """The loss, and the metrics of all tokens."""
-    loss, metrics = empty_sums(partials)
-    launch(_sum_blocks_kernel, (NUM_SUMS,), partials, loss, metrics, partials.shape[1], inputs, ROWS=_ROWS)
+    loss, metrics = partials.new_empty(()), partials.new_empty(len(METRICS))
+    launch(_sum_blocks_kernel, metrics.shape, partials, loss, metrics, partials.shape[1], inputs, ROWS=_ROWS)
     return loss, metrics
 
 
-def empty_sums(like: Tensor) -> tuple[Tensor, Tensor]:
-    return like.new_empty((), dtype=torch.float32), like.new_empty(NUM_SUMS, dtype=torch.float32)
-
-
-def named_metrics(metrics: Tensor, inputs: LossInputs, *, with_entropy: bool) -> Stats:
-    """Those of the metrics that the inputs define."""
-    absent = {"loss"}
-    if inputs.ref_logprobs is None:
-        absent.add("kl")
-    if inputs.behavior_logprobs is None:
-        absent |= {"behavior_mismatch_mean", "behavior_mismatch_max"}
-    if not with_entropy:
-        absent.add("entropy")
-    return {name: value for name, value in zip(_SUMS, metrics, strict=True) if name not in absent}
-
-
 class RowLoss:
-    """The token-level loss of tokens whose logits come in any number of calls, and what the calls have written."""
+    """As in loss_torch.py."""
 
-    def __init__(self, like: Tensor, inputs: KernelInputs, temperature: float):
-        """`like` is a tensor on the device."""
+    def __init__(self, inputs: LossInputs, like: Tensor, temperature: float):
         assert inputs.targets is not None
         n = inputs.targets.shape[0]
         self.logprobs, self.entropies, self.advantages, self.lengths = (
             like.new_empty(n, dtype=torch.float32) for _ in range(4)
         )
         self.live = like.new_empty(n, dtype=torch.int8)
-        self.partials = like.new_empty(NUM_SUMS, n, dtype=torch.float32)
+        self.partials = like.new_empty(len(METRICS), n, dtype=torch.float32)
         # Without a bonus the kernel leaves the entropy's gradient out.
         self.inputs = inputs._replace(entropy_coef=inputs.entropy_coef or None)
         self.scale = math.log2(math.e) / temperature
         launch(
-            _advantage_kernel, (-(-n // BLOCK),), self.advantages, self.lengths, n, *inputs.counts, inputs,
+            _advantage_kernel, (-(-n // BLOCK),), self.advantages, self.lengths, n, *_counts(inputs), inputs,
             BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
         )  # fmt: skip
 
     def take(
         self,
         logits: Tensor,  # [rows, vocab], contiguous along rows
-        d_logits: Tensor | None,  # like logits, or the logits; None: no gradient
         first_row: int,
-    ) -> None:
-        """The loss of tokens `first_row` and after, and its gradient over the denominator."""
+        d_logits: Tensor | None,  # like logits
+    ) -> Tensor | None:
+        """The gradient is over the denominator."""
         rows, vocab = logits.shape
         launch(
             _row_loss_kernel, (rows,), logits, d_logits, self.advantages, self.lengths, self.logprobs, self.entropies,
@@ -542,14 +430,18 @@ class RowLoss:
             0 if d_logits is None else d_logits.stride(0), self.scale, self.inputs,
             BLOCK=logprob.BLOCK, SLICE=logprob.SLICE, num_warps=logprob.NUM_WARPS,
         )  # fmt: skip
+        return d_logits
+
+    def result(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        return _sums(self.partials, inputs)
 
 
-def move_live_rows(
+def live_rows(
     x: Tensor,  # [rows, width], contiguous along rows
     live: Tensor,  # [rows], 0 or 1
     num_live: int,
-) -> Tensor:  # [num_live] int64
-    """Moves x's live rows from behind the first `num_live` into dead ones before; returns where each came from.
+) -> tuple[Tensor, Tensor]:  # [num_live, width], [num_live] int64
+    """Moves x's live rows from behind the first `num_live` into dead ones before; these, and where each came from.
 
     As many rows before are dead as behind are live, and nothing before is read: programs cannot race.
     """
@@ -563,7 +455,7 @@ def move_live_rows(
             _move_rows_kernel, (num_live,), x, sources, x.shape[1], x.stride(0),
             BLOCK=logprob.BLOCK, num_warps=logprob.NUM_WARPS,
         )  # fmt: skip
-    return sources
+    return x[:num_live], sources
 
 
 def scale_rows(x: Tensor, factor: Tensor) -> None:

@@ -35,8 +35,10 @@ FAULTS = {
         ("ignored target's row counted", "if target != -100", "if target != -101", "every_vocabulary"),
         ("logits overwritten unasked", "logits if ctx.inplace_backward", "logits if True", "temperatures"),
     ],
-    ("loss_triton", "grpo_loss"): [
+    ("loss_config", "grpo_loss"): [
         ("clip bounds swapped", "float(config.clip_low)", "float(config.clip_high)", "every_method and dapo"),
+    ],
+    ("loss_triton", "grpo_loss"): [
         ("clipped tokens keep a gradient", "cispo == 0) & beyond", "cispo > 1) & beyond", "every_method and bnpo"),
         ("k1 of the wrong sign", "(estimator == 1, -d", "(estimator == 1, d", "every_method and k1"),
         ("k3's slope without d", "-(k3 + d)", "-k3", "small_differences"),
@@ -52,9 +54,8 @@ FAULTS = {
         ("1/denominator left out of the loss", "result / _denominator(inputs)", "result", "own_advantages"),
         ("1/denominator left out of d_logits", "d_logprob /= denominator", "d_logprob /= 1.0", "rows_are_as_accurate"),
         ("upstream gradient left out", "mask=inside) * factor", "mask=inside)", "rows_are_as_accurate"),
-        ("first live row moved to all", "behind.clamp", "(0 * behind).clamp", "live_rows"),
     ],
-    ("attention", "attention"): [
+    ("attention", "attention_triton"): [
         ("running maximum starts at 0", '(BLOCK_M,), float("-inf")', "(BLOCK_M,), 0.0", "far_below"),
         ("sum not rescaled when the maximum rises", "row_sum * rescale +", "row_sum +", "as_accurate and families"),
         ("prefix has a key too many", "prefix_stop - 1, rows)[:, None]\n                scores",
@@ -68,23 +69,25 @@ FAULTS = {
         ("last piece of a family left out", "range(num_pieces)", "range(num_pieces - 1)", "split_families and 70"),
         ("NaN in rows of no segment", "tl.where(own_start < 0, 1.0, row_sum)", "row_sum", "next_to_nothing"),
     ],
-    ("grpo_loss", "linear_grpo"): [
+    ("grpo_loss", "linear_grpo_triton"): [
         ("1/denominator left out of the gradients", "grad_outputs[0] / ctx.denominator", "grad_outputs[0]",
          "low_precision and None"),
     ],
-    ("linear_grpo", "linear_grpo"): [
+    ("linear_grpo", "linear_grpo_triton"): [
         ("d_weight of the last chunk alone", "d_weight.dtype))", "d_weight.dtype), beta=0)", "low_precision and None"),
-        ("d_weight summed in bf16", "accumulation_dtype(weight.dtype))", "weight.dtype)", "low_precision and None"),
+        ("d_weight summed in bf16", "accumulation_dtype(head.weight.dtype)", "head.weight.dtype",
+         "low_precision and None"),
         ("compacted rows of another chunk", "start + live", "live", "compaction and 2.0"),
     ],
-    ("loss_triton", "linear_grpo"): [
+    ("loss_triton", "linear_grpo_triton"): [
         ("rows of the entropy bonus alone left out", " | (d_entropy != 0)", "", "compaction and 2.0"),
+        ("first live row moved to all", "behind.clamp", "(0 * behind).clamp", "compaction and 2.0"),
     ],
 }  # fmt: skip
 
 
 def run_tests(test: str, expression: str, module="", old="", new="") -> tuple[subprocess.CompletedProcess[str], float]:
-    """Tests of test_`test`_triton.py on a copy of the repository with `new` for `old` in `module`, and its seconds."""
+    """Tests of test_`test`.py on a copy of the repository with `new` for `old` in `module`, and its seconds."""
     start = time.perf_counter()
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +99,7 @@ def run_tests(test: str, expression: str, module="", old="", new="") -> tuple[su
         if module:
             source = copy / "kernels" / f"{module}.py"
             source.write_text(source.read_text().replace(old, new))
-        command = [sys.executable, *PYTEST, f"tests/kernels/test_{test}_triton.py", "-k", expression]
+        command = [sys.executable, *PYTEST, f"tests/kernels/test_{test}.py", "-k", expression]
         env = os.environ | ENVIRONMENT | {"PYTHONPATH": folder}
         ran = subprocess.run(command, cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return ran, time.perf_counter() - start

@@ -18,7 +18,7 @@ from flashgrpo.bench.static import RESULTS, TARGETS, compile_row, launches
 from flashgrpo.kernels import attention
 from flashgrpo.kernels.logprob import TritonRows
 from flashgrpo.kernels.loss_config import LossConfig, LossInputs
-from flashgrpo.kernels.loss_triton import KernelInputs, RowLoss, launch_loss, launch_sums, move_live_rows, scale_rows
+from flashgrpo.kernels.loss_triton import RowLoss, live_rows, loss_of_logprobs, scale_rows
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 RECORDED = json.loads(RESULTS.read_text())
@@ -197,13 +197,14 @@ def test_sizes_do_not_recompile(compiled_keys):
         offsets, rewards = draw_cu_seqlens(rng, n), torch.zeros(groups, group_size)
         config = LossConfig.preset(rng.choice(["grpo", "dapo", "cispo", "gspo"]), kl_coef=rng.choice([1, 0.04]))
         ids = torch.zeros(offsets.shape[0] - 1, dtype=torch.int64)
-        inputs = LossInputs(config, offsets, rng.choice([1, 0.5]), rewards, ids, None, values, values, None)
-        arguments = KernelInputs.of(inputs.checked(values))
-        launch_sums(launch_loss(values, None, arguments).partials, arguments)
-        arguments = arguments._replace(targets=torch.zeros(n, dtype=torch.int64))
+        tensors = {"rewards": rewards, "sequence_ids": ids, "old_logprobs": values, "ref_logprobs": values}
+        missing = dict.fromkeys(("targets", "advantages", "behavior_logprobs"))
+        inputs = LossInputs.of(values, config, offsets, rng.choice([1, 0.5]), **tensors, **missing)
+        loss_of_logprobs(values, None, inputs)
+        inputs = inputs._replace(targets=torch.zeros(n, dtype=torch.int64))
         logits = torch.zeros(n, vocab, dtype=torch.bfloat16)
-        RowLoss(values, arguments, rng.random()).take(logits, logits, 0)
-        move_live_rows(logits, (torch.arange(n) % 2).to(torch.int8), n // 2)
+        RowLoss(inputs, values, rng.random()).take(logits, 0, logits)
+        live_rows(logits, (torch.arange(n) % 2).to(torch.int8), n // 2)
         scale_rows(logits, values[0])
 
         total = rng.choice([rng.randint(1, 700), 16 * rng.randint(1, 40)])

@@ -1,7 +1,8 @@
 """Where kernels run: on a GPU if there is one, in Triton's interpreter under TRITON_INTERPRET=1, else as torch twins.
 
-Files named test_*_triton.py test the kernels, against the twins in float64, and test_device_only.py what only a GPU can
-show; the others test the twins.
+The same tests run on all three: `dtype` is the widest that what is under test takes, `close` what may be asked of it.
+Marked `twin` is what says nothing of the kernels, and `kernels` what says nothing of the twins; test_device_only.py has
+what only a GPU can show.
 """
 
 import pytest
@@ -11,20 +12,49 @@ import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+KERNELS = INTERPRETED or DEVICE == "cuda"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "twin: float64, or one that no kernel takes part in")
+    config.addinivalue_line("markers", "kernels: what a torch twin does not have")
+
+
+def pytest_collection_modifyitems(items):
+    items[:] = [item for item in items if not item.get_closest_marker("twin" if KERNELS else "kernels")]
 
 
 def pytest_ignore_collect(collection_path):
-    if collection_path.suffix != ".py" or collection_path.name == "conftest.py":
-        return None
-    if collection_path.name == "test_device_only.py":
-        return True if DEVICE != "cuda" else None
-    tests_kernels = collection_path.name.endswith("_triton.py")
-    return True if tests_kernels != (INTERPRETED or DEVICE == "cuda") else None
+    return True if collection_path.name == "test_device_only.py" and DEVICE != "cuda" else None
 
 
 @pytest.fixture(scope="session")
 def device():
     return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def dtype():
+    return torch.float32 if KERNELS else torch.float64
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Tensors, or nested lists of them, are equal but for the rounding of `dtype`; of the size of the largest value."""
+
+    def check(actual, expected, name=""):
+        if not isinstance(expected, torch.Tensor):
+            for i, pair in enumerate(zip(actual, expected, strict=True)):
+                check(*pair, name=f"{name}[{i}]")
+            return
+        tolerance = 2e-5 if KERNELS else 1e-12
+        size = max([1e-3, *expected.detach().abs().nan_to_num(0, 0).flatten().tolist()])
+        torch.testing.assert_close(
+            actual.double(), expected.double(), rtol=5 * tolerance, atol=tolerance * size, equal_nan=True,
+            msg=lambda message: f"{name}: {message}",
+        )  # fmt: skip
+
+    return check
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss
 from flashgrpo.kernels.logprob import gather_logprobs
 
+pytestmark = pytest.mark.kernels
+
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 few = hypothesis.settings(max_examples=int(os.environ.get("EXAMPLES", 8)), deadline=None)

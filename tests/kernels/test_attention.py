@@ -9,6 +9,8 @@ from torch import Tensor
 
 from flashgrpo.kernels.attention import packed_attention
 
+pytestmark = pytest.mark.twin
+
 
 def make_qkv(total_tokens: int, num_heads=4, num_kv_heads=2, head_dim=8, dtype=torch.float64, seed=0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)

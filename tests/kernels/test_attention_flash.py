@@ -11,6 +11,8 @@ from flashgrpo.kernels import attention_flash
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.common import accumulation_dtype
 
+pytestmark = pytest.mark.twin
+
 FAMILIES = [1, 9, 0, 4, 6, 3, 5, 0, 7, 0, 2], [-1, 0, 0, -1, -1, 4, 4, 4, -1, 8, -1]
 EMPTY_PROMPT = [0, 3, 5, 4, 2], [-1, 0, -1, 2, 2]
 

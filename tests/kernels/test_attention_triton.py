@@ -11,6 +11,8 @@ from triton import knobs
 from flashgrpo.kernels import attention, attention_plan
 from flashgrpo.kernels.attention import HEAD_DIMS, packed_attention
 
+pytestmark = pytest.mark.kernels
+
 ALONE = [0, 129, 0, 0, 1, 70, 0], [-1] * 7
 FAMILIES = [1, 40, 0, 65, 70, 33, 3, 0, 96], [-1, 0, 0, -1, 3, 3, -1, 6, -1]
 SMALL = [37, 20, 5], [-1, 0, 0]

@@ -9,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashgrpo.kernels import linear_grpo
 from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
-from flashgrpo.kernels.linear_grpo import Gradients, Head, linear_grpo_loss, linear_logprobs, recompute, score
+from flashgrpo.kernels.linear_grpo import Head, Wanted, linear_grpo_loss, linear_logprobs, recompute, score
 from flashgrpo.kernels.logprob import gather_logprobs
+
+pytestmark = pytest.mark.twin
 
 HIDDEN, VOCAB = 5, 13
 OFFSETS = torch.tensor([0, 3, 3, 8, 9, 13, 15], dtype=torch.int32)
@@ -149,10 +151,10 @@ def test_memory_grows_with_the_chunk_and_not_with_the_logits(name):
 
     def step(chunk_tokens: int) -> Tensor:
         if name == "scoring":  # what linear_logprobs runs as one operator, into which the tracker does not see
-            head, gradients = Head(1.0, chunk_tokens, torch.float32), Gradients.zeros(hidden, weight, True, True)
+            head = Head(hidden, weight, targets, 1.0, chunk_tokens, torch.float32)
             with torch.no_grad():
-                score(hidden, weight, targets, head)
-                recompute(gradients, hidden, weight, targets, head, torch.ones(num_rows), None, compact=True)
+                score(head)
+                recompute(head, torch.ones(num_rows), None, Wanted(True, True, compact=True))
             return hidden.sum()
         return linear_grpo_loss(
             hidden, weight, targets, torch.tensor([0, 100, num_rows]), CONFIGS[name], denominator=1,

@@ -8,6 +8,8 @@ from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
 
+pytestmark = pytest.mark.kernels
+
 SPANS = [14, 0, 1, 66, 20]  # few: in the interpreter a row takes 10 ms a kernel
 NUM_TARGETS = sum(SPANS)
 

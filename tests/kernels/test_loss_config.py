@@ -5,6 +5,8 @@ import pytest
 
 from flashgrpo.kernels.grpo_loss import LossConfig
 
+pytestmark = pytest.mark.twin
+
 
 def test_presets_are_the_published_settings():
     default = asdict(LossConfig())
