@@ -1,29 +1,32 @@
 """Servers that answer with what was not asked for, or not at all: a run must neither train on it nor wait for ever."""
 
 import asyncio
-import copy
+import ctypes
 import json
 import math
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 
 from flashgrpo.grpo.errors import GeneratorFailure
-from flashgrpo.grpo.rollout.vllm.servers import AnswerError, VllmServers, read_group
+from flashgrpo.grpo.rollout.vllm.answers import AnswerError, read_group
+from flashgrpo.grpo.rollout.vllm.nccl import NcclSender
+from flashgrpo.grpo.rollout.vllm.servers import VllmServers
 from flashgrpo.grpo.types import Request, Sampling
 
 LONGEST = 3
 REQUEST = Request(7, [5, 6], np.arange(2, dtype=np.uint64))
 
 
-def group() -> dict[str, Any]:
-    """A right answer."""
+def group(**changes: Any) -> dict[str, Any]:
+    """A right answer but for what is changed in one completion."""
     choices = [
         {
             "index": number,
@@ -34,6 +37,7 @@ def group() -> dict[str, Any]:
         }
         for number in (1, 0)  # in any order
     ]
+    choices[1] |= changes
     return {"choices": choices}
 
 
@@ -98,10 +102,8 @@ def logprobs(*values: Any) -> dict[str, Any]:
     ],
 )
 def test_an_answer_that_was_not_asked_for_is_refused(changes, message):
-    answer = group()
-    answer["choices"][1] |= changes
     with pytest.raises(AnswerError, match=message):
-        read(answer)
+        read(group(**changes))
 
 
 @pytest.mark.parametrize("key", ["index", "token_ids", "logprobs", "finish_reason", "weight_versions"])
@@ -113,33 +115,26 @@ def test_an_answer_that_lacks_a_part_is_refused(key):
 
 
 class FakeServer:
-    """Answers what is asked of it by `generate(request)`; `tokens` is what it says that it has sampled."""
+    """Answers what is asked of it by `answer(request)`; `tokens` is what it says that it has sampled."""
 
-    def __init__(self, generate: Callable[[web.Request], Any]):
+    def __init__(self, answer: Callable[[web.Request], Any]):
         self.tokens, self.keys = 0, set[str | None]()
-        self._loop, self._generate = asyncio.new_event_loop(), generate
+        self._loop, self._posted = asyncio.new_event_loop(), answer
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
 
     async def _start(self) -> str:
         app = web.Application()
-        app.router.add_post("/{path:.*}", self._answer)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._metrics)
+        app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.keys.add(request.headers.get("Authorization"))
-        return await self._generate(request)
-
-    async def _health(self, _: web.Request) -> web.Response:
-        return web.Response()
-
-    async def _metrics(self, _: web.Request) -> web.Response:
+        if request.method == "POST":
+            return await self._posted(request)
         return web.Response(text=f'# TYPE\nvllm:generation_tokens_total{{engine="0"}} {self.tokens}.0\nother 5\n')
 
     def close(self) -> None:
@@ -148,13 +143,11 @@ class FakeServer:
 
 @pytest.fixture
 def serve():
-    """serve(generate, ...) -> fake servers, a client of them."""
+    """serve(answer, ...) -> fake servers, a client of them."""
     opened: list[Any] = []
 
-    def start(
-        *generates: Callable[[web.Request], Any], timeout_s: float = 30.0
-    ) -> tuple[list[FakeServer], VllmServers]:
-        servers = [FakeServer(generate) for generate in generates]
+    def start(*answers: Callable[[web.Request], Any], timeout_s: float = 30.0) -> tuple[list[FakeServer], VllmServers]:
+        servers = [FakeServer(answer) for answer in answers]
         client = VllmServers([server.url for server in servers], [1], timeout_s, vocab_size=10, key="secret")
         opened.extend([client, *servers])
         return servers, client
@@ -164,10 +157,12 @@ def serve():
         each.close()
 
 
+ONE_VERSION = spans(("3", 0, 3))
+
+
 async def right(_: web.Request, **more: Any) -> web.Response:
-    answer = group()
-    for choice in answer["choices"]:
-        choice["weight_versions"] = [{"version": "3", "start": 0, "end": 3}]
+    answer = group(weight_versions=ONE_VERSION)
+    answer["choices"][0]["weight_versions"] = ONE_VERSION
     return web.json_response(answer | more)
 
 
@@ -177,9 +172,7 @@ async def never(_: web.Request) -> web.Response:
 
 
 async def wrong(_: web.Request) -> web.Response:
-    answer = copy.deepcopy(group())
-    answer["choices"][0]["token_ids"][0] = 10
-    return web.json_response(answer)
+    return web.json_response(group(token_ids=[10, 9, 1]))
 
 
 async def text(_: web.Request) -> web.Response:
@@ -201,9 +194,9 @@ async def broken(request: web.Request) -> web.Response:
     return web.Response()
 
 
-@pytest.mark.parametrize("generate", [wrong, text, nested, elsewhere, broken])
-def test_a_server_that_answers_something_else_ends_the_run_by_its_name(serve, generate):
-    (server,), client = serve(generate)
+@pytest.mark.parametrize("answer", [wrong, text, nested, elsewhere, broken])
+def test_a_server_that_answers_something_else_ends_the_run_by_its_name(serve, answer):
+    (server,), client = serve(answer)
     with pytest.raises(GeneratorFailure, match=server.url):
         list(client.generate([REQUEST], Sampling(LONGEST)))
 
@@ -216,13 +209,28 @@ def test_a_server_that_another_run_gave_its_weights_ends_the_run(serve, loaded):
         list(client.generate([REQUEST], Sampling(LONGEST)))
 
 
+def test_a_server_that_keeps_what_it_has_cached_of_older_weights_ends_the_run(serve):
+    async def busy(_: web.Request) -> web.Response:
+        return web.json_response({"success": False})
+
+    (server,), client = serve(busy)
+    with pytest.raises(GeneratorFailure, match=f"{server.url} answered reset_prefix_cache .* success"):
+        client.finish_weight_update()
+
+
 def test_a_server_whose_health_answers_but_which_samples_nothing_is_dropped(serve, caplog):
+    """Without another one the generation ends."""
     (stuck, other), client = serve(never, right, timeout_s=1.0)
     groups = list(client.generate([REQUEST, REQUEST], Sampling(LONGEST)))
     assert len(groups) == 2
     assert f"the vLLM server at {stuck.url} is dropped: it has sampled nothing for 1 s; 1 left" in caplog.text
-    assert client.servers == [other.url]
+    assert client.urls == [other.url]
     assert stuck.keys == other.keys == {"Bearer secret"}
+    client.drop(other.url, "lost by another rank")
+    with pytest.raises(
+        GeneratorFailure, match=r"no vLLM server is left: .* nothing for 1 s; .* by another rank; start"
+    ):
+        list(client.generate([REQUEST], Sampling(LONGEST)))
 
 
 def test_a_server_that_gets_on_slowly_is_not_dropped(serve):
@@ -242,14 +250,51 @@ def test_a_trainer_that_was_stopped_itself_drops_no_server(serve):
     """Its clock has run on meanwhile; the answers have come, as far as they fitted on the way."""
 
     async def soon(request: web.Request) -> web.Response:
+        are_asked.set()
         await asyncio.sleep(0.5)
         return await right(request, more="x" * 30_000_000)
 
-    (server,), client = serve(soon, timeout_s=2.0)
+    are_asked = threading.Event()
+    (_,), client = serve(soon, timeout_s=2.0)
     with ThreadPoolExecutor(2) as threads:
         groups = threads.submit(lambda: list(client.generate([REQUEST], Sampling(LONGEST))))
-        call = threads.submit(client.post, "pause")
-        time.sleep(0.2)
-        client._loop.call_soon_threadsafe(time.sleep, 4.0)
+        paused = threads.submit(client.pause)
+        are_asked.wait()
+        ctypes.PyDLL(None).usleep(4_000_000)  # no thread of this process runs meanwhile
         assert len(groups.result()) == 1
-        assert call.result().keys() == {server.url}
+        paused.result()
+
+
+class Group:
+    """vLLM's end of an NCCL group, which waits for a server that does not come until it is torn down."""
+
+    def __init__(self):
+        self.is_torn_down = threading.Event()
+
+    def send_weights(self) -> None:
+        self.is_torn_down.wait()
+
+    def shutdown(self) -> None:
+        self.is_torn_down.set()
+
+
+@pytest.mark.parametrize("phase", ["opening", "sending"])
+def test_nccl_is_not_waited_for_without_end(serve, monkeypatch, phase):
+    (_,), client = serve(right)
+    group = Group()
+
+    def open_nccl(servers, source, address, port, world_size):
+        assert (servers, address, world_size) == (client, "127.0.0.1", 1)
+        if phase == "opening":
+            group.is_torn_down.wait()
+        return group
+
+    monkeypatch.setattr("flashgrpo.grpo.rollout.vllm.nccl.vllm_engine", lambda: SimpleNamespace(open_nccl=open_nccl))
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    sources: list[Any] = [object(), object()]
+    try:
+        with pytest.raises(GeneratorFailure, match=r"the servers had not done their part over NCCL within 0\.5 s"):
+            NcclSender(client, sources[0], torch.device("cuda"), 0.5).send(sources[1])
+        assert group.is_torn_down.is_set() == (phase == "sending")
+    finally:
+        group.is_torn_down.set()
