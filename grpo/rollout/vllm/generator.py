@@ -32,25 +32,21 @@ def open_engine(
     """An engine of each rank's own, `loaded` with the weights of recipe.model.path. Raises RecipeError."""
     require_vllm()
     options = EngineOptions.of(recipe, world.device, longest_prompt)
+    timeout_s, load_format = recipe.vllm.sync_timeout_s, "auto" if loaded else "dummy"
     engines: list[EngineGenerator] = []
-    with ExitStack() as opened:
-
-        def start() -> None:
-            console.print("starting vLLM", highlight=False)
-            timeout_s, load_format = recipe.vllm.sync_timeout_s, "auto" if loaded else "dummy"
-            try:
-                engine = EngineGenerator(options, policy.stop_token_ids, world, timeout_s, load_format)
-            except GeneratorFailure as error:
-                cache_gb = options.engine_arguments().get("kv_cache_memory_bytes", 0) / 1e9
-                raise RecipeError(
-                    f"vLLM cannot start with this recipe; the keys are vllm.memory_share = "
-                    f"{recipe.vllm.memory_share:g}, vllm.kv_cache_gb = {cache_gb:g}, "
-                    f"vllm.max_model_len = {options.max_model_len}: {error}"
-                ) from error
-            engines.append(opened.enter_context(closing(engine)))
-
-        world.everywhere(start)
-        opened.pop_all()
+    console.print("starting vLLM", highlight=False)
+    try:
+        world.everywhere(
+            lambda: engines.append(EngineGenerator(options, policy.stop_token_ids, world, timeout_s, load_format))
+        )
+    except GeneratorFailure as error:
+        for engine in engines:  # another rank's has failed
+            engine.close()
+        cache_gb = options.engine_arguments().get("kv_cache_memory_bytes", 0) / 1e9
+        raise RecipeError(
+            f"vLLM cannot start with this recipe; the keys are vllm.memory_share = {recipe.vllm.memory_share:g}, "
+            f"vllm.kv_cache_gb = {cache_gb:g}, vllm.max_model_len = {options.max_model_len}: {error}"
+        ) from error
     return engines[0]
 
 

@@ -248,11 +248,11 @@ class Guard:
         elif scope["type"] != "http":
             await send({"type": "websocket.close"})
         elif refusal := self._refusal(scope):
-            status, message = refusal
-            await _answer(send, status, {"error": {"message": message}})
+            await _answer(send, *refusal)
         elif scope["path"] in _WORKER_METHODS:
             engine = scope["app"].state.engine_client
-            await _answer(send, 200, await engine.collective_rpc(scope["path"].removeprefix("/")))
+            results = await engine.collective_rpc(scope["path"].removeprefix("/"))
+            await _answer(send, 200, json.dumps(results))
         else:
             await self.app(scope, receive, send)
 
@@ -266,7 +266,6 @@ class Guard:
         return None
 
 
-async def _answer(send: Any, status: int, content: Any) -> None:
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+async def _answer(send: Any, status: int, text: str) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": text.encode()})

@@ -33,8 +33,8 @@ class NcclSender:
         self.device, self.timeout_s = device, timeout_s
         self._group: Any = None
         address, port = _own_address(servers.urls)
-        world_size = 1 + servers.num_workers
-        self._group = self._in_time(lambda: vllm_engine().open_nccl(servers, source, address, port, world_size))
+        engine, world_size = vllm_engine(), 1 + servers.num_workers
+        self._group = self._in_time(lambda: engine.open_nccl(servers, source, address, port, world_size))
 
     def send(self, source: DecoderSource) -> None:
         """All weights, in one update of the servers'."""

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -23,7 +23,6 @@ from typing_extensions import TypedDict
 from flashgrpo.grpo.errors import GeneratorFailure
 from flashgrpo.grpo.rollout.vllm.answers import AnswerError, parse, read_group, sampling_fields
 from flashgrpo.grpo.types import Request, Rollout, Sampling
-from flashgrpo.model.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +92,6 @@ class VllmServers:
         try:
             for group in as_completed(running):
                 yield group.result()
-        except CancelledError:
-            raise GeneratorFailure("the generation was broken off") from None
         finally:
             for each in running:
                 each.cancel()
@@ -220,7 +217,7 @@ class VllmServers:
         except AnswerError as error:
             raise ServerRefusal(f"{server.url} answered {step} with what was not asked for: {error}") from error
         except _BROKEN as error:
-            self.drop(server.url, f"{step}: {_said(error)}")
+            self.drop(server.url, f"{step}: {type(error).__name__}: {error}")
         finally:
             call.cancel()
             server.asked.remove(step)
@@ -230,7 +227,7 @@ class VllmServers:
             text = (await response.read()).decode(errors="replace")
             if response.status == 200:
                 return text
-        said = f"{address} answered {response.status}: {_reason(text)}"
+        said = f"{address} answered {response.status}: {text[:500]}"
         if response.status >= 500:  # its engine may have died, and the rest of it lives
             async with self._session.get("/".join([*address.split("/")[:3], "health"])) as health:
                 if health.status != 200:
@@ -251,7 +248,7 @@ class VllmServers:
                 silent = 0
                 await asyncio.sleep(ping_s)
                 continue
-            found, _ = await asyncio.gather(self._tokens(server.url, ping_s), asyncio.sleep(ping_s))
+            found, _ = await asyncio.gather(self._tokens(server, ping_s), asyncio.sleep(ping_s))
             found = tokens if found is None else found
             silent = silent + 1 if (server.answers, found) == (before, tokens) else 0
             before, tokens = server.answers, found
@@ -259,15 +256,16 @@ class VllmServers:
                 what = f"did not answer {steps[0]}" if steps else "has sampled nothing"
                 self.drop(server.url, f"it {what} for {self.timeout_s:g} s")
 
-    async def _tokens(self, url: str, limit_s: float) -> float | None:
+    async def _tokens(self, server: _Server, limit_s: float) -> float | None:
         """Tokens that a server has sampled since it started; None where it does not say."""
         try:
             async with asyncio.timeout(limit_s):
-                return sum(map(float, _TOKENS.findall(await self._text("GET", f"{url}/metrics"))))
+                counts = _TOKENS.findall(await self._text("GET", f"{server.url}/metrics"))
+            return sum(map(float, counts))
         except (ServerRefusal, TimeoutError, ValueError):
             return None
         except _BROKEN as error:
-            self.drop(url, f"no sign of life: {_said(error)}")
+            self.drop(server.url, f"no sign of life: {type(error).__name__}: {error}")
 
     def _require_server(self) -> None:
         if not self._live:
@@ -276,15 +274,3 @@ class VllmServers:
                 + "; ".join(f"{url}: {why}" for url, why in self.lost.items())
                 + "; start them again, or others as vllm.servers, and continue with --resume"
             )
-
-
-def _reason(text: str) -> str:
-    """The message in an answer of vLLM's."""
-    try:
-        return str(parse_json(text)["error"]["message"])[:500]
-    except (ValueError, LookupError, TypeError):
-        return text[:500]
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,14 @@ import pytest
 import torch
 from aiohttp import web
 
-from flashgrpo.grpo.errors import GeneratorFailure
+from flashgrpo.grpo.errors import GeneratorFailure, SyncError
+from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.rollout.vllm import nccl as nccl_module
 from flashgrpo.grpo.rollout.vllm.answers import AnswerError, read_group
-from flashgrpo.grpo.rollout.vllm.nccl import NcclSender
+from flashgrpo.grpo.rollout.vllm.generator import ServersGenerator
 from flashgrpo.grpo.rollout.vllm.servers import VllmServers
 from flashgrpo.grpo.types import Request, Sampling
+from flashgrpo.model.config import ModelConfig
 
 LONGEST = 3
 REQUEST = Request(7, [5, 6], np.arange(2, dtype=np.uint64))
@@ -265,36 +269,99 @@ def test_a_trainer_that_was_stopped_itself_drops_no_server(serve):
         paused.result()
 
 
+@pytest.fixture
+def empty_source(model_path) -> DecoderSource:
+    config = ModelConfig.from_dict(json.loads((model_path / "config.json").read_text()))
+    return DecoderSource({}, config, torch.float32)
+
+
+def world_of(is_main: bool, lost_elsewhere: dict[str, str]) -> Any:
+    """A rank, and what another one has lost."""
+    return SimpleNamespace(
+        is_main=is_main,
+        device=torch.device("cuda"),
+        gather=lambda lost: [lost, lost_elsewhere],
+        everywhere=lambda work: [work()],
+        on_main=lambda work: work() if is_main else None,
+    )
+
+
+async def nothing(request: web.Request) -> web.Response:
+    answers = {"/expect_weights": [None, None], "/weight_digests": [{}, {}], "/reset_prefix_cache": {"success": True}}
+    return web.json_response(answers.get(request.path))
+
+
+def test_a_server_that_another_rank_has_lost_is_dropped(serve, empty_source, caplog):
+    (first, second), client = serve(nothing, nothing)
+    generator = ServersGenerator(client, False, world_of(False, {first.url: "it died"}), ExitStack())
+    generator.load_weights(empty_source, 3)
+    assert client.urls == [second.url]
+    assert f"the vLLM server at {first.url} is dropped: it died; 1 left" in caplog.text
+    assert (generator.weight_version, client.loaded) == (3, 3)
+
+
 class Group:
     """vLLM's end of an NCCL group, which waits for a server that does not come until it is torn down."""
 
-    def __init__(self):
+    def __init__(self, is_waiting: bool = False):
         self.is_torn_down = threading.Event()
+        self.is_waiting, self.num_sent = is_waiting, 0
 
     def send_weights(self) -> None:
-        self.is_torn_down.wait()
+        self.num_sent += 1
+        if self.is_waiting:
+            self.is_torn_down.wait()
 
     def shutdown(self) -> None:
         self.is_torn_down.set()
 
 
-@pytest.mark.parametrize("phase", ["opening", "sending"])
-def test_nccl_is_not_waited_for_without_end(serve, monkeypatch, phase):
-    (_,), client = serve(right)
-    group = Group()
+@pytest.fixture
+def nccl(monkeypatch):
+    """set(open_nccl): vLLM's is this one."""
 
-    def open_nccl(servers, source, address, port, world_size):
-        assert (servers, address, world_size) == (client, "127.0.0.1", 1)
+    def patch(open_nccl: Callable[..., Group]) -> None:
+        monkeypatch.setattr(nccl_module, "vllm_engine", lambda: SimpleNamespace(open_nccl=open_nccl))
+
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    return patch
+
+
+@pytest.mark.parametrize("phase", ["opening", "sending"])
+def test_nccl_is_not_waited_for_without_end(serve, nccl, empty_source, phase):
+    (_,), client = serve(nothing)
+    group = Group(is_waiting=True)
+
+    def open_group(*_):
         if phase == "opening":
             group.is_torn_down.wait()
         return group
 
-    monkeypatch.setattr("flashgrpo.grpo.rollout.vllm.nccl.vllm_engine", lambda: SimpleNamespace(open_nccl=open_nccl))
-    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
-    sources: list[Any] = [object(), object()]
-    try:
-        with pytest.raises(GeneratorFailure, match=r"the servers had not done their part over NCCL within 0\.5 s"):
-            NcclSender(client, sources[0], torch.device("cuda"), 0.5).send(sources[1])
-        assert group.is_torn_down.is_set() == (phase == "sending")
-    finally:
-        group.is_torn_down.set()
+    nccl(open_group)
+    client.timeout_s = 0.5
+    generator = ServersGenerator(client, True, world_of(True, {}), ExitStack())
+    with pytest.raises(SyncError, match=r"version 3 .* servers had not done their part over NCCL within 0\.5 s"):
+        generator.load_weights(empty_source, 3)
+    assert group.is_torn_down.is_set() == (phase == "sending")
+    group.is_torn_down.set()
+
+
+def test_an_nccl_group_that_has_lost_a_server_is_made_anew(serve, nccl, empty_source):
+    servers, client = serve(nothing, nothing)
+    groups, sizes, lost = [], [], {}
+
+    def open_group(_, source, address, port, world_size):
+        sizes.append(world_size)
+        groups.append(Group())
+        return groups[-1]
+
+    nccl(open_group)
+    generator = ServersGenerator(client, True, world_of(True, lost), ExitStack())
+    for version in (1, 2):
+        generator.load_weights(empty_source, version)
+    lost[servers[0].url] = "it died"
+    generator.load_weights(empty_source, 3)
+    assert sizes == [5, 3]  # with the trainer's rank, and two workers a server
+    assert [(group.num_sent, group.is_torn_down.is_set()) for group in groups] == [(2, True), (1, False)]
+    generator.close()
+    assert groups[1].is_torn_down.is_set()
