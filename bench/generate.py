@@ -122,7 +122,7 @@ def sample_rates(options: argparse.Namespace, model: Path) -> Row:
             elif name == "bare":
                 sides[name] = bare_sampler(engine(), requests, sampling)
             elif name == "wrapped":
-                sides[name] = generator_sampler(engine(), requests, sampling)
+                sides[name] = lambda: [*engine().generate(requests, sampling, [])]
             else:
                 recipe = recipe_for(model, name, longest, options.devices)
                 generator, _ = opened(recipe, world, options.prompt_tokens)
@@ -145,7 +145,7 @@ def open_engine(model: Path, device: torch.device, max_new_tokens: int, longest_
     from flashgrpo.grpo.rollout.vllm.launch import EngineOptions
 
     recipe = recipe_for(model, "vllm", max_new_tokens, [])
-    return Engine(EngineOptions.of(recipe, device, longest_prompt), [], load_format="auto")
+    return Engine(EngineOptions.of(recipe, device, longest_prompt), load_format="auto")
 
 
 def generator_sampler(generator: Any, requests: list[Request], sampling: Sampling) -> Callable[[], Any]:

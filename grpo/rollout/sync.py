@@ -4,9 +4,11 @@
 tensors themselves, one gathered at a time on the default stream, in the sampler's type. All ranks iterate in lockstep.
 """
 
+import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.decoder import huggingface_views
 from flashgrpo.model.sharding import full_tensors
 
+BUCKET_BYTES = 256 << 20  # what is sent at a time
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DIGEST_CHUNK = 1 << 24
 
@@ -41,9 +44,9 @@ class DecoderSource:
 
     def __init__(self, parameters: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype):
         self.parameters, self.config, self.dtype = parameters, config, dtype
-        self.last = "none"  # the newest tensor of the pass, for messages
         self.digests: dict[str, int] | None = None  # of the tensors of the pass so far, where they are asked for
-        self._running: Iterator[tuple[str, Tensor]] | None = None
+        self._last = ""
+        self._tensors: Iterator[tuple[str, Tensor]] | None = None
 
     def metadata(self) -> list[TensorMeta]:
         """What a pass will yield, in its order; gathers nothing."""
@@ -59,31 +62,38 @@ class DecoderSource:
         """Of one pass."""
         return sum(meta.num_bytes for meta in self.metadata())
 
-    @property
-    def largest_bytes(self) -> int:
-        """Of the largest tensor."""
-        return max(meta.num_bytes for meta in self.metadata())
-
-    def begin(self, with_digests: bool) -> None:
-        """Before a pass that ranks make together."""
-        self._running, self.last = None, "none"
-        self.digests = {} if with_digests else None
-
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        self._running = self._tensors()
-        return self._running
+        self._tensors = self._gathered()
+        return self._tensors
 
-    def finish(self) -> None:
-        """Go on to the end of the pass, or make it: the other ranks gather every tensor, and wait for this one."""
-        for _ in self if self._running is None else self._running:
+    @contextlib.contextmanager
+    def shared_pass(self, version: int, side: str, with_digests: bool) -> Iterator[None]:
+        """A pass that all ranks make, of which some send what they iterate to `side`. An error on this rank waits for
+        the end of the pass, since the others gather every tensor, and wait for this one. Raises SyncError.
+        """
+        self._tensors, self._last = None, "none"
+        self.digests = {} if with_digests else None
+        try:
+            yield
+            self._finish()
+        except Exception as error:
+            last = self._last
+            self._finish()
+            raise SyncError(
+                f"version {version} of the weights did not reach {side}; the last tensor that the trainer gave is "
+                f"{last}: {error}"
+            ) from error
+
+    def _finish(self) -> None:
+        for _ in self if self._tensors is None else self._tensors:
             pass
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         tensors = full_tensors(self.parameters, self.config, self.dtype)
         while (found := _next_on_default_stream(tensors)) is not None:
             name, whole = found
             for sent in self._names(name):
-                self.last = sent
+                self._last = sent
                 if self.digests is not None:
                     self.digests[sent] = digest(whole)
                 yield sent, whole
@@ -118,6 +128,36 @@ def digest(tensor: Tensor) -> int:
         places = torch.arange(first, first + part.numel(), device=tensor.device)
         total += ((part + 1) * (places * 0x9E3779B1 + 0x85EBCA77)).sum()  # modulo 2^64
     return int(total)
+
+
+def shared_memory_parts(source: DecoderSource) -> Iterator[dict[str, Any]]:
+    """Where a worker of vLLM's finds the weights: bucket by bucket in a file of memory, which is there until the next
+    one is asked for.
+    """
+    for bucket in _buckets(source):
+        # A file without a name: no killed process leaves it behind, and a container's small /dev/shm is no limit.
+        with open(os.memfd_create("flashgrpo_weights"), "wb") as file:
+            for tensor in bucket.values():
+                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            yield {
+                "file": f"/proc/{os.getpid()}/fd/{file.fileno()}",
+                "dtype": str(source.dtype).removeprefix("torch."),
+                "names": [*bucket],
+                "shapes": [list(tensor.shape) for tensor in bucket.values()],
+            }
+
+
+def _buckets(source: DecoderSource) -> Iterator[dict[str, Tensor]]:
+    bucket, num_bytes = {}, 0
+    for name, tensor in source:
+        bucket[name] = tensor.cpu()
+        num_bytes += tensor.nbytes
+        if num_bytes >= BUCKET_BYTES:
+            yield bucket
+            bucket, num_bytes = {}, 0
+    if bucket:
+        yield bucket
 
 
 def check_digests(sent: Mapping[str, int], received: Mapping[str, int]) -> None:

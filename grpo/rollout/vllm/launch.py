@@ -17,13 +17,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import parse_qs
+from typing import Any
 
-import numpy as np
 import torch
 from packaging.version import Version
 
@@ -33,7 +30,6 @@ from flashgrpo.grpo.recipe.schema import VllmSection
 from flashgrpo.grpo.run.child import own_environment
 from flashgrpo.grpo.run.policy import resolve_dtype
 from flashgrpo.grpo.run.progress import console
-from flashgrpo.grpo.types import Request, Rollout, Sampling
 
 SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "nccl", "ipc"  # transports of weights; the latter are vLLM's
 API_KEY = "VLLM_API_KEY"  # vLLM's own name for it; in the environment, where no list of processes shows it
@@ -132,46 +128,6 @@ def check_length(max_model_len: int, longest_prompt: int, recipe: SamplingRecipe
         )
 
 
-def sampling_fields(sampling: Sampling, request: Request, stop_token_ids: list[int]) -> dict[str, Any]:
-    """vLLM's sampling parameters: token ids in, token ids out, one prompt for the whole group.
-
-    vLLM seeds sample i of a group with `seed` + i. At temperature 0 it refuses n above 1: the likeliest token is then
-    the only one to sample from.
-    """
-    is_greedy = sampling.temperature == 0
-    return {
-        "n": len(request.seeds),
-        "seed": int(request.seeds[0] >> 1),  # signed there
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": 1.0 if is_greedy else sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": 1 if is_greedy else sampling.top_k,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "stop_token_ids": stop_token_ids,
-        "logprobs": 0,
-        "detokenize": False,
-    }
-
-
-def sampled_rollout(
-    request: Request,
-    token_ids: Sequence[int],
-    logprobs: Sequence[float],
-    finish_reason: Literal["stop", "length"],
-    spans: Sequence[tuple[int, int, int]],  # (version of the weights, first token, end)
-) -> Rollout:
-    """A completion as vLLM gives it."""
-    return Rollout(
-        request.prompt_ids,
-        np.asarray(token_ids, dtype=np.int64),
-        np.asarray(logprobs, dtype=np.float32),
-        finish_reason,
-        request.group,
-        tuple((version, end - start) for version, start, end in spans),
-    )
-
-
 def become_server(options: EngineOptions, host: str, port: int, devices: str) -> None:
     """Turn this process into `vllm serve`; says before who will be able to do what."""
     key = os.environ.get(API_KEY)
@@ -194,7 +150,7 @@ class OwnServers:
     def __init__(self, options: EngineOptions, devices: list[str], logs: Path):
         self.urls: list[str] = []
         self.key = secrets.token_urlsafe()
-        self._processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen] = []
         logs.mkdir(parents=True, exist_ok=True)
         files = [logs / f"server_{number}.log" for number in range(len(devices))]
         deadline = time.monotonic() + _START_LIMIT_S
@@ -204,16 +160,16 @@ class OwnServers:
             # All of them load at the same time.
             for number, own in enumerate(devices):
                 console.print(f"waiting for the vLLM server on {own}", highlight=False)
-                _await_server(self.urls[number], self._processes[number], files[number], deadline)
+                _await_server(self.urls[number], self.processes[number], files[number], deadline)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """End them, and the workers that one which has died may have left."""
-        for process in self._processes:
+        for process in self.processes:
             process.terminate()
-        for process in self._processes:
+        for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_LIMIT_S)
             with contextlib.suppress(ProcessLookupError):
@@ -233,7 +189,7 @@ class OwnServers:
                 env=own_environment() | _environment(devices) | {API_KEY: self.key},
                 process_group=0,  # Ctrl-C at the terminal is for the trainer, which ends them
             )
-        self._processes.append(process)
+        self.processes.append(process)
         self.urls.append(f"http://127.0.0.1:{port}")
 
 
@@ -259,26 +215,24 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-_ROUTES = {
-    "GET": {"/health", "/metrics", "/get_world_size"},
-    "POST": {
-        "/inference/v1/generate",
-        "/collective_rpc",
-        "/pause",
-        "/resume",
-        "/init_weight_transfer_engine",
-        "/start_weight_update",
-        "/update_weights",
-        "/finish_weight_update",
-        "/reset_prefix_cache",
-    },
+_GET = {"/health", "/metrics"}
+_POST = {
+    "/inference/v1/generate",
+    "/pause",
+    "/resume",
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+    "/reset_prefix_cache",
 }
-_WORKER_METHODS = {"served_model", "expect_weights", "weight_digests"}
+_WORKER_METHODS = {"/served_model", "/expect_weights", "/weight_digests"}
 
 
 class Guard:
     """ASGI middleware of `vllm serve`, which every request passes first. It refuses routes that a run does not ask for,
-    and every one but /health without the key, where the environment has one.
+    and every one but /health without the key, where the environment has one; what a run asks of the workers, it asks
+    here.
 
     A run needs routes that vLLM has for developers alone, and with those come others: by /collective_rpc whoever
     reaches the port writes files and sets the engine's environment. vLLM's own key guards but a part of its paths.
@@ -294,13 +248,12 @@ class Guard:
         elif scope["type"] != "http":
             await send({"type": "websocket.close"})
         elif refusal := self._refusal(scope):
-            status, message = refusal
-            headers = [(b"content-type", b"application/json")]
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": json.dumps({"error": {"message": message}}).encode()})
+            await _answer(send, *refusal)
+        elif scope["path"] in _WORKER_METHODS:
+            engine = scope["app"].state.engine_client
+            results = await engine.collective_rpc(scope["path"].removeprefix("/"))
+            await _answer(send, 200, json.dumps(results))
         else:
-            if scope["path"] == "/collective_rpc":
-                receive = _method_alone(scope, receive)
             await self.app(scope, receive, send)
 
     def _refusal(self, scope: Any) -> tuple[int, str] | None:
@@ -308,20 +261,11 @@ class Guard:
         found = dict(scope["headers"]).get(b"authorization", b"")
         if self.wanted and path != "/health" and not secrets.compare_digest(found, self.wanted):
             return 401, f"wanted this server's key; set {API_KEY} for the run as it was for `flashgrpo serve`"
-        if path not in _ROUTES.get(method, ()) or (path == "/collective_rpc" and _method(scope) not in _WORKER_METHODS):
+        if path not in {"GET": _GET, "POST": _POST | _WORKER_METHODS}.get(method, ()):
             return 403, f"{method} {path} is nothing that a training run asks for"
         return None
 
 
-def _method(scope: Any) -> str:
-    return parse_qs(scope["query_string"].decode(errors="replace")).get("method", [""])[0]
-
-
-def _method_alone(scope: Any, receive: Any) -> Any:
-    """The body of a call to the workers is written here: the method of the address, and no arguments."""
-    bodies = [{"type": "http.request", "body": json.dumps({"method": _method(scope)}).encode()}]
-
-    async def receive_written() -> Any:
-        return bodies.pop() if bodies else await receive()  # which tells of a client that is gone
-
-    return receive_written
+async def _answer(send: Any, status: int, text: str) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": text.encode()})

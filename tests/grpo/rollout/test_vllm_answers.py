@@ -1,29 +1,36 @@
 """Servers that answer with what was not asked for, or not at all: a run must neither train on it nor wait for ever."""
 
 import asyncio
-import copy
+import ctypes
 import json
 import math
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 
-from flashgrpo.grpo.errors import GeneratorFailure
-from flashgrpo.grpo.rollout.vllm.servers import AnswerError, VllmServers, read_group
+from flashgrpo.grpo.errors import GeneratorFailure, SyncError
+from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.rollout.vllm import nccl as nccl_module
+from flashgrpo.grpo.rollout.vllm.answers import AnswerError, read_group
+from flashgrpo.grpo.rollout.vllm.generator import ServersGenerator
+from flashgrpo.grpo.rollout.vllm.servers import VllmServers
 from flashgrpo.grpo.types import Request, Sampling
+from flashgrpo.model.config import ModelConfig
 
 LONGEST = 3
 REQUEST = Request(7, [5, 6], np.arange(2, dtype=np.uint64))
 
 
-def group() -> dict[str, Any]:
-    """A right answer."""
+def group(**changes: Any) -> dict[str, Any]:
+    """A right answer but for what is changed in one completion."""
     choices = [
         {
             "index": number,
@@ -34,6 +41,7 @@ def group() -> dict[str, Any]:
         }
         for number in (1, 0)  # in any order
     ]
+    choices[1] |= changes
     return {"choices": choices}
 
 
@@ -98,10 +106,8 @@ def logprobs(*values: Any) -> dict[str, Any]:
     ],
 )
 def test_an_answer_that_was_not_asked_for_is_refused(changes, message):
-    answer = group()
-    answer["choices"][1] |= changes
     with pytest.raises(AnswerError, match=message):
-        read(answer)
+        read(group(**changes))
 
 
 @pytest.mark.parametrize("key", ["index", "token_ids", "logprobs", "finish_reason", "weight_versions"])
@@ -113,33 +119,26 @@ def test_an_answer_that_lacks_a_part_is_refused(key):
 
 
 class FakeServer:
-    """Answers what is asked of it by `generate(request)`; `tokens` is what it says that it has sampled."""
+    """Answers what is asked of it by `answer(request)`; `tokens` is what it says that it has sampled."""
 
-    def __init__(self, generate: Callable[[web.Request], Any]):
+    def __init__(self, answer: Callable[[web.Request], Any]):
         self.tokens, self.keys = 0, set[str | None]()
-        self._loop, self._generate = asyncio.new_event_loop(), generate
+        self._loop, self._posted = asyncio.new_event_loop(), answer
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
 
     async def _start(self) -> str:
         app = web.Application()
-        app.router.add_post("/{path:.*}", self._answer)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._metrics)
+        app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.keys.add(request.headers.get("Authorization"))
-        return await self._generate(request)
-
-    async def _health(self, _: web.Request) -> web.Response:
-        return web.Response()
-
-    async def _metrics(self, _: web.Request) -> web.Response:
+        if request.method == "POST":
+            return await self._posted(request)
         return web.Response(text=f'# TYPE\nvllm:generation_tokens_total{{engine="0"}} {self.tokens}.0\nother 5\n')
 
     def close(self) -> None:
@@ -148,13 +147,11 @@ class FakeServer:
 
 @pytest.fixture
 def serve():
-    """serve(generate, ...) -> fake servers, a client of them."""
+    """serve(answer, ...) -> fake servers, a client of them."""
     opened: list[Any] = []
 
-    def start(
-        *generates: Callable[[web.Request], Any], timeout_s: float = 30.0
-    ) -> tuple[list[FakeServer], VllmServers]:
-        servers = [FakeServer(generate) for generate in generates]
+    def start(*answers: Callable[[web.Request], Any], timeout_s: float = 30.0) -> tuple[list[FakeServer], VllmServers]:
+        servers = [FakeServer(answer) for answer in answers]
         client = VllmServers([server.url for server in servers], [1], timeout_s, vocab_size=10, key="secret")
         opened.extend([client, *servers])
         return servers, client
@@ -164,10 +161,12 @@ def serve():
         each.close()
 
 
+ONE_VERSION = spans(("3", 0, 3))
+
+
 async def right(_: web.Request, **more: Any) -> web.Response:
-    answer = group()
-    for choice in answer["choices"]:
-        choice["weight_versions"] = [{"version": "3", "start": 0, "end": 3}]
+    answer = group(weight_versions=ONE_VERSION)
+    answer["choices"][0]["weight_versions"] = ONE_VERSION
     return web.json_response(answer | more)
 
 
@@ -177,9 +176,7 @@ async def never(_: web.Request) -> web.Response:
 
 
 async def wrong(_: web.Request) -> web.Response:
-    answer = copy.deepcopy(group())
-    answer["choices"][0]["token_ids"][0] = 10
-    return web.json_response(answer)
+    return web.json_response(group(token_ids=[10, 9, 1]))
 
 
 async def text(_: web.Request) -> web.Response:
@@ -201,9 +198,9 @@ async def broken(request: web.Request) -> web.Response:
     return web.Response()
 
 
-@pytest.mark.parametrize("generate", [wrong, text, nested, elsewhere, broken])
-def test_a_server_that_answers_something_else_ends_the_run_by_its_name(serve, generate):
-    (server,), client = serve(generate)
+@pytest.mark.parametrize("answer", [wrong, text, nested, elsewhere, broken])
+def test_a_server_that_answers_something_else_ends_the_run_by_its_name(serve, answer):
+    (server,), client = serve(answer)
     with pytest.raises(GeneratorFailure, match=server.url):
         list(client.generate([REQUEST], Sampling(LONGEST)))
 
@@ -216,13 +213,28 @@ def test_a_server_that_another_run_gave_its_weights_ends_the_run(serve, loaded):
         list(client.generate([REQUEST], Sampling(LONGEST)))
 
 
+def test_a_server_that_keeps_what_it_has_cached_of_older_weights_ends_the_run(serve):
+    async def busy(_: web.Request) -> web.Response:
+        return web.json_response({"success": False})
+
+    (server,), client = serve(busy)
+    with pytest.raises(GeneratorFailure, match=f"{server.url} answered reset_prefix_cache .* success"):
+        client.finish_weight_update()
+
+
 def test_a_server_whose_health_answers_but_which_samples_nothing_is_dropped(serve, caplog):
+    """Without another one the generation ends."""
     (stuck, other), client = serve(never, right, timeout_s=1.0)
     groups = list(client.generate([REQUEST, REQUEST], Sampling(LONGEST)))
     assert len(groups) == 2
     assert f"the vLLM server at {stuck.url} is dropped: it has sampled nothing for 1 s; 1 left" in caplog.text
-    assert client.servers == [other.url]
+    assert client.urls == [other.url]
     assert stuck.keys == other.keys == {"Bearer secret"}
+    client.drop(other.url, "lost by another rank")
+    with pytest.raises(
+        GeneratorFailure, match=r"no vLLM server is left: .* nothing for 1 s; .* by another rank; start"
+    ):
+        list(client.generate([REQUEST], Sampling(LONGEST)))
 
 
 def test_a_server_that_gets_on_slowly_is_not_dropped(serve):
@@ -242,14 +254,114 @@ def test_a_trainer_that_was_stopped_itself_drops_no_server(serve):
     """Its clock has run on meanwhile; the answers have come, as far as they fitted on the way."""
 
     async def soon(request: web.Request) -> web.Response:
+        are_asked.set()
         await asyncio.sleep(0.5)
         return await right(request, more="x" * 30_000_000)
 
-    (server,), client = serve(soon, timeout_s=2.0)
+    are_asked = threading.Event()
+    (_,), client = serve(soon, timeout_s=2.0)
     with ThreadPoolExecutor(2) as threads:
         groups = threads.submit(lambda: list(client.generate([REQUEST], Sampling(LONGEST))))
-        call = threads.submit(client.post, "pause")
-        time.sleep(0.2)
-        client._loop.call_soon_threadsafe(time.sleep, 4.0)
+        paused = threads.submit(client.pause)
+        are_asked.wait()
+        ctypes.PyDLL(None).usleep(4_000_000)  # no thread of this process runs meanwhile
         assert len(groups.result()) == 1
-        assert call.result().keys() == {server.url}
+        paused.result()
+
+
+@pytest.fixture
+def empty_source(model_path) -> DecoderSource:
+    config = ModelConfig.from_dict(json.loads((model_path / "config.json").read_text()))
+    return DecoderSource({}, config, torch.float32)
+
+
+def world_of(is_main: bool, lost_elsewhere: dict[str, str]) -> Any:
+    """A rank, and what another one has lost."""
+    return SimpleNamespace(
+        is_main=is_main,
+        device=torch.device("cuda"),
+        gather=lambda lost: [lost, lost_elsewhere],
+        everywhere=lambda work: [work()],
+        on_main=lambda work: work() if is_main else None,
+    )
+
+
+async def nothing(request: web.Request) -> web.Response:
+    answers = {"/expect_weights": [None, None], "/weight_digests": [{}, {}], "/reset_prefix_cache": {"success": True}}
+    return web.json_response(answers.get(request.path))
+
+
+def test_a_server_that_another_rank_has_lost_is_dropped(serve, empty_source, caplog):
+    (first, second), client = serve(nothing, nothing)
+    generator = ServersGenerator(client, False, world_of(False, {first.url: "it died"}), ExitStack())
+    generator.load_weights(empty_source, 3)
+    assert client.urls == [second.url]
+    assert f"the vLLM server at {first.url} is dropped: it died; 1 left" in caplog.text
+    assert (generator.weight_version, client.loaded) == (3, 3)
+
+
+class Group:
+    """vLLM's end of an NCCL group, which waits for a server that does not come until it is torn down."""
+
+    def __init__(self, is_waiting: bool = False):
+        self.is_torn_down = threading.Event()
+        self.is_waiting, self.num_sent = is_waiting, 0
+
+    def send_weights(self) -> None:
+        self.num_sent += 1
+        if self.is_waiting:
+            self.is_torn_down.wait()
+
+    def shutdown(self) -> None:
+        self.is_torn_down.set()
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    """set(open_nccl): vLLM's is this one."""
+
+    def patch(open_nccl: Callable[..., Group]) -> None:
+        monkeypatch.setattr(nccl_module, "vllm_engine", lambda: SimpleNamespace(open_nccl=open_nccl))
+
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    return patch
+
+
+@pytest.mark.parametrize("phase", ["opening", "sending"])
+def test_nccl_is_not_waited_for_without_end(serve, nccl, empty_source, phase):
+    (_,), client = serve(nothing)
+    group = Group(is_waiting=True)
+
+    def open_group(*_):
+        if phase == "opening":
+            group.is_torn_down.wait()
+        return group
+
+    nccl(open_group)
+    client.timeout_s = 0.5
+    generator = ServersGenerator(client, True, world_of(True, {}), ExitStack())
+    with pytest.raises(SyncError, match=r"version 3 .* servers had not done their part over NCCL within 0\.5 s"):
+        generator.load_weights(empty_source, 3)
+    assert group.is_torn_down.is_set() == (phase == "sending")
+    group.is_torn_down.set()
+
+
+def test_an_nccl_group_that_has_lost_a_server_is_made_anew(serve, nccl, empty_source):
+    servers, client = serve(nothing, nothing)
+    groups, sizes, lost = [], [], {}
+
+    def open_group(_, source, address, port, world_size):
+        sizes.append(world_size)
+        groups.append(Group())
+        return groups[-1]
+
+    nccl(open_group)
+    generator = ServersGenerator(client, True, world_of(True, lost), ExitStack())
+    for version in (1, 2):
+        generator.load_weights(empty_source, version)
+    lost[servers[0].url] = "it died"
+    generator.load_weights(empty_source, 3)
+    assert sizes == [5, 3]  # with the trainer's rank, and two workers a server
+    assert [(group.num_sent, group.is_torn_down.is_set()) for group in groups] == [(2, True), (1, False)]
+    generator.close()
+    assert groups[1].is_torn_down.is_set()

@@ -32,7 +32,6 @@ from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint, weights
 
 GOOD = "<think>two and two make four</think><answer>4</answer>"
 LOOSE = {"correct": False, "format": False}  # a random model's text has a chance
-SIZES = {"hidden_size": 64, "head_dim": 32}  # of vLLM's attention on a CPU
 
 
 @pytest.fixture
@@ -414,23 +413,3 @@ def test_a_weights_hash_is_that_of_names_shapes_and_bytes(make_model, tmp_path):
     assert weights_sha256(tmp_path / "changed") != whole
     save_checkpoint(model, tmp_path / "half", dtype=torch.bfloat16)
     assert weights_sha256(tmp_path / "half") not in (whole, weights_sha256(tmp_path / "changed"))
-
-
-@pytest.mark.xdist_group("vllm")
-def test_a_server_samples_with_the_models_weights(values, make_model, monkeypatch):
-    """The likeliest tokens by vLLM are those by the trainer; a server is sent its weights."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process less to start
-    path = str(make_model(**SIZES, initializer_range=0.3))
-    rollout = {"top_k": 1, "group_size": 2}
-    native = collect(
-        made(values, model={"path": path}, rollout=rollout, run={"output": values["run"]["output"] + "_n"})
-    )
-    vllm = {"kv_cache_gb": 0.05, "devices": ["cpu"]}
-    recipe = made(values, model={"path": path}, rollout=rollout | {"generator": "vllm_server"}, vllm=vllm)
-    collect(recipe)
-    texts = [
-        [row["completion"] for part in sorted(folder.glob("parts/*.parquet")) for row in rows_of(part)]
-        for folder in (native.parent, Path(recipe.run.output))
-    ]
-    assert len(texts[0]) == 20
-    assert texts[0] == texts[1]

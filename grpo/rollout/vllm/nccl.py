@@ -1,0 +1,77 @@
+"""Weights to servers on GPUs: an NCCL group of the trainer's rank 0 and every server's workers, by vLLM's transport."""
+
+import socket
+import threading
+import urllib.parse
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+import torch
+
+from flashgrpo.grpo.errors import GeneratorFailure
+from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.rollout.vllm.servers import VllmServers
+
+
+def vllm_engine() -> Any:
+    """The module that imports vLLM. Not before it is needed: that takes seconds, and warns of what concerns no run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from flashgrpo.grpo.rollout.vllm import engine
+    return engine
+
+
+class NcclSender:
+    """Rank 0's end of a group with the servers that live when it is made, and have told of their workers.
+
+    NCCL waits for ever: what takes longer than `timeout_s` is left behind, and the group with it.
+    """
+
+    def __init__(self, servers: VllmServers, source: DecoderSource, device: torch.device, timeout_s: float):
+        self.device, self.timeout_s = device, timeout_s
+        self._group: Any = None
+        address, port = _own_address(servers.urls)
+        engine, world_size = vllm_engine(), 1 + servers.num_workers
+        self._group = self._in_time(lambda: engine.open_nccl(servers, source, address, port, world_size))
+
+    def send(self, source: DecoderSource) -> None:
+        """All weights, in one update of the servers'."""
+        self._group.source = source
+        self._in_time(self._group.send_weights)
+
+    def close(self) -> None:
+        """Tear the group down, which ends whatever waits in it."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.shutdown()
+
+    def _in_time(self, work: Callable[[], Any]) -> Any:
+        outcome: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                torch.cuda.set_device(self.device)
+                outcome.set_result(work())
+            except Exception as error:  # it is raised where the result is taken
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        if wait([outcome], self.timeout_s).done:
+            return outcome.result()
+        if self._group is not None:
+            self.close()
+            wait([outcome], self.timeout_s)  # it is still iterating the weights
+        raise GeneratorFailure(f"the servers had not done their part over NCCL within {self.timeout_s:g} s")
+
+
+def _own_address(servers: list[str]) -> tuple[str, int]:
+    """An address of this machine that all servers can reach, and a free port on it."""
+    hosts = [urllib.parse.urlsplit(url).hostname or "" for url in servers]
+    addresses = [socket.gethostbyname(host) for host in hosts]
+    farthest = max(addresses, key=lambda address: not address.startswith("127."))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, socket.socket() as free:
+        probe.connect((farthest, 9))  # sends nothing
+        free.bind(("", 0))
+        return probe.getsockname()[0], free.getsockname()[1]
