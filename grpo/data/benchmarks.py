@@ -1,11 +1,11 @@
 """Local benchmark files by the column names in which AIME, MATH-500, GPQA, GSM8K, MMLU and their like are published."""
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -41,19 +41,6 @@ def load_benchmark(path: str | Path, seed: int) -> list[Problem]:
     columns = [*dict.fromkeys(chain.from_iterable(row for _, row in rows))]
     if _GPQA[1] in columns:
         return [_shuffled_choices(*row, np.random.default_rng([seed, number])) for number, row in enumerate(rows)]
-    layout = _layout(path, columns)
-    return [_problem(*row, layout) for row in rows]
-
-
-class _Layout(NamedTuple):
-    """The columns of a file that are read."""
-
-    prompt: str
-    answer: str | None
-    choices: str | None
-
-
-def _layout(path: str | Path, columns: Sequence[str]) -> _Layout:
     prompt, answer, choices = (_first(names, columns) for names in (_PROMPTS, _ANSWERS, _CHOICES))
     unread = [name for name in columns if _LIKE_CHOICES.match(name) and name != choices]
     if unread and not choices:
@@ -66,15 +53,14 @@ def _layout(path: str | Path, columns: Sequence[str]) -> _Layout:
             f"{path}: found the columns {', '.join(columns)}; wanted a prompt ({', '.join(_PROMPTS)}) and an answer "
             f"({', '.join(_ANSWERS)}) or {_PROGRAMS}"
         )
-    return _Layout(prompt, answer, choices)
+    return [_problem(where, row, prompt, answer, choices) for where, row in rows]
 
 
 def _first(names: Iterable[str], columns: Container[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def _problem(where: str, row: Mapping[str, Any], layout: _Layout) -> Problem:
-    prompt, answer, choices = layout
+def _problem(where: str, row: Mapping[str, Any], prompt: str, answer: str | None, choices: str | None) -> Problem:
     row = _with_passage(where, row, prompt)
     # Each row says what it is: open questions may stand among those with choices, and programs among them.
     if choices and row.get(choices):

@@ -54,12 +54,9 @@ def load_completions(
     found = []
     for where, row in read_rows(str(source.path), source.subset, source.split):
         problem = to_problem(where, row, source.prompt_column, answer_column)
-        _require(where, row, completion_column)
-        text = row[completion_column]
-        if not (isinstance(text, str) and text.strip()):
-            is_empty = text is None or isinstance(text, str)
-            fault = "is empty" if is_empty else f"holds {type(text).__name__}"
-            raise DataError(f"{where}: column {completion_column!r} {fault}, wanted the text of a completion")
+        text = completion_in(where, row, completion_column)
+        if not text.strip():
+            raise DataError(f"{where}: column {completion_column!r} is empty, wanted the text of a completion")
         found.append((problem, text))
     if not found:
         raise DataError(f"no rows in {source.path}")
@@ -90,29 +87,41 @@ def split_problems(problems: list[Problem], held_out: int, seed: int) -> tuple[l
 
 def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_column: str | None) -> Problem:
     """The problem in a row. Raises DataError for a missing column, no prompt, or an answer that nothing can equal."""
-    _require(where, row, prompt_column)
+    prompt = value_in(where, row, prompt_column)
+    columns = {name: value for name, value in row.items() if name != prompt_column}
     if answer_column:
-        _require(where, row, answer_column)
-    prompt = row[prompt_column]
-    if isinstance(prompt, list) and all(map(_is_message, prompt)):
-        prompt = [_message(m, f"{where}: message {i} of column {prompt_column!r}") for i, m in enumerate(prompt, 1)]
+        columns["answer"] = value_in(where, row, answer_column)
+        if fault := fault_of_answer(columns["answer"]):
+            raise DataError(f"{where}: column {answer_column!r} {fault}")
+    place = f"{where}: message {{}} of column {prompt_column!r}"
+    if isinstance(prompt, list) and all(
+        isinstance(each, dict) and {"role", "content"} <= each.keys() for each in prompt
+    ):
+        prompt = [_message(message, place.format(number)) for number, message in enumerate(prompt, 1)]
     elif not isinstance(prompt, str):
         raise DataError(
             f"{where}: column {prompt_column!r} holds {type(prompt).__name__}, wanted text or a list of chat messages"
         )
-    columns = {name: value for name, value in row.items() if name != prompt_column}
-    if answer_column:
-        columns["answer"] = row[answer_column]
-        if fault := fault_of_answer(columns["answer"]):
-            raise DataError(f"{where}: column {answer_column!r} {fault}")
     problem = Problem(prompt, columns, where)
     if not problem.question.strip():
         raise DataError(f"{where}: the prompt in column {prompt_column!r} is empty")
     return problem
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and {"role", "content"} <= value.keys()
+def value_in(where: str, row: Mapping[str, Any], column: str) -> Any:
+    """What a row has in a column. Raises DataError where it has none."""
+    if column not in row:
+        raise DataError(f"{where}: no column {column!r}{nearest(column, row, with_all=True)}")
+    return row[column]
+
+
+def completion_in(where: str, row: Mapping[str, Any], column: str) -> str:
+    """The completion in a column, which may be empty text. Raises DataError for anything else."""
+    text = value_in(where, row, column)
+    if not isinstance(text, str):
+        fault = "is empty" if text is None else f"holds {type(text).__name__}"
+        raise DataError(f"{where}: column {column!r} {fault}, wanted the text of a completion")
+    return text
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
@@ -133,15 +142,12 @@ def _text(content: Any) -> str | None:
         return content if isinstance(content, str) else None
     texts = []
     for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            return None
-        texts.append(part["text"])
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case _:
+                return None
     return "".join(texts)
-
-
-def _require(where: str, row: Mapping[str, Any], column: str) -> None:
-    if column not in row:
-        raise DataError(f"{where}: no column {column!r}{nearest(column, row, with_all=True)}")
 
 
 def _task_problems(task: str, options: Mapping[str, Any], size: int, seed: int) -> list[Problem]:
@@ -189,7 +195,7 @@ def check_columns(path: str, wanted: Iterable[str]) -> None:
         if first is None:
             raise DataError(f"no rows in {path}")
         for column in wanted:
-            _require(*first, column)
+            value_in(*first, column)
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,34 +42,23 @@ def located(problem: Problem) -> Iterator[None]:
         raise DataError(f"{problem.where}: {error}") from error
 
 
-def render_problem(problem: Problem, how: Rendering, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a problem's prompt, as `render_prompt`."""
-    return render_prompt(problem.prompt, how.template, tokenizer, how.template_options, how.system_prompt)
-
-
-def render_prompt(
-    prompt: PromptText,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    options: Mapping[str, Any] = MappingProxyType({}),
-    system_prompt: str | None = None,
-) -> list[int]:
+def render_prompt(prompt: PromptText, how: Rendering, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt in its template: "r1" (arXiv 2501.12948, table 1), "chat" (the
     tokenizer's) or "none".
 
-    The chat template is given `options`, and `system_prompt` before messages that have no system
-    message; a last message of the assistant's is left open, for the model to continue.
+    The chat template is given the options, and the system prompt before messages that have no
+    system message; a last message of the assistant's is left open, for the model to continue.
 
     Raises:
         DataError: a tokenizer without chat template, messages or options that it refuses, messages in a template for
             text, a text that ends with the end-of-sequence token, or no tokens.
     """
-    if template == "chat":
-        ids = encode(_render_chat(prompt, tokenizer, options, system_prompt), tokenizer)
+    if how.template == "chat":
+        ids = encode(_render_chat(prompt, how, tokenizer), tokenizer)
     else:
-        ids = _encode_opened(render_text(prompt, template), tokenizer)
+        ids = _encode_opened(render_text(prompt, how.template), tokenizer)
     if not ids:
-        raise DataError(f"prompt {str(prompt)[:80]!r} has no tokens in template {template!r}")
+        raise DataError(f"prompt {str(prompt)[:80]!r} has no tokens in template {how.template!r}")
     if ids[-1] == tokenizer.eos_token_id:
         raise DataError(f"the prompt ends with {tokenizer.eos_token}, after which nothing comes; remove it")
     return ids
@@ -105,16 +93,14 @@ def _encode_opened(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return own if own[: len(opening)] == opening else opening + own
 
 
-def _render_chat(
-    prompt: PromptText, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], system_prompt: str | None
-) -> str:
+def _render_chat(prompt: PromptText, how: Rendering, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise DataError(
             'the tokenizer has no chat template; use template = "r1" or "none", or a chat model\'s tokenizer'
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if system_prompt and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system_prompt}, *messages]
+    if how.system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": how.system_prompt}, *messages]
     # What the assistant has begun is not closed, and no second turn of it is opened.
     is_continued = messages[-1]["role"] == "assistant"
     try:
@@ -124,13 +110,14 @@ def _render_chat(
             tokenize=False,
             add_generation_prompt=not is_continued,
             continue_final_message=is_continued,
-            **options,
+            **how.template_options,
         )
     except Exception as error:  # a template is a program, and may raise anything
         raise DataError(f"the chat template refuses {str(prompt)[:80]!r}: {str(error)[:200]}") from error
     # Jinja leaves out in silence what a template does not read.
-    if unread := [name for name in options if not re.search(rf"\b{re.escape(name)}\b", source)]:
-        raise DataError(f"the chat template does not read template_options.{unread[0]}; remove it, or correct its name")
+    for name in how.template_options:
+        if not re.search(rf"\b{re.escape(name)}\b", source):
+            raise DataError(f"the chat template does not read template_options.{name}; remove it, or correct its name")
     return str(text)
 
 
@@ -141,7 +128,7 @@ def render_prompts(
     prompts = []
     for problem in problems:
         with located(problem):
-            token_ids = render_problem(problem, data, policy.tokenizer)
+            token_ids = render_prompt(problem.prompt, data, policy.tokenizer)
         if len(token_ids) > data.max_prompt_tokens:
             raise DataError(
                 f"{problem.where}: a prompt has {len(token_ids)} tokens, data.max_prompt_tokens = "

@@ -13,9 +13,13 @@ from flashgrpo.grpo.errors import nearest
 _WINDOW_WORDS = 8
 _FOREIGN_CONFIDENCE = 0.02  # words are foreign where the target language is less likely than this
 _LANGUAGES = "AR BN CS DE EL EN ES FA FR HE HI ID IT JA KO NL PL PT RU SV TH TR UK VI ZH"
-_OWN_SCRIPTS = {
-    "BN": "BENGALI", "EL": "GREEK", "GU": "GUJARATI", "HE": "HEBREW", "HY": "ARMENIAN", "JA": "CJK HIRAGANA KATAKANA",
-    "KA": "GEORGIAN", "KO": "HANGUL", "PA": "GURMUKHI", "TA": "TAMIL", "TE": "TELUGU", "TH": "THAI", "ZH": "CJK",
+# Unicode names of the scripts that languages are written in; of all others LATIN.
+_SCRIPTS = {
+    "AR": "ARABIC", "FA": "ARABIC", "UR": "ARABIC", "BE": "CYRILLIC", "BG": "CYRILLIC", "KK": "CYRILLIC",
+    "MK": "CYRILLIC", "MN": "CYRILLIC", "RU": "CYRILLIC", "SR": "CYRILLIC", "UK": "CYRILLIC", "HI": "DEVANAGARI",
+    "MR": "DEVANAGARI", "BN": "BENGALI", "EL": "GREEK", "GU": "GUJARATI", "HE": "HEBREW", "HY": "ARMENIAN",
+    "KA": "GEORGIAN", "KO": "HANGUL", "PA": "GURMUKHI", "TA": "TAMIL", "TE": "TELUGU", "TH": "THAI",
+    "JA": "CJK HIRAGANA KATAKANA", "ZH": "CJK",
 }  # fmt: skip
 # Written without spaces: every letter counts as a word.
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI"}
@@ -47,37 +51,18 @@ def share_in_language(text: str, target: str) -> float:
     words = list(_words(text))
     if not words:
         return float(bool(text.strip()))
-    scripts = _scripts(target)
+    scripts = set(_SCRIPTS.get(target, "LATIN").split())
     right = [word for word, script in words if script in scripts]
     space = "" if scripts & _UNSPACED else " "
+    detector, language = _detector(target), _language(target)
     # Windows of equal length, so that no few words are left over at the end.
     num_windows = max(1, len(right) // _WINDOW_WORDS)
     consistent = 0
     for i in range(num_windows):
         window = right[i * len(right) // num_windows : (i + 1) * len(right) // num_windows]
-        if window and _confidence(space.join(window), target) >= _FOREIGN_CONFIDENCE:
+        if window and detector.compute_language_confidence(space.join(window), language) >= _FOREIGN_CONFIDENCE:
             consistent += len(window)
     return consistent / len(words)
-
-
-def _confidence(text: str, target: str) -> float:
-    return _detector(target).compute_language_confidence(text, _language(target))
-
-
-@functools.lru_cache(maxsize=256)
-def _scripts(target: str) -> set[str]:
-    """Unicode names of the scripts a language is written in."""
-    from lingua import Language
-
-    shared = {
-        "CYRILLIC": Language.all_with_cyrillic_script(),
-        "ARABIC": Language.all_with_arabic_script(),
-        "DEVANAGARI": Language.all_with_devanagari_script(),
-    }
-    for script, languages in shared.items():
-        if _language(target) in languages:
-            return {script}
-    return set(_OWN_SCRIPTS.get(target, "LATIN").split())
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,9 +14,8 @@ import functools
 import itertools
 import logging
 import re
-from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import math_verify
 import sympy
@@ -31,8 +30,8 @@ _MAX_DEPTH = 12  # of brackets; the parser's time grows steeply with it
 _MAX_EXPONENT = 10_000  # beyond it a power or factorial may take for ever to evaluate
 _DIGITS = 30  # to which formulas are evaluated
 _ENDLESS = re.compile(r"\\binom\s*\{?\s*\d{5}|(?:\^\w){5}")  # what the parser would evaluate
-# Of decimals: absolute, as math-verify has it, and relative.
-_ROUNDING = Fraction(1, 10**6), Fraction(1, 10**5)
+_ROUNDING = Fraction(1, 10**6)  # of decimals, as math-verify has it
+_RELATIVE_ROUNDING = Fraction(1, 10**5)
 
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
@@ -62,7 +61,8 @@ _NAME = re.compile(
     re.VERBOSE,
 )
 _MONTH = re.compile(r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b")
-_TOKEN = re.compile(rf"({_NAME.pattern})|(\d+(?:,\d{{3}})*(?:\.\d+)?)|([^\W\d_]+)", re.VERBOSE)
+_FIGURE = r"\d+(?:,\d{3})*(?:\.\d+)?"
+_TOKEN = re.compile(rf"({_NAME.pattern})|({_FIGURE})|([^\W\d_]+)", re.VERBOSE)
 _DIFFERENCE = re.compile(r"(?:0|[1-9]\d*) ?- ?(?:0|[1-9]\d*)")
 _LABELLED = re.compile(r"[A-Z]\w* \d+\.\d+")  # `Python 3.10`, a number of which no zero is left out
 _FORMULA = re.compile(r"[\\^=+*<>{}()\[\]]")
@@ -100,70 +100,33 @@ def answers_match(found: str, gold: str) -> bool:
     """
     if max(len(found), len(gold)) > _MAX_CHARS:
         return found.split() == gold.split()
-    pair = _Answer(found), _Answer(gold)
-    for compare in _COMPARISONS:
-        verdict = compare(*pair)
-        if verdict is not None:
-            return verdict
-    return False
+    given, found, gold = found, notation(found), notation(gold)
+    text, wanted = _text(found), _text(gold)
+    if _squeezed(text) == _squeezed(wanted):
+        return not is_blank(text)
 
+    if choice := _CHOICE.fullmatch(wanted):
+        if chosen := _CHOICE.fullmatch(text):
+            return (chosen[1] or chosen[2]) == (choice[1] or choice[2])
+        if choice[3]:  # `(B) 12` is found as its text, too
+            return answers_match(found, choice[3])
 
-class _Answer:
-    """An answer as it was given, in one notation, and for comparison as text."""
+    if words := _words(wanted):
+        return _words(text) == words
 
-    def __init__(self, given: str):
-        self.given = given
-        self.notation = notation(given)
-        self.text = _text(self.notation)
-
-
-# Each of the comparisons is None where the answers are not of its form; the next one is asked then.
-
-
-def _as_text(found: _Answer, gold: _Answer) -> bool | None:
-    return not is_blank(found.text) if _squeezed(found.text) == _squeezed(gold.text) else None
-
-
-def _as_choices(found: _Answer, gold: _Answer) -> bool | None:
-    choice, given = _CHOICE.fullmatch(gold.text), _CHOICE.fullmatch(found.text)
-    if choice and given:
-        return (choice[1] or choice[2]) == (given[1] or given[2])
-    # `(B) 12` is found as its text, too.
-    return answers_match(found.notation, choice[3]) if choice and choice[3] else None
-
-
-def _as_words(found: _Answer, gold: _Answer) -> bool | None:
-    words = _words(gold.text)
-    return _words(found.text) == words if words else None
-
-
-def _as_names(found: _Answer, gold: _Answer) -> bool | None:
-    if _LABELLED.fullmatch(gold.notation) and _LABELLED.fullmatch(found.notation):
-        return False  # they differ as text
-    wanted = _name(gold.text)
-    name = _name(found.text, anywhere=wanted is not None)
-    if name and wanted:
-        return name[0] == wanted[0] and _agree(name[1], wanted[1])
-    if wanted:
+    if _LABELLED.fullmatch(gold) and _LABELLED.fullmatch(found):
         return False
-    if name is None or _DIFFERENCE.fullmatch(found.text):
-        return None  # 2-1 is a score where one is expected, else a number
-    if _NAME.search(found.text) or _MONTH.search(found.text):
-        return False
-    # A sentence of several numbers, which math-verify may tell apart.
-    return _is_proven(lambda: _verify(_parse_gold(gold.notation), _parse_boxed(found.given)))
+    if _is_name(wanted):
+        return _same_name(text, wanted)
+    # 2-1 is a score where one is expected, else a number.
+    if _is_name(text) and not _DIFFERENCE.fullmatch(text):
+        if _NAME.search(text) or _MONTH.search(text):
+            return False
+        # A sentence of several numbers, which math-verify may tell apart.
+        return _verify(_parse(gold), _parse_boxed(given))
 
-
-def _as_quantities(found: _Answer, gold: _Answer) -> bool | None:
-    return _is_proven(lambda: _same_quantity(found.notation, gold.notation))
-
-
-_COMPARISONS = _as_text, _as_choices, _as_words, _as_names, _as_quantities
-
-
-def _is_proven(is_equal: Callable[[], bool]) -> bool:
     try:
-        return is_equal()
+        return _same_quantity(_split(found), _split(gold))
     except Exception:
         # sympy raises in many ways on formulas without a value, such as the square of a column.
         return False
@@ -176,39 +139,45 @@ def _text(text: str) -> str:
     return word if _WORDS.fullmatch(word) else text
 
 
-def _words(text: str) -> list[str]:
-    """The words of an answer in words, or of a list of words or letters, in any order; none for anything else."""
-    parts = text.rpartition("=")[2].split(",")
-    words = sorted(map(_text, parts))
-    is_list = len(parts) > 1 and all(part.count("(") == part.count(")") for part in parts)
-    return words if all(_is_words(word) or (is_list and re.fullmatch("[a-z]", word)) for word in words) else []
-
-
-def _is_words(text: str) -> bool:
-    return bool(_WORDS.fullmatch(text)) and not all(map(_PRODUCT.fullmatch, re.split(r"\W", text)))
-
-
 def _squeezed(text: str) -> str:
     return re.sub(r"\s*([^\w\s])\s*", r"\1", text)
 
 
-def _name(text: str, anywhere: bool = False) -> tuple[list[str], set[str]] | None:
-    """(names, numbers, months and units; other words) of a date, a score, of several quantities.
+def _words(text: str) -> list[str]:
+    """The words of an answer in words, or of a list of words or letters, in any order; none for anything else."""
+    parts = text.rpartition("=")[2].split(",")
+    is_list = len(parts) > 1 and all(part.count("(") == part.count(")") for part in parts)
+    words = sorted(map(_text, parts))
+    for word in words:
+        is_product = all(map(_PRODUCT.fullmatch, re.split(r"\W", word)))
+        is_letter = is_list and re.fullmatch("[a-z]", word)
+        if not is_letter and (is_product or not _WORDS.fullmatch(word)):
+            return []
+    return words
 
-    Names have no leading zeros. None for one quantity, and where a formula stands beside.
-    """
-    text = re.sub(r"\s*(-+|:)\s*", lambda match: match[1][0], text)
+
+def _is_name(text: str) -> bool:
+    """Whether it is a date, a score, several quantities: no single quantity, and no formula stands beside."""
+    text = _joined(text)
     rest = _NAME.sub("", text)
-    has_name, has_month, is_prose = rest != text, bool(_MONTH.search(text)), bool(_PROSE.search(rest))
-    if has_name:
-        is_name = is_prose or not re.search(r"\d|\b[a-z]\b", rest)
-    else:
-        is_name = is_prose and len(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)) > (not has_month)
-    if not anywhere and (not is_name or _FORMULA.search(rest)):
-        return None
+    if _FORMULA.search(rest):
+        return False
+    is_prose = bool(_PROSE.search(rest))
+    if rest != text:
+        return is_prose or not re.search(r"\d|\b[a-z]\b", rest)
+    return is_prose and len(re.findall(_FIGURE, text)) > (not _MONTH.search(text))
+
+
+def _same_name(found: str, wanted: str) -> bool:
+    (values, words), (wanted_values, wanted_words) = _name(found), _name(wanted)
+    return values == wanted_values and _agree(words, wanted_words)
+
+
+def _name(text: str) -> tuple[list[str], set[str]]:
+    """(names without leading zeros, numbers, months and units; other words), a date's in any order."""
     values: list[str] = []
     words: set[str] = set()
-    for name, number, word in _TOKEN.findall(text):
+    for name, number, word in _TOKEN.findall(_joined(text)):
         canonical = _canonical(word)
         if name:
             name = re.sub(r"(?::00)?\s*([ap])\.?\s*m", r"\1m", name.removeprefix("version").removeprefix("v").strip())
@@ -217,7 +186,12 @@ def _name(text: str, anywhere: bool = False) -> tuple[list[str], set[str]] | Non
             values.append(number or canonical)
         elif not _FILLER.fullmatch(canonical):
             words.add(canonical)
-    return sorted(values) if has_month else values, words
+    return sorted(values) if _MONTH.search(text) else values, words
+
+
+def _joined(text: str) -> str:
+    """Without spaces around what joins the parts of a name."""
+    return re.sub(r"\s*(-+|:)\s*", lambda match: match[1][0], text)
 
 
 def _agree(words: set[str], wanted: set[str]) -> bool:
@@ -226,55 +200,62 @@ def _agree(words: set[str], wanted: set[str]) -> bool:
 
 
 def _canonical(word: str) -> str:
+    if _MONTH.fullmatch(word):
+        return word[:3]
     singular = word.removesuffix("s") if len(word) > 2 else word
-    month = _MONTH.fullmatch(word)
-    return word[:3] if month else _UNITS.get(word) or _UNITS.get(singular) or singular
+    return _UNITS.get(word) or _UNITS.get(singular) or singular
 
 
-def _same_quantity(found: str, gold: str) -> bool:
-    (amount, unit, words), (wanted, wanted_unit, wanted_words) = _split_unit(found), _split_unit(gold)
-    if (unit and wanted_unit and unit != wanted_unit) or not _agree(words, wanted_words):
-        return False
-    is_share, wants_share = unit == "percent", wanted_unit == "percent"
-    # Numbers are compared exactly, and without mathematics, which would take far longer.
-    number, wanted_number = _number(amount), _number(wanted)
-    if number is not None and wanted_number is not None:
-        share = Fraction(1, 100) ** (is_share - wants_share)  # 50% may be written 0.5, or 50
-        return _is_close(number, wanted_number) or _is_close(number * share, wanted_number)
-    if is_share != wants_share:
-        parsed = _parse_gold(gold), _parse(found)
-        return not any(map(_is_endless, itertools.chain(*parsed))) and _verify(*parsed)
-    return any(_is_equal(a, b) for a, b in itertools.product(_parse_gold(wanted), _parse(amount)))
+class _Quantity(NamedTuple):
+    text: str  # all of it
+    words: set[str]  # beside the amount, but for its unit
+    amount: str
+    unit: str = ""  # "" where none is known; or the base of a number
 
 
-def _split_unit(text: str) -> tuple[str, str, set[str]]:
-    """(the amount, its unit or the base of a number, other words) of a quantity; the unit "" where none is known."""
+def _split(text: str) -> _Quantity:
+    rest, words = text, set[str]()
     lead = _LEAD.fullmatch(text)
-    words: set[str] = set()
     if lead and _PROSE.search(lead[1]):
-        words, text = _other_words(lead[1]), lead[2]
-    if match := _AMOUNT.fullmatch(text):
-        return match[1] + match[3], _UNITS[match[2]], words
-    match = _QUANTITY.fullmatch(text)
+        rest, words = lead[2], _other_words(lead[1])
+    if match := _AMOUNT.fullmatch(rest):
+        sign, currency, amount = match.groups()
+        return _Quantity(text, words, sign + amount, _UNITS[currency])
+    match = _QUANTITY.fullmatch(rest)
     if not match:
-        return text, "", words
-    if match[2].startswith("_"):
-        return match[1], match[2].strip("_{}"), words
-    unit = re.sub(r"\bper\b", "/", match[2].replace(r"\text", "").casefold())
+        return _Quantity(text, words, rest)
+    amount, tail = match.groups()
+    if tail.startswith("_"):
+        return _Quantity(text, words, amount, tail.strip("_{}"))
+    unit = re.sub(r"\bper\b", "/", tail.replace(r"\text", "").casefold())
     unit = re.sub(r"\b(?:sq(?:uare)?|(cubic)) (\w+)", lambda m: m[2] + ("3" if m[1] else "2"), unit)
     unit = re.sub(r"(?:circ|degrees?)[\s{}]*([cf])[a-z]*", r"degree\1", unit)
     parts = [_canonical(part) for part in re.findall(r"[a-z]+|[^\w\s{}^.]|\d", unit)]
-    known = [part for part in parts if part in _UNITS.values()]
-    if not (known or _PROSE.search(match[2]) or not match[2][0].isalpha()):
-        return text, "", words
-    others = _other_words(unit) - set(known)
-    is_unit = [part for part in parts if part in known or part in "/23"] if known else []
-    return match[1].strip(), "".join(is_unit), words | others
+    known = {part for part in parts if part in _UNITS.values()}
+    if tail[0].isalpha() and not known and not _PROSE.search(tail):
+        return _Quantity(text, words, rest)  # what looks like a unit are variables
+    words |= _other_words(unit) - known
+    return _Quantity(text, words, amount.strip(), "".join(p for p in parts if p in known or (known and p in "/23")))
 
 
 def _other_words(text: str) -> set[str]:
     words = map(_canonical, re.findall(r"[a-z]+", text.casefold()))
     return {word for word in words if not _FILLER.fullmatch(word)}
+
+
+def _same_quantity(found: _Quantity, gold: _Quantity) -> bool:
+    if (found.unit and gold.unit and found.unit != gold.unit) or not _agree(found.words, gold.words):
+        return False
+    is_share, wants_share = found.unit == "percent", gold.unit == "percent"
+    # Numbers are compared exactly, and without mathematics, which would take far longer.
+    number, wanted = _number(found.amount), _number(gold.amount)
+    if number is not None and wanted is not None:
+        share = Fraction(1, 100) ** (is_share - wants_share)  # 50% may be written 0.5, or 50
+        return _is_close(number, wanted) or _is_close(number * share, wanted)
+    if is_share != wants_share:
+        parsed = _parse(gold.text), _parse(found.text)
+        return not any(map(_is_endless, itertools.chain(*parsed))) and _verify(*parsed)
+    return any(itertools.starmap(_is_equal, itertools.product(_parse(gold.amount), _parse(found.amount))))
 
 
 def _number(text: str) -> Fraction | None:
@@ -293,57 +274,62 @@ def _number(text: str) -> Fraction | None:
 
 
 def _is_close(a: Fraction, b: Fraction) -> bool:
-    return a == b or (abs(a - b) < _ROUNDING[0] and abs(a - b) <= _ROUNDING[1] * max(abs(a), abs(b)))
+    error = abs(a - b)
+    return error < _ROUNDING and error <= _RELATIVE_ROUNDING * max(abs(a), abs(b))
 
 
+@functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> list[Any]:
-    if not _PROSE.search(_TEXT.sub("", text)):
-        if len(text) > _MAX_FORMULA_CHARS or _depth(text) > _MAX_DEPTH or _ENDLESS.search(text):
-            return []
-        if r"\overline" in text and (value := _number(text)) is not None:
-            text = str(value)
-        return _parse_boxed(re.sub(r"\$|\\[()]", "", text))
-    return math_verify.parse(text, parsing_timeout=0)
+    """The expressions in an answer, which no caller changes; none in one that would take the parser too long."""
+    if _PROSE.search(_TEXT.sub("", text)):
+        return math_verify.parse(text, fallback_mode="no_fallback", parsing_timeout=0)
+    if len(text) > _MAX_FORMULA_CHARS or _depth(text) > _MAX_DEPTH or _ENDLESS.search(text):
+        return []
+    if r"\overline" in text and (value := _number(text)) is not None:
+        text = str(value)
+    return _parse_boxed(re.sub(r"\$|\\[()]", "", text))
 
 
 def _parse_boxed(text: str) -> list[Any]:
     """As one formula, whatever is beside it in a sentence."""
-    return math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=0)
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse_gold(gold: str) -> tuple[Any, ...]:
-    return tuple(_parse(gold))
+    return math_verify.parse(rf"\boxed{{{text}}}", fallback_mode="no_fallback", parsing_timeout=0)
 
 
 def _depth(text: str) -> int:
-    depth = deepest = 0
-    for bracket in re.findall(r"[({\[\]})]", text):
-        depth += 1 if bracket in "({[" else -1
-        deepest = max(deepest, depth)
-    return deepest
+    steps = (1 if bracket in "({[" else -1 for bracket in re.findall(r"[({\[\]})]", text))
+    return max(itertools.accumulate(steps), default=0)
 
 
-def _verify(golds: Sequence[Any], found: Sequence[Any]) -> bool:
+def _verify(golds: list[Any], found: list[Any]) -> bool:
     # Its own limits are alarm signals, which the pool's limit replaces.
-    return math_verify.verify(list(golds), list(found), timeout_seconds=None)
+    return math_verify.verify(golds, found, timeout_seconds=None)
 
 
 def _is_equal(gold: Any, found: Any) -> bool:
     """Whether two expressions are equal; formulas by their values, for to simplify them may take for ever."""
-    if any(map(_is_endless, (gold, found))):
+    if _is_endless(gold) or _is_endless(found):
         return False
     (form, entries), (found_form, found_entries) = _entries(gold), _entries(found)
     if form and found_form:
         is_alike = form == found_form and len(entries) == len(found_entries)
         return is_alike and all(map(_is_equal, entries, found_entries))
     (name, value), (found_name, found_value) = _assignment(gold), _assignment(found)
-    is_other = isinstance(value, sympy.Rel) or isinstance(found_value, sympy.Rel)  # such as x > 5
-    if not is_other and (name is None or found_name is None or name == found_name):
-        # `x = 5` is 5, and not `y = 5`.
+    if name is None or found_name is None or name == found_name:  # `x = 5` is 5, and not `y = 5`
         gold, found = value, found_value
-    same = _same_values(gold, found) if _is_formula(gold) and _is_formula(found) else None
+    same = _same_values(gold, found)
     return _verify([gold], [found]) if same is None else same
+
+
+def _entries(expression: Any) -> tuple[Any, list[Any]]:
+    """(form, entries) of a matrix, or of a tuple, which may have been read as an interval; of others no form."""
+    match expression:
+        case sympy.MatrixBase():
+            return expression.shape, expression.flat()
+        case sympy.Interval():
+            return (expression.left_open, expression.right_open), [expression.start, expression.end]
+        case sympy.Tuple():
+            return (True, True), list(expression.args)
+    return None, []
 
 
 def _assignment(expression: Any) -> tuple[Any, Any]:
@@ -353,21 +339,10 @@ def _assignment(expression: Any) -> tuple[Any, Any]:
     return None, expression
 
 
-def _is_formula(expression: Any) -> bool:
-    return isinstance(expression, sympy.Expr) and not expression.is_Symbol
-
-
-def _entries(expression: Any) -> tuple[Any, list[Any]]:
-    """(form, entries) of a matrix, or of a tuple, which may have been read as an interval; of others no form."""
-    if isinstance(expression, sympy.MatrixBase):
-        return expression.shape, expression.flat()
-    if isinstance(expression, sympy.Interval):
-        return f"open: {expression.left_open}, {expression.right_open}", [expression.start, expression.end]
-    return ("open: True, True", list(expression.args)) if isinstance(expression, sympy.Tuple) else (None, [])
-
-
 def _same_values(a: Any, b: Any) -> bool | None:
     """Whether two formulas have the same values at two points; None where that cannot be told."""
+    if any(not isinstance(each, sympy.Expr) or each.is_Symbol for each in (a, b)):
+        return None
     a, b = a.doit(), b.doit()
     if a.is_Rational and b.is_Rational:
         return bool(a == b)
@@ -380,7 +355,7 @@ def _same_values(a: Any, b: Any) -> bool | None:
             return None
         error = abs(values[0] - values[1])
         if a.has(sympy.Float) or b.has(sympy.Float):
-            return False if error > 10 * _ROUNDING[0] else None
+            return False if error > 10 * _ROUNDING else None
         if error > max(map(abs, values)) * sympy.Float(10) ** (10 - _DIGITS):
             return False
     return True
@@ -388,19 +363,18 @@ def _same_values(a: Any, b: Any) -> bool | None:
 
 def _is_endless(expression: Any) -> bool:
     """Whether it cannot be evaluated, such as 10^(10^10), or is left to do, such as an integral, and no answer."""
-    for node in [] if isinstance(expression, str) else sympy.postorder_traversal(expression):
+    for node in sympy.postorder_traversal(expression):
         sizes: list[Any] = []
-        if isinstance(node, sympy.Pow):
-            sizes = [node.exp]
-        elif isinstance(node, sympy.factorial | sympy.binomial | sympy.gamma):
-            sizes = list(node.args)
-        elif isinstance(node, sympy.Sum | sympy.Product):
-            for _, *bounds in node.limits:
-                sizes += [100 * bound for bound in bounds]
-        if isinstance(node, sympy.Integral) or any(map(_is_huge, sizes)):
+        match node:
+            case sympy.Integral():
+                return True
+            case sympy.Pow():
+                sizes = [node.exp]
+            case sympy.factorial() | sympy.binomial() | sympy.gamma():
+                sizes = list(node.args)
+            case sympy.Sum() | sympy.Product():
+                for _, *bounds in node.limits:
+                    sizes += [100 * bound for bound in bounds]
+        if any(size.is_number and not abs(size.evalf(5)) <= _MAX_EXPONENT for size in sizes):
             return True
     return False
-
-
-def _is_huge(size: Any) -> bool:
-    return bool(size.is_number) and not abs(size.evalf(5)) <= _MAX_EXPONENT

@@ -6,10 +6,9 @@ put in the reward model's template, not the policy's, and a completion is tokeni
 text.
 """
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +17,10 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flashgrpo.grpo.data.prompts import closed_ids, located, render_problem
+from flashgrpo.grpo.data.prompts import closed_ids, render_prompt
 from flashgrpo.grpo.errors import DataError, PackingError, RecipeError, RewardFailure
 from flashgrpo.grpo.learn.packing import Completion, Group, best_fit, build_batch
 from flashgrpo.grpo.recipe.schema import CHECKED, PreferenceSection, Template
@@ -54,9 +54,9 @@ class Card:
     template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     system_prompt: str | None = None
 
-    def as_reward(self, logits: np.ndarray) -> np.ndarray:
+    def as_reward(self, logits: Tensor) -> Tensor:
         """Pairwise, the raw logit, of which only differences mean anything; pointwise, the probability of "good"."""
-        return logits if self.objective == "pairwise" else 0.5 * (1 + np.tanh(logits / 2))
+        return logits if self.objective == "pairwise" else logits.sigmoid()
 
 
 def scored_ids(text: str, scores: str, tokenizer: PreTrainedTokenizerBase, end: int) -> np.ndarray:
@@ -94,7 +94,7 @@ class RewardModel:
         completion for batch_tokens.
         """
         try:
-            prompt_ids = render_problem(group.problem, self.card, self.tokenizer)
+            prompt_ids = render_prompt(group.problem.prompt, self.card, self.tokenizer)
             texts = [Response(text, group.prompt).text for text in group.completions]
             ids = [scored_ids(text, self.card.scores, self.tokenizer, self.end) for text in texts]
         except DataError as error:
@@ -112,7 +112,7 @@ class RewardModel:
         for pack in packs:
             batch = build_batch(pack)
             logits[batch.sequence_ids] = self.model.scores(batch.to(self.device)).double().cpu()
-        return self.card.as_reward(logits.numpy())
+        return self.card.as_reward(logits).numpy()
 
 
 class InTurn(Scorer):
@@ -126,20 +126,14 @@ class InTurn(Scorer):
                 parameter.data = parameter.data.pin_memory()
 
     def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
-        try:
-            with self._on_device():
-                return np.array([self.model.score(group) for group in groups])
-        except torch.OutOfMemoryError as error:
-            hint = "lower its batch_tokens or train.token_budget, or give it a device of its own"
-            raise RewardFailure(f"{self.model.where}: {str(error).splitlines()[0]} Next: {hint}") from error
-
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
         waiting = [(parameter, parameter.data) for parameter in self.model.model.parameters()]
         try:
             for parameter, on_host in waiting:
                 parameter.data = on_host.to(self.model.device, non_blocking=True)
-            yield
+            return np.array([self.model.score(group) for group in groups])
+        except torch.OutOfMemoryError as error:
+            hint = "lower its batch_tokens or train.token_budget, or give it a device of its own"
+            raise RewardFailure(f"{self.model.where}: {str(error).splitlines()[0]} Next: {hint}") from error
         finally:  # nothing has changed: the copies on the device are dropped
             for parameter, on_host in waiting:
                 parameter.data = on_host
@@ -149,15 +143,20 @@ class OwnProcess(Scorer):
     """In a process of the rank's own on another device, where it scores while the generator still samples."""
 
     def __init__(self, section: PreferenceSection, where: str):
-        environment = {**own_environment(), "TOKENIZERS_PARALLELISM": "false"}
-        setup = section.path, section.device, section.batch_tokens, where, torch.get_num_threads()
-        self.child = Child(f"the process of {where}", RewardFailure, _open_in_child, setup, environment)
+        environment = {
+            **own_environment(),
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        }
+        arguments = section.path, section.device, section.batch_tokens, where
+        self.child = Child(f"the process of {where}", RewardFailure, RewardModel, arguments, environment)
         # One thread speaks with the process: it answers one group after the other, while the trainer samples on.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
         self._begun: dict[int, tuple[CompletionGroup, Future[np.ndarray]]] = {}  # by identity
 
     def submit(self, group: CompletionGroup) -> None:
-        self._begun[id(group)] = group, self._thread.submit(self._score, group)
+        future = self._thread.submit(self.child.call, "score", group, timeout_s=_SCORE_LIMIT_S)
+        self._begun[id(group)] = group, future
 
     def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
         for group in groups:
@@ -168,9 +167,6 @@ class OwnProcess(Scorer):
     def close(self) -> None:
         self.child.close()
         self._thread.shutdown(cancel_futures=True)
-
-    def _score(self, group: CompletionGroup) -> np.ndarray:
-        return self.child.call("score", group, timeout_s=_SCORE_LIMIT_S)
 
 
 def open_preferences(
@@ -187,17 +183,16 @@ def open_preferences(
     policy, DataError for a question that does not suit its template, RecipeError for one too long
     with a completion for its batch_tokens.
     """
-    device, scorers = world.device, {}
+    scorers: dict[str, Scorer] = {}
 
     def open_all() -> None:
         # All are checked first: to load one takes minutes.
         for name, section in sections.items():
-            card = _check(section.path, policy)
-            _check_lengths(f"reward_models.{name}", section, card, questions[name], max_new_tokens)
+            _check(f"reward_models.{name}", section, policy, questions[name], max_new_tokens)
         for name, section in sections.items():
             where = f"reward_models.{name}"
             in_turn = section.device == "trainer"
-            scorers[name] = InTurn(section, where, device) if in_turn else OwnProcess(section, where)
+            scorers[name] = InTurn(section, where, world.device) if in_turn else OwnProcess(section, where)
 
     try:
         world.everywhere(open_all)
@@ -206,6 +201,33 @@ def open_preferences(
             scorer.close()
         raise
     return scorers
+
+
+def _check(
+    where: str, section: PreferenceSection, policy: Policy, questions: Sequence[Problem], max_new_tokens: int
+) -> None:
+    path = section.path
+    config, card = read_config(path, reward_model=True), read_card(path)
+    theirs, ours = open_tokenizer(path), policy.tokenizer
+    check_vocabulary(path, theirs, config.vocab_size, stop_token_ids(path, theirs))
+    # A vocabulary does not show how a text is split and normalised.
+    same_text = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
+    if theirs.get_vocab() != ours.get_vocab() or not same_text:
+        raise CheckpointError(
+            f"{path}: its tokenizer is not that of {policy.path}; train a reward model from one of the policy's family"
+        )
+    longest = 0
+    for problem in questions:
+        try:
+            longest = max(longest, len(render_prompt(problem.prompt, card, theirs)))
+        except DataError as error:
+            raise DataError(f"{where}: {problem.where}: {error}") from None
+    needed = longest + max_new_tokens + 1
+    if needed > section.batch_tokens:
+        raise RecipeError(
+            f"{where}.batch_tokens = {section.batch_tokens} is below the longest question and completion together with "
+            f"the token that ends it, {needed}; raise it to that or more"
+        )
 
 
 def read_card(path: str | Path) -> Card:
@@ -218,39 +240,3 @@ def read_card(path: str | Path) -> Card:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _check(path: str, policy: Policy) -> Card:
-    config = read_config(path, reward_model=True)
-    theirs, ours = open_tokenizer(path), policy.tokenizer
-    check_vocabulary(path, theirs, config.vocab_size, stop_token_ids(path, theirs))
-    # A vocabulary does not show how a text is split and normalised.
-    same_text = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
-    if theirs.get_vocab() != ours.get_vocab() or not same_text:
-        raise CheckpointError(
-            f"{path}: its tokenizer is not that of {policy.path}; train a reward model from one of the policy's family"
-        )
-    return read_card(path)
-
-
-def _check_lengths(
-    where: str, section: PreferenceSection, card: Card, questions: Sequence[Problem], max_new_tokens: int
-) -> None:
-    tokenizer, lengths = open_tokenizer(section.path), []
-    try:
-        for problem in questions:
-            with located(problem):
-                lengths.append(len(render_problem(problem, card, tokenizer)))
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    needed = max(lengths, default=0) + max_new_tokens + 1
-    if needed > section.batch_tokens:
-        raise RecipeError(
-            f"{where}.batch_tokens = {section.batch_tokens} is below the longest question and completion together with "
-            f"the token that ends it, {needed}; raise it to that or more"
-        )
-
-
-def _open_in_child(path: str, device: str, batch_tokens: int, where: str, num_threads: int) -> RewardModel:
-    torch.set_num_threads(num_threads)
-    return RewardModel(path, device, batch_tokens, where)

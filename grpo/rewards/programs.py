@@ -4,16 +4,17 @@ Only inputs enter the sandbox. What comes out is compared here, so that a progra
 but right answers.
 """
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from flashgrpo.grpo.recipe.schema import ProgramsSection
 from flashgrpo.grpo.rewards.response import Response
-from flashgrpo.grpo.rewards.sandbox import NoVerdict, Program
+from flashgrpo.grpo.rewards.sandbox import NoVerdict, sandboxed
 
 _FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)")
 _INTEGER = re.compile(r"[+-]?\d+")
@@ -24,11 +25,14 @@ _OUTPUT_KB = 64  # that a program may write beyond twice the expected output
 
 
 class Tests(NamedTuple):
-    """Test cases of one problem; without a `function`, programs read `inputs` and write `outputs` as text."""
+    """Test cases of one problem.
 
-    function: str
-    inputs: list[Any]  # [num_cases] text, or lists of arguments
-    outputs: list[Any]  # [num_cases] text, or JSON values
+    Of a `function` all are one run, so that its module is imported once: JSON lists of arguments
+    and of results.
+    """
+
+    function: str  # "" where programs read and write text
+    cases: list[tuple[str, str]]  # what a run is given, and what it should write
 
 
 def score_programs(
@@ -111,9 +115,9 @@ def parse_tests(tests: Any, metadata: Any = None) -> Tests | None:
         raise ValueError(f"tests: {type(error).__name__}: {error}; wanted {wanted}, all of one length") from error
     if not inputs:
         return None
-    if function:
-        return Tests(function, [*map(_arguments, inputs)], [*map(_result, outputs)])
-    return Tests("", [*map(_text, inputs)], [*map(_text, outputs)])
+    if not function:
+        return Tests("", list(zip(map(_text, inputs), map(_text, outputs), strict=True)))
+    return Tests(function, [(json.dumps([*map(_arguments, inputs)]), json.dumps([*map(_result, outputs)]))])
 
 
 def _arguments(value: Any) -> Any:
@@ -142,31 +146,24 @@ def _function_name(first: dict[str, Any], metadata: Any) -> str:
 
 
 def _score(program: str, tests: Tests, limits: ProgramsSection) -> float:
+    is_right = same_results if tests.function else same_text
     try:
-        with Program(program, limits, tests.function) as runner:
-            return float(_passes(runner, tests, limits))
+        with sandboxed(program, limits, tests.function) as runner:
+            for given, wanted in tests.cases:
+                output = runner.run(given, max_bytes=(_OUTPUT_KB << 10) + 2 * len(wanted))
+                if output is None or not is_right(output.decode(errors="replace"), wanted):
+                    return 0.0
+            return 1.0
     except NoVerdict:
         return math.nan
 
 
-def _passes(runner: Program, tests: Tests, limits: ProgramsSection) -> bool:
-    def output_for(given: str, wanted: str) -> bytes | None:
-        return runner.run(given, max_bytes=(_OUTPUT_KB << 10) + 2 * len(wanted))
-
-    if tests.function:  # one run calls it for all cases, so that its module is imported once
-        output = output_for(json.dumps(tests.inputs), json.dumps(tests.outputs))
-        return output is not None and _same_results(output, tests.outputs)
-    for given, wanted in zip(tests.inputs, tests.outputs, strict=True):
-        output = output_for(given, wanted)
-        if output is None or not _same_text(output, wanted):
-            return False
-    return True
-
-
-def _same_results(output: bytes, wanted: list[Any]) -> bool:
+def same_results(found: str, wanted: str) -> bool:
+    """Whether two JSON lists have the same values, but for the last digits of fractions."""
+    results = json.loads(wanted)
     try:
-        found = json.loads(output)
-        return len(found) == len(wanted) and all(map(_same_result, found, wanted))
+        values = json.loads(found)
+        return len(values) == len(results) and all(map(_same_result, values, results))
     except (ValueError, TypeError, OverflowError, RecursionError):
         # JSON that is none, no list, too long or too deep.
         return False
@@ -175,33 +172,32 @@ def _same_results(output: bytes, wanted: list[Any]) -> bool:
 def _same_result(found: Any, wanted: Any) -> bool:
     # Some data sets wrap what a function returns in a list.
     is_wrapped = isinstance(wanted, list) and len(wanted) == 1
-    return _same_value(found, wanted) or (is_wrapped and _same_value(found, wanted[0]))
+    return _same(found, wanted, _same_value) or (is_wrapped and _same(found, wanted[0], _same_value))
 
 
-def _same_value(found: Any, wanted: Any) -> bool:
-    if isinstance(found, list) and isinstance(wanted, list):
-        return len(found) == len(wanted) and all(map(_same_value, found, wanted))
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return found.keys() == wanted.keys() and all(_same_value(found[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, float) and isinstance(found, int | float) and not isinstance(found, bool):
-        return math.isclose(found, wanted, rel_tol=_TOLERANCE, abs_tol=_TINY)
-    return found == wanted
-
-
-def _same_text(output: bytes, wanted: str) -> bool:
-    """Whether lines have the same words but for white space, empty lines and the last digits of fractions."""
-    found_lines, wanted_lines = _lines(output.decode(errors="replace")), _lines(wanted)
-    if len(found_lines) != len(wanted_lines):
-        return False
-    for found, expected in zip(found_lines, wanted_lines, strict=True):
-        if len(found) != len(expected) or not all(map(_same_word, found, expected)):
-            return False
-    return True
+def same_text(found: str, wanted: str) -> bool:
+    """Whether lines have the same words, but for white space, empty lines and the last digits of fractions."""
+    return _same(_lines(found), _lines(wanted), _same_word)
 
 
 def _lines(text: str) -> list[list[str]]:
     """The words of each line that has any."""
     return [words for words in map(str.split, text.split("\n")) if words]
+
+
+def _same(found: Any, wanted: Any, same_leaf: Callable[[Any, Any], bool]) -> bool:
+    """Whether two nested lists or objects have the same leaves."""
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_same, found, wanted, itertools.repeat(same_leaf)))
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(_same(found[key], wanted[key], same_leaf) for key in wanted)
+    return same_leaf(found, wanted)
+
+
+def _same_value(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, float) and isinstance(found, int | float) and not isinstance(found, bool):
+        return math.isclose(found, wanted, rel_tol=_TOLERANCE, abs_tol=_TINY)
+    return found == wanted
 
 
 def _same_word(found: str, wanted: str) -> bool:

@@ -5,9 +5,9 @@ nobody has), a read-only root with the standard library and the library folders 
 system, a temporary folder in memory and no environment. The system calls by which it could reach
 other processes or memory that no limit counts are denied.
 
-The first process of the namespace is the harness, a Python that has started and waits: it forks a
-child for each test, which becomes the program, and ends whatever that leaves. It ends with the
-caller, and the kernel all others with it.
+The first process of the namespace is the harness, harness.py: it forks a child for each test, which
+becomes the program, and ends whatever that leaves. It ends with the caller, and the kernel all
+others with it.
 
 Not covered: faults of the kernel, side channels such as time, and the CPU: there are no control
 groups.
@@ -28,8 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
@@ -46,94 +47,9 @@ _FILES_MB = 16  # of a program's temporary folder, which is in memory
 # systemd's user ids, of users who exist only as long as a service runs.
 _TRANSIENT_UIDS = range(61_184, 65_520)
 _PYTHON = Path(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
+_HARNESS = Path(__file__).with_name("harness.py").read_text(encoding="utf-8")
 _LIBRARY = Path(os.__file__).parent  # the standard one
 _LIBRARY_FOLDERS = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64"]
-
-# Runs inside: sets the limits and says that it is there; then, for each byte that the caller sends,
-# a child gives up root and becomes the program, or calls a function of it for each of the argument
-# lists on standard input and writes the results as one JSON list. Input and output are files that
-# the caller shares and rewrites between two tests. exit and quit are what -S leaves out. After the
-# first test come the imports that programs begin with: a fork has them for nothing.
-_HARNESS = """
-def _await(test, control):
-    import os, select, signal
-    ended = os.pidfd_open(test)
-    while True:
-        if control in select.select([control, ended], [], [], 0.1)[0]:  # at its end: the caller is dead, or done
-            os.kill(test, signal.SIGKILL)
-            os.waitpid(test, 0)
-            os.killpg(0, signal.SIGKILL)
-            os._exit(1)
-        while (one := os.waitpid(-1, os.WNOHANG))[0]:  # what the program orphans is the first process's to reap
-            if one[0] == test:
-                os.close(ended)
-                return one[1]
-def _end_others():
-    import os, signal
-    if os.getpid() == 1:  # of its namespace, in which -1 are all others
-        try:
-            os.kill(-1, signal.SIGKILL)
-            while os.wait():
-                pass
-        except (ProcessLookupError, ChildProcessError):  # there is none, or none any longer
-            pass
-def _load(source):
-    import builtins, os, sys
-    for left in os.scandir():  # in the temporary folder, by the test before
-        if left.is_dir(follow_symlinks=False):
-            import shutil
-            os.chmod(left, 0o700)  # and all below, from the top: it may have hidden them from itself
-            for folder, names, _ in os.walk(left):
-                for name in names:
-                    if not os.path.islink(below := os.path.join(folder, name)):
-                        os.chmod(below, 0o700)
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            os.unlink(left)
-    builtins.exit = builtins.quit = sys.exit
-    sys.argv[:] = ["program.py"]
-    return compile(source, "program.py", "exec")
-def _serve():
-    import os, resource, sys
-    source, control, uid, *limits = sys.argv[1:]
-    control, uid = int(control), int(uid)
-    for name, _, value in (limit.partition("=") for limit in limits):
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (int(value), int(value)))
-    os.write(control, b"r")
-    while os.read(control, 1):
-        test = os.fork()
-        if not test:
-            os.close(control)
-            if uid:
-                os.setgroups([])
-                os.setresgid(uid, uid, uid)
-                os.setresuid(uid, uid, uid)
-            return _load(source)
-        status = _await(test, control)
-        _end_others()
-        os.write(control, b"x" if status else b"0")
-        import bisect, collections, copy, functools, heapq, itertools, json, math, operator, random, re, string, typing
-    os._exit(0)
-"""
-_RUN = "exec(_serve())"
-# A solution is written as if its site's usual imports were there.
-_CALL = """
-import bisect, collections, functools, heapq, itertools, json, math, os, random, re, string, sys
-from bisect import *; from collections import *; from functools import *; from heapq import *; from itertools import *
-from math import ceil, floor, gcd, inf, log, log2, sqrt; from typing import *
-def _main(dumps=json.dumps):
-    program, cases, results = _serve(), json.load(sys.stdin), os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    exec(program, globals())
-    owner = globals().get("Solution")
-    if hasattr(owner, _NAME):
-        values = [getattr(owner(), _NAME)(*case) for case in cases]
-    else:
-        values = [globals()[_NAME](*case) for case in cases]
-    results.write(dumps(values))
-    results.close()
-_main()
-"""
 
 # System calls by (x86_64, aarch64) number. Those that make memory which belongs to no process; user
 # namespaces; keys, processes and devices of others, among them the sockets of a virtual machine's
@@ -175,63 +91,35 @@ def _missing(limits: "ProgramsSection") -> str | None:
     # A first start may have to read the disk.
     patient = dataclasses.replace(limits, time_s=max(limits.time_s, 30.0))
     with tempfile.TemporaryFile() as errors:
-        with contextlib.suppress(NoVerdict):
-            if run_program("import zoneinfo; print(6 * 7)", "", patient, max_bytes=3, errors=errors) == b"42\n":
+        with (
+            contextlib.suppress(NoVerdict),
+            sandboxed("import zoneinfo; print(6 * 7)", patient, errors=errors) as program,
+        ):
+            if program.run("", max_bytes=3) == b"42\n":
                 return None
         errors.seek(0)
         lines = errors.read().decode(errors="replace").split("\n")
     return "a first program failed: " + (" ".join(filter(None, lines[-3:])) or "no message")
 
 
-def run_program(
-    source: str,
-    stdin: str,
-    limits: "ProgramsSection",
-    *,
-    max_bytes: int,
-    function: str = "",
-    errors: IO[bytes] | int = subprocess.DEVNULL,
-) -> bytes | None:
-    """Output of a program that is run once; see `Program`."""
-    with Program(source, limits, function, errors) as program:
-        return program.run(stdin, max_bytes=max_bytes)
-
-
 class Program:
-    """A program in a sandbox of its own, run once a test. Use as a context manager.
-
-    All tests share its limits. With `function`, standard input holds a JSON list of argument lists,
-    and the output is the JSON list of results. `errors` takes standard error. When it is closed no
-    process of the program is left. Without isolation those may live until then that a test leaves
-    in the program's process group, and for ever those that leave the group.
-    """
+    """A program in a sandbox, see `sandboxed`; it is run once a test, and all tests share its limits."""
 
     def __init__(
         self,
-        source: str,
         limits: "ProgramsSection",
-        function: str = "",
-        errors: IO[bytes] | int = subprocess.DEVNULL,
+        process: subprocess.Popen[bytes],
+        given: IO[bytes],  # its standard input and output
+        written: IO[bytes],
+        control: socket.socket,  # the harness at its other end
+        end: float,  # by the clock, when it must have broken a limit
     ):
-        self._code = source.encode(errors="replace")
-        self._limits, self._function, self._errors = limits, function, errors
-        # Else it could not be an argument of a command.
-        self._is_program = b"\0" not in self._code and len(self._code) <= 100_000
-        self._stack = contextlib.ExitStack()
-        self._cpu_s = self._asleep_s = 0.0
+        self._limits, self._process, self._end = limits, process, end
+        self._given, self._written, self._control = given, written, control
         self._allowed_s = limits.time_s
-
-    def __enter__(self) -> Self:
-        if self._is_program:
-            try:
-                self._start()
-            except BaseException:
-                self._stack.close()
-                raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._next_look = time.monotonic() + _TICK_S
+        self._asleep_s = 0.0
+        self.cpu_s = 0.0  # of all its processes, when it was last looked at
 
     def run(self, stdin: str, *, max_bytes: int) -> bytes | None:
         """Output, or None where the program fails, breaks a limit or writes more than `max_bytes`.
@@ -239,10 +127,8 @@ class Program:
         Raises NoVerdict for one that got too little of the processor to break the limit in
         `limits.longest_s`.
         """
-        if not self._is_program:
-            return None
-        _rewrite(self._given, stdin.encode(errors="replace"))
-        _rewrite(self._written, b"")
+        _rewrite(self._given, stdin)
+        _rewrite(self._written, "")
         self._allowed_s += _TEST_S
         self._looked = time.monotonic()
         try:
@@ -255,34 +141,6 @@ class Program:
         self._written.seek(0)
         output = self._written.read(max_bytes + 1)
         return output if len(output) <= max_bytes else None
-
-    def _start(self) -> None:
-        enter = self._stack.enter_context
-        self._given = enter(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115  # the stack closes it
-        self._written = enter(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
-        self._control, theirs = map(enter, socket.socketpair())
-        self._end = time.monotonic() + self._limits.longest_s
-        self._next_look = time.monotonic() + _TICK_S
-        streams: dict[str, Any] = {"stdin": self._given, "stdout": self._written, "stderr": self._errors, "env": {}}
-        is_bare, own = self._limits.isolation != "bubblewrap", theirs.fileno()
-        python = _python(self._code, self._function, self._limits, is_bare, own)
-        first = None
-        with theirs:  # closed here, so that the socket ends with the harness
-            if is_bare:
-                folder = enter(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-                self._process: Any = subprocess.Popen(
-                    python, cwd=folder, start_new_session=True, pass_fds=[own], **streams
-                )
-            else:
-                self._process, first = _start_isolated(python, self._limits, own, **streams)
-            self._stack.callback(_end, self._process, first, self._control)
-        self._control.settimeout(self._limits.longest_s)
-        try:
-            is_there = self._control.recv(1)
-        except TimeoutError:
-            is_there = b""
-        if not is_there:  # no program has run yet, so that none is at fault
-            raise NoVerdict("the sandbox of a program did not start")
 
     def _await(self, max_bytes: int) -> bool:
         """Whether the program ends well within its limits."""
@@ -300,52 +158,100 @@ class Program:
         the program's; that in which all of them sleep is.
         """
         cpu_s, resident, is_ready = 0.0, 0, False
-        for one in _family(self._process.pid):
+        family: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(self._process.pid)
+            family = [first, *first.children(recursive=True)]
+        for one in family:
             with contextlib.suppress(psutil.NoSuchProcess), one.oneshot():
                 cpu_s += sum(one.cpu_times()[:4])  # with that of the children it has waited for
                 resident += one.memory_info().rss
                 is_ready |= one.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
         now = time.monotonic()
-        if not is_ready and cpu_s <= self._cpu_s:
+        if not is_ready and cpu_s <= self.cpu_s:
             self._asleep_s += now - self._looked
-        self._cpu_s, self._looked = max(cpu_s, self._cpu_s), now
-        if self._cpu_s + self._asleep_s > self._allowed_s or resident > self._limits.memory_mb << 20:
+        self.cpu_s, self._looked = max(cpu_s, self.cpu_s), now
+        if self.cpu_s + self._asleep_s > self._allowed_s or resident > self._limits.memory_mb << 20:
             return False
         if now > self._end:
-            raise NoVerdict(f"a program got {self._cpu_s:.1f} s of the processor in {self._limits.longest_s:g} s")
+            raise NoVerdict(f"a program got {self.cpu_s:.1f} s of the processor in {self._limits.longest_s:g} s")
         return True
 
 
-def _rewrite(file: IO[bytes], content: bytes) -> None:
+@contextlib.contextmanager
+def sandboxed(
+    source: str, limits: "ProgramsSection", function: str = "", errors: IO[bytes] | int = subprocess.DEVNULL
+) -> Iterator[Program]:
+    """A program in a sandbox of its own, of which no process is left at the end of the context.
+
+    With `function`, standard input holds a JSON list of argument lists, and the output is the JSON
+    list of results. `errors` takes standard error. Without isolation those processes may live until
+    the end that a test leaves in the program's process group, and for ever those that leave the
+    group. Raises NoVerdict where the sandbox does not start.
+    """
+    end = time.monotonic() + limits.longest_s
+    is_bare = limits.isolation != "bubblewrap"
+    control, theirs = socket.socketpair()
+    with (
+        control,
+        theirs,
+        tempfile.TemporaryFile(buffering=0) as given,
+        tempfile.TemporaryFile(buffering=0) as written,
+    ):
+        _rewrite(given, source)
+        streams = {"stdin": given, "stdout": written, "stderr": errors, "env": {}}
+        python = _python(function, limits, is_bare, theirs.fileno())
+        start = _bare(python, control, theirs, streams) if is_bare else _isolated(python, limits, theirs, streams)
+        with start as process:
+            theirs.close()  # so that the socket ends with the harness
+            # No program has run yet, so that none is at fault.
+            if not select.select([control], [], [], limits.longest_s)[0] or not control.recv(1):
+                raise NoVerdict("the sandbox of a program did not start")
+            yield Program(limits, process, given, written, control, end)
+
+
+def _rewrite(file: IO[bytes], content: str) -> None:
     """The file's position is the program's, too."""
     file.seek(0)
     file.truncate()
-    file.write(content)
+    file.write(content.encode(errors="replace"))
     file.seek(0)
 
 
-def _family(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        first = psutil.Process(pid)
-        return [first, *first.children(recursive=True)]
-    return []
-
-
-def _python(code: bytes, function: str, limits: "ProgramsSection", bare: bool, control: int) -> list[Any]:
+def _python(function: str, limits: "ProgramsSection", is_bare: bool, control: int) -> list[str]:
     """The command of the harness."""
-    uid = 0 if bare or os.geteuid() else _TRANSIENT_UIDS[os.getpid() % len(_TRANSIENT_UIDS)]
+    uid = 0 if is_bare or os.geteuid() else _TRANSIENT_UIDS[os.getpid() % len(_TRANSIENT_UIDS)]
     seconds, memory, files = math.ceil(limits.time_s) + 1, limits.memory_mb << 20, _FILES_MB << 20
     values = f"{control} {uid} CORE=0 CPU={seconds} AS={memory} FSIZE={files} NOFILE={_OPEN_FILES}"
-    if not bare:  # outside of a namespace it would count all processes of the user
+    if not is_bare:  # outside of a namespace it would count all processes of the user
         values += f" NPROC={limits.processes}"
-    harness = _HARNESS + (f"_NAME = {function!r}\n{_CALL}" if function else _RUN)
-    return [_PYTHON, "-ISX", "utf8", "-c", harness, code, *values.split()]
+    return [str(_PYTHON), "-ISX", "utf8", "-c", _HARNESS, function, *values.split()]
 
 
-def _start_isolated(
-    python: list[Any], limits: "ProgramsSection", control: int, **streams: Any
-) -> tuple[Any, int | None]:
-    """bubblewrap's process, and a descriptor of the harness, or None where that has ended already."""
+@contextlib.contextmanager
+def _bare(
+    python: list[str], control: socket.socket, theirs: socket.socket, streams: dict[str, Any]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The harness in a temporary folder, and nothing around it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        descriptors = [theirs.fileno()]
+        process: Any = subprocess.Popen(python, cwd=folder, start_new_session=True, pass_fds=descriptors, **streams)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                control.shutdown(socket.SHUT_RDWR)
+                process.wait(_BARE_END_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def _isolated(
+    python: list[str], limits: "ProgramsSection", theirs: socket.socket, streams: dict[str, Any]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """bubblewrap's process, with the harness as the first of a namespace."""
     (rules, rules_end), (info, info_end) = os.pipe(), os.pipe()
     with open(rules, "rb"), open(info, "rb") as about:
         with open(info_end, "wb"):
@@ -353,11 +259,23 @@ def _start_isolated(
                 # The filter fits the pipe, so that nobody has to read meanwhile.
                 pipe.write(_system_call_filter())
             command = [*_bubblewrap(limits), "--seccomp", str(rules), "--info-fd", str(info_end), *python]
-            process = subprocess.Popen(command, pass_fds=[rules, info_end, control], **streams)
+            descriptors = [rules, info_end, theirs.fileno()]
+            process: Any = subprocess.Popen(command, pass_fds=descriptors, **streams)
         answer = about.read()  # which ends when the namespace is there, or bubblewrap has failed
+    first = None
     with contextlib.suppress(ProcessLookupError):  # gone already, and all others with it
-        return process, os.pidfd_open(json.loads(answer)["child-pid"]) if answer else None
-    return process, None
+        first = os.pidfd_open(json.loads(answer)["child-pid"]) if answer else None
+    try:
+        yield process
+    finally:
+        if first is None:
+            process.kill()
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(first, signal.SIGKILL)
+            select.select([first], [], [])  # it is gone only when all others of the namespace are
+            os.close(first)
+        process.wait()
 
 
 def _bubblewrap(limits: "ProgramsSection") -> list[str]:
@@ -409,19 +327,3 @@ def _system_call_filter() -> bytes:
         steps += [(equal, 0, 1, numbers[column]), (result, 0, 0, _NOT_PERMITTED)]
     steps += [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 0, 1, _CLONE_NEWUSER), (result, 0, 0, _NOT_PERMITTED)]
     return b"".join(struct.pack("=HBBI", *step) for step in [*steps, (result, 0, 0, _ALLOW)])
-
-
-def _end(process: "subprocess.Popen[bytes]", first: int | None, control: socket.socket) -> None:
-    """Ends every process of the program; the first one of a namespace is gone only when all others are."""
-    if first is not None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(first, signal.SIGKILL)
-        select.select([first], [], [])
-        os.close(first)
-    else:
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            control.shutdown(socket.SHUT_RDWR)
-            process.wait(_BARE_END_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

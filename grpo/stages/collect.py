@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from flashgrpo.grpo.data.problems import load_completions, load_problems
-from flashgrpo.grpo.data.prompts import encode, located, render_problem, render_prompts
+from flashgrpo.grpo.data.prompts import encode, located, render_prompt, render_prompts
 from flashgrpo.grpo.errors import DataError, GeneratorFailure, RewardFailure, RunInputError
 from flashgrpo.grpo.recipe.load import CollectRecipe, recipe_to_toml
 from flashgrpo.grpo.recipe.schema import GivenSection
@@ -223,7 +223,9 @@ def _given_samples(given: Given, section: GivenSection, policy: Policy, pool: Re
         with located(problem):
             ids = encode(text, policy.tokenizer)
             # What is not filtered needs no prompt in its template.
-            context = policy.decode(render_problem(problem, section, policy.tokenizer)) if section.filtered else ""
+            context = (
+                policy.decode(render_prompt(problem.prompt, section, policy.tokenizer)) if section.filtered else ""
+            )
         groups.append(CompletionGroup(problem, context, [text], [ids], ["stop"]))
     has_answer = section.answer_column is not None
     names = _scored(given[0][0], has_answer) if section.filtered else []

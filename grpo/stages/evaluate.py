@@ -28,7 +28,7 @@ from flashgrpo.grpo.data.prompts import render_prompt, render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.metrics import count_reflections
 from flashgrpo.grpo.recipe.load import Recipe, SamplingRecipe
-from flashgrpo.grpo.recipe.schema import ModelSection, Template, first_step
+from flashgrpo.grpo.recipe.schema import ModelSection, SourceSection, Template, first_step
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.response import Response
 from flashgrpo.grpo.rewards.rules import is_correct
@@ -157,7 +157,7 @@ def sample_texts(
 ) -> list[str]:
     """Completions of one prompt by the model in a Hugging Face folder."""
     policy = open_policy(ModelSection(model), resolve_device("auto"))
-    prompt_ids = render_prompt(prompt, template, policy.tokenizer)
+    prompt_ids = render_prompt(prompt, SourceSection(template=template), policy.tokenizer)
     request = Request(0, prompt_ids, sample_seeds(seed, 0, 0, num_samples))
     (group,) = NativeGenerator(policy.model, policy.stop_token_ids).generate([request], sampling)
     return [policy.decode(rollout.completion_ids) for rollout in group]

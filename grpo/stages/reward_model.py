@@ -7,7 +7,7 @@ prompt in the pack, and are never in different ones.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,16 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashgrpo.grpo.data.problems import read_rows, split_problems, to_problem
-from flashgrpo.grpo.data.prompts import located, render_problem
-from flashgrpo.grpo.errors import DataError, nearest
+from flashgrpo.grpo.data.problems import completion_in, read_rows, split_problems, to_problem, value_in
+from flashgrpo.grpo.data.prompts import located, render_prompt
+from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.learn.learner import Stats
 from flashgrpo.grpo.learn.packing import Group
 from flashgrpo.grpo.recipe.load import RewardModelRecipe
 from flashgrpo.grpo.rewards.models import CARD, Card, scored_group, scored_ids
 from flashgrpo.grpo.run.policy import Policy, end_token_id, warn_beyond_context
 from flashgrpo.grpo.stages.sft import SupervisedTrainer, check_length, supervise
-from flashgrpo.grpo.types import Problem
 from flashgrpo.model.batch import PackedBatch
 
 
@@ -93,17 +92,17 @@ def load_rows(recipe: RewardModelRecipe, policy: Policy) -> tuple[list[Row], lis
     Raises DataError for a missing column, what is no text or label, or a row over data.max_tokens or the token budget.
     """
     data, is_pair = recipe.data, recipe.train.objective == "pairwise"
-    texts = [data.chosen_column, data.rejected_column] if is_pair else [data.completion_column]
+    names = [data.chosen_column, data.rejected_column] if is_pair else [data.completion_column]
     end = end_token_id(policy.path, policy.tokenizer)
     problems, rows, longest = [], {}, 0
     for where, columns in read_rows(str(data.path), data.subset, data.split):
-        problem = to_problem(where, columns, data.prompt_column, texts[0])
-        _check_texts(problem, texts)
+        problem = to_problem(where, columns, data.prompt_column, names[0])
+        texts = [completion_in(where, columns, name) for name in names]
         with located(problem):
-            prompt_ids = render_problem(problem, data, policy.tokenizer)
-            ids = [scored_ids(columns[t], recipe.train.scores, policy.tokenizer, end) for t in texts]
+            prompt_ids = render_prompt(problem.prompt, data, policy.tokenizer)
+            ids = [scored_ids(text, recipe.train.scores, policy.tokenizer, end) for text in texts]
         longest = max(longest, check_length(where, len(prompt_ids), [*map(len, ids)], recipe))
-        signs = [1.0, -1.0] if is_pair else [_sign(problem, data.label_column)]
+        signs = [1.0, -1.0] if is_pair else [_sign(where, columns, data.label_column)]
         problems.append(problem)
         rows[id(problem)] = Row(prompt_ids, ids, signs)
     if not problems:
@@ -119,22 +118,8 @@ def load_rows(recipe: RewardModelRecipe, policy: Policy) -> tuple[list[Row], lis
     return training, held_out
 
 
-def _check_texts(problem: Problem, names: Sequence[str]) -> None:
-    for name in names:
-        text = _value(problem, name)
-        if not isinstance(text, str):
-            raise DataError(f"{problem.where}: column {name!r} holds {type(text).__name__}, wanted text")
-
-
-def _sign(problem: Problem, column: str) -> float:
-    label = _value(problem, column)
+def _sign(where: str, row: Mapping[str, Any], column: str) -> float:
+    label = value_in(where, row, column)
     if not isinstance(label, int) or label not in (0, 1):  # True is 1
-        raise DataError(f"{problem.where}: column {column!r} holds {label!r}, wanted 0, 1, true or false")
+        raise DataError(f"{where}: column {column!r} holds {label!r}, wanted 0, 1, true or false")
     return 1.0 if label else -1.0
-
-
-def _value(problem: Problem, column: str) -> Any:
-    if column not in problem.columns:
-        known = nearest(column, problem.columns, with_all=True)
-        raise DataError(f"{problem.where}: no column {column!r}{known}")
-    return problem.columns[column]

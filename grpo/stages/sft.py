@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.data.problems import load_completions
-from flashgrpo.grpo.data.prompts import closed_ids, located, render_problem
+from flashgrpo.grpo.data.prompts import closed_ids, located, render_prompt
 from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.learn.balance import plan_packs
 from flashgrpo.grpo.learn.learner import Stats, packed_loss
@@ -176,7 +176,7 @@ def load_examples(recipe: SftRecipe, policy: Policy) -> list[Group]:
     examples, longest = [], 0
     for problem, text in load_completions(recipe.data, recipe.data.completion_column):
         with located(problem):
-            prompt_ids = render_problem(problem, recipe.data, policy.tokenizer)
+            prompt_ids = render_prompt(problem.prompt, recipe.data, policy.tokenizer)
             ids = closed_ids(text, policy.tokenizer, end)
         longest = max(longest, check_length(problem.where, len(prompt_ids), [len(ids)], recipe))
         examples.append(Group(prompt_ids, [Completion(ids, sequence_id=len(examples))]))

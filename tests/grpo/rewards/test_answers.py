@@ -1,7 +1,5 @@
 r"""Answers as MATH, GSM8K and AIME and policies write them: what is equal scores, what only looks so does not."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +90,3 @@ def test_large_formulas_are_compared_without_multiplying_them_out():
     check("(x+1)^{9999}", ["(1+x)^{9999}", "$(x + 1)^{9999}$"], ["(x+1)^{9998}", "(x-1)^{9999}"])
     check(r"\binom{2024}{1012}", [r"\frac{2024!}{1012! \cdot 1012!}"], [r"\binom{2024}{1011}"])
     check("2^{2021}", [r"2 \cdot 2^{2020}"], ["2^{2020}"])
-
-
-def test_the_first_comparison_imports_what_all_others_need():
-    """A worker warms up with one answer; the import would else count against the first formula's time limit."""
-    code = "import sys; from flashgrpo.grpo.rewards.rules import accuracy; accuracy([''], ['1'], ['Paris']); "
-    code += "print('sympy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"

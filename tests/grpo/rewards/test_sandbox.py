@@ -2,42 +2,72 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import os
 import platform
 import resource
+import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
-import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from pydantic import ValidationError
 
-from flashgrpo.grpo.errors import RecipeError, RewardError
+from flashgrpo.grpo.errors import RewardError
 from flashgrpo.grpo.recipe import schema as sections
-from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.recipe.schema import ProgramsSection
-from flashgrpo.grpo.rewards import language, sandbox
-from flashgrpo.grpo.rewards import programs as code_reward
+from flashgrpo.grpo.rewards import sandbox
+from flashgrpo.grpo.rewards.language import share_in_language
 from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rewards.programs import extract_program, parse_tests, score_programs
+from flashgrpo.grpo.rewards.programs import extract_program, parse_tests, same_results, same_text, score_programs
 from flashgrpo.grpo.rewards.rules import code
 from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.types import Problem
 
 LIMITS = ProgramsSection(time_s=1.0, memory_mb=128)
-UNPROTECTED = ProgramsSection(time_s=1.0, isolation="none: run programs unprotected")
+SHORT = ProgramsSection(time_s=0.4, memory_mb=128)  # for what lasts until it breaks a limit
+UNPROTECTED = ProgramsSection(time_s=0.4, memory_mb=128, isolation="none: run programs unprotected")
 ECHO = {"inputs": ["1\n", "2\n"], "outputs": ["1\n", "2\n"]}
 CALL = {"inputs": [[1], [2]], "outputs": [1, 2], "fn_name": "same"}
 pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def is_reaper() -> Iterator[None]:
+    """As in a container whose first process is the trainer: what loses its parent becomes this process's child."""
+    prctl, subreaper = ctypes.CDLL(None).prctl, 36
+    assert prctl(subreaper, 1, 0, 0, 0) == 0
+    yield
+    prctl(subreaper, 0, 0, 0, 0)
+
+
+def children() -> set[psutil.Process]:
+    """Of this process, at any depth; and zombies."""
+    return set(psutil.Process().children(recursive=True))
+
+
+@contextlib.contextmanager
+def nothing_is_left() -> Iterator[None]:
+    before = children()
+    yield
+    assert children() - before == set()
+
+
+def wait_until(is_true: Callable[[], bool], limit_s: float = 60.0) -> None:
+    end = time.monotonic() + limit_s
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def score(program: str, tests=ECHO, limits: ProgramsSection = LIMITS) -> float | None:
@@ -45,16 +75,19 @@ def score(program: str, tests=ECHO, limits: ProgramsSection = LIMITS) -> float |
     return found
 
 
-def processes_with(mark: str) -> list[psutil.Process]:
-    """Those that have `mark` in their command line, this one left out."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if mark in " ".join(process.cmdline()) and process.pid != os.getpid():
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def output(program: str, limits: ProgramsSection = LIMITS) -> str | None:
+    with sandbox.sandboxed(program, limits) as runner:
+        found = runner.run("", max_bytes=10_000)
+    return None if found is None else found.decode()
+
+
+def reached(attempts: dict[str, str], limits: ProgramsSection) -> list[str]:
+    """The attempts of one program that do not end with an error."""
+    program = f"reached = []\nfor name, attempt in {attempts}.items():\n    try:\n        exec(attempt, {{}})\n"
+    program += "        reached.append(name)\n    except BaseException:\n        pass\nprint('=', *reached, sep='\\n')"
+    found = output(program, dataclasses.replace(limits, time_s=20.0))
+    assert found is not None
+    return found.rpartition("=")[2].split("\n")[1:-1]
 
 
 @pytest.mark.parametrize(
@@ -77,13 +110,17 @@ def processes_with(mark: str) -> list[psutil.Process]:
         ("def same(x):\n    return x", CALL, 1),
         ("def same(x):\n    print('debug')\n    return x", CALL, 1),
         ("class Solution:\n    def same(self, x: List[int]):\n        return x", CALL, 1),
+        ("def same(x):\n    return x", {"inputs": [[1]], "outputs": [[1]], "fn_name": "same"}, 1),
         ("def same(x):\n    return 1", CALL, 0),
         ("def same(x):\n    return float('nan')", CALL, 0),
         ("def other(x):\n    return x", CALL, 0),
         ("def same(x):\n    return {'a': [x]}", {"inputs": [[1]], "outputs": [{"a": [1]}], "fn_name": "same"}, 1),
         ("def same(a, b):\n    return a + b", {"inputs": ["1\n[2]"], "outputs": ["3"], "fn_name": "same"}, 0),
         ("def same(a, b):\n    return a + sum(b)", {"inputs": ["1\n[2]"], "outputs": ["3"], "fn_name": "same"}, 1),
+        ("print(input())  # " + "long " * 50_000, ECHO, 1),
+        ("print(input())\n\0", ECHO, 0),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_programs_are_scored_by_their_tests(program, tests, wanted):
     assert score(program, tests) == wanted
@@ -96,8 +133,7 @@ NAMED = {"func_name": "add"}
 @pytest.mark.parametrize(
     ("tests", "metadata"),
     [
-        ([ADD], json.dumps(NAMED)),
-        (json.dumps([ADD]), NAMED),
+        (json.dumps([ADD]), json.dumps(NAMED)),
         ([{**ADD, "metadata": NAMED}], "from a contest"),
         ([{**ADD, "metadata": json.dumps(NAMED)}], None),
         ({"inputs": ["1\n2"], "outputs": ["3"], "func_name": "add"}, {}),
@@ -109,50 +145,38 @@ def test_functions_of_livecodebench_are_called_by_the_name_in_their_metadata(tes
     assert code([""] * 2, [program, wrong], [tests] * 2, LIMITS, metadata=[metadata] * 2) == [1.0, 0.0]
 
 
-def test_functional_tests_without_a_name_are_refused_and_text_tests_need_none():
+def test_rows_without_tests_are_missing_and_faulty_tests_say_what_is_wanted():
+    assert code(["", ""], ["```python\nprint(1)\n```"] * 2, tests=[None, json.dumps(ECHO)]) == [None, 0.0]
+    for faulty in ({"inputs": ["1"], "outputs": []}, [{"in": 1}], {"inputs": ["1"]}):
+        with pytest.raises(ValueError, match=r"tests: .* wanted .*all of one length"):
+            parse_tests(faulty)
     with pytest.raises(ValueError, match="testtype is functional, and no fn_name or metadata with a func_name"):
         parse_tests([ADD], {"difficulty": "easy"})
-    stdin = parse_tests([{**ADD, "testtype": "stdin"}], NAMED)
-    assert stdin is not None
-    assert (stdin.function, stdin.inputs) == ("", ["1\n2"])
+    assert parse_tests([{**ADD, "testtype": "stdin"}], NAMED) == ("", [("1\n2", "3")])
 
 
 def test_the_program_of_a_completion_is_its_last_block_after_the_reasoning():
-    block = "```python\nprint({})\n```"
-    blocks = [block.format(i) for i in (1, 2, 3)]
-    assert extract_program("<think>{}\n</think>\n{}\nor\n{}".format(*blocks)) == "print(3)\n"
-    assert extract_program(f"<think>{block.format(1)}") is None
-    assert extract_program(block.format(1), prompt="<think>\n") is None
-    assert extract_program("```cpp\nint x;\n```\n```python\nprint(1)\n```\n```\n1\n```") == "print(1)\n"
+    one, two, three = (f"```python\nprint({i})\n```" for i in (1, 2, 3))
+    assert extract_program(f"<think>{one}\n</think>\n{two}\nor\n{three}") == "print(3)\n"
+    assert extract_program(f"<think>{one}") is None
+    assert extract_program(one, prompt="<think>\n") is None
+    assert extract_program(f"```cpp\nint x;\n```\n{one}\n```\n1\n```") == "print(1)\n"
     assert extract_program("print(1)") is None
 
 
-@pytest.mark.parametrize(
-    ("found", "wanted", "is_right"),
-    [
-        ("5.0", "5", True),
-        ("5.0000001", "5", False),
-        ("1000000001.0", "1000000000", False),
-        ("1e18", "1000000000000000001", False),
-        ("1e18", "1000000000000000000", True),
-        ("9" * 5000, "9" * 4999 + "8", False),
-        ("sNaN", "5", False),
-        ("1e999999999", "5", False),
-        ("101", "0101", False),
-        ("1_000", "1000", False),
-        ("0.3333333333", "0.33333333", True),
-        (10**17 + 1.0, 10**17, True),
-        (12345678.9, 12345678, False),
-        ([1e23], [10**23], False),
-        (0.30000000000000004, 0.3, True),
-        (10**400, 0.5, False),
-    ],
-)
-def test_an_integer_is_expected_exactly_and_a_fraction_nearly(found, wanted, is_right):
-    if isinstance(wanted, str):
-        assert code_reward._same_text(found.encode(), wanted) == is_right
-    else:
-        assert code_reward._same_results(json.dumps([found]).encode(), [wanted]) == is_right
+RIGHT_WORDS = "5.0=5 1e18=1000000000000000000 0.3333333333=0.33333333"
+WRONG_WORDS = "5.0000001=5 1000000001.0=1000000000 1e18=1000000000000000001 sNaN=5 1e999999999=5 101=0101 1_000=1000"
+RIGHT_VALUES = [(10**17 + 1.0, 10**17), (0.30000000000000004, 0.3)]
+WRONG_VALUES = [(12345678.9, 12345678), ([1e23], [10**23]), (10**400, 0.5)]
+
+
+def test_an_integer_is_expected_exactly_and_a_fraction_nearly():
+    right, wrong = ([pair.split("=") for pair in words.split()] for words in (RIGHT_WORDS, WRONG_WORDS))
+    wrong.append(["9" * 5000, "9" * 4999 + "8"])
+    assert [pair for pair in right if not same_text(*pair)] == []
+    assert [pair for pair in wrong if same_text(*pair)] == []
+    assert [pair for pair in RIGHT_VALUES if not same_results(*(json.dumps([value]) for value in pair))] == []
+    assert [pair for pair in WRONG_VALUES if same_results(*(json.dumps([value]) for value in pair))] == []
 
 
 def test_a_completion_that_never_closes_what_it_opens_costs_no_more_than_others():
@@ -161,28 +185,19 @@ def test_a_completion_that_never_closes_what_it_opens_costs_no_more_than_others(
     for text in ("```" + "a" * 300_000, "```" + " " * 300_000, "```\n" * 100_001, "\n" * 300_000):
         extract_program(f"</think>\n{text}")
     for text in (r"\(", r"\[", r"\(\[", "```", "$$", "$", "<a", "`", "'a"):
-        language._BETWEEN_WORDS.sub(" ", text * 100_001)
+        share_in_language(text * 100_001, "EN")
     assert time.process_time() - start < 10
-
-
-def test_rows_without_tests_are_missing_and_faulty_tests_say_what_is_wanted():
-    assert code(["", ""], ["```python\nprint(1)\n```"] * 2, tests=[None, json.dumps(ECHO)]) == [None, 0.0]
-    for faulty in ({"inputs": ["1"], "outputs": []}, [{"in": 1}], {"inputs": ["1"]}):
-        with pytest.raises(ValueError, match=r"tests: .* wanted .*all of one length"):
-            parse_tests(faulty)
 
 
 ATTACKS = {
     "fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
-    "threads": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(9,)).start()",
-    "one process's memory": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))",
-    "many processes' memory": (
-        "import os, time\nfor _ in range(12):\n    if os.fork() == 0:\n        break\nx = bytearray(100 << 20)\n"
-        "for i in range(0, len(x), 4096):\n    x[i] = 1\ntime.sleep(1)\nprint(input())"
+    "threads": (
+        "import threading, time\nfor _ in range(20):\n    threading.Thread(target=time.sleep, args=(0.1,)).start()\n"
+        "print(input())"
     ),
+    "one process's memory": "x = bytearray(200 << 20)\nprint(input())",
     "memory of no process": (
-        "import os\nfor _ in range(40):\n    f = os.memfd_create('x')\n    for _ in range(15):\n"
-        "        os.write(f, bytes(1 << 20))\nprint(input())"
+        "import os\nfor _ in range(10):\n    os.write(os.memfd_create('x'), bytes(15 << 20))\nprint(input())"
     ),
     "endless output": "while True:\n    print('x' * 1000)",
     "endless errors": "import sys\nwhile True:\n    sys.stderr.write('x' * 1000)",
@@ -194,7 +209,7 @@ ATTACKS = {
         "    except (OSError, ValueError):\n        pass\nwhile True:\n    pass"
     ),
     "closing everything": "import os, time\nos.closerange(0, 64)\ntime.sleep(60)",
-    "filling the folder": "while True:\n    open('/tmp/x', 'ab').write(bytes(1 << 20))",
+    "filling the folder": "for name in 'ab':\n    open(name, 'wb').write(bytes(10 << 20))\nprint(input())",
     "binary garbage": "import sys\nsys.stdout.buffer.write(bytes(range(256)) * 9)\ndef same(x):\n    return b'\\xff'",
     "killing the parent": "import os\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)\nos.kill(1, 9)",
     "a verdict of its own": "print('{\"score\": 1}\\npassed\\n1.0')\nimport os\nos._exit(0)",
@@ -203,19 +218,29 @@ ATTACKS = {
         "        while True:\n            time.sleep(0.1)\n    os._exit(0)\ntime.sleep(60)"
     ),
 }
+BESIDE_OTHERS = ["waiting", "closing everything", "double fork", "fork bomb"]
+# Of which it matters that functions write their results at the end, where programs print.
+OF_FUNCTIONS = ["endless output", "binary garbage", "a verdict of its own"]
+CASES = [pytest.param(name, ECHO, id=name) for name in ATTACKS if name not in BESIDE_OTHERS]
+CASES += [pytest.param(name, CALL, id=f"{name}, function") for name in OF_FUNCTIONS]
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize("tests", [ECHO, CALL], ids=["text", "function"])
-def test_an_attack_scores_0_and_leaves_no_process(name, tests, tmp_path, monkeypatch):
-    """In the longest time that a busy machine grants, with nothing left among processes and temporary files."""
+@pytest.mark.parametrize(("name", "tests"), CASES)
+def test_an_attack_scores_0_and_leaves_nothing(name, tests, tmp_path, monkeypatch):
+    """Among processes and temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    mark = uuid.uuid4().hex
-    start = time.monotonic()
-    assert score(f"def same(x):\n    return x\nmark = '{mark}'\n{ATTACKS[name]}", tests) == 0
-    assert time.monotonic() - start < LIMITS.longest_s + 3
-    assert processes_with(mark) == []
+    with nothing_is_left():
+        assert score(f"def same(x):\n    return x\n{ATTACKS[name]}", tests, SHORT) == 0
     assert [*tmp_path.iterdir()] == []
+
+
+def test_attacks_beside_right_programs_do_not_change_their_scores():
+    """What sleeps until it breaks a limit does so all at once."""
+    attacks = [(ATTACKS[name], tests, SHORT) for name in BESIDE_OTHERS[:3] for tests in (ECHO, CALL)]
+    right, bomb = ("print(input())", ECHO, LIMITS), (ATTACKS["fork bomb"], ECHO, SHORT)
+    with nothing_is_left(), ThreadPoolExecutor(10) as threads:
+        found = threads.map(lambda each: score(*each), [*attacks, bomb, *[right] * 3])
+        assert [*found] == [0] * 7 + [1] * 3
 
 
 SPIES = {
@@ -240,15 +265,12 @@ SPIES = {
     "the interpreter": "import os\nopen(os.__file__, 'a').write('#')\nprint('written')",
     "another command": "import subprocess\nprint(subprocess.run(['/bin/sh', '-c', 'id'], capture_output=True).stdout)",
 }
-
-
+# What is reached without isolation, so that it can be tried there.
 HARMLESS = ["a file in the home", "its folder", "the users", "the command line of the first process", "other processes"]
 HARMLESS += ["signals to other processes", "the local network", "a Unix socket", "names of hosts", "a file outside"]
 
 
-@pytest.mark.parametrize("name", SPIES)
-def test_a_program_reaches_nothing_outside(name, monkeypatch):
-    """It ends with an error where it tries; so its output, whatever it had been, is not even looked at."""
+def test_a_program_reaches_nothing_outside(monkeypatch):
     monkeypatch.setenv("SECRET_OF_TEST", "42")
     with tempfile.TemporaryDirectory(dir=Path.home()) as folder, socket.create_server(("127.0.0.1", 0)) as listener:
         secret = Path(folder, "secret")
@@ -256,11 +278,12 @@ def test_a_program_reaches_nothing_outside(name, monkeypatch):
         secret.chmod(0o644)
         Path(folder).chmod(0o777)
         values = {"secret": secret, "folder": folder, "port": listener.getsockname()[1], "pid": os.getpid()}
-        program = SPIES[name].format(**values)
-        assert sandbox.run_program(program, "", LIMITS, max_bytes=10_000) is None
+        attempts = {name: program.format(**values) for name, program in SPIES.items()}
+        assert reached(attempts, LIMITS) == []
         assert os.listdir(folder) == ["secret"]
-    ours = subprocess.run([sys.executable, "-c", "print(1)"], capture_output=True, text=True)
-    assert ours.stdout == "1\n"
+        harmless = {name: attempts[name] for name in HARMLESS}
+        assert reached(harmless, UNPROTECTED) == HARMLESS
+        assert Path(folder, "left").exists()
 
 
 def executable(number: int, *arguments: int) -> bytes:
@@ -274,25 +297,23 @@ def executable(number: int, *arguments: int) -> bytes:
     return header + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, 120 + len(code), 120 + len(code), 4096) + code
 
 
+CALLS = {
+    "unshare a user namespace": (272, 0x10000000),
+    "clone into a user namespace": (56, 0x10000011, 0),
+    "ptrace": (101, 0),
+    "keys of the user": (250, 0, 0xFFFFFFFC, 1),
+    "shared memory of no process": (29, 0, 4096, 0o1600),
+    "getpid": (39,),
+}
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the machine code and the numbers are those of x86-64")
-@pytest.mark.parametrize(
-    "call",
-    [
-        pytest.param((272, 0x10000000), id="unshare a user namespace"),
-        pytest.param((56, 0x10000011, 0), id="clone into a user namespace"),
-        pytest.param((101, 0), id="ptrace"),
-        pytest.param((250, 0, 0xFFFFFFFC, 1), id="keys of the user"),
-        pytest.param((29, 0, 4096, 0o1600), id="shared memory of no process"),
-    ],
-)
-def test_system_calls_that_lead_out_are_denied(call):
-    program = (
-        "import os, subprocess\nopen('x', 'wb').write({})\nos.chmod('x', 0o755)\nsubprocess.run(['./x'], check=True)"
-    )
-    denied = program.format(executable(*call))
-    assert sandbox.run_program(denied, "", LIMITS, max_bytes=9) is None
-    assert sandbox.run_program(denied, "", UNPROTECTED, max_bytes=9) == b""
-    assert sandbox.run_program(program.format(executable(39)), "", LIMITS, max_bytes=9) == b""  # getpid
+def test_system_calls_that_lead_out_are_denied():
+    run = "import os, subprocess\nopen('x', 'wb').write({})\nos.chmod('x', 0o755)\n"
+    run += "subprocess.run(['./x'], check=True)\nos.remove('x')"
+    attempts = {name: run.format(executable(*call)) for name, call in CALLS.items()}
+    assert reached(attempts, LIMITS) == ["getpid"]
+    assert reached(attempts, UNPROTECTED) == [*CALLS]
 
 
 def test_handles_and_memory_of_others_are_out_of_reach_for_every_user():
@@ -300,123 +321,106 @@ def test_handles_and_memory_of_others_are_out_of_reach_for_every_user():
         "import ctypes, os\ncall = ctypes.CDLL(None, use_errno=True).syscall\nme = os.getpid()\n"
         "for number in {}:\n    call(number, me, me, 1, 0, 0)\n    print(ctypes.get_errno(), end=' ')"
     )
-    column = sandbox._MACHINES[platform.machine()][0]
-    numbers = [sandbox._DENIED[name][column] for name in ("kcmp", "pidfd_getfd")]
-    assert sandbox.run_program(program.format(numbers), "", LIMITS, max_bytes=99) == b"1 1 "  # EPERM
+    kcmp = {"x86_64": 312, "aarch64": 272}[platform.machine()]
+    assert output(program.format([kcmp, 438])) == "1 1 "  # EPERM; 438 is pidfd_getfd
 
 
-def test_a_program_sees_the_standard_library_and_no_other_packages_or_commands():
+def test_a_program_sees_the_standard_library_and_writes_to_the_temporary_folder_alone():
     """Wherever Python is: below /usr, too, it must not see what the machine has installed."""
     library = Path(os.__file__).parent
     others = [f"{prefix}/{name}" for prefix in ("/usr", "/usr/local", sys.base_prefix) for name in ("", "bin", "share")]
     others += [library / "site-packages", *Path("/usr/lib").glob("python3*"), *Path("/usr/lib").glob("python3/*")]
     tried = [str(path) for path in (library, *others)]
     program = f"import os\nfor path in {tried}:\n    try:\n        os.listdir(path)\n        print(path)\n"
-    program += "    except OSError:\n        pass"
-    assert sandbox.run_program(program, "", LIMITS, max_bytes=9999) == f"{library}\n".encode()
+    program += "    except OSError:\n        pass\n"
+    program += "for folder, _, _ in os.walk('/'):\n    try:\n        open(folder + '/x', 'w')\n"
+    program += "        print(folder)\n    except OSError:\n        pass"
+    assert output(program, ProgramsSection(time_s=60)) == f"{library}\n/tmp\n"
 
 
 def test_a_test_finds_nothing_of_the_one_before():
+    """Nor is a process left of a right program that stays behind."""
     program = (
         "import os, time\nos.makedirs('x/y')\nopen('x/y/z', 'x')\nos.symlink('/', 'link')\n"
         "os.chmod('x/y', 0)\nos.chmod('x', 0)\n"
         "if os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nprint(input(), len(os.listdir()))"
     )
-    with sandbox.Program(program, ProgramsSection(processes=3)) as twenty:
+    with nothing_is_left(), sandbox.sandboxed(program, ProgramsSection(processes=3)) as runner:
         for i in range(20):
-            assert twenty.run(str(i), max_bytes=9) == f"{i} 2\n".encode()
+            assert runner.run(str(i), max_bytes=9) == f"{i} 2\n".encode()
 
 
-def test_a_right_program_passes_150_tests_within_the_default_limits():
-    tests = {"inputs": [*map(str, range(150))], "outputs": [str(i + 1) for i in range(150)]}
+def test_a_program_costs_little_beside_what_it_does():
+    """In seconds of processor, which other work does not change: of a quiet one 0.02 a program and 0.007 a test."""
+    tests = {"inputs": [*map(str, range(40))], "outputs": [str(i + 1) for i in range(40)]}
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert score("print(int(input()) + 1)", tests, ProgramsSection()) == 1
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 1.5
 
 
 def test_a_program_that_waits_for_a_busy_processor_is_not_wrong(monkeypatch):
     """Ready to run, it has all the time that it needs, up to the cap, where it is missing; asleep, it is wrong."""
-    times, memory = (0.1, 0.0, 0.0, 0.0, 0.0), SimpleNamespace(rss=0)
-    states = {"status": psutil.STATUS_RUNNING}
+    state = psutil.STATUS_RUNNING
     fake = SimpleNamespace(
-        cpu_times=lambda: times,
-        memory_info=lambda: memory,
-        status=lambda: states["status"],
+        children=lambda recursive: [],
+        cpu_times=lambda: (0.1, 0.0, 0.0, 0.0, 0.0),
+        memory_info=lambda: SimpleNamespace(rss=0),
+        status=lambda: state,
         oneshot=contextlib.nullcontext,
     )
-    monkeypatch.setattr(sandbox, "_family", lambda pid: [fake])
-    limits = ProgramsSection(time_s=0.4)
-    slow = "import time\ntime.sleep(1)\nprint(input())"
+    monkeypatch.setattr(psutil, "Process", lambda pid: fake)
+    limits = ProgramsSection(time_s=0.3)
+    slow = "import time\ntime.sleep(0.7)\nprint(input())"
     assert score(slow, {"inputs": ["1"], "outputs": ["1"]}, limits) == 1
     monkeypatch.setattr(sections, "_PROGRAM_WALL", 2)
     assert math.isnan(score(slow, limits=limits) or 0)
-    states["status"] = psutil.STATUS_SLEEPING
+    state = psutil.STATUS_SLEEPING
     assert score(slow, limits=limits) == 0
 
 
+def test_resident_memory_of_all_its_processes_is_a_programs():
+    program = "import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        break\nx = bytearray(50 << 20)\n"
+    program += "for i in range(0, len(x), 4096):\n    x[i] = 1\ntime.sleep(0.5)"
+    for memory_mb, wanted in ((150, 0), (600, 1)):
+        limits = ProgramsSection(time_s=6, memory_mb=memory_mb)
+        assert score(program, {"inputs": [""], "outputs": [""]}, limits) == wanted
+
+
 def test_processor_time_of_all_its_processes_is_a_programs():
-    program = "import os\nos.fork(), os.fork()\nwhile True:\n    pass"
-    limits = ProgramsSection(time_s=1.0)
-    with sandbox.Program(program, limits) as forks:
+    with sandbox.sandboxed("import os\nos.fork(), os.fork()\nwhile True:\n    pass", SHORT) as forks:
         assert forks.run("", max_bytes=9) is None
-        assert limits.time_s < forks._cpu_s < 4 * limits.time_s
+        assert SHORT.time_s < forks.cpu_s < 8 * SHORT.time_s
 
 
-def test_no_zombie_is_left_where_nobody_reaps_them():
-    """As in a container whose first process is the trainer: here orphans come to this process."""
-    prctl, subreaper = ctypes.CDLL(None).prctl, 36
-    assert prctl(subreaper, 1, 0, 0, 0) == 0
-    try:
-        for program in ("print(input())", "import os\nos.fork()", "raise SystemExit(1)", ATTACKS["killing the parent"]):
-            score(program)
-        assert [one for one in psutil.Process().children() if one.status() == psutil.STATUS_ZOMBIE] == []
-    finally:
-        prctl(subreaper, 0, 0, 0, 0)
-
-
-def test_only_the_temporary_folder_can_be_written():
-    program = "import os\nfor folder, _, _ in os.walk('/'):\n    try:\n        open(folder + '/x', 'w')\n"
-    program += "        print(folder)\n    except OSError:\n        pass"
-    assert sandbox.run_program(program, "", ProgramsSection(time_s=60), max_bytes=1000) == b"/tmp\n"
-
-
-def test_a_process_that_stays_behind_ends_with_a_right_program():
-    mark = uuid.uuid4().hex
-    stay = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
-    assert score(f"{stay}    os._exit(0)\nprint(input())\nmark = '{mark}'") == 1
-    assert processes_with(mark) == []
-
-
-@pytest.mark.parametrize(("after_s", "limits"), [(0, LIMITS), (0.002, LIMITS), (0.5, LIMITS), (0.5, UNPROTECTED)])
+@pytest.mark.parametrize(("after_s", "limits"), [(0, LIMITS), (0.002, LIMITS), (0.3, LIMITS), (0.3, UNPROTECTED)])
 def test_a_program_ends_with_the_worker_that_is_killed(after_s, limits):
     """While bubblewrap starts, too, of which a process may then be left that waits, but never the program."""
-    mark = uuid.uuid4().hex
-    script = (
-        "from flashgrpo.grpo.rewards.sandbox import run_program\n"
-        "from flashgrpo.grpo.recipe.schema import ProgramsSection\n"
-        f"run_program(input(), '', ProgramsSection(time_s=60, isolation={limits.isolation!r}), max_bytes=9)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, text=True) as worker:
-        assert worker.stdin is not None
-        print(f"import time; time.sleep(60)  # {mark}", file=worker.stdin, flush=True)
-        wait_until(lambda: processes_with(mark))
-        time.sleep(after_s)
-        worker.kill()
+    before = children()
+    if not (worker := os.fork()):
+        asleep = sandbox.sandboxed("import time; time.sleep(60)", dataclasses.replace(limits, time_s=60))
+        with contextlib.suppress(BaseException), asleep as program:
+            program.run("", max_bytes=9)
+        os._exit(0)
+    wait_until(lambda: bool(psutil.Process(worker).children()))
+    time.sleep(after_s)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
     time.sleep(0.1)  # in which that process may become the harness, which ends, but not the program
-    wait_until(lambda: all(process.name() == "bwrap" for process in processes_with(mark)))
-    for process in processes_with(mark):
-        process.kill()
 
+    def has_ended() -> bool:
+        left = children() - before
+        return all(one.status() == psutil.STATUS_ZOMBIE or one.name() == "bwrap" for one in left)
 
-def wait_until(is_true, limit_s: float = 20.0) -> None:
-    end = time.monotonic() + limit_s
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    wait_until(has_ended)
+    for one in children() - before:
+        one.kill()
+        one.wait()
 
 
 FORGERIES = {
     "an object equal to all": "class All(int):\n    def __eq__(self, other):\n        return True\n"
     "def same(x):\n    return All(7)",
-    "json that lies": "import json\njson.dumps = lambda *_: '[1, 2]'\ndef same(x):\n    return 7",
     "the expected values in a frame": (
         "import sys\ndef same(x):\n    frame = sys._getframe()\n    while frame:\n"
         "        for key in ('outputs', 'wanted', 'expected', 'tests'):\n"
@@ -441,34 +445,15 @@ def test_a_verdict_cannot_be_forged(name):
     assert score(FORGERIES[name], guessed) == 0
 
 
-def test_without_isolation_the_same_attacks_leave_traces(tmp_path):
-    """That the tests above can fail; and what still holds: deadline, process group, output."""
-    assert score("print(input())", limits=UNPROTECTED) == 1
-    left = tmp_path / "left"
-    assert score(f"open('{left}', 'w').write('x')\nprint(input())", limits=UNPROTECTED) == 1
-    assert left.read_text() == "x"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        values = {"secret": left, "folder": tmp_path, "port": listener.getsockname()[1], "pid": os.getpid()}
-        for name in HARMLESS:
-            program = SPIES[name].format(**values)
-            assert sandbox.run_program(program, "", UNPROTECTED, max_bytes=10**6) is not None, name
+def test_without_isolation_limits_and_the_process_group_still_hold():
     for name in ("waiting", "endless output", "one process's memory", "ignoring signals"):
-        mark = uuid.uuid4().hex
-        assert score(f"mark = '{mark}'\n{ATTACKS[name]}", limits=UNPROTECTED) == 0
-        assert processes_with(mark) == []
+        with nothing_is_left():
+            assert score(ATTACKS[name], limits=UNPROTECTED) == 0
 
 
-def test_isolation_that_cannot_be_had_is_refused_unless_the_recipe_says_so(monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    with pytest.raises(RewardError, match=r"there is no bwrap; wanted bubblewrap .*isolation = \"none: run"):
-        sandbox.check_isolation(LIMITS)
-    sandbox.check_isolation(UNPROTECTED)
-    sets = {"data": RewardSet({"code": 1.0}, Problem("Echo.", {"tests": ECHO}))}
-    with pytest.raises(RewardError, match="there is no bwrap"):
-        RewardPool(sets, max_new_tokens=8, num_workers=1, programs=LIMITS)
-
-
-def test_a_bwrap_that_fails_is_told_with_its_own_words(tmp_path, monkeypatch):
+def test_isolation_that_cannot_be_had_is_refused_unless_the_recipe_says_so(tmp_path, monkeypatch):
+    with pytest.raises(ValidationError):
+        ProgramsSection(isolation="none")  # type: ignore
     fake = tmp_path / "bwrap"
     fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -476,39 +461,17 @@ def test_a_bwrap_that_fails_is_told_with_its_own_words(tmp_path, monkeypatch):
     with pytest.raises(RewardError, match="a first program failed: bwrap: No permissions to create new namespace"):
         sandbox.check_isolation(LIMITS)
     assert math.isnan(score("print(input())") or 0)  # the program is not at fault
-
-
-def test_limits_are_checked_with_the_recipe(recipe_values):
-    recipe_values["rewards"] = {"functions": ["code"], "programs": {"time_s": 3}}
-    assert build_recipe(Recipe, recipe_values, overrides=["--rewards.programs.memory_mb=64"]).rewards.programs == (
-        ProgramsSection(time_s=3.0, memory_mb=64)
-    )
-    for key, value in {"time": 1, "processes": 0, "isolation": "none"}.items():
-        recipe_values["rewards"]["programs"] = {key: value}
-        with pytest.raises(RecipeError, match=rf"rewards.programs.{key}: "):
-            build_recipe(Recipe, recipe_values)
+    monkeypatch.setenv("PATH", "")
+    sandbox.check_isolation(UNPROTECTED)
+    sets = {"data": RewardSet({"code": 1.0}, Problem("Echo.", {"tests": ECHO}))}
+    with pytest.raises(RewardError, match=r"there is no bwrap; wanted bubblewrap .*isolation = \"none: run"):
+        RewardPool(sets, max_new_tokens=8, num_workers=1, programs=LIMITS)
 
 
 def test_each_program_of_a_group_gets_its_own_score():
     problem = Problem("Echo.", {"tests": {"inputs": ["1"], "outputs": ["1"]}})
-    texts = [f"```python\nprint({i % 2})\n```" for i in range(8)]
-    group = CompletionGroup(problem, "Echo.", texts, [[0]] * 8, ["stop"] * 8)
-    with RewardPool({"data": RewardSet({"code": 1.0}, problem)}, max_new_tokens=8, programs=LIMITS) as pool:
-        assert pool.score([group] * 2, "code").tolist() == [[0.0, 1.0] * 4] * 2
-
-
-def test_a_program_costs_little_beside_what_it_does():
-    """In seconds of processor, which other work on the machine does not change; 0.02 of a quiet one's."""
-    start = resource.getrusage(resource.RUSAGE_CHILDREN)
-    for _ in range(5):
-        assert score("print(input())") == 1
-    end = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime) / 5 < 0.2
-
-
-def test_attacks_beside_right_programs_do_not_change_their_scores():
-    mark = uuid.uuid4().hex
-    programs = ["print(input())", f"mark = '{mark}'\n{ATTACKS['fork bomb']}"] * 4
-    with ThreadPoolExecutor(4) as threads:
-        assert [*threads.map(score, programs)] == [1, 0] * 4
-    assert processes_with(mark) == []
+    texts = [f"```python\nprint({i % 2})\n```" for i in range(4)]
+    group = CompletionGroup(problem, "Echo.", texts, [[0]] * 4, ["stop"] * 4)
+    sets = {"data": RewardSet({"code": 1.0}, problem)}
+    with RewardPool(sets, max_new_tokens=8, num_workers=1, programs=LIMITS) as pool:
+        assert pool.score([group], "code").tolist() == [[0.0, 1.0] * 2]

@@ -1,12 +1,14 @@
 """A reward model scores what its loss says, whatever the packing, in training and in use, here and in transformers."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +24,14 @@ from flashgrpo.grpo.learn.packing import build_batch
 from flashgrpo.grpo.recipe.load import RewardModelRecipe, build_recipe
 from flashgrpo.grpo.recipe.schema import ModelSection, PreferenceSection
 from flashgrpo.grpo.rewards.models import CARD, OwnProcess, RewardModel, open_preferences, scored_group, scored_ids
-from flashgrpo.grpo.rewards.pool import CompletionGroup
+from flashgrpo.grpo.rewards.table import Scorer
 from flashgrpo.grpo.run.folder import RunFolder, read_rows
 from flashgrpo.grpo.run.policy import Policy, open_policy, open_tokenizer
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.stages.plots import print_summary
 from flashgrpo.grpo.stages.reward_model import RewardModelTrainer, Row, load_rows, reward_model
 from flashgrpo.grpo.train import train
-from flashgrpo.grpo.types import Problem
+from flashgrpo.grpo.types import CompletionGroup, Problem
 from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
 from flashgrpo.model.config import CheckpointError
 
@@ -114,8 +116,7 @@ def test_packed_scores_are_those_of_transformers(scoring_path):
     np.testing.assert_allclose(split, found, atol=1e-6)
 
 
-@pytest.mark.parametrize("token_budget", [32, 4096], ids=["many micro-batches", "one"])
-@pytest.mark.parametrize("objective", ["pairwise", "pointwise"])
+@pytest.mark.parametrize(("objective", "token_budget"), [("pairwise", 32), ("pointwise", 32), ("pairwise", 4096)])
 def test_loss_and_gradients_are_those_of_float64_on_single_sequences(recipe, scoring_path, objective, token_budget):
     recipe = changed(changed(recipe, "train", objective=objective), "data", held_out=0)
     with open_world(recipe) as world, RunFolder(recipe, resume=False, world=world) as folder:
@@ -202,21 +203,23 @@ def test_ctrl_c_and_resume_is_bitwise(recipe, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, batch, shared)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RewardModelTrainer, "_loss", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            reward_model(stopped)
+        reward_model(stopped)
     assert (tmp_path / "stopped/checkpoints/step_3/model" / CARD).exists()
     torch.manual_seed(99)
     reward_model(stopped, resume=True)
     models = [load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "stopped")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    rows, again = (
-        [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(tmp_path / name / "metrics.jsonl")]
-        for name in ("whole", "stopped")
-    )
+    rows, again = (logged(tmp_path / name) for name in ("whole", "stopped"))
     assert [row["step"] for row in rows] == list(range(7))
     assert rows == again
+
+
+def logged(run: Path) -> list[dict]:
+    """Its metrics, but for times and memory."""
+    rows = read_rows(run / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
 def trained_on_ranks(recipe: RewardModelRecipe) -> None:
@@ -229,12 +232,9 @@ def test_two_ranks_train_what_one_does(recipe, tmp_path):
     one, two = (changed(recipe, "run", output=str(tmp_path / name)) for name in ("one", "two"))
     reward_model(one)
     ranks.run(trained_on_ranks, 2, two)
-    rows, again = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    rows, again = (logged(tmp_path / name) for name in ("one", "two"))
     assert len(rows) == 4
-    for row, other in zip(rows, again, strict=True):
-        assert row.keys() == other.keys()
-        for key in row.keys() - {*TIMES}:
-            assert row[key] == pytest.approx(other[key], abs=1e-6), key
+    assert again == [pytest.approx(row, abs=1e-6) for row in rows]
     weights, others = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
     assert weights["score.weight"].shape == (1, 32)
     assert weights["score.weight"].abs().min() > 0
@@ -254,12 +254,9 @@ def test_two_ranks_train_what_one_does(recipe, tmp_path):
     ],
 )
 def test_what_is_read_of_a_completion(policy, completion, read):
-    ids = scored_ids(completion, "answer", policy.tokenizer, end=0)
-    assert ids.tolist() == [*policy.tokenizer(read)["input_ids"], 0]
-    assert scored_ids(completion, "whole", policy.tokenizer, 0).tolist() == [
-        *policy.tokenizer(completion)["input_ids"],
-        0,
-    ]
+    for scores, text in (("answer", read), ("whole", completion)):
+        ids = scored_ids(completion, scores, policy.tokenizer, end=0)
+        assert ids.tolist() == [*policy.tokenizer(text)["input_ids"], 0]
 
 
 def test_use_scores_what_training_scored(recipe, policy):
@@ -281,72 +278,70 @@ def world(recipe):
         yield world
 
 
-def test_a_process_of_its_own_scores_as_the_trainer_does(scoring_path, policy, world):
-    sections = {"a": PreferenceSection(str(scoring_path)), "b": PreferenceSection(str(scoring_path), device="cpu")}
+@pytest.fixture
+def opened(scoring_path, policy, world):
+    """opened(a={...}) -> the reward models of [reward_models], by name."""
+    with contextlib.ExitStack() as stack:
+
+        def open_them(
+            questions: Sequence[Problem] = (), max_new_tokens: int = 8, **sections: dict
+        ) -> dict[str, Scorer]:
+            made = {name: PreferenceSection(str(scoring_path), **values) for name, values in sections.items()}
+            scorers = open_preferences(made, policy, world, dict.fromkeys(made, questions), max_new_tokens)
+            for scorer in scorers.values():
+                stack.callback(scorer.close)
+            return scorers
+
+        yield open_them
+
+
+def test_a_process_of_its_own_scores_as_the_trainer_does(opened):
     groups = [group("1", "22", ""), group("a</think>4", "5" * 9, "6", prompt="2+2=")]
-    scorers = open_preferences(sections, policy, world, {"a": [], "b": []}, 8)
-    try:
-        for each in groups[::-1]:
-            scorers["b"].submit(each)
-        wanted = scorers["a"].score(groups)
-        found = scorers["b"].score(groups)
-        assert wanted.shape == (2, 3)
-        assert wanted.dtype == np.float64
-        assert np.isfinite(wanted).all()
-        np.testing.assert_array_equal(found, wanted)
-        np.testing.assert_array_equal(scorers["b"].score(groups[1:]), wanted[1:])
-        with pytest.raises(
-            RewardFailure, match=r"reward_models\.b: a question .* have 16389 tokens, batch_tokens = 16"
-        ):
-            scorers["b"].score([group("7" * 16384)])
-        own = scorers["b"]
-        assert isinstance(own, OwnProcess)
-        own.child.process.kill()
-        with pytest.raises(RewardFailure, match=r"reward_models\.b ended during score with exit code -9"):
-            own.score(groups)
-    finally:
-        for scorer in scorers.values():
-            scorer.close()
+    scorers = opened(a={}, b={"device": "cpu"})
+    for each in groups[::-1]:
+        scorers["b"].submit(each)
+    wanted = scorers["a"].score(groups)
+    assert (wanted.shape, wanted.dtype) == ((2, 3), np.float64)
+    assert np.isfinite(wanted).all()
+    np.testing.assert_array_equal(scorers["b"].score(groups), wanted)
+    np.testing.assert_array_equal(scorers["b"].score(groups[1:]), wanted[1:])
+    with pytest.raises(RewardFailure, match=r"reward_models\.b: a question .* have 16389 tokens, batch_tokens = 16"):
+        scorers["b"].score([group("7" * 16384)])
+    scorers["b"].child.process.kill()
+    with pytest.raises(RewardFailure, match=r"reward_models\.b ended during score with exit code -9"):
+        scorers["b"].score(groups)
 
 
-def test_out_of_memory_is_a_failure_of_the_reward_model(scoring_path, policy, world, monkeypatch):
+def test_out_of_memory_is_a_failure_of_the_reward_model(opened, monkeypatch):
     """The trainer writes a checkpoint before it ends with one."""
-    scorers = open_preferences({"a": PreferenceSection(str(scoring_path))}, policy, world, {"a": []}, 8)
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
+    scorers = opened(a={})
     monkeypatch.setattr(RewardModel, "score", full)
     with pytest.raises(RewardFailure, match=r"reward_models\.a: CUDA out of memory.* Next: lower its batch_tokens"):
         scorers["a"].score([group("1")])
 
 
-def test_a_process_that_cannot_start_is_ended(scoring_path, policy, world):
-    (scoring_path / "model.safetensors").unlink()
+def test_a_device_that_is_not_there_is_told_and_its_process_ended(opened):
     before = set(psutil.Process().children())
-    with pytest.raises(CheckpointError) as raised:  # its traceback keeps the pipe open
-        open_preferences({"a": PreferenceSection(str(scoring_path), device="cpu")}, policy, world, {"a": []}, 8)
+    with pytest.raises(RewardFailure) as raised:  # its traceback keeps the pipe open
+        opened(a={"device": "cuda:97"})
     assert set(psutil.Process().children()) == before
-    assert "scoring: holds neither model.safetensors nor" in str(raised.value)
-
-
-def test_a_device_that_is_not_there_is_told_with_the_model(scoring_path, policy, world):
-    section = PreferenceSection(str(scoring_path), device="cuda:97")
-    with pytest.raises(RewardFailure, match=r"reward_models\.a: [A-Za-z]+: .*(CUDA|cuda|NVIDIA)"):
-        open_preferences({"a": section}, policy, world, {"a": []}, 8)
+    assert re.search(r"reward_models\.a: [A-Za-z]+: .*(CUDA|cuda|NVIDIA)", str(raised.value))
 
 
 def test_the_process_ends_with_the_trainer(scoring_path):
-    code = (
-        "import os, signal, sys\n"
-        "from flashgrpo.grpo.rewards.models import OwnProcess, PreferenceSection\n"
-        f"own = OwnProcess(PreferenceSection({str(scoring_path)!r}, device='cpu'), 'reward_models.a')\n"
-        "print(own.child.process.pid, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    pid = int(ran.stdout)
-    deadline = time.monotonic() + 10
+    pids, pids_end = os.pipe()
+    if not (trainer := os.fork()):
+        own = OwnProcess(PreferenceSection(str(scoring_path), device="cpu"), "reward_models.a")
+        os.write(pids_end, str(own.child.process.pid).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(pids_end)
+    pid = int(os.read(pids, 99))
+    os.waitpid(trainer, 0)
+    deadline = time.monotonic() + 60
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -360,21 +355,18 @@ def test_the_process_ends_with_the_trainer(scoring_path):
             r"has no reward_model\.json; make a reward model by `flashgrpo reward-model",
         ),
         (lambda f, m: (f / CARD).write_text('{"template": "r1"}'), r"reward_model\.json: scores: Field required"),
-        (
-            lambda f, m: (f / "config.json").write_text((m / "config.json").read_text()),
-            r"holds a causal language model; a reward model is wanted",
-        ),
+        (lambda f, m: shutil.copy(m / "config.json", f), "holds a causal language model; a reward model is wanted"),
         (
             lambda f, m: (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text().replace('"z"', '"ζ"')),
-            r"scoring: its tokenizer is not that of .*tiny.*model; train a reward model",
+            "scoring: its tokenizer is not that of .*tiny.*model; train a reward model",
         ),
     ],
     ids=["no card", "half a card", "causal", "tokenizer"],
 )
-def test_what_is_no_reward_model_for_this_policy_is_refused(scoring_path, model_path, policy, world, spoil, message):
+def test_what_is_no_reward_model_for_this_policy_is_refused(scoring_path, model_path, opened, spoil, message):
     spoil(scoring_path, model_path)
     with pytest.raises(CheckpointError, match=message):
-        open_preferences({"a": PreferenceSection(str(scoring_path), device="cpu")}, policy, world, {"a": []}, 8)
+        opened(a={"device": "cpu"})
 
 
 @pytest.mark.parametrize(
@@ -384,15 +376,12 @@ def test_what_is_no_reward_model_for_this_policy_is_refused(scoring_path, model_
         ([{"role": "user", "content": "1"}], DataError, r"reward_models\.a: .*template 'none' wants text, found chat"),
     ],
 )
-def test_questions_that_it_cannot_score_are_found_before_the_first_step(
-    scoring_path, policy, world, prompt, error, message
-):
+def test_questions_that_it_cannot_score_are_found_before_the_first_step(opened, prompt, error, message):
     """And not when it begins to count, which may be in the last share of the steps."""
-    section = PreferenceSection(str(scoring_path), batch_tokens=20)
-    questions = {"a": [Problem("1", {}), Problem(prompt, {})]}
+    section = {"batch_tokens": 20}
     with pytest.raises(error, match=message):
-        open_preferences({"a": section}, policy, world, questions, 15)
-    open_preferences({"a": section}, policy, world, {"a": questions["a"][:1]}, 15)["a"].close()
+        opened([Problem("1", {}), Problem(prompt, {})], 15, a=section)
+    opened([Problem("1", {})], 15, a=section)
 
 
 def test_a_reward_model_is_no_policy(recipe, recipe_values, scoring_path):
@@ -413,32 +402,20 @@ LABELLED = {"prompt": "1", "completion": "2", "label": 1}
 
 
 @pytest.mark.parametrize(
-    ("rows", "objective", "message"),
+    ("objective", "row", "message"),
     [
-        (
-            [PAIR, {"prompt": "1", "chosen": "2", "reject": "3"}],
-            "pairwise",
-            r"rows\.jsonl:2: no column 'rejected'.*reject",
-        ),
-        ([{"prompt": "1", "rejected": "2"}], "pairwise", r"rows\.jsonl:1: no column 'chosen'"),
-        ([PAIR | {"rejected": 5}], "pairwise", r"rows\.jsonl:1: column 'rejected' holds int, wanted text"),
-        ([PAIR | {"chosen": "2" * 70}], "pairwise", r"rows\.jsonl:1 has 72 tokens, data\.max_tokens = 70"),
-        (
-            [PAIR | {"chosen": "2" * 40, "rejected": "3" * 40}],
-            "pairwise",
-            r"rows\.jsonl:1 has 83 tokens, train\.token_budget",
-        ),
-        (
-            [LABELLED, LABELLED | {"label": "good"}],
-            "pointwise",
-            r"rows\.jsonl:2: column 'label' holds 'good', wanted 0, 1",
-        ),
-        ([LABELLED | {"label": 2}], "pointwise", r"rows\.jsonl:1: column 'label' holds 2, wanted 0, 1"),
-        ([LABELLED, LABELLED], "pointwise", r"all labels of column 'label' are the same"),
+        ("pairwise", {"prompt": "1", "chosen": "2", "reject": "3"}, "2: no column 'rejected'.*reject"),
+        ("pairwise", {"prompt": "1", "rejected": "2"}, "2: no column 'chosen'"),
+        ("pairwise", PAIR | {"rejected": 5}, "2: column 'rejected' holds int, wanted the text"),
+        ("pairwise", PAIR | {"chosen": "2" * 70}, r"2 has 72 tokens, data\.max_tokens = 70"),
+        ("pairwise", PAIR | {"chosen": "2" * 40, "rejected": "3" * 40}, r"2 has 83 tokens, train\.token_budget"),
+        ("pointwise", LABELLED | {"label": "good"}, "2: column 'label' holds 'good', wanted 0, 1"),
+        ("pointwise", LABELLED | {"label": 2}, "2: column 'label' holds 2, wanted 0, 1"),
+        ("pointwise", LABELLED, " all labels of column 'label' are the same"),
     ],
 )
-def test_bad_rows_are_found_before_the_first_step(recipe, policy, rows, objective, message):
-    write_rows(Path(recipe.data.path), rows)
+def test_bad_rows_are_found_before_the_first_step(recipe, policy, objective, row, message):
+    write_rows(Path(recipe.data.path), [PAIR | LABELLED, row])
     recipe = changed(changed(recipe, "data", held_out=0, max_tokens=70), "train", objective=objective)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:{message}"):
         load_rows(recipe, policy)
