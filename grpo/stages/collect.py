@@ -25,7 +25,7 @@ from rich.table import Table
 from flashgrpo.grpo.data.problems import load_completions, load_problems
 from flashgrpo.grpo.data.prompts import encode, located, render_problem, render_prompts
 from flashgrpo.grpo.errors import DataError, GeneratorFailure, RewardFailure, RunInputError
-from flashgrpo.grpo.recipe.load import CollectRecipe, recipe_to_toml
+from flashgrpo.grpo.recipe.load import CollectRecipe
 from flashgrpo.grpo.recipe.schema import GivenSection
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.table import RewardSet
@@ -43,11 +43,11 @@ from flashgrpo.model.checkpoint import read_config, weights_sha256
 from flashgrpo.model.files import whole_file, write_text
 
 _STREAM = 1 << 33  # keeps these seeds apart from those of training and evaluation
-_AFTERWARDS = {  # sections and keys that samples and their scores do not depend on
-    *("filters", "given", "write", "vllm"),
-    *("rewards.workers", "rewards.timeout_s"),
-    *("run.accept_changes", "run.collective_timeout_s", "run.output"),
-}
+_AFTERWARDS = (  # sections and keys that samples and their scores do not depend on
+    *("filters.", "given.", "write.", "vllm."),
+    *("rewards.workers.", "rewards.timeout_s."),
+    *("run.accept_changes.", "run.collective_timeout_s.", "run.output."),
+)
 _PART = {  # the columns of a part, beside the scores
     "prompt_id": pa.int64(),
     "sample": pa.int64(),
@@ -297,16 +297,16 @@ def _compare(recipe: CollectRecipe, output: Path) -> Inputs:
     """What is read. Raises RunInputError where the samples in `output` are from anything else."""
     inputs, told = compare_inputs(recipe)
     if (output / "recipe.toml").exists():
-        changed_keys(output / "recipe.toml", recipe_to_toml(recipe), _is_fixed)
+        changed_keys(output / "recipe.toml", recipe, _is_fixed)
         for key, text in told.items():
             if not key.startswith("given."):  # it is read at the end, as the parts are
                 raise RunInputError(f"{text}; restore it, or choose another run.output")
     return inputs
 
 
-def _is_fixed(section: str, key: str) -> bool:
+def _is_fixed(key: str) -> bool:
     """Whether samples and their scores depend on a key of the recipe."""
-    return section not in _AFTERWARDS and f"{section}.{key}" not in _AFTERWARDS
+    return not f"{key}.".startswith(_AFTERWARDS)
 
 
 def _begin(recipe: CollectRecipe, output: Path, inputs: Inputs) -> None:
