@@ -5,7 +5,6 @@ data set that was replaced in place would be another product under this one's na
 content, kept beside a mark of its files' sizes and times: it is read once, and again only where those have changed.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
+from flashgrpo.grpo.recipe.schema import SourceSection
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.model.files import content_files, content_hash, is_local, parse_json, parse_toml, write_text
 
@@ -69,18 +69,22 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
     return found
 
 
+def read_sections(recipe: AnyRecipe) -> dict[str, Any]:
+    """The sections of a recipe that name a model or data, by their names."""
+    sections = {name: getattr(recipe, name) for name in ("model", "data") if hasattr(recipe, name)}
+    for kind in ("sources", "reward_models", "given"):
+        for name, section in getattr(recipe, kind, {}).items():
+            sections[f"{kind}.{name}"] = section
+    return sections
+
+
 def input_paths(recipe: AnyRecipe) -> dict[str, str]:
     """The files and folders that a run reads, by their keys; what a hub has is known by its name."""
-    values = dataclasses.asdict(recipe)
-    sections = {name: values[name] for name in ("model", "data") if name in values}
-    for kind in ("sources", "reward_models", "given"):
-        for name, section in values.get(kind, {}).items():
-            sections[f"{kind}.{name}"] = section
     paths = {}
-    for name, section in sections.items():
-        path, is_data = section["path"], name.startswith(("data", "sources.", "given."))
-        if path and (not is_data or is_local(path)):
-            paths[f"{name}.path"] = path
+    for name, section in read_sections(recipe).items():
+        may_be_of_a_hub = isinstance(section, SourceSection)
+        if section.path and (not may_be_of_a_hub or is_local(section.path)):
+            paths[f"{name}.path"] = section.path
     return paths
 
 

@@ -27,7 +27,7 @@ from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_prompt, render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.metrics import count_reflections
-from flashgrpo.grpo.recipe.load import Recipe, SamplingRecipe
+from flashgrpo.grpo.recipe.load import EvalRecipe, Recipe, SamplingRecipe
 from flashgrpo.grpo.recipe.schema import ModelSection, Template, first_step
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.response import Response
@@ -132,6 +132,13 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
                     text = json.dumps([*known.values()], indent=1) + "\n"
                     world.on_main(functools.partial(write_text, output, text))
         return [known[pair] for pair in ledger]
+
+
+def evaluate_recipe(recipe: EvalRecipe, resume: bool = True) -> Path:
+    """Evaluate recipe.models, as `evaluate_models`, which always resumes; returns the file of scores."""
+    output = Path(recipe.run.output) / "scores.json"
+    evaluate_models(recipe, recipe.models, output)
+    return output
 
 
 def newest_model(recipe: Recipe) -> str:
