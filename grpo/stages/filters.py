@@ -3,6 +3,7 @@
 `Selection.take` asks the filters in the order of `FILTERS`; the first one that rejects a completion is counted.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -119,19 +120,18 @@ class Selection:
         """Completions so far."""
         return self.kept.total() + self.rejected.total()
 
-    def take_all(self, samples: Iterable[Sample]) -> list[tuple[Sample, str]]:
-        """What is kept, with the text to write."""
-        texts = ((sample, self.take(sample)) for sample in samples)
-        return [(sample, text) for sample, text in texts if text is not None]
+    def take_all(self, samples: Iterable[Sample]) -> list[Sample]:
+        """What is kept, as it is to be written."""
+        return [*filter(None, map(self.take, samples))]
 
-    def take(self, sample: Sample) -> str | None:
-        """The text to write, or None for a completion that is rejected."""
+    def take(self, sample: Sample) -> Sample | None:
+        """The sample with the text to write, or None for one that is rejected."""
         # Two completions are duplicates as they are written, so that the text is made first.
         text = rewritten(sample, self.write)
         name = rejected_by(sample, self.filters) or ("template" if text is None else self._compare(sample.prompt, text))
         self.kept[sample.prompt_id] += name is None  # 0 counts, too: prompts with none
         if name is None:
-            return text
+            return dataclasses.replace(sample, completion=text)
         self.rejected[name] += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append({"prompt": str(sample.prompt), "completion": sample.completion, "filter": name})
