@@ -103,7 +103,7 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
             longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
             generator = open_generator(recipe, policy, world, longest_prompt, loaded=True)
             stack.enter_context(contextlib.closing(generator))
-        world.on_main(lambda: _begin(recipe, output, inputs))
+        world.on_main(lambda: write_made_from(recipe, inputs))
         with world.interrupts:  # but not while the generator opens: Ctrl-C ends that at once
             if generator:
                 parts.sample(generator)
@@ -293,11 +293,6 @@ def _is_fixed(key: str) -> bool:
     return not f"{key}.".startswith(_AFTERWARDS)
 
 
-def _begin(recipe: CollectRecipe, output: Path, inputs: Inputs) -> None:
-    (output / "parts").mkdir(exist_ok=True)
-    write_made_from(recipe, inputs)
-
-
 def _open_pool(recipe: CollectRecipe, example: Problem, has_samples: bool) -> RewardPool:
     """The recipe's rewards for samples, and what filters ask for, which has no weight."""
     rewards = recipe.rewards
@@ -357,6 +352,7 @@ def _schema(columns: Iterable[str], scores: Iterable[str]) -> pa.Schema:
 
 def _write_parquet(rows: list[Row], schema: pa.Schema, file: Path) -> None:
     table = pa.Table.from_pylist(rows, schema)  # null where a row lacks a column
+    file.parent.mkdir(exist_ok=True)
     with whole_file(file) as temporary:
         pq.write_table(table, temporary)
 
