@@ -323,13 +323,16 @@ def test_given_rows_are_mixed_in_at_their_ratio(values, tmp_path, capsys):
 
 def test_a_cold_start_from_given_rows_alone_is_learnt_by_sft(values, tmp_path, model_path):
     """No weights are read; the text is rewritten, the wrong rows are left out, and SFT takes what is written."""
-    rows = [
-        {"prompt": f"{a}+1=", "completion": f"<think>one more than {a}</think>{a + 1 + a % 2}", "answer": a + 1}
-        for a in range(6)
-    ]
+    rows = [{"completion": f"<think>one more than {a}</think>{a + 1 + a % 2}", "answer": a + 1} for a in range(6)]
+    rows = [{"prompt": f"{a}+1=", "tests": None, **row} for a, row in enumerate(rows)]  # others may be programs
     given = {"cold": {"path": row_file(tmp_path / "cold.jsonl", rows), "answer_column": "answer", "template": "none"}}
     write = {"completion": "|special|{reasoning}|special|{summary}"}
-    recipe = build_recipe(CollectRecipe, {k: values[k] for k in ("model", "run")} | {"given": given, "write": write})
+    sections = {
+        "given": given,
+        "write": write,
+        "rewards": {"programs": {"isolation": "none: run programs unprotected"}},
+    }
+    recipe = build_recipe(CollectRecipe, {k: values[k] for k in ("model", "run")} | sections)
     found = rows_of(data := collect(recipe))
     assert sorted(row["prompt_id"] for row in found) == [0, 2, 4]
     assert {row["prompt_id"]: row["completion"] for row in found}[2] == "|special|one more than 2|special|3"
