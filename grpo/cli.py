@@ -32,11 +32,11 @@ _SPIN_COUNT = "50000"
 
 
 def _run_recipe(options: argparse.Namespace) -> None:
-    from flashgrpo.grpo.recipe.load import KINDS, load_recipe
-    from flashgrpo.grpo.stages.runs import run_recipe
+    from flashgrpo.grpo.recipe.load import load_recipe
+    from flashgrpo.grpo.stages.runs import KINDS, run_recipe
 
-    recipe = load_recipe(KINDS[options.command], options.recipe, options.overrides)
-    made = run_recipe(recipe, resume=options.resume)
+    recipe = load_recipe(KINDS[options.command].recipe, options.recipe, options.overrides)
+    made = run_recipe(options.command, recipe, resume=options.resume)
     if os.environ.get("RANK", "0") != "0":
         return
     if options.command == "collect":
@@ -153,11 +153,12 @@ class _RecipeHelp(argparse.Action):
     """The help of a command, with every key of the recipe that it runs."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from flashgrpo.grpo.recipe.load import KINDS, recipe_keys
+        from flashgrpo.grpo.recipe.load import recipe_keys
+        from flashgrpo.grpo.stages.runs import KINDS
 
         parser.usage = "%(prog)s RECIPE.toml [--resume] [--section.key=value ...]"
         groups: dict[str, Any] = {}
-        for key in recipe_keys(KINDS[parser.prog.split()[-1]]):
+        for key in recipe_keys(KINDS[parser.prog.split()[-1]].recipe):
             section = key.name.rpartition(".")[0]
             if section not in groups:
                 groups[section] = parser.add_argument_group(f"[{section}]")

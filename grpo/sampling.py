@@ -28,7 +28,7 @@ from flashgrpo.grpo.run.policy import Policy
 from flashgrpo.grpo.run.progress import Clock
 from flashgrpo.grpo.run.world import World
 from flashgrpo.grpo.stages.evaluate import completion_group, evaluate
-from flashgrpo.grpo.stages.scores import merge
+from flashgrpo.grpo.stages.scores import scores_of
 from flashgrpo.grpo.types import Prompt, Request, Rollout, Sampling
 
 _PROBES, _PROBE_TOKENS = 4, 64
@@ -167,7 +167,7 @@ class Sampler:
         parts = self.world.together(
             lambda: evaluate(prompts, self.policy, self.generator, self.pool, self.recipe, step)
         )
-        return {f"eval/{name}": float(value) for name, value in merge(parts).scores().items()}
+        return {f"eval/{name}": float(value) for name, value in scores_of(parts).items()}
 
     def close(self) -> None:
         """End the generator, and with it what is being sampled ahead."""

@@ -11,9 +11,10 @@ import torch
 from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.grpo.cli import _parser
 from flashgrpo.grpo.learn.learner import Learner
-from flashgrpo.grpo.recipe.load import KINDS, Recipe, build_recipe, load_recipe
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe, load_recipe
 from flashgrpo.grpo.recipe.schema import TrainSection
 from flashgrpo.grpo.stages.pipeline import load_pipeline
+from flashgrpo.grpo.stages.runs import KINDS
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig
 
@@ -181,7 +182,9 @@ def test_commands_are_understood(line):
     elif options.command == "demo":
         assert (ROOT / options.recipe).is_file()
     elif "recipe" in options:
-        assert load_recipe(KINDS.get(options.command, Recipe), ROOT / options.recipe, overrides)
+        assert load_recipe(
+            KINDS[options.command].recipe if options.command in KINDS else Recipe, ROOT / options.recipe, overrides
+        )
     else:
         assert overrides == []
 

@@ -160,6 +160,22 @@ class CollectRecipe:
 
 
 @dataclass(frozen=True, config=CHECKED)
+class EvalRecipe(Recipe):
+    """A stage of a pipeline: what `flashgrpo eval` does, of models by their labels."""
+
+    models: schema.Models = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=CHECKED)
+class FunctionRecipe:
+    """A stage of a pipeline: function(folder, seed, **options), which fills the folder."""
+
+    function: str
+    run: schema.RunSection
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=CHECKED)
 class PipelineRecipe:
     """What all stages of a pipeline share: `flashgrpo pipeline`."""
 
@@ -167,13 +183,7 @@ class PipelineRecipe:
 
 
 SamplingRecipe = Recipe | CollectRecipe
-AnyRecipe = Recipe | SftRecipe | RewardModelRecipe | CollectRecipe | PipelineRecipe
-KINDS: dict[str, type] = {  # by the command that runs it
-    "train": Recipe,
-    "sft": SftRecipe,
-    "reward-model": RewardModelRecipe,
-    "collect": CollectRecipe,
-}
+AnyRecipe = Recipe | SftRecipe | RewardModelRecipe | CollectRecipe | FunctionRecipe | PipelineRecipe
 _R = TypeVar("_R", bound=AnyRecipe)
 
 
@@ -187,15 +197,18 @@ def load_recipe(kind: type[_R], path: str | Path, overrides: Sequence[str] = ())
 
     Raises RecipeError with one line: the file or option, the key, what was found and what was wanted.
     """
-    path = Path(path)
+    return build_recipe(kind, read_toml(path), str(path), overrides)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """What a person wrote. Raises RecipeError."""
     try:
         # Editors on Windows write a mark before the text.
-        values = parse_toml(path.read_text(encoding="utf-8-sig"))
+        return parse_toml(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except ValueError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from error
-    return build_recipe(kind, values, str(path), overrides)
 
 
 def build_recipe(kind: type[_R], values: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> _R:
@@ -220,10 +233,10 @@ def recipe_to_toml(recipe: AnyRecipe) -> str:
 
 
 def section_keys(kind: type[AnyRecipe]) -> dict[str, list[str] | None]:
-    """The keys of every section; None of those that a person names."""
+    """The keys of every section; None of those whose keys a person names."""
     found: dict[str, list[str] | None] = {}
     for name, hint in get_type_hints(kind).items():
-        found[name] = None if get_origin(hint) is dict else _keys(hint)
+        found[name] = _keys(hint) if dataclasses.is_dataclass(hint) else None
     return found
 
 

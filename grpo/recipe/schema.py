@@ -39,6 +39,7 @@ def expanded(path: str) -> str:
 # Every path of a person's own is one of these two, or ~ would be the name of a folder.
 _Path = Annotated[str, AfterValidator(expanded)]
 _PathOrNone = Annotated[str | None, AfterValidator(lambda path: path and expanded(path))]
+Models = dict[str, _Path]  # folders by their labels
 
 
 @dataclass(frozen=True, config=CHECKED)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from flashgrpo.grpo.errors import RunError, RunInputError
-from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
+from flashgrpo.grpo.recipe.load import AnyRecipe
 from flashgrpo.grpo.run.checkpoints import (
     STATE,
     causes_of,
@@ -76,7 +76,7 @@ class RunFolder:
         if self.checkpoint is None:
             return {}, [], made_from
         state = _read_state(self.checkpoint)
-        changes = changed_keys(self.path / "recipe.toml", recipe_to_toml(self._recipe))
+        changes = changed_keys(self.path / "recipe.toml", self._recipe)
         told = [*changed.values()]
         if told and not self._recipe.run.accept_changes:
             raise RunInputError(

@@ -5,7 +5,6 @@ data set that was replaced in place would be another product under this one's na
 content, kept beside a mark of its files' sizes and times: it is read once, and again only where those have changed.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -14,11 +13,13 @@ from typing import Any
 
 from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
+from flashgrpo.grpo.recipe.schema import SourceSection
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.model.files import content_files, content_hash, is_local, parse_json, parse_toml, write_text
 
 _MADE_FROM = "made_from.json"
 _SLOW_BYTES = 10e9  # more takes seconds to read, or minutes
+_NONE = (None, {})
 
 Inputs = dict[str, dict[str, str]]  # by the name of an input: `mark` and `sha256`
 
@@ -55,30 +56,35 @@ def changed(before: Mapping[str, Any], now: Inputs) -> list[str]:
     return names
 
 
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Keys of two nested dictionaries, those of a section as section.key, whose values differ."""
-    found = []
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two recipes differ: both values by key, those of a section as section.key. An empty section is none."""
+    found = {}
     for key in {**before, **now}:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += [f"{key}.{name}" for name in differing(old, new)]
-        elif old != new:
-            found.append(key)
+            for name, values in differing(old, new).items():
+                found[f"{key}.{name}"] = values
+        elif old != new and not (old in _NONE and new in _NONE):
+            found[key] = old, new
     return found
+
+
+def read_sections(recipe: AnyRecipe) -> dict[str, Any]:
+    """The sections of a recipe that name a model or data, by their names."""
+    sections = {name: getattr(recipe, name) for name in ("model", "data") if hasattr(recipe, name)}
+    for kind in ("sources", "reward_models", "given"):
+        for name, section in getattr(recipe, kind, {}).items():
+            sections[f"{kind}.{name}"] = section
+    return sections
 
 
 def input_paths(recipe: AnyRecipe) -> dict[str, str]:
     """The files and folders that a run reads, by their keys; what a hub has is known by its name."""
-    values = dataclasses.asdict(recipe)
-    sections = {name: values[name] for name in ("model", "data") if name in values}
-    for kind in ("sources", "reward_models", "given"):
-        for name, section in values.get(kind, {}).items():
-            sections[f"{kind}.{name}"] = section
     paths = {}
-    for name, section in sections.items():
-        path, is_data = section["path"], name.startswith(("data", "sources.", "given."))
-        if path and (not is_data or is_local(path)):
-            paths[f"{name}.path"] = path
+    for name, section in read_sections(recipe).items():
+        may_be_of_a_hub = isinstance(section, SourceSection)
+        if section.path and (not may_be_of_a_hub or is_local(section.path)):
+            paths[f"{name}.path"] = section.path
     return paths
 
 
@@ -112,40 +118,29 @@ def write_made_from(recipe: AnyRecipe, made_from: Inputs) -> None:
     write_text(output / _MADE_FROM, json.dumps(made_from, indent=1))
 
 
-def _makes_another_run(section: str, key: str) -> bool:
+def _makes_another_run(key: str) -> bool:
     """Another model, data set or seed would be another run under this one's name."""
-    return section in ("data", "sources") or (section, key) in (("model", "path"), ("run", "seed"))
+    return f"{key}.".startswith(("data.", "sources.", "model.path.", "run.seed."))
 
 
-def changed_keys(
-    stored: Path, recipe_toml: str, is_fixed: Callable[[str, str], bool] = _makes_another_run
-) -> list[str]:
-    """What is new in a recipe. Raises RunInputError for a section and key that may not change."""
+def changed_keys(stored: Path, recipe: AnyRecipe, is_fixed: Callable[[str], bool] = _makes_another_run) -> list[str]:
+    """What is new in a recipe since `stored` was written. Raises RunInputError for a key that may not change."""
     try:
-        before = _keys(stored.read_text(encoding="utf-8"))
-    except (OSError, ValueError, AttributeError) as error:
+        before = parse_toml(stored.read_text(encoding="utf-8"))
+        if not isinstance(before.get("model"), dict):
+            raise ValueError("it has no [model]")
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise RunInputError(f"{stored}: not the recipe of a run ({why}); restore it") from None
-    now = _keys(recipe_toml)
     changes = []
-    for section, key in before | now:
-        old, new = before.get((section, key)), now.get((section, key))
-        if old != new and is_fixed(section, key) and (old is not None or new):  # a key may be newer than the run
+    for key, (old, new) in differing(before, parse_toml(recipe_to_toml(recipe))).items():
+        if is_fixed(key) and (old is not None or new):  # a key may be newer than the run
             raise RunInputError(
-                f"{section}.{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
+                f"{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
                 "keep it, or choose another run.output"
             )
-        changes += [f"{section}.{key} {old!r} -> {new!r}"] if old != new else []
+        changes.append(f"{key} {old!r} -> {new!r}")
     return changes
-
-
-def _keys(recipe_toml: str) -> dict[tuple[str, str], Any]:
-    """The values of a recipe by section and key."""
-    values = {}
-    for section, keys in parse_toml(recipe_toml).items():
-        for key, value in keys.items():
-            values[section, key] = value
-    return values
 
 
 def _mark(path: Path) -> str:

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RewardFailure, RunError
-from flashgrpo.grpo.recipe.load import AnyRecipe, CollectRecipe, PipelineRecipe, recipe_to_toml
+from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
 from flashgrpo.grpo.run.interrupts import Interrupts
 from flashgrpo.grpo.run.policy import resolve_device
 from flashgrpo.grpo.run.progress import console
@@ -142,7 +142,7 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         with _watched(rank, size, limit_s):
             _compare_recipes(recipe, size)
-            shard_ranks = 0 if isinstance(recipe, CollectRecipe | PipelineRecipe) else recipe.train.shard_ranks
+            shard_ranks = getattr(getattr(recipe, "train", None), "shard_ranks", 0)  # of what is trained
             yield World(rank, size, device, _mesh(device, size, shard_ranks or size, limit))
     except Exception as error:  # whatever it is, it is raised again below, once it is known which ranks tell it
         is_lost = misses_a_rank(error)

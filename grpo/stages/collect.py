@@ -5,7 +5,8 @@ The problems are the training problems of [data]; with the `run.seed` of the sta
 of their held-out ones is among them. `run.output` gets parts/part_N.parquet with every sample of prompts_per_part
 problems and its scores, report.json, and data.parquet with what is kept. A sample depends on the weights, the problem's
 number and run.seed alone: not on ranks, parts or restarts. Filters read the parts, so that other ones cost no sampling.
-Samples and given rows become `Sample`s, which go through one chain of filters, source by source.
+Samples and given rows go one way: a row of what is known of a completion, which a part is a file of; the `Sample` that
+filters ask; an example.
 """
 
 import contextlib
@@ -25,8 +26,8 @@ from rich.table import Table
 from flashgrpo.grpo.data.problems import load_completions, load_problems
 from flashgrpo.grpo.data.prompts import encode, located, render_prompt, render_prompts
 from flashgrpo.grpo.errors import DataError, GeneratorFailure, RewardFailure, RunInputError
-from flashgrpo.grpo.recipe.load import CollectRecipe, recipe_to_toml
-from flashgrpo.grpo.recipe.schema import GivenSection
+from flashgrpo.grpo.recipe.load import CollectRecipe
+from flashgrpo.grpo.recipe.schema import GivenSection, weights_of
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
@@ -43,35 +44,21 @@ from flashgrpo.model.checkpoint import read_config, weights_sha256
 from flashgrpo.model.files import whole_file, write_text
 
 _STREAM = 1 << 33  # keeps these seeds apart from those of training and evaluation
-_AFTERWARDS = {  # sections and keys that samples and their scores do not depend on
-    *("filters", "given", "write", "vllm"),
-    *("rewards.workers", "rewards.timeout_s"),
-    *("run.accept_changes", "run.collective_timeout_s", "run.output"),
-}
-_PART = {  # the columns of a part, beside the scores
-    "prompt_id": pa.int64(),
-    "sample": pa.int64(),
+_AFTERWARDS = (  # sections and keys that samples and their scores do not depend on
+    *("filters.", "given.", "write.", "vllm."),
+    *("rewards.workers.", "rewards.timeout_s."),
+    *("run.accept_changes.", "run.collective_timeout_s.", "run.output."),
+)
+# The columns of a part and of data.parquet, beside the prompt and the scores.
+_PART = "prompt_id", "sample", "seed", "completion", "finish_reason", "num_tokens", "reward"
+_ORIGIN = "source", "prompt_id", "sample", "seed", "model", "weights_sha256"
+_EXAMPLE = "completion", "answer", *_ORIGIN, "num_tokens", "reward"
+_NUMBERS = dict.fromkeys(("prompt_id", "sample", "num_tokens"), pa.int64()) | {
     "seed": pa.uint64(),
-    "completion": pa.string(),
-    "finish_reason": pa.string(),
-    "num_tokens": pa.int64(),
-    "reward": pa.float64(),
-}
-_DATA = {  # those of an example, beside the prompt and the scores
-    "completion": pa.string(),
-    "answer": pa.string(),
-    "source": pa.string(),
-    "prompt_id": pa.int64(),
-    "sample": pa.int64(),
-    "seed": pa.uint64(),
-    "model": pa.string(),
-    "weights_sha256": pa.string(),
-    "num_tokens": pa.int64(),
     "reward": pa.float64(),
 }
 
 Row = dict[str, Any]
-Given = list[tuple[Problem, str]]
 
 
 def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
@@ -108,7 +95,7 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
         sources: dict[str, Iterable[Sample]] = {}
         with world.interrupts:
             for name, rows in given.items():
-                sources[name] = _given_samples(rows, recipe.given[name], policy, pool, world)
+                sources[name] = _given(rows, recipe.given[name], policy, pool, world)
 
         parts = _Parts(recipe, world, policy, pool, prompts)
         generator = None
@@ -116,7 +103,7 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
             longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
             generator = open_generator(recipe, policy, world, longest_prompt, loaded=True)
             stack.enter_context(contextlib.closing(generator))
-        world.on_main(lambda: _begin(recipe, output, inputs))
+        world.on_main(lambda: write_made_from(recipe, inputs))
         with world.interrupts:  # but not while the generator opens: Ctrl-C ends that at once
             if generator:
                 parts.sample(generator)
@@ -160,13 +147,7 @@ class _Parts:
             except (pa.ArrowException, OSError) as error:
                 raise RunInputError(f"{file}: broken ({error}); remove it, and make it anew with --resume") from error
             for row in rows:
-                prompt = self.prompts[row["prompt_id"]]
-                columns = prompt.problem.columns
-                known = {name: row.pop(name) for name in _PART}
-                if solved_by(columns) != "code":
-                    row.pop("code", None)  # it says nothing of a problem without tests
-                answer = _text(columns.get("answer"))
-                yield Sample(prompt.problem.prompt, prompt.text, answer=answer, scores=row, **known)
+                yield _sample(row, self.prompts[row["prompt_id"]])
 
     def _make(self, number: int, generator: Generator, bar: StepBar) -> str:
         """Sample and score a part, each rank its share, and write it; returns its rates."""
@@ -174,10 +155,9 @@ class _Parts:
         # A part is written when all ranks have their share: Ctrl-C on one of them costs the part on all.
         shares = self.world.together(lambda: self._share(number, generator, bar))
         rows = sorted(chain.from_iterable(shares), key=itemgetter("prompt_id", "sample"))
-        columns = {name: _PART.get(name, pa.float64()) for name in rows[0]}  # of scores, numbers
-        table = pa.Table.from_pylist(rows, pa.schema(columns))
-        self.world.on_main(lambda: _write_parquet(table, self.files[number]))
-        tokens = table["num_tokens"].to_numpy().sum()
+        schema = _schema(_PART, scores=[name for name in rows[0] if name not in _PART])
+        self.world.on_main(lambda: _write_parquet(rows, schema, self.files[number]))
+        tokens = sum(row["num_tokens"] for row in rows)
         return f"{len(rows) / clock.total_s:,.1f} samples/s, {tokens / clock.total_s:,.0f} tokens/s"
 
     def _share(self, number: int, generator: Generator, bar: StepBar) -> list[Row]:
@@ -216,51 +196,53 @@ class _Parts:
         return rows
 
 
-def _given_samples(given: Given, section: GivenSection, policy: Policy, pool: RewardPool, world: World) -> list[Sample]:
+def _given(
+    given: list[tuple[Problem, str]], section: GivenSection, policy: Policy, pool: RewardPool, world: World
+) -> list[Sample]:
     """Given rows, and where they are to be filtered their scores, of which each rank computes a share."""
-    groups = []
+    prompts, groups = [], []
     for problem, text in given:
         with located(problem):
             ids = encode(text, policy.tokenizer)
             # What is not filtered needs no prompt in its template.
-            context = (
-                policy.decode(render_prompt(problem.prompt, section, policy.tokenizer)) if section.filtered else ""
-            )
-        groups.append(CompletionGroup(problem, context, [text], [ids], ["stop"]))
+            prompt_ids = render_prompt(problem.prompt, section, policy.tokenizer) if section.filtered else []
+        prompts.append(Prompt(problem, prompt_ids, policy.decode(prompt_ids)))
+        groups.append(CompletionGroup(problem, prompts[-1].text, [text], [ids], ["stop"]))
     has_answer = section.answer_column is not None
     names = _scored(given[0][0], has_answer) if section.filtered else []
 
-    def share() -> dict[str, list[float]]:
+    def share() -> list[Row]:
         own = groups[world.rank :: world.size]
-        return {name: pool.score(own, name).ravel().tolist() for name in names}
+        columns = [pool.score(own, name).ravel().tolist() for name in names]
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    shares = world.together(share)
-    samples = []
-    for i, group in enumerate(groups):
-        rank, place = i % world.size, i // world.size
-        samples.append(
-            Sample(
-                group.problem.prompt,
-                group.prompt,
-                group.completions[0],
-                _text(group.problem.columns["answer"]) if has_answer else None,
-                prompt_id=i,
-                num_tokens=len(group.completion_ids[0]),
-                scores={name: scores[place] for name, scores in shares[rank].items()},
-            )
-        )
+    shares, samples = world.together(share), []
+    for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        scores = shares[i % world.size][i // world.size] if names else {}
+        row = {"prompt_id": i, "completion": group.completions[0], "num_tokens": len(group.completion_ids[0])}
+        samples.append(_sample(row | scores, prompt, has_answer))
     return samples
+
+
+def _sample(row: Row, prompt: Prompt, has_answer: bool = True) -> Sample:
+    """What filters ask of a row; what is beside the known columns is a score."""
+    scores, columns = dict(row), prompt.problem.columns
+    known = {name: scores.pop(name, None) for name in _PART}
+    if solved_by(columns) != "code":
+        scores.pop("code", None)  # it says nothing of a problem without tests
+    answer = _text(columns.get("answer")) if has_answer else None
+    return Sample(prompt.problem.prompt, prompt.text, answer=answer, scores=scores, **known)
 
 
 def _write(recipe: CollectRecipe, output: Path, sources: Mapping[str, Iterable[Sample]], sha256: str | None) -> Path:
     """Filter and mix; data.parquet, report.json and a table of what was rejected. Raises DataError."""
-    kept: dict[str, list[tuple[Sample, str]]] = {}
+    kept: dict[str, list[Sample]] = {}
     report: dict[str, dict[str, Any]] = {}
     selection, faults = None, []
     for number, (name, samples) in enumerate(sources.items()):
         section = recipe.given.get(name)
         if section and not section.filtered:
-            found = [(sample, sample.completion) for sample in samples]
+            found = [*samples]
             report[name] = {"seen": len(found), "kept": len(found)}
         else:
             # Duplicates are looked for in all sources, so that the order of sources decides which one stays.
@@ -281,13 +263,13 @@ def _write(recipe: CollectRecipe, output: Path, sources: Mapping[str, Iterable[S
     for name, found in kept.items():
         model = (recipe.model.path, sha256) if name == "samples" else (None, None)
         origin = {"source": name, "model": model[0], "weights_sha256": model[1]}
-        rows += [_row(sample, text) | origin for sample, text in found]
+        rows += [_example(sample) | origin for sample in found]
     order = np.random.default_rng(recipe.run.seed).permutation(len(rows))
-    _write_parquet(_data_table([rows[i] for i in order]), output / "data.parquet")
+    _write_examples([rows[i] for i in order], output / "data.parquet")
     return output / "data.parquet"
 
 
-def _drawn(found: list[tuple[Sample, str]], name: str, wanted: int, seed: list[int]) -> list[tuple[Sample, str]]:
+def _drawn(found: list[Sample], name: str, wanted: int, seed: list[int]) -> list[Sample]:
     """As many as a ratio asks for, in their order; all, where there are no more."""
     if wanted > len(found):
         console.print(f"[yellow]given.{name} has {len(found)} rows for the {wanted} that its ratio asks for[/yellow]")
@@ -299,29 +281,22 @@ def _compare(recipe: CollectRecipe, output: Path) -> Inputs:
     """What is read. Raises RunInputError where the samples in `output` are from anything else."""
     inputs, told = compare_inputs(recipe)
     if (output / "recipe.toml").exists():
-        changed_keys(output / "recipe.toml", recipe_to_toml(recipe), _is_fixed)
+        changed_keys(output / "recipe.toml", recipe, _is_fixed)
         for key, text in told.items():
             if not key.startswith("given."):  # it is read at the end, as the parts are
                 raise RunInputError(f"{text}; restore it, or choose another run.output")
     return inputs
 
 
-def _is_fixed(section: str, key: str) -> bool:
+def _is_fixed(key: str) -> bool:
     """Whether samples and their scores depend on a key of the recipe."""
-    return section not in _AFTERWARDS and f"{section}.{key}" not in _AFTERWARDS
-
-
-def _begin(recipe: CollectRecipe, output: Path, inputs: Inputs) -> None:
-    (output / "parts").mkdir(exist_ok=True)
-    write_made_from(recipe, inputs)
+    return not f"{key}.".startswith(_AFTERWARDS)
 
 
 def _open_pool(recipe: CollectRecipe, example: Problem, has_samples: bool) -> RewardPool:
     """The recipe's rewards for samples, and what filters ask for, which has no weight."""
-    rewards, weights = recipe.rewards, {}
-    if has_samples:
-        each = rewards.weights or [1.0] * len(rewards.functions)
-        weights = dict(zip(rewards.functions, each, strict=True))
+    rewards = recipe.rewards
+    weights = weights_of(rewards.functions, rewards.weights) if has_samples else {}
     for name in _scored(example, has_samples and "answer" in example.columns):
         weights.setdefault(name, 0.0)
     return RewardPool(
@@ -350,27 +325,34 @@ def _all_rejected(name: str, selection: Selection) -> str:
     return f"{name}: all {selection.num_seen} completions were rejected, {told}"
 
 
-def _row(sample: Sample, text: str) -> Row:
+def _example(sample: Sample) -> Row:
     """A row of data.parquet, but for where it comes from."""
-    known = ("prompt", "answer", "prompt_id", "sample", "seed", "num_tokens")
-    row: Row = {name: getattr(sample, name) for name in known} | {"completion": text}
-    for name, score in {"reward": sample.reward, **sample.scores}.items():
-        row[name] = None if score is None or math.isnan(score) else score
+    row: Row = {**vars(sample), **sample.scores}
+    for name in ("reward", *sample.scores):
+        row[name] = None if row[name] is None or math.isnan(row[name]) else row[name]
     return row
 
 
-def _data_table(rows: list[Row]) -> pa.Table:
+def _write_examples(rows: list[Row], file: Path) -> None:
     if not all(isinstance(row["prompt"], str) for row in rows):  # a column has one type
         for row in rows:
             if isinstance(row["prompt"], str):
                 row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    prompts = pa.array([row["prompt"] for row in rows])
-    scores = sorted(set().union(*rows) - {"prompt", *_DATA})
-    columns = {"prompt": prompts.type, **_DATA, **dict.fromkeys(scores, pa.float64())}
-    return pa.Table.from_pylist(rows, pa.schema(columns))
+    scores = set().union(*(row["scores"] for row in rows))
+    schema = _schema(_EXAMPLE, sorted(scores)).insert(
+        0, pa.field("prompt", pa.array([row["prompt"] for row in rows]).type)
+    )
+    _write_parquet(rows, schema, file)
 
 
-def _write_parquet(table: pa.Table, file: Path) -> None:
+def _schema(columns: Iterable[str], scores: Iterable[str]) -> pa.Schema:
+    types = {name: _NUMBERS.get(name, pa.string()) for name in columns}
+    return pa.schema(types | dict.fromkeys(scores, pa.float64()))
+
+
+def _write_parquet(rows: list[Row], schema: pa.Schema, file: Path) -> None:
+    table = pa.Table.from_pylist(rows, schema)  # null where a row lacks a column
+    file.parent.mkdir(exist_ok=True)
     with whole_file(file) as temporary:
         pq.write_table(table, temporary)
 

@@ -27,7 +27,7 @@ from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_prompt, render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.metrics import count_reflections
-from flashgrpo.grpo.recipe.load import Recipe, SamplingRecipe
+from flashgrpo.grpo.recipe.load import EvalRecipe, Recipe, SamplingRecipe
 from flashgrpo.grpo.recipe.schema import ModelSection, SourceSection, Template, first_step
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.response import Response
@@ -40,7 +40,7 @@ from flashgrpo.grpo.run.ledger import changed, differing, identify
 from flashgrpo.grpo.run.policy import Policy, open_policy, resolve_device
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import World, open_world
-from flashgrpo.grpo.stages.scores import Evaluation, Graded, merge, solved_by
+from flashgrpo.grpo.stages.scores import Graded, scores_of, solved_by
 from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Rollout, Sampling
 from flashgrpo.model.checkpoint import empty_decoder, read_config
 from flashgrpo.model.files import parse_json, write_text
@@ -59,8 +59,8 @@ def evaluate(
     recipe: Recipe,
     step: int = 0,
     with_quality: bool = False,
-) -> Evaluation:
-    """Sample recipe.eval.samples completions a prompt, seeded by its number, and score them.
+) -> dict[int, list[Graded]]:
+    """Sample recipe.eval.samples completions a prompt, seeded by its number, and score them; returns them by prompt.
 
     `with_quality` scores format and language, too, and shows the progress: apart from training.
     """
@@ -91,7 +91,7 @@ def evaluate(
             is_missing=bool(np.isnan(scored[i])),
         )
         samples[rollout.group].append(graded)
-    return Evaluation(dict(samples))
+    return dict(samples)
 
 
 def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | None = None) -> list[dict[str, Any]]:
@@ -114,24 +114,31 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
         known = world.on_main(lambda: _read_rows(output))
         ledger = world.on_main(lambda: _compare(recipe, models, benchmarks, known, output))
         with _open_pool(recipe, benchmarks) as pool:
-            for label, name in ledger:
+            for (label, name), made_from in ledger.items():
                 if (label, name) not in known:
-                    scores = _score_pair(recipe, (label, models[label]), (name, benchmarks[name]), pool, world)
+                    own = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=models[label]))
                     known[label, name] = {
                         "model": label,
                         "benchmark": name,
                         "weights": models[label],
-                        **scores,
+                        **_score(f"{label} on {name}", own, benchmarks[name], pool, world),
                         "temperature": recipe.eval.temperature,
                         "top_p": recipe.eval.top_p,
                         "max_new_tokens": recipe.rollout.max_new_tokens,
                         "seed": recipe.run.seed,
                     }
-                known[label, name]["made_from"] = ledger[label, name]
+                known[label, name]["made_from"] = made_from
                 if output is not None:  # after each pair: a stop costs one
                     text = json.dumps([*known.values()], indent=1) + "\n"
                     world.on_main(functools.partial(write_text, output, text))
         return [known[pair] for pair in ledger]
+
+
+def evaluate_recipe(recipe: EvalRecipe, resume: bool = True) -> Path:
+    """Evaluate recipe.models, as `evaluate_models`, which always resumes; returns the file of scores."""
+    output = Path(recipe.run.output) / "scores.json"
+    evaluate_models(recipe, recipe.models, output)
+    return output
 
 
 def newest_model(recipe: Recipe) -> str:
@@ -223,7 +230,7 @@ def _compare(
             pair, inputs = (label, name), {"weights": models[label]}
             before = known[pair]["made_from"] if pair in known else {"recipe": {}, "inputs": {}}
             now = ledger[pair] = {"recipe": settings, "inputs": identify(inputs, before["inputs"])}
-            changes = differing(before["recipe"], settings) + changed(before["inputs"], now["inputs"])
+            changes = [*differing(before["recipe"], settings), *changed(before["inputs"], now["inputs"])]
             if pair in known and changes:
                 raise RunInputError(
                     f"{output} has {label} on {name} by other weights, problems or settings ({', '.join(changes)}); "
@@ -252,24 +259,19 @@ def _settings(recipe: Recipe, problems: Sequence[Problem]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))  # as it will be read
 
 
-def _score_pair(
-    recipe: Recipe, model: tuple[str, str], benchmark: tuple[str, list[Problem]], pool: RewardPool, world: World
-) -> dict[str, float]:
-    """The scores of a model on the problems of a benchmark, both with their names; tells them."""
-    (label, path), (name, problems) = model, benchmark
+def _score(what: str, recipe: Recipe, problems: list[Problem], pool: RewardPool, world: World) -> dict[str, float]:
+    """The scores of recipe.model on problems; tells them as those of `what`."""
     start = time.perf_counter()
-    size = f"{len(problems)} x {recipe.eval.samples}"
-    _say(f"evaluating {label} on {name}: {size}")
-    shares = world.everywhere(lambda: _evaluate_share(recipe, path, problems, pool, world))
-    scores = merge(shares).scores()
+    _say(f"evaluating {what}: {len(problems)} x {recipe.eval.samples}")
+    scores = scores_of(world.everywhere(lambda: _evaluate_share(recipe, problems, pool, world)))
     if "pass@1" not in scores:
         raise RewardFailure(
-            f"{label} on {name}: no completion could be scored, so that there is no score; the warning above says why"
+            f"{what}: no completion could be scored, so that there is no score; the warning above says why"
         )
     seconds = time.perf_counter() - start
     num_samples = scores["num_problems"] * scores["k"]
     rates = f"{num_samples / seconds:,.1f} samples/s, {num_samples * scores['length'] / seconds:,.0f} tokens/s"
-    _say(f"{label} on {name}: pass@1 {scores['pass@1']:.1%}, {rates}, {seconds:,.0f} s in all")
+    _say(f"{what}: pass@1 {scores['pass@1']:.1%}, {rates}, {seconds:,.0f} s in all")
     return scores
 
 
@@ -287,9 +289,8 @@ def _open_pool(recipe: Recipe, benchmarks: Mapping[str, list[Problem]]) -> Rewar
     return open_reward_pool(alone, Problem(problems[0].question, columns))
 
 
-def _evaluate_share(recipe: Recipe, path: str, problems: list[Problem], pool: RewardPool, world: World) -> Evaluation:
-    """A model on this rank's share of the problems; nothing of it is left in memory."""
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=path))
+def _evaluate_share(recipe: Recipe, problems: list[Problem], pool: RewardPool, world: World) -> dict[int, list[Graded]]:
+    """recipe.model on this rank's share of the problems; nothing of it is left in memory."""
     # All are rendered on every rank: the longest prompt decides how much room each generator makes.
     policy = open_for_sampling(recipe, world.device)
     prompts = render_prompts(problems, policy, recipe.data)

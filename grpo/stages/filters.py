@@ -3,6 +3,7 @@
 `Selection.take` asks the filters in the order of `FILTERS`; the first one that rejects a completion is counted.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -37,6 +38,10 @@ class Sample:
     finish_reason: str | None = None
     reward: float | None = None
 
+    @property
+    def response(self) -> Response:
+        return Response(self.completion, self.context)
+
 
 def is_right(sample: Sample) -> bool:
     """Whether `code` solved it, where there are tests, or else `accuracy`; true where there is neither."""
@@ -46,7 +51,7 @@ def is_right(sample: Sample) -> bool:
 
 def is_formatted(sample: Sample) -> bool:
     """Reasoning in `<think>` tags, then a summary, or an `<answer>` block that may have one before it."""
-    tags, (before, *texts) = Response(sample.completion, sample.context).parts()
+    tags, (before, *texts) = sample.response.parts()
     if tags == ["<think>", "</think>"]:
         return not before and all(texts)
     if tags == ["<think>", "</think>", "<answer>", "</answer>"]:
@@ -57,30 +62,16 @@ def is_formatted(sample: Sample) -> bool:
 
 def longest_paragraph(sample: Sample) -> int:
     """Words, by white space, of the longest paragraph of the reasoning."""
-    paragraphs = re.split(r"\n\s*\n", Response(sample.completion, sample.context).reasoning)
+    paragraphs = re.split(r"\n\s*\n", sample.response.reasoning)
     return max(len(paragraph.split()) for paragraph in paragraphs)
-
-
-def has_code_block(sample: Sample) -> bool:
-    """Whether the reasoning has a fenced block."""
-    return "```" in Response(sample.completion, sample.context).reasoning
-
-
-def duplicate_key(prompt: PromptText, text: str) -> bytes:
-    """Equal for the same prompt and a completion that differs in white space and case alone."""
-    return hashlib.sha256(json.dumps([prompt, " ".join(text.casefold().split())]).encode()).digest()
 
 
 def rewritten(sample: Sample, write: WriteSection) -> str | None:
     """The completion as write.completion has it, without the tags of its parts; None where a part is missing."""
     if not write.completion:
         return sample.completion
-    response = Response(sample.completion, sample.context)
-    parts = {
-        "reasoning": response.reasoning.strip(),
-        "summary": response.summary,
-        "answer": response.answer() or "",
-    }
+    response = sample.response
+    parts = {"reasoning": response.reasoning.strip(), "summary": response.summary, "answer": response.answer()}
     return write.completion.format(**parts) if all(parts[field] for field in write.fields) else None
 
 
@@ -93,7 +84,7 @@ _CHECKS: dict[str, Callable[[Sample, FilterSection], bool]] = {
     "max_tokens": lambda s, f: not f.max_tokens or s.num_tokens <= f.max_tokens,
     "repetition": lambda s, f: f.max_repetition == 1 or -s.scores["repetition"] <= f.max_repetition,
     "paragraphs": lambda s, f: not f.max_paragraph_words or longest_paragraph(s) <= f.max_paragraph_words,
-    "code_blocks": lambda s, f: f.code_blocks or not has_code_block(s),
+    "code_blocks": lambda s, f: f.code_blocks or "```" not in s.response.reasoning,
 }
 FILTERS = *_CHECKS, "template", "duplicate", "max_per_prompt"
 
@@ -119,19 +110,18 @@ class Selection:
         """Completions so far."""
         return self.kept.total() + self.rejected.total()
 
-    def take_all(self, samples: Iterable[Sample]) -> list[tuple[Sample, str]]:
-        """What is kept, with the text to write."""
-        texts = ((sample, self.take(sample)) for sample in samples)
-        return [(sample, text) for sample, text in texts if text is not None]
+    def take_all(self, samples: Iterable[Sample]) -> list[Sample]:
+        """What is kept, as it is to be written."""
+        return [*filter(None, map(self.take, samples))]
 
-    def take(self, sample: Sample) -> str | None:
-        """The text to write, or None for a completion that is rejected."""
+    def take(self, sample: Sample) -> Sample | None:
+        """The sample with the text to write, or None for one that is rejected."""
         # Two completions are duplicates as they are written, so that the text is made first.
         text = rewritten(sample, self.write)
         name = rejected_by(sample, self.filters) or ("template" if text is None else self._compare(sample.prompt, text))
         self.kept[sample.prompt_id] += name is None  # 0 counts, too: prompts with none
         if name is None:
-            return text
+            return dataclasses.replace(sample, completion=text)
         self.rejected[name] += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append({"prompt": str(sample.prompt), "completion": sample.completion, "filter": name})
@@ -150,7 +140,9 @@ class Selection:
         }
 
     def _compare(self, prompt: PromptText, text: str) -> str | None:
-        key, of_prompt = duplicate_key(prompt, text), json.dumps(prompt)
+        # What differs in white space and case alone is the same.
+        key = hashlib.sha256(json.dumps([prompt, " ".join(text.casefold().split())]).encode()).digest()
+        of_prompt = json.dumps(prompt)
         if key in self._seen:
             return "duplicate"
         if self.filters.max_per_prompt and self._per_prompt[of_prompt] >= self.filters.max_per_prompt:

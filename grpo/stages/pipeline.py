@@ -23,7 +23,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,54 +36,56 @@ from rich.table import Table
 from flashgrpo.grpo.data.benchmarks import load_benchmark
 from flashgrpo.grpo.data.problems import check_columns
 from flashgrpo.grpo.errors import RecipeError, RewardError, RunInputError, nearest
-from flashgrpo.grpo.recipe.load import (
-    KINDS,
-    AnyRecipe,
-    PipelineRecipe,
-    Recipe,
-    RewardModelRecipe,
-    build_recipe,
-    parse_value,
-    section_keys,
-)
+from flashgrpo.grpo.recipe.load import FunctionRecipe, PipelineRecipe, Recipe, build_recipe, read_toml, section_keys
+from flashgrpo.grpo.recipe.schema import SourceSection
 from flashgrpo.grpo.rewards.rules import check_names, resolve_reward
 from flashgrpo.grpo.run.folder import hold_output
-from flashgrpo.grpo.run.ledger import changed, differing, identify, input_paths
+from flashgrpo.grpo.run.ledger import changed, differing, identify, input_paths, read_sections
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import open_world
-from flashgrpo.grpo.stages.evaluate import evaluate_models
 from flashgrpo.grpo.stages.plots import draw_pipeline, write_report
-from flashgrpo.grpo.stages.runs import run_recipe
+from flashgrpo.grpo.stages.runs import KINDS, run_recipe
 from flashgrpo.grpo.stages.scores import markdown_of, table_of
-from flashgrpo.model.files import parse_json, parse_toml, whole_folder, write_text
+from flashgrpo.model.files import parse_json, whole_folder, write_text
 
 _LEDGER, _REFERENCE = "stages.json", "stage:"
 _PLAIN_WIDTH = 140  # of tables that go to a file
-_OWN_KEYS = {"kind", "like", "models", "function", "options"}
-_KINDS = {**KINDS, "eval": Recipe, "function": None}
-_MAKES = {"train": "model", "sft": "model", "reward-model": "model", "collect": "data.parquet", "eval": "scores.json"}
+_OWN_KEYS = {"kind", "like"}  # of a stage, and of no recipe
+_NOT_INHERITED = {*_OWN_KEYS, "models", "function", "options"}
 _UNUSED_COLUMNS = {  # of a reward model's data, by its objective
     "pairwise": ("completion_column", "label_column"),
     "pointwise": ("chosen_column", "rejected_column"),
 }
 _NO_MATTER = {"run", "vllm"}  # where and how fast a stage runs, not what it makes
 
+Values = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Stage:
-    """`made_from` is what decides what comes of it: the keys of its recipe that are not at their default."""
+    """A recipe with a name, whose run.output is the folder of that name."""
 
     name: str
     kind: str
-    folder: Path
-    made_from: dict[str, Any]
-    recipe: AnyRecipe | None  # of a function none
+    recipe: Any
     inputs: dict[str, "Stage | None"]  # local paths it reads, and the stage that makes each
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.run.output)
 
     @property
     def made(self) -> Path:
         """What a reference to it stands for."""
-        return self.folder / _MAKES[self.kind] if self.kind in _MAKES else self.folder
+        return self.folder / KINDS[self.kind].makes
+
+    @property
+    def made_from(self) -> Values:
+        """What decides what comes of it."""
+        # Keys at their default are left out, so that a key that a later version adds changes no stage.
+        dumped = TypeAdapter(type(self.recipe)).dump_python(self.recipe, mode="json", exclude_defaults=True)
+        made_from = {key: value for key, value in dumped.items() if key not in _NO_MATTER}
+        return {**made_from, "seed": self.recipe.run.seed}
 
 
 def run_pipeline(path: str | Path, overrides: Sequence[str] = (), until: str | None = None) -> Path:
@@ -121,7 +123,9 @@ def _run_stage(stage: Stage, number: str, settings: PipelineRecipe) -> None:
     if not is_due:
         return
     start = time.perf_counter()
-    _run(stage, settings)
+    run_recipe(stage.kind, stage.recipe, resume=True)
+    if KINDS[stage.kind].makes == "model" and os.environ.get("RANK", "0") == "0":
+        write_report(stage.folder)
     # The next stage needs the memory that this one's model and optimizer have left.
     gc.collect()
     torch.cuda.empty_cache()
@@ -132,140 +136,73 @@ def _run_stage(stage: Stage, number: str, settings: PipelineRecipe) -> None:
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineRecipe, list[Stage]]:
     """The pipeline in a TOML file, every stage's recipe checked. Raises RecipeError."""
-    try:
-        values = parse_toml(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    values = read_toml(path)
     found = values.pop("stages", None)
     if not found or not isinstance(found, dict):
         raise RecipeError(f"{path}: no [stages.NAME]; wanted one or more")
-    shared, own = _by_stage(overrides, found, str(path))
+    own = _own_overrides(overrides, found, str(path))
+    shared = [override for override in overrides if not override.startswith("--stages.")]
     settings = build_recipe(PipelineRecipe, values, str(path), shared)
     stages: dict[str, Stage] = {}
-    raw: dict[str, dict[str, Any]] = {}
+    raw: dict[str, Values] = {}
     for name, stage_values in found.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise RecipeError(f"{path}: stages.{name}: wanted a folder's name of letters, digits, _ and -")
         source = f"{path}: stages.{name}"
         # Likeness is of what the file says: a later stage does not inherit this one's overrides.
         raw[name] = _with_likeness(stage_values, raw, source)
-        stages[name] = _stage(name, raw[name], stages, settings, source, own[name])
+        stages[name] = _stage(name, _resolved(raw[name], stages, source), stages, settings, source, own[name])
     return settings, [*stages.values()]
 
 
-def _by_stage(overrides: Sequence[str], stages: dict[str, Any], source: str) -> tuple[list[str], dict[str, list[str]]]:
-    """Those of the whole pipeline, and those of each stage as options of its own recipe."""
-    shared: list[str] = []
-    own: dict[str, list[str]] = {name: [] for name in stages}
+def _own_overrides(overrides: Sequence[str], names: Iterable[str], source: str) -> dict[str, list[str]]:
+    """Those of stages, as options of each one's own recipe."""
+    own: dict[str, list[str]] = {name: [] for name in names}
     for override in overrides:
         if not override.startswith("--stages."):
-            shared.append(override)
             continue
         name, _, option = override.removeprefix("--stages.").partition(".")
         if name not in own:
-            raise RecipeError(f"{override}: no such stage{nearest(name, stages)}")
+            raise RecipeError(f"{override}: no such stage{nearest(name, own)}")
         if f"={_REFERENCE}" in option:
             fault = "an override cannot name a stage; give the path of what it makes"
             raise RecipeError(f"{source}: stages.{name}: --{option}: {fault}")
         own[name].append(f"--{option}")
-    return shared, own
+    return own
 
 
-def _with_likeness(values: Any, earlier: dict[str, dict[str, Any]], source: str) -> dict[str, Any]:
+def _with_likeness(values: Any, earlier: dict[str, Values], source: str) -> Values:
     """A stage's values laid over those of the stage it is like; of another kind's, over the keys that both have."""
-    if not isinstance(values, dict) or values.get("kind") not in _KINDS:
+    if not isinstance(values, dict) or values.get("kind") not in KINDS:
         found = values.get("kind") if isinstance(values, dict) else values
-        raise RecipeError(f"{source}: kind = {found!r}{nearest(str(found), _KINDS)}")
+        raise RecipeError(f"{source}: kind = {found!r}{nearest(str(found), KINDS)}")
     model = values.get("like")
     if model is None:
         return values
     if model not in earlier:
         raise RecipeError(f"{source}: like = {model!r}, wanted an earlier stage{nearest(str(model), earlier)}")
-    kind, merged = _KINDS[values["kind"]], copy.deepcopy(earlier[model])
-    for key in _OWN_KEYS & merged.keys():
-        del merged[key]
-    if kind is not _KINDS[earlier[model]["kind"]]:
-        merged = _shared_keys(merged, section_keys(kind))
+    inherited = {key: value for key, value in earlier[model].items() if key not in _NOT_INHERITED}
+    if earlier[model]["kind"] != values["kind"]:
+        inherited = _shared_keys(inherited, section_keys(KINDS[values["kind"]].recipe))
+    return _laid_over(inherited, values)
+
+
+def _shared_keys(values: Values, keys: Mapping[str, list[str] | None]) -> Values:
+    """What of `values` another kind of recipe has too; its `keys` by section, None for sections that a person names."""
+    shared = {}
+    for section in values.keys() & keys.keys():
+        found, known = values[section], keys[section]
+        shared[section] = {key: found[key] for key in found if known is None or key in known}
+    return shared
+
+
+def _laid_over(base: Values, values: Values) -> Values:
+    """`base` with `values` in place of its own, key by key of each section."""
+    merged = copy.deepcopy(base)
     for key, value in values.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if both else value
     return merged
-
-
-def _shared_keys(values: dict[str, Any], keys: dict[str, list[str] | None]) -> dict[str, Any]:
-    """What of `values` another kind of recipe has too; its `keys` by section, None for sections that a person names."""
-    shared = {}
-    for section in values.keys() & keys.keys():
-        known = keys[section]
-        if known is None:
-            known = values[section]
-        shared[section] = {key: values[section][key] for key in values[section] if key in known}
-    return shared
-
-
-def _stage(
-    name: str,
-    raw: dict[str, Any],
-    stages: dict[str, Stage],
-    settings: PipelineRecipe,
-    source: str,
-    overrides: Sequence[str],
-) -> Stage:
-    values = _resolved(raw, stages, source)
-    if values["kind"] == "function":
-        return _function_stage(name, values, settings, source, overrides)
-    folder, kind = Path(settings.run.output) / name, values["kind"]
-    sections = {key: values[key] for key in values if key not in _OWN_KEYS}
-    shared = {key: getattr(settings.run, key) for key in ("seed", "device", "accept_changes")}
-    sections["run"] = {"output": str(folder), **shared, **sections.get("run", {})}
-    models = {}
-    if kind == "eval":
-        models = values.get("models")
-        if not isinstance(models, dict) or not models:
-            raise RecipeError(f"{source}: an evaluation wants models = {{ label = 'path' }}, found {models!r}")
-        models = {label: os.path.expanduser(str(path)) for label, path in models.items()}
-        sections["model"] = {"path": next(iter(models.values())), **sections.get("model", {})}
-    recipe = build_recipe(_KINDS[kind], sections, source, overrides)
-    if isinstance(recipe, Recipe):
-        try:
-            check_names(recipe)
-        except RecipeError as error:
-            raise RecipeError(f"{source}: {error}") from None
-    if recipe.run.output != str(folder):
-        raise RecipeError(
-            f"{source}: run.output = {recipe.run.output}, wanted {folder}: a pipeline has one for all stages"
-        )
-    # Keys at their default are left out, so that a key that a later version adds changes no stage.
-    dumped = TypeAdapter(type(recipe)).dump_python(recipe, mode="json", exclude_defaults=True)
-    for key in _NO_MATTER & dumped.keys():
-        del dumped[key]
-    made_from = {**dumped, "models": models, "seed": recipe.run.seed}
-    return Stage(name, kind, folder, made_from, recipe, _inputs(recipe, models, stages))
-
-
-def _function_stage(
-    name: str, values: dict[str, Any], settings: PipelineRecipe, source: str, overrides: Sequence[str]
-) -> Stage:
-    """A stage that calls a function, whose arguments are checked now."""
-    function, folder = values.get("function"), Path(settings.run.output) / name
-    if not isinstance(function, str):
-        raise RecipeError(f"{source}: function = {function!r}, wanted 'package.module:name'")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not (equals and key.startswith("--options.")):
-            raise RecipeError(f"{source}: {override}: wanted --stages.{name}.options.key=value")
-        *tables, last = key.removeprefix("--").split(".")
-        target = values
-        for table in tables:
-            target = target.setdefault(table, {})
-        target[last] = parse_value(text)
-    options = values.get("options", {})
-    try:
-        inspect.signature(resolve_reward(function)).bind(folder, 0, **options)
-    except (RewardError, TypeError) as error:
-        raise RecipeError(f"{source}: {function}: {error}") from None
-    made_from = {"function": function, "options": options, "seed": settings.run.seed}
-    return Stage(name, "function", folder, json.loads(json.dumps(made_from)), None, {})
 
 
 def _resolved(value: Any, stages: dict[str, Stage], source: str) -> Any:
@@ -282,9 +219,47 @@ def _resolved(value: Any, stages: dict[str, Stage], source: str) -> Any:
     return str(stages[name].folder / file if file else stages[name].made)
 
 
-def _inputs(recipe: AnyRecipe, models: dict[str, str], stages: dict[str, Stage]) -> dict[str, Stage | None]:
+def _stage(
+    name: str,
+    values: Values,
+    stages: dict[str, Stage],
+    settings: PipelineRecipe,
+    source: str,
+    overrides: Sequence[str],
+) -> Stage:
+    kind, folder = values["kind"], str(Path(settings.run.output) / name)
+    shared = {key: getattr(settings.run, key) for key in ("seed", "device", "accept_changes")}
+    base: Values = {"run": {"output": folder, **shared}}
+    if kind == "eval":
+        models = values.get("models")
+        if not isinstance(models, dict) or not models:
+            raise RecipeError(f"{source}: an evaluation wants models = {{ label = 'path' }}, found {models!r}")
+        base["model"] = {"path": next(iter(models.values()))}
+    sections = {key: value for key, value in values.items() if key not in _OWN_KEYS}
+    recipe = build_recipe(KINDS[kind].recipe, _laid_over(base, sections), source, overrides)
+    _check_functions(recipe, source)
+    if recipe.run.output != folder:
+        raise RecipeError(
+            f"{source}: run.output = {recipe.run.output}, wanted {folder}: a pipeline has one for all stages"
+        )
+    return Stage(name, kind, recipe, _inputs(recipe, stages))
+
+
+def _check_functions(recipe: Any, source: str) -> None:
+    """That the functions a recipe names are there, and take what they will be given."""
+    try:
+        if isinstance(recipe, Recipe):
+            check_names(recipe)
+        elif isinstance(recipe, FunctionRecipe):
+            source += f": {recipe.function}"
+            inspect.signature(resolve_reward(recipe.function)).bind(Path(), 0, **recipe.options)
+    except (RecipeError, RewardError, TypeError) as error:
+        raise RecipeError(f"{source}: {error}") from None
+
+
+def _inputs(recipe: Any, stages: dict[str, Stage]) -> dict[str, Stage | None]:
     """The files and folders that a stage reads, and which stage makes each."""
-    paths = [*models.values(), *input_paths(recipe).values()]
+    paths = [*getattr(recipe, "models", {}).values(), *input_paths(recipe).values()]
     paths += recipe.eval.benchmarks if isinstance(recipe, Recipe) else []
     inputs = {}
     for path in paths:
@@ -295,23 +270,20 @@ def _inputs(recipe: AnyRecipe, models: dict[str, str], stages: dict[str, Stage])
 
 def _check_given(stage: Stage) -> None:
     """That files of the user's are there, with the columns that are read: the stage's turn may come in days."""
-    recipe: Any = stage.recipe
+    recipe = stage.recipe
     given = [path for path, maker in stage.inputs.items() if maker is None]
     for path in given:
         if not Path(path).exists():
             raise RunInputError(f"stage {stage.name} wants {path}: no such file or folder")
-    if recipe is None:
-        return
-    unused = _UNUSED_COLUMNS[recipe.train.objective] if isinstance(recipe, RewardModelRecipe) else ()
-    sections = [recipe.data, *getattr(recipe, "sources", {}).values(), *getattr(recipe, "given", {}).values()]
-    for section in sections:
-        if section.path in given:
+    for section in read_sections(recipe).values():
+        if isinstance(section, SourceSection) and section.path in given:
+            unused = _UNUSED_COLUMNS[recipe.train.objective] if stage.kind == "reward-model" else ()
             keys = [f.name for f in fields(section) if f.name.endswith("_column") and f.name not in unused]
-            wanted = [getattr(section, key) for key in keys]
-            check_columns(section.path, filter(None, wanted))
+            check_columns(section.path, filter(None, [getattr(section, key) for key in keys]))
     if isinstance(recipe, Recipe):
         for path in recipe.eval.benchmarks:
-            load_benchmark(path, recipe.run.seed)
+            if path in given:
+                load_benchmark(path, recipe.run.seed)
 
 
 def _open(stage: Stage, output: Path) -> bool:
@@ -323,36 +295,28 @@ def _open(stage: Stage, output: Path) -> bool:
                 f"remove {maker.folder} to make it anew"
             )
     ledger = _read_ledger(output)
-    known = ledger.get(stage.name) if stage.folder.exists() else None
-    if stage.folder.exists() and known is None:
+    known = ledger.get(stage.name) if stage.folder.exists() else {}
+    if known is None:
         raise RunInputError(f"{stage.folder} was not made by this pipeline; choose another run.output")
-    noted = known["inputs"] if known else {}
-    inputs = identify({path: path for path in stage.inputs}, noted)
-    entry: dict[str, Any] = {"recipe": stage.made_from, "inputs": inputs}
-    is_finished = known is not None and "seconds" in known
-    if known:
-        _compare(stage, known, entry, is_finished)
-    # What is finished and gone is made again.
-    is_due = not (is_finished and stage.made.exists())
-    if known and not is_due:
-        entry["seconds"] = known["seconds"]
-    write_text(output / _LEDGER, json.dumps(ledger | {stage.name: entry}, indent=1))
-    return is_due
-
-
-def _compare(stage: Stage, known: dict[str, Any], entry: dict[str, Any], is_finished: bool) -> None:
-    """Raises RunInputError where the stage was made from something else."""
+    noted = known.get("inputs", {})
+    entry = {"recipe": stage.made_from, "inputs": identify({path: path for path in stage.inputs}, noted)}
     changes = []
-    if is_finished:  # one in progress knows itself which keys may change
+    if "seconds" in known:  # a stage in progress knows itself which keys may change
         changes += [f"recipe: {key}" for key in differing(known["recipe"], entry["recipe"])]
-    if stage.recipe is None or not stage.recipe.run.accept_changes:
-        changes += [f"inputs: {path}" for path in changed(known["inputs"], entry["inputs"])]
+    if not stage.recipe.run.accept_changes:
+        changes += [f"inputs: {path}" for path in changed(noted, entry["inputs"])]
     if changes:
         raise RunInputError(
             f"stage {stage.name} in {stage.folder} was made from another {', '.join(changes)}; restore it, remove "
             "that folder to make the stage anew, choose another run.output, or accept inputs with other content by "
             f"--stages.{stage.name}.run.accept_changes=true"
         )
+    # What is finished and gone is made again.
+    is_due = not ("seconds" in known and stage.made.exists())
+    if not is_due:
+        entry["seconds"] = known["seconds"]
+    write_text(output / _LEDGER, json.dumps(ledger | {stage.name: entry}, indent=1))
+    return is_due
 
 
 def _close(stage: Stage, output: Path, seconds: float) -> None:
@@ -361,22 +325,17 @@ def _close(stage: Stage, output: Path, seconds: float) -> None:
     write_text(output / _LEDGER, json.dumps(ledger, indent=1))
 
 
-def _run(stage: Stage, settings: PipelineRecipe) -> None:
-    if stage.recipe is None:
-        with open_world(settings) as world:
-            world.on_main(lambda: _call(stage, settings.run.seed))
-    elif stage.kind == "eval" and isinstance(stage.recipe, Recipe):
-        evaluate_models(stage.recipe, stage.made_from["models"], stage.made)
-    else:
-        run_recipe(stage.recipe, resume=True)
-        if stage.kind != "collect" and os.environ.get("RANK", "0") == "0":
-            write_report(stage.folder)
+def call_function(recipe: FunctionRecipe, resume: bool = True) -> Path:
+    """Have a function fill run.output anew; returns that."""
+    output = Path(recipe.run.output)
 
+    def call() -> None:
+        with whole_folder(output) as folder:
+            resolve_reward(recipe.function)(folder, recipe.run.seed, **recipe.options)
 
-def _call(stage: Stage, seed: int) -> None:
-    function = resolve_reward(stage.made_from["function"])
-    with whole_folder(stage.folder) as folder:
-        function(folder, seed, **stage.made_from["options"])
+    with open_world(recipe) as world:
+        world.on_main(call)
+    return output
 
 
 def _read_ledger(output: Path) -> dict[str, Any]:
@@ -408,7 +367,7 @@ def _summarize(stages: list[Stage], output: Path) -> None:
         if stage.kind == "eval":
             written = json.loads(stage.made.read_text(encoding="utf-8"))
             # The file keeps rows of models that an edited pipeline names no more.
-            rows = [row for row in written if row["model"] in stage.made_from["models"]]
+            rows = [row for row in written if row["model"] in stage.recipe.models]
             printer.print(table_of(rows))
             write_text(output / f"{stage.name}.md", markdown_of(rows))
     curves = {stage.name: stage.folder for stage in stages if stage.kind == "train"}

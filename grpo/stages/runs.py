@@ -1,23 +1,43 @@
-"""What runs a recipe, by its kind."""
+"""What can run: the kinds of recipe, each with the function that runs it. All of them can be stages of a pipeline."""
 
 import importlib
 from pathlib import Path
+from typing import NamedTuple
 
-from flashgrpo.grpo.recipe.load import AnyRecipe, CollectRecipe, Recipe, RewardModelRecipe, SftRecipe
+from flashgrpo.grpo.recipe.load import (
+    AnyRecipe,
+    CollectRecipe,
+    EvalRecipe,
+    FunctionRecipe,
+    Recipe,
+    RewardModelRecipe,
+    SftRecipe,
+)
 
-_RUN_BY = {
-    Recipe: "train",
-    SftRecipe: "stages.sft",
-    RewardModelRecipe: "stages.reward_model",
-    CollectRecipe: "stages.collect",
+
+class Kind(NamedTuple):
+    """A kind of recipe."""
+
+    recipe: type[AnyRecipe]
+    function: str  # is called with a recipe and `resume`, returns `makes`; its module is imported then: it needs torch
+    makes: str  # what there is in run.output when it has ended
+
+
+KINDS = {
+    "train": Kind(Recipe, "train:train", "model"),
+    "sft": Kind(SftRecipe, "stages.sft:sft", "model"),
+    "reward-model": Kind(RewardModelRecipe, "stages.reward_model:reward_model", "model"),
+    "collect": Kind(CollectRecipe, "stages.collect:collect", "data.parquet"),
+    "eval": Kind(EvalRecipe, "stages.evaluate:evaluate_recipe", "scores.json"),
+    "function": Kind(FunctionRecipe, "stages.pipeline:call_function", ""),
 }
 
 
-def run_recipe(recipe: AnyRecipe, resume: bool = False) -> Path:
-    """Run a recipe, or continue it; returns what it has made: the folder of a model, or a file of examples.
+def run_recipe(kind: str, recipe: AnyRecipe, resume: bool = False) -> Path:
+    """Run a recipe, or continue it; returns what it has made: the folder of a model, or a file.
 
     Raises RecipeError, DataError, RewardError, CheckpointError and RunInputError before the first step, RunError and
     RewardFailure later. Ctrl-C saves what there is and raises KeyboardInterrupt.
     """
-    name = _RUN_BY[type(recipe)]
-    return getattr(importlib.import_module(f"flashgrpo.grpo.{name}"), name.rpartition(".")[2])(recipe, resume)
+    module, _, name = KINDS[kind].function.partition(":")
+    return getattr(importlib.import_module(f"flashgrpo.grpo.{module}"), name)(recipe, resume)

@@ -4,8 +4,8 @@ majority vote over extracted answers, with 95% intervals.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -35,58 +35,53 @@ class Graded(NamedTuple):
     is_missing: bool = False  # it could not be scored, and counts as wrong
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The samples of each problem, by the problem's number; k of each."""
+Samples = Mapping[int, Sequence[Graded]]  # k of each problem, by its number
 
-    samples: dict[int, list[Graded]]
 
-    def scores(self) -> dict[str, float]:
-        """pass@1 and cons@k with the ends of their 95% intervals, pass@k, k, num_problems; the mean length in tokens,
-        the truncated share, reflective phrases per 1,000 tokens; where asked for and known, format and language; the
-        share of missing scores where there are any, and nothing else where there are no others.
-        """
-        # Where nothing was scored, "pass@1 0%" would be no score of the model.
-        missing = float(self._column("is_missing").mean())
-        if missing == 1:
-            return {"missing": missing}
-        correct, lengths = self._column("is_correct"), self._column("length")
-        num_problems, k = correct.shape
-        majorities = np.array([_majority(row) for row in self.samples.values()])
-        consensus = float(majorities.mean())
-        low, high = clustered_interval(correct)
-        cons_low, cons_high = wilson_interval(consensus, num_problems)
-        tokens = int(lengths.sum())
-        scores: dict[str, float] = {
-            "pass@1": float(correct.mean()),
-            "pass@1/low": low,
-            "pass@1/high": high,
-            "pass@k": float(correct.any(axis=1).mean()),
-            "cons@k": consensus,
-            "cons@k/low": cons_low,
-            "cons@k/high": cons_high,
-            "k": k,
-            "num_problems": num_problems,
-            "length": tokens / correct.size,
-            "truncated": float(self._column("is_truncated").mean()),
-        }
-        if missing:
-            scores["missing"] = missing
-        # A rate over all tokens: the mean of rates would be that of short completions.
-        scores["reflection"] = 1000 * int(self._column("reflections").sum()) / max(tokens, 1)
-        qualities = self._column("quality")
-        for name in qualities.flat[0]:
-            values = np.array([quality[name] for quality in qualities.flat])
-            if not np.isnan(values).all():
-                scores[name] = float(np.nanmean(values))
-        return scores
+def scores_of(parts: Iterable[Samples]) -> dict[str, float]:
+    """pass@1 and cons@k with the ends of their 95% intervals, pass@k, k, num_problems; the mean length in tokens, the
+    truncated share, reflective phrases per 1,000 tokens; where asked for and known, format and language; the share of
+    missing scores where there are any, and nothing else where there are no others. Of `parts`, each has other problems.
+    """
+    samples = dict(chain.from_iterable(part.items() for part in parts))
+    # In the order of problems, in which sums do not depend on how ranks have shared them.
+    rows = [samples[number] for number in sorted(samples)]
 
-    def _column(self, name: str) -> np.ndarray:  # [num_problems, k]
-        """A field of all samples, problem by problem."""
-        column = []
-        for number in sorted(self.samples):
-            column.append([getattr(sample, name) for sample in self.samples[number]])
-        return np.array(column)
+    def column(name: str) -> np.ndarray:  # [num_problems, k]
+        return np.array([getattr(sample, name) for sample in chain.from_iterable(rows)]).reshape(len(rows), -1)
+
+    # Where nothing was scored, "pass@1 0%" would be no score of the model.
+    missing = float(column("is_missing").mean())
+    if missing == 1:
+        return {"missing": missing}
+    correct, tokens = column("is_correct"), int(column("length").sum())
+    num_problems, k = correct.shape
+    consensus = float(np.mean([_majority(row) for row in rows]))
+    low, high = clustered_interval(correct)
+    cons_low, cons_high = wilson_interval(consensus, num_problems)
+    scores: dict[str, float] = {
+        "pass@1": float(correct.mean()),
+        "pass@1/low": low,
+        "pass@1/high": high,
+        "pass@k": float(correct.any(axis=1).mean()),
+        "cons@k": consensus,
+        "cons@k/low": cons_low,
+        "cons@k/high": cons_high,
+        "k": k,
+        "num_problems": num_problems,
+        "length": tokens / correct.size,
+        "truncated": float(column("is_truncated").mean()),
+    }
+    if missing:
+        scores["missing"] = missing
+    # A rate over all tokens: the mean of rates would be that of short completions.
+    scores["reflection"] = 1000 * int(column("reflections").sum()) / max(tokens, 1)
+    qualities = column("quality").ravel()
+    for name in qualities[0]:
+        values = np.array([quality[name] for quality in qualities])
+        if not np.isnan(values).all():
+            scores[name] = float(np.nanmean(values))
+    return scores
 
 
 def clustered_interval(
@@ -112,14 +107,6 @@ def wilson_interval(share: float, num: float) -> tuple[float, float]:
     center = shrunk * (share + _Z**2 / (2 * num))
     half = shrunk * _Z * math.sqrt(share * (1 - share) / num + (_Z / (2 * num)) ** 2)
     return max(center - half, 0.0), min(center + half, 1.0)
-
-
-def merge(parts: Sequence[Evaluation]) -> Evaluation:
-    """Evaluations of different problems as one."""
-    samples = {}
-    for part in parts:
-        samples |= part.samples
-    return Evaluation(samples)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:

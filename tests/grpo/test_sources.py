@@ -234,7 +234,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(values, refill_limit):
 
 def test_sources_stay_those_that_the_run_began_with(values):
     train(recipe_of(values, train__steps=1))
-    with pytest.raises(RunInputError, match=r"sources.chat is .* and the run in .* began with"):
+    with pytest.raises(RunInputError, match=r"sources.chat.share is 0.5, and the run in .* began with"):
         train(recipe_of(values, sources__chat__share=0.5), resume=True)
 
 

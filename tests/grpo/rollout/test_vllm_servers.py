@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ranks
 import torch
 
-from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RunInputError
+from flashgrpo.grpo.errors import DataError, GeneratorFailure, RecipeError, RunInputError
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
-from flashgrpo.grpo.recipe.load import Recipe, build_recipe
+from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, build_recipe
 from flashgrpo.grpo.rollout import sync
 from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
 from flashgrpo.grpo.rollout.native import NativeGenerator
@@ -30,6 +31,7 @@ from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.sampling import Sampler
+from flashgrpo.grpo.stages.collect import collect
 from flashgrpo.grpo.train import train
 from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.kernels.linear_grpo import linear_logprobs
@@ -164,6 +166,26 @@ def test_servers_of_a_runs_own_get_the_models_weights_and_end_with_it(recipe_for
     assert closed
     for (wanted,) in NativeGenerator(model, policy.stop_token_ids).generate(requests, Sampling(20, top_k=1)):
         assert found[wanted.group].completion_ids.tolist() == wanted.completion_ids.tolist()
+
+
+def test_a_collection_is_sampled_with_the_models_weights(recipe_for, tmp_path):
+    """A server is sent them: the likeliest tokens by vLLM are those by the trainer."""
+    recipe, texts = recipe_for(0), []
+    for generator in ("native", "vllm_server"):
+        rollout = {"generator": generator, "group_size": 2, "top_k": 1, "max_new_tokens": 12, "prompts": 8}
+        values = {
+            "model": {"path": recipe.model.path},
+            "data": {"path": recipe.data.path, "template": "none", "held_out": 8},
+            "rewards": {"functions": ["format"], "workers": 1},
+            "rollout": rollout,
+            "vllm": {"servers": recipe.vllm.servers},
+            "run": {"output": str(tmp_path / generator), "device": "cpu"},
+        }
+        with pytest.raises(DataError, match="all 16 completions were rejected"):  # a random model answers nothing
+            collect(build_recipe(CollectRecipe, values))
+        texts.append(pq.read_table(tmp_path / generator / "parts/part_00000.parquet")["completion"].to_pylist())
+    assert len(set(texts[0])) > 1
+    assert texts[0] == texts[1]
 
 
 def test_a_server_on_which_a_run_was_killed_in_mid_sync_serves_the_next_run(recipe_for, monkeypatch):

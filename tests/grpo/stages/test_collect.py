@@ -51,7 +51,10 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def given_file(path: Path, number: int, **columns: Any) -> str:
-    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}.", **columns} for i in range(number)]
+    return row_file(path, [{"prompt": f"What is {i}?", "completion": f"It is {i}.", **columns} for i in range(number)])
+
+
+def row_file(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -104,27 +107,24 @@ def test_a_filter_rejects_what_it_is_for(name, filters, passes, rejected):
     assert rejected_by(passes, section) is None
     assert rejected_by(rejected, section) == name
     assert (rejected_by(rejected, FilterSection(**LOOSE)) is None) == (name != "truncated")
-
-
-def test_without_an_answer_nothing_is_wrong():
     bare = dataclasses.replace(sample(answer=None), scores={})
-    assert rejected_by(bare, FilterSection()) is None
+    assert rejected_by(bare, FilterSection()) is None  # without an answer nothing is wrong
+
+
+def taken(selection: Selection, *samples: Sample) -> list[str | None]:
+    kept = [selection.take(each) for each in samples]
+    return [each and each.completion for each in kept]
 
 
 def test_duplicates_and_the_cap_look_at_all_that_was_kept():
     texts = [f"<think>a</think>{text}" for text in ("One  way", "one way\n", "two", "three")]
     selection = Selection(FilterSection(max_per_prompt=2), WriteSection())
-    kept = [selection.take(sample(text, sample=i)) for i, text in enumerate(texts)]
-    assert kept == [texts[0], None, texts[2], None]
+    assert taken(selection, *map(sample, texts)) == [texts[0], None, texts[2], None]
     other = dataclasses.replace(sample(texts[0], prompt_id=1), prompt="another")
-    assert selection.take(other) == texts[0]
-    assert selection.take(dataclasses.replace(other, finish_reason="length")) is None
+    assert taken(selection, other, dataclasses.replace(other, finish_reason="length")) == [texts[0], None]
     found = selection.report()
-    assert {name: n for name, n in found["rejected"].items() if n} == {
-        "truncated": 1,
-        "duplicate": 1,
-        "max_per_prompt": 1,
-    }
+    rejected = {name: n for name, n in found["rejected"].items() if n}
+    assert rejected == {"truncated": 1, "duplicate": 1, "max_per_prompt": 1}
     assert (found["seen"], found["kept"], found["prompts"], found["prompts_with_none"]) == (6, 3, 2, 0.0)
     assert found["prompts_by_kept"] == {"1": 1, "2": 1}
 
@@ -142,7 +142,7 @@ def test_duplicates_and_the_cap_look_at_all_that_was_kept():
 )
 def test_completions_are_rewritten(template, completion, written):
     selection = Selection(FilterSection(format=False), WriteSection(template))
-    assert selection.take(sample(completion)) == written
+    assert taken(selection, sample(completion)) == [written]
     assert selection.rejected == ({} if written else {"template": 1})
 
 
@@ -207,12 +207,9 @@ def test_what_is_written_is_what_the_model_samples(values, model_path, data_path
 def test_ranks_and_parts_change_nothing(values, tmp_path):
     values["given"] = {"cold": {"path": given_file(tmp_path / "cold.jsonl", 5)}}
     one = collect(made(values))
-    for prompts_per_part, size in ((4, 2), (3, 1), (64, 2)):
-        output = tmp_path / f"{prompts_per_part}_{size}"
-        recipe = made(values, run={"output": str(output)}, rollout={"prompts_per_part": prompts_per_part})
-        found = ranks.run(collect, size, recipe) if size > 1 else [collect(recipe)]
-        assert found == [output / "data.parquet"] * size
-        assert found[0].read_bytes() == one.read_bytes()
+    recipe = made(values, run={"output": str(tmp_path / "other")}, rollout={"prompts_per_part": 3})
+    assert ranks.run(collect, 2, recipe) == [tmp_path / "other/data.parquet"] * 2
+    assert (tmp_path / "other/data.parquet").read_bytes() == one.read_bytes()
 
 
 def collect_killed(recipe: CollectRecipe, part: int, when: str) -> None:
@@ -231,49 +228,44 @@ def collect_killed(recipe: CollectRecipe, part: int, when: str) -> None:
         original(table, file)
 
     module.pq.write_table = dying
-    collect(recipe)
+    collect(recipe, resume=True)
 
 
-@pytest.mark.parametrize(("part", "when"), [(0, "before"), (1, "within"), (2, "after")])
-def test_killed_and_resumed_is_the_same_bytes(values, tmp_path, monkeypatch, part, when):
-    whole = collect(made(values))
-    recipe = made(values, run={"output": str(tmp_path / "killed")})
-    (outcome,) = ranks.run(collect_killed, 1, recipe, part, when, check=False)
-    assert outcome.exit_code == 9
-    left = {file.name for file in (tmp_path / "killed/parts").glob("*.parquet")}
-    assert left == {f"part_{number:05}.parquet" for number in range(part + (when == "after"))}
-    written = []
-    original = pq.write_table
-    monkeypatch.setattr(
-        module.pq, "write_table", lambda table, file: (written.append(file.name), original(table, file))
-    )
-    assert collect(recipe, resume=True).read_bytes() == whole.read_bytes()
-    assert len(written) == 3 - len(left) + 1  # what was there is not sampled again
-
-
-def test_ctrl_c_keeps_whole_parts(values, tmp_path, monkeypatch, capsys):
+def test_stopped_and_killed_and_resumed_is_the_same_bytes(values, tmp_path, monkeypatch, capsys):
+    """Whole parts stay, and are not sampled again."""
     whole = collect(made(values))
     recipe = made(values, run={"output": str(tmp_path / "stopped")})
-    original = module.sample_seeds
+    original, written = module.sample_seeds, []
 
     def interrupted(seed, step, prompt, num_samples):
-        if prompt == 5:
+        written.append(prompt)
+        if prompt == 5 and written.count(5) == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return original(seed, step, prompt, num_samples)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "sample_seeds", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            collect(recipe)
-    assert [file.name for file in (tmp_path / "stopped/parts").iterdir()] == ["part_00000.parquet"]
+    def parts() -> list[str]:
+        return sorted(file.name for file in (tmp_path / "stopped/parts").glob("*.parquet"))
+
+    monkeypatch.setattr(module, "sample_seeds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(recipe)
+    assert parts() == ["part_00000.parquet"]
     assert "stopped after 1 of 3 parts; continue with --resume" in capsys.readouterr().err
+    for part, when in ((1, "before"), (1, "within"), (1, "after")):
+        (outcome,) = ranks.run(collect_killed, 1, recipe, part, when, check=False)
+        assert outcome.exit_code == 9
+        assert len(parts()) == 1 + (when == "after")
+    written.clear()
     assert collect(recipe, resume=True).read_bytes() == whole.read_bytes()
+    assert written == [8, 9]  # what was there is not sampled again
 
 
-def test_other_filters_cost_no_sampling_and_other_samples_are_refused(values, tmp_path, make_model, monkeypatch):
-    recipe = made(values)
-    data = collect(recipe)
-    before = len(rows_of(data))
+def test_other_filters_cost_no_sampling_and_other_samples_are_refused(
+    values, model_path, make_model, data_path, monkeypatch
+):
+    path = make_model()
+    values["model"] = {"path": str(path)}
+    before = len(rows_of(collect(recipe := made(values))))
     with pytest.raises(RunInputError, match=r"run exists: continue it with --resume, or choose another run\.output"):
         collect(recipe)
     for key, changes in {
@@ -281,7 +273,7 @@ def test_other_filters_cost_no_sampling_and_other_samples_are_refused(values, tm
         "rewards.functions": {"rewards": {"functions": ["repetition"]}},
         "run.seed": {"run": {"seed": 4}},
         "data.held_out": {"data": {"held_out": 7}},
-        "model.path": {"model": {"path": str(make_model(hidden_size=16))}},
+        "model.path": {"model": {"path": str(model_path)}},
     }.items():
         with pytest.raises(RunInputError, match=rf"{key} is .*keep it, or choose another run\.output"):
             collect(made(values, **changes), resume=True)
@@ -292,18 +284,14 @@ def test_other_filters_cost_no_sampling_and_other_samples_are_refused(values, tm
     assert 0 < len(rows) < before
     assert all(row["num_tokens"] >= 12 and row["completion"].startswith("= ") for row in rows)
 
-
-@pytest.mark.parametrize("what", ["data.path", "model.path"])
-def test_changed_content_under_the_same_name_is_refused(values, make_model, data_path, what):
-    path = make_model()
-    collect(recipe := made(values, model={"path": str(path)}))
-    if what == "data.path":
-        data_path.write_text(data_path.read_text().replace('"answer": "3"', '"answer": "33"'))
-    else:
-        model = load_checkpoint(path)
-        model.model.norm.weight.data[0] += 1
-        save_checkpoint(model, path, tokenizer_files_from=path)
-    with pytest.raises(RunInputError, match=rf"{what}: what .* holds has changed since the run in .* began"):
+    rows, weights = data_path.read_text(), load_checkpoint(path)
+    data_path.write_text(rows.replace('"answer": "3"', '"answer": "33"'))
+    with pytest.raises(RunInputError, match=r"data.path: what .* holds has changed since the run in .* began"):
+        collect(recipe, resume=True)
+    data_path.write_text(rows)
+    weights.model.norm.weight.data[0] += 1
+    save_checkpoint(weights, path, tokenizer_files_from=path)
+    with pytest.raises(RunInputError, match=r"model.path: what .* holds has changed since the run in .* began"):
         collect(recipe, resume=True)
 
 
@@ -335,14 +323,16 @@ def test_given_rows_are_mixed_in_at_their_ratio(values, tmp_path, capsys):
 
 def test_a_cold_start_from_given_rows_alone_is_learnt_by_sft(values, tmp_path, model_path):
     """No weights are read; the text is rewritten, the wrong rows are left out, and SFT takes what is written."""
-    rows = [
-        {"prompt": f"{a}+1=", "completion": f"<think>one more than {a}</think>{a + 1 + a % 2}", "answer": a + 1}
-        for a in range(6)
-    ]
-    (tmp_path / "cold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"cold": {"path": str(tmp_path / "cold.jsonl"), "answer_column": "answer", "template": "none"}}
+    rows = [{"completion": f"<think>one more than {a}</think>{a + 1 + a % 2}", "answer": a + 1} for a in range(6)]
+    rows = [{"prompt": f"{a}+1=", "tests": None, **row} for a, row in enumerate(rows)]  # others may be programs
+    given = {"cold": {"path": row_file(tmp_path / "cold.jsonl", rows), "answer_column": "answer", "template": "none"}}
     write = {"completion": "|special|{reasoning}|special|{summary}"}
-    recipe = build_recipe(CollectRecipe, {k: values[k] for k in ("model", "run")} | {"given": given, "write": write})
+    sections = {
+        "given": given,
+        "write": write,
+        "rewards": {"programs": {"isolation": "none: run programs unprotected"}},
+    }
+    recipe = build_recipe(CollectRecipe, {k: values[k] for k in ("model", "run")} | sections)
     found = rows_of(data := collect(recipe))
     assert sorted(row["prompt_id"] for row in found) == [0, 2, 4]
     assert {row["prompt_id"]: row["completion"] for row in found}[2] == "|special|one more than 2|special|3"
@@ -356,28 +346,17 @@ def test_a_cold_start_from_given_rows_alone_is_learnt_by_sft(values, tmp_path, m
 def test_chat_messages_are_read_back(values, tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 7?"}]
     rows = [{"prompt": chat, "completion": "7"}, {"prompt": "What is 8?", "completion": "8"}]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"chat": {"path": str(tmp_path / "chat.jsonl"), "filtered": False}}
+    given = {"chat": {"path": row_file(tmp_path / "chat.jsonl", rows), "filtered": False}}
     data = collect(build_recipe(CollectRecipe, {k: values[k] for k in ("model", "run")} | {"given": given}))
     found = load_completions(SftDataSection(path=str(data)), "completion")
-    assert {text: problem.prompt for problem, text in found} == {
-        "7": chat,
-        "8": [{"role": "user", "content": "What is 8?"}],
-    }
+    wanted = {"7": chat, "8": [{"role": "user", "content": "What is 8?"}]}
+    assert {text: problem.prompt for problem, text in found} == wanted
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "a", "completion": ""}, r"given\.jsonl:2: column 'completion' is empty, wanted the text"),
-        ({"prompt": "a", "completion": None}, r"given\.jsonl:2: column 'completion' is empty"),
-        ({"prompt": "a"}, r"given\.jsonl:2: no column 'completion'; known: prompt"),
-    ],
-)
-def test_a_row_without_a_completion_is_named(values, tmp_path, row, message):
+def test_a_row_without_a_completion_is_named_and_nothing_is_left(values, tmp_path):
     file = Path(given_file(tmp_path / "given.jsonl", 1))
-    file.write_text(file.read_text() + json.dumps(row) + "\n")
-    with pytest.raises(DataError, match=message):
+    file.write_text(file.read_text() + '{"prompt": "a", "completion": ""}\n')
+    with pytest.raises(DataError, match=r"given\.jsonl:2: column 'completion' is empty, wanted the text"):
         collect(made(values, given={"chat": {"path": str(file)}}))
     assert not Path(values["run"]["output"]).exists()
 

@@ -14,60 +14,52 @@ from flashgrpo.grpo.data.prompts import render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.recipe.schema import DataSection, ModelSection
-from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.policy import Policy, open_policy
-from flashgrpo.grpo.stages.evaluate import (
-    completion_group,
-    evaluate,
-    evaluate_models,
-    newest_model,
-    open_reward_pool,
-    sample_texts,
-)
-from flashgrpo.grpo.stages.scores import Evaluation, Graded, clustered_interval, markdown_of, table_of, wilson_interval
-from flashgrpo.grpo.types import Problem, Prompt, Rollout, Sampling
+from flashgrpo.grpo.stages.evaluate import evaluate, evaluate_models, newest_model, open_reward_pool, sample_texts
+from flashgrpo.grpo.stages.scores import Graded, clustered_interval, markdown_of, scores_of, table_of, wilson_interval
+from flashgrpo.grpo.types import Problem, Rollout, Sampling
 
 NAN = float("nan")
-
-
-def scores_of(answers: list[list[str | None]], correct: list[list[bool]]) -> dict[str, float]:
-    k = len(correct[0])
-    rows = zip(answers, correct, strict=True)
-    samples = {
-        i: [Graded(ok, answer, i * k + j, i + j == 0, 0, {}) for j, (answer, ok) in enumerate(zip(*row, strict=True))]
-        for i, row in enumerate(rows)
-    }
-    return Evaluation(samples).scores()
 
 
 @pytest.mark.parametrize(
     ("answers", "correct", "pass_1", "pass_k", "cons_k"),
     [
-        ([["7", "7", "8"]], [[True, True, False]], 2 / 3, 1, 1),
-        ([["7", "8", "8"]], [[True, False, False]], 1 / 3, 1, 0),
-        ([["8", "7", "7", "8"]], [[False, True, True, False]], 1 / 2, 1, 0),  # tie: the first sampled wins
-        ([["7", "8", "8", "7"]], [[True, False, False, True]], 1 / 2, 1, 1),
-        ([[None, None, "7"]], [[False, False, True]], 1 / 3, 1, 1),  # no answer is no vote
-        ([[None, None]], [[False, False]], 0, 0, 0),
-        ([["7"], ["8"]], [[True], [False]], 1 / 2, 1 / 2, 1 / 2),
-        ([["7", "7"], ["1", "2"], ["3", "4"]], [[True, True], [False, True], [False, False]], 1 / 2, 2 / 3, 1 / 3),
+        (["778"], ["110"], 2 / 3, 1, 1),
+        (["788"], ["100"], 1 / 3, 1, 0),
+        (["8778"], ["0110"], 1 / 2, 1, 0),  # tie: the first sampled wins
+        (["7887"], ["1001"], 1 / 2, 1, 1),
+        (["--7"], ["001"], 1 / 3, 1, 1),  # no answer is no vote
+        (["--"], ["00"], 0, 0, 0),
+        (["7", "8"], ["1", "0"], 1 / 2, 1 / 2, 1 / 2),
+        (["77", "12", "34"], ["11", "01", "00"], 1 / 2, 2 / 3, 1 / 3),
     ],
 )
 def test_scores_of_hand_made_tables(answers, correct, pass_1, pass_k, cons_k):
-    scores = scores_of(answers, correct)
+    """A row a problem and a character a sample; the ranks' shares of the problems are counted as one."""
+    parts: list[dict[int, list[Graded]]] = [{}, {}]
+    for i, row in enumerate(zip(answers, correct, strict=True)):
+        samples = [
+            Graded(ok == "1", {"-": None}.get(text, text), 2, False, 0, {}) for text, ok in zip(*row, strict=True)
+        ]
+        parts[i % 2][i] = samples
+    scores = scores_of(parts)
     assert [scores["pass@1"], scores["pass@k"], scores["cons@k"]] == pytest.approx([pass_1, pass_k, cons_k])
-    assert (scores["num_problems"], scores["k"]) == np.shape(correct)
+    assert (scores["num_problems"], scores["k"], scores["length"]) == (len(answers), len(answers[0]), 2)
 
 
-def test_lengths_and_truncation_are_means_over_all_samples():
-    scores = scores_of([["1", "2"], ["3", "4"]], [[True, True], [True, True]])
-    assert scores["length"] == 1.5
-    assert scores["truncated"] == 0.25
-
-
-def column(result: Evaluation, name: str) -> list[list]:
-    return [[getattr(sample, name) for sample in result.samples[number]] for number in sorted(result.samples)]
+def test_scores_have_intervals_and_means_over_all_tokens():
+    first = [Graded(True, "1", 10, False, 3, {"format": 1.0}), Graded(False, "2", 30, True, 1, {"format": NAN})]
+    scores = scores_of([{0: first}])
+    assert (scores["length"], scores["truncated"], scores["reflection"], scores["format"]) == (20, 0.5, 100.0, 1.0)
+    assert scores_of([{0: [sample._replace(quality={"format": NAN}) for sample in first]}]).keys() == scores.keys() - {
+        "format"
+    }
+    assert scores["cons@k/low"] == pytest.approx(0.2065, abs=1e-4)
+    assert scores["cons@k/high"] == 1.0
+    assert scores["pass@1/low"] < 0.5 < scores["pass@1/high"]
 
 
 class TableGenerator:
@@ -78,25 +70,21 @@ class TableGenerator:
 
     def generate(self, requests, sampling):
         for request in reversed(requests):
-            yield [
-                Rollout(
-                    request.prompt_ids, np.array(self.tokenizer(t)["input_ids"]), np.zeros(0), "stop", request.group, 0
-                )
-                for t in self.texts[request.group]
-            ]
+            ids = [np.array(self.tokenizer(text)["input_ids"]) for text in self.texts[request.group]]
+            yield [Rollout(request.prompt_ids, each, np.zeros(0), "stop", request.group, ()) for each in ids]
 
 
 class TablePool(RewardPool):
-    """Gives the scores of a table, and fails for any reward but accuracy."""
+    """Gives the scores of a table, by the texts of the prompts."""
 
-    def __init__(self, scores: list[list[float]]):
-        self.scores = scores
+    def __init__(self, scores: dict[str, list[float]]):
+        self.scores = {prompt: iter(row) for prompt, row in scores.items()}
+        self.asked: list[tuple[str, str]] = []
 
     def score(self, groups, name):
-        assert name == "accuracy"
-        places = [(group.problem.columns["number"], i % 2) for i, group in enumerate(groups)]
+        self.asked += [(name, group.prompt) for group in groups]
         assert all(len(group.completions) == 1 for group in groups)
-        return np.array([[self.scores[number][sample]] for number, sample in places])
+        return np.array([[next(self.scores[group.prompt])] for group in groups])
 
 
 @pytest.fixture
@@ -104,55 +92,47 @@ def policy(model_path):
     return open_policy(ModelSection(str(model_path)), torch.device("cpu"))
 
 
+def prompts_of(policy: Policy, *problems: Problem) -> dict:
+    return dict(enumerate(render_prompts(problems, policy, DataSection(path="unused", template="none"))))
+
+
 def eval_recipe(seed: int = 0, temperature: float = 0.6) -> Recipe:
-    return build_recipe(
-        Recipe,
-        {
-            "model": {"path": "unused"},
-            "data": {"path": "unused"},
-            "rollout": {"max_new_tokens": 8},
-            "eval": {"samples": 2, "temperature": temperature},
-            "run": {"output": "unused", "seed": seed},
-        },
-    )
+    values = {"model": {"path": "unused"}, "data": {"path": "unused"}, "rollout": {"max_new_tokens": 8}}
+    values |= {"eval": {"samples": 2, "temperature": temperature}, "run": {"output": "unused", "seed": seed}}
+    return build_recipe(Recipe, values)
 
 
-@pytest.fixture
-def prompts(policy):
-    problems = [Problem(f"{i}+1=", {"answer": str(i + 1), "number": i}) for i in range(3)]
-    return render_prompts(problems, policy, DataSection(path="unused", template="none"))
+def test_what_counts_as_right(policy):
+    """Partial credit and what is missing are wrong; programs go by their tests; what <think> holds is no answer. And
+    rows stay with their problems, in whatever order groups are finished.
+    """
+    problems = [Problem(text, {"answer": "1"}) for text in ("0+1=", "1+1=", "2+1=", "Q<think>")]
+    prompts = prompts_of(policy, *problems, Problem("write", {"tests": ["assert True"]}))
+    texts = [["<answer>1</answer>"] * 2, ["a\n2", "3"], ["4", "<think>5"], ["so it is 1", "</think>1"], ["c", "d"]]
+    scores = {"0+1=": [1.0, 1.0], "1+1=": [0.99, NAN], "2+1=": [NAN, 1.0], "Q<think>": [0.0, 1.0], "write": [1.0, 1.0]}
+    pool = TablePool(scores)
+    samples = evaluate(prompts, policy, TableGenerator(texts, policy.tokenizer), pool, eval_recipe())
+    rows = [samples[number] for number in range(5)]
+    right = [[sample.is_correct for sample in row] for row in rows]
+    assert right == [[True, True], [False, False], [False, True], [False, True], [True, True]]
+    answers = [[sample.answer for sample in row] for row in rows]
+    assert answers[:4] == [["1", "1"], ["2", "3"], ["4", None], [None, "1"]]
+    assert [sample.length for sample in rows[2]] == [1, 8]
+    assert {name for name, prompt in pool.asked if prompt == "write"} == {"code"}
+    assert {name for name, prompt in pool.asked if prompt != "write"} == {"accuracy"}
+    found = scores_of([samples])
+    assert (found["pass@1"], found["missing"], found["cons@k"]) == (6 / 10, 2 / 10, 3 / 5)
 
 
-def test_partial_credit_and_missing_scores_count_as_wrong(policy, prompts):
-    """And rows stay with their problems, in whatever order groups are finished."""
-    texts = [["<answer>1</answer>"] * 2, ["a\n2", "3"], ["4", "<think>5"]]
-    pool = TablePool([[1.0, 1.0], [0.99, np.nan], [np.nan, 1.0]])
-    result = evaluate(dict(enumerate(prompts)), policy, TableGenerator(texts, policy.tokenizer), pool, eval_recipe())
-    assert column(result, "is_correct") == [[True, True], [False, False], [False, True]]
-    assert column(result, "answer") == [["1", "1"], ["2", "3"], ["4", None]]
-    assert column(result, "length")[2] == [1, 8]
-    assert (result.scores()["pass@1"], result.scores()["missing"]) == (1 / 2, 1 / 3)
-
-
-def test_answers_are_extracted_as_the_accuracy_reward_does(policy):
-    """Where the prompt opens <think>, what was never closed is no answer, and must not vote."""
-    problems = [Problem("1+1=<think>", {"answer": "2", "number": 0})]
-    prompts = render_prompts(problems, policy, DataSection(path="unused", template="none"))
-    generator = TableGenerator([["so it is 2", "</think>2"]], policy.tokenizer)
-    result = evaluate(dict(enumerate(prompts)), policy, generator, TablePool([[0.0, 1.0]]), eval_recipe())
-    assert column(result, "answer") == [[None, "2"]]
-    assert result.scores()["cons@k"] == 1.0
-
-
-def test_an_evaluation_depends_on_weights_seed_and_step_alone(policy, prompts):
+def test_an_evaluation_depends_on_weights_seed_and_step_alone(policy):
     """Not on what was generated before it, nor on the global random generators."""
+    prompts = prompts_of(policy, *(Problem(f"{i}+1=", {"answer": "1"}) for i in range(3)))
+    generator = NativeGenerator(policy.model, policy.stop_token_ids)
 
     def answers(seed: int, step: int) -> list:
-        pool = TablePool([[0.0, 0.0]] * 3)
-        recipe = eval_recipe(seed, temperature=1.0)
-        return column(evaluate(dict(enumerate(prompts)), policy, generator, pool, recipe, step), "answer")
+        pool = TablePool({f"{i}+1=": [0.0, 0.0] for i in range(3)})
+        return [*evaluate(prompts, policy, generator, pool, eval_recipe(seed, temperature=1.0), step).values()]
 
-    generator = NativeGenerator(policy.model, policy.stop_token_ids)
     first = answers(seed=1, step=5)
     torch.rand(7)
     np.random.rand(7)  # noqa: NPY002
@@ -180,47 +160,51 @@ def test_evaluating_with_vllm(recipe_values, custom_rewards, make_model, monkeyp
     recipe_values["model"]["path"] = str(make_model(hidden_size=64, head_dim=32))  # heads that its attention takes
     recipe_values["eval"] = {"samples": 2, "problems": 4, "temperature": 0.0}
     recipe_values["vllm"] = {"kv_cache_gb": 0.05}
-    completions = []
+    completions, decode = [], Policy.decode
 
-    def record(prompt: Prompt, group: list[Rollout], policy: Policy) -> CompletionGroup:
-        completions.append([rollout.completion_ids.tolist() for rollout in group])
-        return completion_group(prompt, group, policy)
+    def record(self: Policy, token_ids) -> str:
+        completions.append(tuple(token_ids))
+        return decode(self, token_ids)
 
-    monkeypatch.setattr("flashgrpo.grpo.stages.evaluate.completion_group", record)
-    models = {"tiny": recipe_values["model"]["path"]}
-    rows = [
-        evaluate_models(build_recipe(Recipe, recipe_values, overrides=[f"--rollout.generator={name}"]), models)
-        for name in ("native", "vllm")
-    ]
+    rows = []
+    for name in ("native", "vllm"):
+        recipe = build_recipe(Recipe, recipe_values, overrides=[f"--rollout.generator={name}"])
+        with monkeypatch.context() as patch:
+            patch.setattr(Policy, "decode", record)
+            rows.append(evaluate_models(recipe, {"tiny": recipe.model.path}))
     assert rows[0] == rows[1]
-    native, vllm = sorted(completions[:8]), sorted(completions[8:])
-    assert len({tuple(group[0]) for group in native}) > 1
-    assert vllm == native
+    half = len(completions) // 2
+    assert half >= 8
+    assert len(set(completions[:half])) > 1
+    assert sorted(completions[:half]) == sorted(completions[half:])
 
 
-def test_evaluating_on_servers_is_an_error(recipe_values, custom_rewards):
-    recipe_values["rollout"]["generator"] = "vllm_server"
-    recipe_values["vllm"] = {"servers": ["http://nowhere:8000"]}
-    with pytest.raises(RecipeError, match=r"wanted --rollout\.generator=vllm or native"):
-        evaluate_models(build_recipe(Recipe, recipe_values), {"a": recipe_values["model"]["path"]})
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        (
+            {"rollout": {"generator": "vllm_server"}, "vllm": {"servers": ["http://nowhere:8000"]}},
+            RecipeError,
+            r"wanted --rollout\.generator=vllm or native",
+        ),
+        ({"data": {"held_out": 0}}, DataError, r"data\.held_out = 0 leaves no problem to evaluate on"),
+        ({"data": {"answer_column": None}}, DataError, r"name its column by data\.answer_column; found level"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(recipe_values, custom_rewards, data_path, sections, error, message):
+    if error is DataError:
+        data_path.write_text("".join(f'{{"prompt": "{i}+1=", "level": 1}}\n' for i in range(9)))
+    values = {k: recipe_values.get(k, {}) | sections.get(k, {}) for k in {**recipe_values, **sections}}
+    with pytest.raises(error, match=message):
+        evaluate_models(build_recipe(Recipe, values), {"a": values["model"]["path"]})
 
 
-def test_evaluating_without_answers_is_an_error(recipe_values, custom_rewards, tmp_path):
-    (tmp_path / "open.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "level": 1}}\n' for i in range(9)))
-    recipe_values["data"] |= {"path": str(tmp_path / "open.jsonl"), "held_out": 2}
-    recipe = build_recipe(Recipe, recipe_values)
-    with open_reward_pool(recipe, Problem("1+1=", {"level": 1})) as pool:
+def test_a_run_without_evaluations_needs_no_answers(recipe_values, custom_rewards):
+    recipe, example = build_recipe(Recipe, recipe_values), Problem("1+1=", {"level": 1})
+    with open_reward_pool(recipe, example) as pool:
         assert pool.functions == recipe.rewards.functions
-    with pytest.raises(DataError, match=r"name its column by data\.answer_column; found level"):
-        evaluate_models(recipe, {"a": recipe.model.path})
     with pytest.raises(DataError, match=r"an evaluation needs a reference answer"):
-        open_reward_pool(build_recipe(Recipe, recipe_values | {"eval": {"every": 5}}), Problem("1+1=", {"level": 1}))
-
-
-def test_nothing_held_out_is_an_error(recipe_values, custom_rewards):
-    recipe_values["data"]["held_out"] = 0
-    with pytest.raises(DataError, match=r"data\.held_out = 0 leaves no problem to evaluate on"):
-        evaluate_models(build_recipe(Recipe, recipe_values), {"a": recipe_values["model"]["path"]})
+        open_reward_pool(build_recipe(Recipe, recipe_values | {"eval": {"every": 5}}), example)
 
 
 def test_samples_of_one_prompt(model_path):
@@ -261,34 +245,6 @@ def test_intervals_at_the_ends():
     assert clustered_interval(opposed) == pytest.approx(wilson_interval(opposed.mean(), 800))
 
 
-def test_scores_have_intervals_and_reflections():
-    samples = {0: [Graded(True, "1", 10, False, 3, {"format": 1.0}), Graded(False, "2", 30, False, 1, {"format": NAN})]}
-    scores = Evaluation(samples).scores()
-    assert scores["reflection"] == 100.0
-    assert scores["format"] == 1.0
-    assert "language" not in scores
-    assert scores["cons@k/low"] == pytest.approx(0.2065, abs=1e-4)
-    assert scores["cons@k/high"] == 1.0
-    assert scores["pass@1/low"] < 0.5 < scores["pass@1/high"]
-
-
-def test_programs_are_scored_by_their_tests(policy):
-    class CodePool(RewardPool):
-        def __init__(self):
-            self.asked = []
-
-        def score(self, groups, name):
-            self.asked.append((name, [group.problem.question for group in groups]))
-            return np.ones((len(groups), 1))
-
-    problems = [Problem("1+1=", {"answer": "2"}), Problem("write", {"tests": ["assert True"]})]
-    prompts = dict(enumerate(render_prompts(problems, policy, DataSection(path="unused", template="none"))))
-    pool = CodePool()
-    result = evaluate(prompts, policy, TableGenerator([["a", "b"], ["c", "d"]], policy.tokenizer), pool, eval_recipe())
-    assert pool.asked == [("accuracy", ["1+1="] * 2), ("code", ["write"] * 2)]
-    assert result.scores()["pass@1"] == 1.0
-
-
 @pytest.fixture
 def aime_path(tmp_path) -> str:
     path = tmp_path / "aime.jsonl"
@@ -298,7 +254,7 @@ def aime_path(tmp_path) -> str:
 
 @pytest.fixture
 def final_recipe(recipe_values, aime_path) -> Recipe:
-    recipe_values["eval"] = {"samples": 2, "problems": 3, "benchmarks": [aime_path]}
+    recipe_values["eval"] = {"samples": 2, "problems": 1, "benchmarks": [aime_path]}
     return build_recipe(Recipe, recipe_values)
 
 

@@ -11,16 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flashgrpo.grpo.errors import DataError, RunError
+from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.learn.balance import plan_packs
-from flashgrpo.grpo.learn.packing import build_batch
 from flashgrpo.grpo.recipe.load import SftRecipe, build_recipe
 from flashgrpo.grpo.recipe.schema import ModelSection
-from flashgrpo.grpo.run.folder import RunFolder, read_rows
+from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.run.policy import open_policy
-from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.stages.sft import SftTrainer, load_examples, sft
-from flashgrpo.model.decoder import huggingface_views
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}" + "!" * (a + b)} for a in range(4) for b in range(4)]
 
@@ -68,37 +65,14 @@ def reference_model(model_path: Path):
 
 
 @pytest.mark.parametrize("token_budget", [32, 4096], ids=["many micro-batches", "one"])
-def test_loss_and_gradients_are_those_of_cross_entropy(recipe, model_path, token_budget):
+def test_loss_and_gradient_are_those_of_cross_entropy(recipe, model_path, token_budget):
     """Completion tokens alone are trained on, the end-of-sequence token among them; packing changes nothing."""
-    with open_world(recipe) as world, RunFolder(recipe, resume=False, world=world) as folder:
-        trainer = SftTrainer(recipe, folder, world)
-        (packs,) = plan_packs(trainer.rows, token_budget, 1, trainer.flops).packs
-        batches = [build_batch(pack) for pack in packs]
-        assert (len(batches) == 1) == (token_budget == 4096)
-        num_targets = sum(batch.num_targets for batch in batches)
-        nll = 0.0
-        for batch in batches:
-            loss, stats = trainer._loss(batch, float(num_targets))
-            loss.backward()
-            nll -= stats["logprobs"].sum().item() / num_targets
-        grads = {name: p.grad for name, p in trainer.learner.params.items() if p.grad is not None}
-        grads = huggingface_views(grads, trainer.policy.model.config)
-    model, expected = reference_model(model_path)
-    assert nll == pytest.approx(expected, rel=1e-5)
-    wanted = dict(model.named_parameters())
-    assert grads.keys() == wanted.keys()
-    for name, grad in grads.items():
-        expected_grad = wanted[name].grad
-        assert expected_grad is not None
-        assert (grad - expected_grad).norm() <= 1e-4 * expected_grad.norm(), name
-
-
-def test_the_logged_loss_is_the_cross_entropy_before_the_update(recipe, model_path):
-    recipe = changed(recipe, "train", epochs=1, batch_size=len(ROWS))
-    sft(recipe)
+    sft(changed(recipe, "train", epochs=1, batch_size=len(ROWS), token_budget=token_budget))
     (row,) = read_rows(Path(recipe.run.output) / "metrics.jsonl")
-    assert row["loss"] == pytest.approx(reference_model(model_path)[1], rel=1e-5)
-    assert row["epoch"] == 1.0
+    model, loss = reference_model(model_path)
+    norm = torch.cat([param.grad.flatten() for param in model.parameters()]).norm().item()
+    assert (row["loss"], row["epoch"]) == (pytest.approx(loss, rel=1e-5), 1.0)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_loss_falls_and_the_model_answers(recipe):
@@ -129,10 +103,9 @@ def test_every_example_is_seen_once_an_epoch(recipe, monkeypatch):
     assert first != second
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ctrl_c_in_an_update_and_resume_is_bitwise(recipe, tmp_path, monkeypatch, dtype):
+def test_ctrl_c_in_an_update_and_resume_is_bitwise(recipe, tmp_path, monkeypatch):
     recipe = changed(recipe, "train", schedule="cosine", warmup_steps=2, token_budget=4096)
-    recipe = changed(recipe, "model", dtype=dtype)
+    recipe = changed(recipe, "model", dtype="bfloat16")
     whole, stopped = (changed(recipe, "run", output=str(tmp_path / name)) for name in ("whole", "stopped"))
     sft(whole)
     original = SftTrainer._loss
@@ -159,18 +132,6 @@ def test_ctrl_c_in_an_update_and_resume_is_bitwise(recipe, tmp_path, monkeypatch
     ]
 
 
-def test_gradients_that_stay_not_finite_end_the_run(recipe, monkeypatch):
-    original = SftTrainer._loss
-
-    def poisoned(self, batch, shared):
-        loss, stats = original(self, batch, shared)
-        return loss * float("nan"), stats
-
-    monkeypatch.setattr(SftTrainer, "_loss", poisoned)
-    with pytest.raises(RunError, match="3 updates in a row had a gradient that is not finite, up to step 3"):
-        sft(recipe)
-
-
 def test_the_end_of_sequence_is_appended_once(recipe, policy, tmp_path):
     rows = [{"prompt": "a", "completion": "bc"}, {"prompt": "a", "completion": "bc<eos>"}]
     first, second = load_examples(changed(recipe, "data", path=str(write_rows(tmp_path / "rows.jsonl", rows))), policy)
@@ -187,13 +148,7 @@ GOOD = {"prompt": "1+1=", "completion": "2"}
 @pytest.mark.parametrize(
     ("rows", "data", "message"),
     [
-        (
-            [GOOD, {"prompt": "1", "completion": ""}],
-            {},
-            r"rows\.jsonl:2: column 'completion' is empty, wanted the text",
-        ),
         ([GOOD, {"prompt": "1", "completion": " \n"}], {}, r"rows\.jsonl:2: column 'completion' is empty"),
-        ([GOOD, {"prompt": "1", "completion": None}], {}, r"rows\.jsonl:2: column 'completion' is empty"),
         ([{"prompt": "1", "completion": 5}], {}, r"rows\.jsonl:1: column 'completion' holds int, wanted the text"),
         ([GOOD, {"prompt": "1"}], {}, r"rows\.jsonl:2: no column 'completion'"),
         ([GOOD], {"completion_column": "answer"}, r"rows\.jsonl:1: no column 'answer'"),
