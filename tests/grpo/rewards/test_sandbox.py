@@ -27,11 +27,10 @@ from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.recipe.schema import ProgramsSection
 from flashgrpo.grpo.rewards import language, sandbox
 from flashgrpo.grpo.rewards import programs as code_reward
-from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.programs import extract_program, parse_tests, score_programs
 from flashgrpo.grpo.rewards.rules import code
-from flashgrpo.grpo.rewards.table import RewardSet
-from flashgrpo.grpo.types import Problem
+from flashgrpo.grpo.types import CompletionGroup, Problem
 
 LIMITS = ProgramsSection(time_s=1.0, memory_mb=128)
 UNPROTECTED = ProgramsSection(time_s=1.0, isolation="none: run programs unprotected")
@@ -463,9 +462,9 @@ def test_isolation_that_cannot_be_had_is_refused_unless_the_recipe_says_so(monke
     with pytest.raises(RewardError, match=r"there is no bwrap; wanted bubblewrap .*isolation = \"none: run"):
         sandbox.check_isolation(LIMITS)
     sandbox.check_isolation(UNPROTECTED)
-    sets = {"data": RewardSet({"code": 1.0}, Problem("Echo.", {"tests": ECHO}))}
+    weights, examples = {"data": {"code": 1.0}}, {"data": Problem("Echo.", {"tests": ECHO})}
     with pytest.raises(RewardError, match="there is no bwrap"):
-        RewardPool(sets, max_new_tokens=8, num_workers=1, programs=LIMITS)
+        RewardPool(weights, examples, max_new_tokens=8, num_workers=1, programs=LIMITS)
 
 
 def test_a_bwrap_that_fails_is_told_with_its_own_words(tmp_path, monkeypatch):
@@ -493,7 +492,7 @@ def test_each_program_of_a_group_gets_its_own_score():
     problem = Problem("Echo.", {"tests": {"inputs": ["1"], "outputs": ["1"]}})
     texts = [f"```python\nprint({i % 2})\n```" for i in range(8)]
     group = CompletionGroup(problem, "Echo.", texts, [[0]] * 8, ["stop"] * 8)
-    with RewardPool({"data": RewardSet({"code": 1.0}, problem)}, max_new_tokens=8, programs=LIMITS) as pool:
+    with RewardPool({"data": {"code": 1.0}}, {"data": problem}, max_new_tokens=8, programs=LIMITS) as pool:
         assert pool.score([group] * 2, "code").tolist() == [[0.0, 1.0] * 4] * 2
 
 

@@ -14,19 +14,17 @@ from flashgrpo.grpo.data.prompts import render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.recipe.schema import DataSection, ModelSection
-from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards.pool import RewardPool, open_reward_pool
 from flashgrpo.grpo.rollout.native import NativeGenerator
-from flashgrpo.grpo.run.policy import Policy, open_policy
+from flashgrpo.grpo.run.policy import open_policy
 from flashgrpo.grpo.stages.evaluate import (
-    completion_group,
     evaluate,
     evaluate_models,
     newest_model,
-    open_reward_pool,
     sample_texts,
 )
 from flashgrpo.grpo.stages.scores import Evaluation, Graded, clustered_interval, markdown_of, table_of, wilson_interval
-from flashgrpo.grpo.types import Problem, Prompt, Rollout, Sampling
+from flashgrpo.grpo.types import CompletionGroup, Problem, Rollout, Sampling
 
 NAN = float("nan")
 
@@ -180,13 +178,13 @@ def test_evaluating_with_vllm(recipe_values, custom_rewards, make_model, monkeyp
     recipe_values["model"]["path"] = str(make_model(hidden_size=64, head_dim=32))  # heads that its attention takes
     recipe_values["eval"] = {"samples": 2, "problems": 4, "temperature": 0.0}
     recipe_values["vllm"] = {"kv_cache_gb": 0.05}
-    completions = []
+    original, completions = CompletionGroup.of, []
 
-    def record(prompt: Prompt, group: list[Rollout], policy: Policy) -> CompletionGroup:
-        completions.append([rollout.completion_ids.tolist() for rollout in group])
-        return completion_group(prompt, group, policy)
+    def record(prompt, rollouts, decode):
+        completions.append([rollout.completion_ids.tolist() for rollout in rollouts])
+        return original(prompt, rollouts, decode)
 
-    monkeypatch.setattr("flashgrpo.grpo.stages.evaluate.completion_group", record)
+    monkeypatch.setattr(CompletionGroup, "of", record)
     models = {"tiny": recipe_values["model"]["path"]}
     rows = [
         evaluate_models(build_recipe(Recipe, recipe_values, overrides=[f"--rollout.generator={name}"]), models)

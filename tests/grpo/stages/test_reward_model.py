@@ -22,14 +22,13 @@ from flashgrpo.grpo.learn.packing import build_batch
 from flashgrpo.grpo.recipe.load import RewardModelRecipe, build_recipe
 from flashgrpo.grpo.recipe.schema import ModelSection, PreferenceSection
 from flashgrpo.grpo.rewards.models import CARD, OwnProcess, RewardModel, open_preferences, scored_group, scored_ids
-from flashgrpo.grpo.rewards.pool import CompletionGroup
 from flashgrpo.grpo.run.folder import RunFolder, read_rows
 from flashgrpo.grpo.run.policy import Policy, open_policy, open_tokenizer
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.stages.plots import print_summary
 from flashgrpo.grpo.stages.reward_model import RewardModelTrainer, Row, load_rows, reward_model
 from flashgrpo.grpo.train import train
-from flashgrpo.grpo.types import Problem
+from flashgrpo.grpo.types import CompletionGroup, Problem
 from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
 from flashgrpo.model.config import CheckpointError
 
