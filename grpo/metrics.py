@@ -29,18 +29,17 @@ _NAMES = {
 PHASES = ("generate", "reward", "pack", "score", "train", "sync")
 
 
-def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learner, world: World) -> dict[str, float]:
-    """Loss, ratios, KL, entropy, gradient norm over the step's updates and all ranks; waits for the device, once.
+def device_metrics(stats: list[Stats], norms: list[Tensor], learner: Learner, world: World) -> dict[str, float]:
+    """Loss, ratios, KL, entropy, gradient norm over the step's micro-batches and all ranks; waits for the device, once.
 
     Means are over the tokens that were trained on, which those of dead groups are not; `loss` and `grad_norm` are means
     over updates.
     """
     loss = torch.zeros_like(norms[0])
     scalars: list[Stats] = []
-    for update in stats:
-        for micro_batch in update:
-            loss = loss + micro_batch["loss"]
-            scalars.append({k: v for k, v in micro_batch.items() if k in _NAMES or k == "num_tokens"})
+    for micro_batch in stats:
+        loss = loss + micro_batch["loss"]
+        scalars.append({k: v for k, v in micro_batch.items() if k in _NAMES or k == "num_tokens"})
     own = {"loss": loss / len(norms), **(merge_stats(scalars) if scalars else {})}  # empty on all ranks, or on none
     gathered = world.gather_tensor(torch.stack([value.float() for value in own.values()]))
     tensors = {"loss": gathered[:, 0].sum(), "grad_norm": torch.stack(norms).mean(), **learner.take_skipped()}

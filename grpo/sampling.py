@@ -124,8 +124,11 @@ class Sampler:
         older ones, those cannot show whether the sampler's log-probs are the trainer's.
         """
         prompts, _ = self.mixture.take(Position({}, {}), step, _PROBES if self.world.is_main else 0)
-        requests = [Request(i, prompt.token_ids, sample_seeds(0, step, i, 1)) for i, prompt in enumerate(prompts)]
-        sampling = dataclasses.replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, _PROBE_TOKENS))
+        requests = []
+        for i, prompt in enumerate(prompts):
+            requests.append(Request(i, prompt.token_ids, sample_seeds(0, step, i, 1)))
+        longest = min(self.sampling.max_new_tokens, _PROBE_TOKENS)
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=longest)
         return self.world.together(lambda: [*self.generator.generate(requests, sampling)])[0]
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -165,16 +168,17 @@ class Sampler:
         seconds = [rank_s for _, rank_s in told]
         clock.idle_s += max(seconds) - sum(seconds) / len(seconds)
         # All ranks warn of the same failures: for each function the first rank's that has one.
-        self.pool.failures = {name: why for failures, _ in reversed(told) for name, why in failures.items()}
+        self.pool.failures = {}
+        for failures, _ in reversed(told):
+            self.pool.failures |= failures
         return sorted(gather_groups(own, self.world), key=lambda group: group.rollouts[0].group)
 
     def _generate(self, step: int, first: int, prompts: Sequence[Prompt]) -> list[list[Rollout]]:
         """This rank's groups; each goes to the rewards as soon as it is finished."""
         seed, size = self.recipe.run.seed, self.recipe.rollout.group_size
-        requests = [
-            Request(i, prompts[i].token_ids, sample_seeds(seed, step, first + i, size)) for i in self._own(len(prompts))
-        ]
-        finished = []
+        requests, finished = [], []
+        for i in self._own(len(prompts)):
+            requests.append(Request(i, prompts[i].token_ids, sample_seeds(seed, step, first + i, size)))
         for rollouts in self.generator.generate(requests, self.sampling):
             group = CompletionGroup.of(prompts[rollouts[0].group], rollouts, self.policy.decode)
             self.pool.submit(group, step)

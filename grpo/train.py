@@ -72,8 +72,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     ):
         read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
-        others = {name: load_problems(source, recipe.run.seed)[0] for name, source in recipe.sources.items()}
-        with open_reward_pool(recipe, problems[0], {name: source[0] for name, source in others.items()}) as pool:
+        others, examples = {}, {}
+        for name, source in recipe.sources.items():
+            others[name], _ = load_problems(source, recipe.run.seed)
+            examples[name] = others[name][0]
+        with open_reward_pool(recipe, problems[0], examples) as pool:
             return Trainer(recipe, folder, world, pool, problems, held_out, others).run()
 
 
@@ -226,16 +229,17 @@ class Trainer(RunLoop):
 
     def _update(self, updates: list[Update]) -> dict[str, float]:
         """Every update of the step in order, `epochs` times."""
-        collected, norms = [], []
+        collected: list[Stats] = []
+        norms = []
         for _ in range(self.recipe.train.epochs):
             for update in updates:
                 stats, norm = self.learner.update(update.batches, partial(self._loss, update=update))
-                for i, batch in enumerate(update.batches):
-                    if batch.old_logprobs is None:  # for the next epoch
-                        update.batches[i] = dataclasses.replace(batch, old_logprobs=stats[i]["logprobs"])
-                # What is kept per token would be gigabytes by the end of the step.
-                collected.append([{k: v for k, v in each.items() if v.dim() == 0} for each in stats])
                 norms.append(norm)
+                for i, (batch, found) in enumerate(zip(update.batches, stats, strict=True)):
+                    if batch.old_logprobs is None:  # for the next epoch
+                        update.batches[i] = dataclasses.replace(batch, old_logprobs=found["logprobs"])
+                    # What is kept per token would be gigabytes by the end of the step.
+                    collected.append({k: v for k, v in found.items() if v.dim() == 0})
         return device_metrics(collected, norms, self.learner, self.world)
 
     def _loss(self, batch: PackedBatch, update: Update) -> tuple[Tensor, Stats]:

@@ -75,7 +75,7 @@ def test_metrics_of_a_step_do_not_copy_what_is_kept_per_token(model_path, recipe
     scalars = {"loss": 1.0, "num_tokens": 3.0, "entropy": 0.5, "ratio_max": 2.0}
     stats = {name: torch.tensor(value) for name, value in scalars.items()} | per_token
     with open_world(recipe) as world:
-        metrics = device_metrics([[stats, stats]], [torch.tensor(4.0)], learner, world)
+        metrics = device_metrics([stats, stats], [torch.tensor(4.0)], learner, world)
     assert (metrics["loss"], metrics["grad_norm"], metrics["entropy"], metrics["ratio/max"]) == (2.0, 4.0, 0.5, 2.0)
 
 
