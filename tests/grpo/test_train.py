@@ -91,6 +91,11 @@ def test_on_policy_ratio_is_exactly_one(recipe):
     assert not [name for name in row if name.startswith("source/")]  # it has none
 
 
+def test_later_mini_batches_are_compared_with_the_weights_of_before_the_step(recipe):
+    (row,) = trained(changed(recipe, "train", mini_batches=2, steps=1, lr=1e-2))
+    assert row["ratio/max"] > 1.0
+
+
 def test_zero_kl_at_the_reference(recipe):
     recipe = changed(dataclasses.replace(recipe, loss=LossConfig.preset("grpo")), "train", steps=2, ref_refresh_every=1)
     assert [row["kl"] for row in trained(recipe)] == [0.0, 0.0]
