@@ -14,10 +14,10 @@ from typing import Any
 from flashgrpo.bench.peer_trl import WARMUP_STEPS, peak_mb, read_settings
 from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
+from flashgrpo.grpo.rewards.pool import open_reward_pool
 from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.progress import step_bar
 from flashgrpo.grpo.run.world import open_world
-from flashgrpo.grpo.stages.evaluate import open_reward_pool
 from flashgrpo.grpo.train import Trainer
 
 

@@ -1,22 +1,18 @@
 """The numbers of a step. Names are those of metrics.jsonl and TensorBoard; lengths and counts are in tokens."""
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashgrpo.grpo.data.mixture import Position
 from flashgrpo.grpo.learn.balance import PackPlan
 from flashgrpo.grpo.learn.learner import Learner, Stats
 from flashgrpo.grpo.learn.packing import centred, has_signal
-from flashgrpo.grpo.rewards.table import RewardTable
 from flashgrpo.grpo.run.machines import peak_flops
 from flashgrpo.grpo.run.progress import Clock, peak_memory_mb
 from flashgrpo.grpo.run.world import World
-from flashgrpo.grpo.types import Rollout
+from flashgrpo.grpo.types import StepData, given_scores
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, merge_stats
 
 _NAMES = {
@@ -30,43 +26,20 @@ _NAMES = {
     "behavior_mismatch_mean": "mismatch/mean",
     "behavior_mismatch_max": "mismatch/max",
 }
-_REFLECTIONS = re.compile(r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b")
 PHASES = ("generate", "reward", "pack", "score", "train", "sync")
 
 
-@dataclass
-class StepData:
-    """What one rollout gave: row i of the table is group i."""
-
-    rollouts: list[list[Rollout]]
-    table: RewardTable
-    position: Position  # by its end
-    version: int  # of the weights that it will train: the steps taken
-    discarded: int = 0  # groups of equal rewards that dynamic sampling threw away
-    sources: dict[str, list[int]] = field(default_factory=dict)  # rows by source; empty without [sources]
-    probe: list[list[Rollout]] = field(default_factory=list)  # by the newest weights, beside stale rollouts
-
-    @property
-    def is_stale(self) -> bool:
-        return self.oldest_version < self.version
-
-    @property
-    def oldest_version(self) -> int:
-        return min(version for group in self.rollouts for rollout in group for version, _ in rollout.weight_versions)
-
-
-def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learner, world: World) -> dict[str, float]:
-    """Loss, ratios, KL, entropy, gradient norm over the step's updates and all ranks; waits for the device, once.
+def device_metrics(stats: list[Stats], norms: list[Tensor], learner: Learner, world: World) -> dict[str, float]:
+    """Loss, ratios, KL, entropy, gradient norm over the step's micro-batches and all ranks; waits for the device, once.
 
     Means are over the tokens that were trained on, which those of dead groups are not; `loss` and `grad_norm` are means
     over updates.
     """
     loss = torch.zeros_like(norms[0])
     scalars: list[Stats] = []
-    for update in stats:
-        for micro_batch in update:
-            loss = loss + micro_batch["loss"]
-            scalars.append({k: v for k, v in micro_batch.items() if k in _NAMES or k == "num_tokens"})
+    for micro_batch in stats:
+        loss = loss + micro_batch["loss"]
+        scalars.append({k: v for k, v in micro_batch.items() if k in _NAMES or k == "num_tokens"})
     own = {"loss": loss / len(norms), **(merge_stats(scalars) if scalars else {})}  # empty on all ranks, or on none
     gathered = world.gather_tensor(torch.stack([value.float() for value in own.values()]))
     tensors = {"loss": gathered[:, 0].sum(), "grad_norm": torch.stack(norms).mean(), **learner.take_skipped()}
@@ -81,24 +54,33 @@ def device_metrics(stats: list[list[Stats]], norms: list[Tensor], learner: Learn
     return dict(zip(tensors, values, strict=True))
 
 
-def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
-    """Rewards, advantages and lengths over the completions of the step; advantages are those of the loss."""
-    rollouts = [rollout for group in data.rollouts for rollout in group]
+def rollout_metrics(
+    data: StepData,
+    config: LossConfig,
+    functions: Sequence[str] = (),
+    sources: Sequence[str] = (),
+) -> dict[str, float]:
+    """Rewards, by function and source, advantages and lengths over the completions of the step; advantages are those of
+    the loss.
+    """
+    rollouts, rewards = data.rollouts, data.rewards
     lengths = np.array([len(rollout.completion_ids) for rollout in rollouts])
     num_tokens = max(int(lengths.sum()), 1)
     age = 0  # of all tokens, in versions of the weights
     for rollout in rollouts:
         age += sum((data.version - version) * tokens for version, tokens in rollout.weight_versions)
-    rewards = data.table.rewards
     deviations = [np.nanstd(row, ddof=1) for row in rewards[has_signal(rewards)]]
     advantages = group_advantages(centred(rewards, config), scale=config.advantage_scale).numpy()
     metrics = {
         "reward/mean": _over_known(np.mean, rewards),
         "reward/std": _over_known(np.std, rewards),
     }
-    for name, scores in data.table.applied().items():
-        metrics[f"reward/{name}"] = _over_known(np.mean, scores)
-    for name, rows in data.sources.items():
+    scores = [group.scores for group in data.groups]
+    for name in functions:
+        if given := given_scores(scores, name):
+            metrics[f"reward/{name}"] = _over_known(np.mean, np.array(given))
+    for name in sources:
+        rows = [i for i, group in enumerate(data.groups) if group.source == name]
         metrics[f"source/{name}/reward"] = _over_known(np.mean, rewards[rows])
         metrics[f"source/{name}/share"] = len(rows) / len(rewards)
     return metrics | {
@@ -115,7 +97,7 @@ def rollout_metrics(data: StepData, config: LossConfig) -> dict[str, float]:
         "length/min": float(lengths.min()),
         "length/truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
         "reflection/per_1000_tokens": 1000 * sum(rollout.reflections for rollout in rollouts) / num_tokens,
-        "prompt_length/mean": float(np.mean([len(group[0].prompt_ids) for group in data.rollouts])),
+        "prompt_length/mean": float(np.mean([len(group.rollouts[0].prompt_ids) for group in data.groups])),
     }
 
 
@@ -127,7 +109,7 @@ def speed_metrics(data: StepData, clock: Clock, plans: Sequence[PackPlan], world
     `idle` is the share of the step that the ranks, on average, wait for the slowest: measured for the rollout, for the
     training phase by the FLOPs of each rank's micro-batches, in which ranks move in lockstep.
     """
-    sampled = sum(len(rollout.completion_ids) for group in data.rollouts for rollout in group)
+    sampled = sum(len(rollout.completion_ids) for rollout in data.rollouts)
     trained = sum(group.num_tokens for plan in plans for rank in plan.packs for pack in rank for group in pack)
     flops = 3 * sum(float(plan.costs.sum()) for plan in plans)
     lockstep = 3 * world.size * sum(float(plan.costs.max(axis=0).sum()) for plan in plans)
@@ -158,11 +140,6 @@ def one_line(metrics: dict[str, float]) -> str:
     if "eval/pass@1" in metrics:
         parts.append(f"held-out {metrics['eval/pass@1']:.3f}")
     return ", ".join([*parts, f"length {metrics['length/mean']:.0f}", f"{metrics['tokens_per_s']:,.0f} tokens/s"])
-
-
-def count_reflections(text: str) -> int:
-    """Words with which a model goes back over its reasoning: those that the supplement of arXiv 2501.12948 counts."""
-    return len(_REFLECTIONS.findall(text.lower()))
 
 
 def _over_known(statistic: Callable[[np.ndarray], np.floating], values: np.ndarray) -> float:

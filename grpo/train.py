@@ -34,10 +34,10 @@ from flashgrpo.grpo.data.prompts import render_prompts
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.learn.balance import PackPlan, plan_packs
 from flashgrpo.grpo.learn.learner import Stats, packed_loss
-from flashgrpo.grpo.learn.packing import Completion, Group, build_batch, centred, live_groups, loss_denominator
-from flashgrpo.grpo.metrics import StepData, device_metrics, one_line, rollout_metrics, speed_metrics
+from flashgrpo.grpo.learn.packing import Group, build_batch, centred, live_groups, loss_denominator
+from flashgrpo.grpo.metrics import device_metrics, one_line, rollout_metrics, speed_metrics
 from flashgrpo.grpo.recipe.load import Recipe
-from flashgrpo.grpo.rewards.pool import RewardPool
+from flashgrpo.grpo.rewards.pool import RewardPool, open_reward_pool
 from flashgrpo.grpo.rewards.rules import check_names
 from flashgrpo.grpo.rollout.generator import open_generator
 from flashgrpo.grpo.rollout.sync import DecoderSource
@@ -47,8 +47,7 @@ from flashgrpo.grpo.run.policy import open_sharded_model
 from flashgrpo.grpo.run.progress import Clock, StepBar, console
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.sampling import Sampler
-from flashgrpo.grpo.stages.evaluate import open_reward_pool
-from flashgrpo.grpo.types import Problem, Prompt, Rollout
+from flashgrpo.grpo.types import Problem, Prompt, Rollout, StepData
 from flashgrpo.kernels.linear_grpo import linear_logprobs
 from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.checkpoint import read_config
@@ -73,8 +72,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     ):
         read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
-        others = {name: load_problems(source, recipe.run.seed)[0] for name, source in recipe.sources.items()}
-        with open_reward_pool(recipe, problems[0], {name: source[0] for name, source in others.items()}) as pool:
+        others, examples = {}, {}
+        for name, source in recipe.sources.items():
+            others[name], _ = load_problems(source, recipe.run.seed)
+            examples[name] = others[name][0]
+        with open_reward_pool(recipe, problems[0], examples) as pool:
             return Trainer(recipe, folder, world, pool, problems, held_out, others).run()
 
 
@@ -163,37 +165,32 @@ class Trainer(RunLoop):
         bar.phase("generate")
         if not sampler.is_ahead:  # else the step was begun during the one before, by the weights of then
             sampler.sync(step - 1)
-        data = sampler.rollout(step, self.position, clock)
+        data, position = sampler.rollout(step, self.position, clock)
+        probe: list[list[Rollout]] = []
         if self.recipe.rollout.overlap and step < self.total_steps:
             # The servers have nothing to do while this step trains: they get its weights, and begin the next.
             sampler.sync(step - 1)
-            data.probe = sampler.probe(step) if data.is_stale else []
-            sampler.start_ahead(step + 1, data.position)
+            probe = sampler.probe(step) if data.is_stale else []
+            sampler.start_ahead(step + 1, position)
         sampler.generator.free_weights()
 
         bar.phase("train")
-        with clock("pack"):
-            updates = self._pack(data)
         # Where nothing corrects for older weights, the old log-probs of a token are those that it was sampled by.
         takes_behavior = data.is_stale and self.recipe.loss.behavior_cap is None
+        with clock("pack"):
+            updates = self._pack(data)
         with clock("score"):
             self._score(updates, takes_behavior)
-            probed = self._probe_mismatch(data)
+            probed = self._mismatch(probe)
         with clock("train"):
-            lr = self.learner.set_lr(step)
-            learned = self._update(updates)
-        self.step, self.position = step, data.position
+            learned = {"lr": self.learner.set_lr(step)} | self._update(updates)
+        self.step, self.position = step, position
         self._refresh_reference()
 
         if takes_behavior or not self.has_comparable_logprobs:
             # The mismatch would be of the sampler's numbers with themselves, or with renormalised ones.
             learned = {name: value for name, value in learned.items() if not name.startswith("mismatch/")}
-        plans = [update.plan for update in updates] * self.recipe.train.epochs
-        metrics = {"lr": lr} | learned | probed | rollout_metrics(data, self.recipe.loss)
-        metrics |= speed_metrics(data, clock, plans, self.world) | sampler.sync_metrics()
-        self.folder.log_samples(step, self._samples(data))
-        self.folder.log(step, metrics)
-        self._warn(step, data, metrics)
+        metrics = self._log(data, updates, learned | probed, clock)
         if self._evaluates_at(step):
             bar.phase("evaluate")
             metrics |= self._evaluate()
@@ -205,11 +202,10 @@ class Trainer(RunLoop):
         size = recipe.rollout.prompts_per_step // recipe.train.mini_batches
         updates = []
         for first in range(0, recipe.rollout.prompts_per_step, size):
-            rewards = data.table.rewards[first : first + size]
-            groups = [
-                _trainable_group(rollouts, i * rewards.shape[1], recipe.rollout.mask_overlong)
-                for i, rollouts in enumerate(data.rollouts[first : first + size])
-            ]
+            groups, rewards = [], data.rewards[first : first + size]
+            for scored in data.groups[first : first + size]:
+                is_trained = scored.is_trained(recipe.rollout.mask_overlong)
+                groups.append(Group.of(scored.rollouts, len(groups) * rewards.shape[1], is_trained))
             denominator = loss_denominator(groups, rewards, recipe.loss, recipe.rollout.max_new_tokens)
             live = live_groups(groups, rewards, recipe.loss)
             plan = plan_packs(live, recipe.train.token_budget, self.world.size, self.flops)
@@ -233,16 +229,17 @@ class Trainer(RunLoop):
 
     def _update(self, updates: list[Update]) -> dict[str, float]:
         """Every update of the step in order, `epochs` times."""
-        collected, norms = [], []
+        collected: list[Stats] = []
+        norms = []
         for _ in range(self.recipe.train.epochs):
             for update in updates:
                 stats, norm = self.learner.update(update.batches, partial(self._loss, update=update))
-                for i, batch in enumerate(update.batches):
-                    if batch.old_logprobs is None:  # for the next epoch
-                        update.batches[i] = dataclasses.replace(batch, old_logprobs=stats[i]["logprobs"])
-                # What is kept per token would be gigabytes by the end of the step.
-                collected.append([{k: v for k, v in each.items() if v.dim() == 0} for each in stats])
                 norms.append(norm)
+                for i, (batch, found) in enumerate(zip(update.batches, stats, strict=True)):
+                    if batch.old_logprobs is None:  # for the next epoch
+                        update.batches[i] = dataclasses.replace(batch, old_logprobs=found["logprobs"])
+                    # What is kept per token would be gigabytes by the end of the step.
+                    collected.append({k: v for k, v in found.items() if v.dim() == 0})
         return device_metrics(collected, norms, self.learner, self.world)
 
     def _loss(self, batch: PackedBatch, update: Update) -> tuple[Tensor, Stats]:
@@ -262,14 +259,13 @@ class Trainer(RunLoop):
         temperature = self.recipe.rollout.temperature
         return linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature)[0]
 
-    def _probe_mismatch(self, data: StepData) -> dict[str, float]:
+    def _mismatch(self, probe: list[list[Rollout]]) -> dict[str, float]:
         """How far the sampler's log-probs are off the trainer's, both by the newest weights: in place of the step's own
         numbers where its completions are from older ones. Waits for the device.
         """
-        if not data.probe:
+        if not probe:
             return {}
-        groups = [_trainable_group(group, i, mask_overlong=False) for i, group in enumerate(data.probe)]
-        batch = build_batch(groups).to(self.device)
+        batch = build_batch([Group.of(rollouts) for rollouts in probe]).to(self.device)
         assert batch.behavior_logprobs is not None
         off = (self._logprobs(self.policy.model, batch) - batch.behavior_logprobs).abs()
         self._free_gathered()
@@ -296,19 +292,33 @@ class Trainer(RunLoop):
         self.folder.log_more(self.step, scores | self.sampler.sync_metrics())
         return scores
 
+    def _log(self, data: StepData, updates: list[Update], learned: dict[str, float], clock: Clock) -> dict[str, float]:
+        """Write the step's numbers, which are returned, and its first groups; warn of what looks wrong in them."""
+        recipe, sampler = self.recipe, self.sampler
+        sources = [*sampler.mixture.prompts] if recipe.sources else []
+        metrics = learned | rollout_metrics(data, recipe.loss, sampler.pool.functions, sources)
+        plans = [update.plan for update in updates] * recipe.train.epochs
+        metrics |= speed_metrics(data, clock, plans, self.world) | sampler.sync_metrics()
+        self.folder.log_samples(self.step, self._samples(data))
+        self.folder.log(self.step, metrics)
+        self._warn(data, metrics)
+        return metrics
+
     def _samples(self, data: StepData) -> Iterator[dict[str, Any]]:
         """The first groups of the step, every completion with its rewards."""
-        for index, group in enumerate(data.rollouts[:_LOGGED_GROUPS]):
-            prompt = self.policy.decode(group[0].prompt_ids)
-            for sample, rollout in enumerate(group):
-                scores = {name: _number(scores[index, sample]) for name, scores in data.table.scores.items()}
+        for group in data.groups[:_LOGGED_GROUPS]:
+            prompt = self.policy.decode(group.rollouts[0].prompt_ids)
+            for sample, rollout in enumerate(group.rollouts):
+                scores: dict[str, float | None] = dict.fromkeys(self.sampler.pool.functions)
+                for name, values in group.scores.by_function.items():
+                    scores[name] = _number(values[sample])
                 completion = self.policy.decode(rollout.completion_ids)
-                reward = _number(data.table.rewards[index, sample])
+                reward = _number(float(group.scores.rewards[sample]))
                 yield {"prompt": prompt, "completion": completion, "reward": reward, "rewards": scores}
 
-    def _warn(self, step: int, data: StepData, metrics: dict[str, float]) -> None:
+    def _warn(self, data: StepData, metrics: dict[str, float]) -> None:
         """The alarms: the sampler's log-probs are not the trainer's; steps in a row gave nothing to learn from."""
-        rollouts = [*chain.from_iterable(data.rollouts)]
+        rollouts = data.rollouts
         broken = sum(not np.isfinite(rollout.behavior_logprobs).all() for rollout in rollouts)
         off, alarm = metrics.get("mismatch/mean", 0.0), self.recipe.train.mismatch_alarm
         fault = ""
@@ -317,16 +327,17 @@ class Trainer(RunLoop):
         elif not off <= alarm:  # NaN, too
             fault = f"{off:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
         if fault:
-            console.print(f"[yellow]step {step}: the sampler's log-probs are {fault}[/yellow]")
+            console.print(f"[yellow]step {self.step}: the sampler's log-probs are {fault}[/yellow]")
 
         has_signal = metrics["grad_norm"] != 0 and metrics["groups/dead"] < 1
         self._steps_without_signal = 0 if has_signal else self._steps_without_signal + 1
         if self._steps_without_signal == _STEPS_WITHOUT_SIGNAL:
             means = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("reward/"))
             console.print(
-                f"[yellow]step {step}: {_STEPS_WITHOUT_SIGNAL} steps in a row had nothing to learn from: in each group "
-                f"all rewards are equal or missing, or all completions masked ({means}). Look at samples.jsonl: are "
-                "problems all too hard or too easy, is the reward blind, is rollout.max_new_tokens too low?[/yellow]",
+                f"[yellow]step {self.step}: {_STEPS_WITHOUT_SIGNAL} steps in a row had nothing to learn from: in each "
+                f"group all rewards are equal or missing, or all completions masked ({means}). Look at samples.jsonl: "
+                "are problems all too hard or too easy, is the reward blind, is rollout.max_new_tokens too low?"
+                "[/yellow]",
                 highlight=False,
             )
 
@@ -350,17 +361,8 @@ def _check_token_budget(recipe: Recipe, longest_prompt: int) -> None:
         )
 
 
-def _trainable_group(rollouts: list[Rollout], first_id: int, mask_overlong: bool) -> Group:
-    completions = [
-        Completion(rollout.completion_ids, first_id + i, rollout.comparable_logprobs)
-        for i, rollout in enumerate(rollouts)
-        if not (mask_overlong and rollout.finish_reason == "length")
-    ]
-    return Group(rollouts[0].prompt_ids, completions)
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def _number(value: float | None) -> float | None:
+    return None if value is None or np.isnan(value) else value
 
 
 if __name__ == "__main__":  # a launcher's script that names this file must not end well without a step

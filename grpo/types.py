@@ -1,6 +1,19 @@
-"""The forms that a completion goes through, from a problem of the data to a group with rewards."""
+"""The forms that a completion goes through, from a problem of the data to a group with rewards:
 
-from collections.abc import Sequence
+    Problem -> Prompt -> Request -> Rollout -> CompletionGroup, which rewards read -> ScoredGroup -> StepData
+
+A sum by groups of two, of which the first completion is right:
+
+    prompt = Prompt(Problem("1+1=", {"answer": "2"}), token_ids=[5, 6, 5, 7], text="1+1=")
+    request = Request(0, prompt.token_ids, seeds)              # seeds: [2]
+    rollouts = [Rollout(..., completion_ids=[8, 0]), Rollout(..., completion_ids=[9, 0])]
+    asked = CompletionGroup.of(prompt, rollouts, decode)       # completions: ["2", "3"]
+    scored = ScoredGroup(rollouts, Scores(rewards=[1.0, 0.0], by_function={"accuracy": [1.0, 0.0]}))
+
+What is trained of it are `Completion`s behind their prompt (learn/packing.py), laid out as a `PackedBatch`.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,3 +101,77 @@ class CompletionGroup:
     completion_ids: Sequence[Sequence[int]]  # [group_size], each [num_tokens]
     finish_reasons: Sequence[str]  # [group_size]
     source: str = "data"  # whose functions score it
+
+    @classmethod
+    def of(cls, prompt: Prompt, rollouts: Sequence[Rollout], decode: Callable[[np.ndarray], str]) -> "CompletionGroup":
+        """What was sampled of a prompt, read as text by `decode`."""
+        return cls(
+            problem=prompt.problem,
+            prompt=prompt.text,
+            completions=[decode(rollout.completion_ids) for rollout in rollouts],
+            completion_ids=[rollout.completion_ids.tolist() for rollout in rollouts],
+            finish_reasons=[rollout.finish_reason for rollout in rollouts],
+            source=prompt.source,
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the completions of a group are worth."""
+
+    rewards: np.ndarray  # [group_size] float64, the weighted sum; NaN where missing
+    # By function that applies, [group_size]: NaN where missing, None where it leaves a completion to the others.
+    by_function: dict[str, list[float | None]]
+
+
+def given_scores(groups: Sequence[Scores], name: str) -> list[float]:
+    """What a function gave to the completions that it did not leave to others, group by group; NaN where missing."""
+    given = []
+    for group in groups:
+        given += [score for score in group.by_function.get(name, []) if score is not None]
+    return given
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group as it is trained on: its completions with their scores."""
+
+    rollouts: list[Rollout]  # [group_size]
+    scores: Scores
+    source: str = "data"
+
+    def is_trained(self, mask_overlong: bool) -> list[bool]:  # [group_size]
+        """Whether a completion has a reward, and, with `mask_overlong`, has ended by itself."""
+        known = []
+        for rollout, reward in zip(self.rollouts, self.scores.rewards, strict=True):
+            known.append(not (np.isnan(reward) or (mask_overlong and rollout.finish_reason == "length")))
+        return known
+
+
+@dataclass(frozen=True)
+class StepData:
+    """The groups of a step, the same on all ranks."""
+
+    groups: list[ScoredGroup]
+    version: int  # of the weights that it will train: the steps taken
+    discarded: int = 0  # groups of equal rewards that dynamic sampling threw away
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """Every completion, in the order of `rewards.flatten()`."""
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[num_groups, group_size] float64"""
+        return np.stack([group.scores.rewards for group in self.groups])
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that a token was sampled by."""
+        return min(version for rollout in self.rollouts for version, _ in rollout.weight_versions)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a token was sampled by weights that are not the newest."""
+        return self.oldest_version < self.version

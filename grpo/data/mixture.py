@@ -6,12 +6,20 @@ takes the same.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
 
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.recipe.schema import first_step
-from flashgrpo.grpo.run.loop import epoch_order
-from flashgrpo.grpo.types import Prompt
+from flashgrpo.grpo.types import Prompt, ScoredGroup
+
+
+@lru_cache(maxsize=16)
+def epoch_order(seed: int, epoch: int, size: int, source: int = 0) -> np.ndarray:
+    """The order of `size` problems in a pass over them, from the seed, the pass and their source's number alone."""
+    return np.random.default_rng([seed, epoch, *([source] if source else [])]).permutation(size)
 
 
 class Position(NamedTuple):
@@ -78,10 +86,11 @@ class Mixture:
         return prompts[epoch_order(self.recipe.run.seed, epoch, len(prompts), stream)[place]]
 
 
-def interleaved(sources: Sequence[str]) -> list[int]:
-    """An order of the rows in which every source is spread evenly; its own rows keep theirs."""
-    sizes, seen, places = Counter(sources), Counter[str](), []
-    for source in sources:
-        places.append((seen[source] + 0.5) / sizes[source])
-        seen[source] += 1
-    return sorted(range(len(sources)), key=places.__getitem__)
+def interleaved(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+    """The groups in an order in which every source is spread evenly; its own keep theirs."""
+    sizes, seen, places = Counter(group.source for group in groups), Counter[str](), []
+    for group in groups:
+        places.append((seen[group.source] + 0.5) / sizes[group.source])
+        seen[group.source] += 1
+    order = sorted(range(len(groups)), key=places.__getitem__)
+    return [groups[i] for i in order]

@@ -7,11 +7,11 @@ to cost the same. Costs are whole FLOPs, so that their sums are exact.
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flashgrpo.grpo.learn.packing import Completion, Group, best_fit, check_group
+from flashgrpo.grpo.learn.packing import Completion, Group, best_fit
 from flashgrpo.model.cost import ModelFlops
 
 # Found on lognormal lengths with medians of 300 to 4,000 tokens, prompts of 150 to 4,096, budgets of 16k to 64k.
@@ -38,11 +38,8 @@ def plan_packs(
     that compare a group's completions: only best-fit decreasing, into packs of the budget or of an equal share. Raises
     PackingError for an empty prompt or completion, and where a prompt and one completion alone are over the budget.
     """
-    groups = [group for group in groups if group.completions]
-    for group in groups:
-        check_group(group, token_budget)
-    rests = sorted((_Rest.of(group, flops) for group in groups), key=_largest_first)
     fitted = _best_fit(groups, token_budget, flops)
+    rests = sorted((_Piece.of(group, flops) for group in groups if group.completions), key=_largest_first)
     if keep_whole:
         plans = [fitted, _evenly_fit(groups, rests, len(fitted), token_budget, num_ranks, flops)]
         return _dealt_out(min(plans, key=lambda plan: _lockstep(plan, num_ranks)), num_ranks)
@@ -71,12 +68,12 @@ def _best_fit(groups: list[Group], token_budget: int, flops: ModelFlops) -> list
     """`best_fit`, with what each piece costs."""
     packs: list[list[_Piece]] = []
     for pack in best_fit(groups, token_budget):
-        packs.append([_Rest.of(piece, flops) for piece in pack])
+        packs.append([_Piece.of(piece, flops) for piece in pack])
     return packs
 
 
 def _evenly_fit(
-    groups: list[Group], rests: list["_Rest"], num_packs: int, token_budget: int, num_ranks: int, flops: ModelFlops
+    groups: list[Group], rests: list["_Piece"], num_packs: int, token_budget: int, num_ranks: int, flops: ModelFlops
 ) -> list[list["_Piece"]]:
     """Best-fit into packs of an equal share of the tokens, or of the largest group's."""
     num_packs = max(-(-num_packs // num_ranks) * num_ranks, 1)
@@ -101,58 +98,54 @@ def _dealt_out(packs: list[list["_Piece"]], num_ranks: int) -> PackPlan:
 
 @dataclass(slots=True)
 class _Piece:
-    """A prompt and some of its completions."""
+    """A prompt and some of its completions, with what they cost: FLOPs of a forward pass."""
 
     prompt_ids: Sequence[int]
-    completions: list[Completion]
-    cost: int  # FLOPs of a forward pass
+    prompt_cost: int
+    completions: list[Completion]  # from the shortest to the longest, until they are packed
+    costs: list[int]  # of each completion
+    lengths: list[int]  # of each, in tokens that are fed
+    cost: int  # of all, the prompt's included
     tokens: int
 
-    @property
-    def group(self) -> Group:
-        return Group(self.prompt_ids, self.completions)
-
-
-@dataclass(slots=True)
-class _Rest(_Piece):
-    """What is not packed yet of a group, from the shortest completion to the longest."""
-
-    prompt_cost: int
-    costs: list[int]  # of the completions, as `lengths`
-    lengths: list[int]
-
     @classmethod
-    def of(cls, group: Group, flops: ModelFlops) -> "_Rest":
+    def of(cls, group: Group, flops: ModelFlops) -> "_Piece":
         completions = sorted(group.completions, key=lambda c: len(c.token_ids))
         prompt, lengths = len(group.prompt_ids), [len(c.token_ids) - 1 for c in completions]
         prompt_cost = int(flops.forward(prompt, prompt * (prompt + 1) // 2, 0))
         costs = [int(flops.forward(n, n * prompt + n * (n + 1) // 2, n + 1)) for n in lengths]
         cost, tokens = prompt_cost + sum(costs), prompt + sum(lengths)
-        return cls(group.prompt_ids, completions, cost, tokens, prompt_cost, costs, lengths)
+        return cls(group.prompt_ids, prompt_cost, completions, costs, lengths, cost, tokens)
+
+    @property
+    def group(self) -> Group:
+        return Group(self.prompt_ids, self.completions)
 
     def num_fitting(self, cost: int, tokens: int, end: int) -> int:
         """How many of the first `end` completions are each within `cost` and `tokens`."""
         return min(bisect_right(self.costs, cost, 0, end), bisect_right(self.lengths, tokens, 0, end))
 
-    def split(self, cost: int, tokens: int) -> tuple[_Piece, "_Rest"]:
+    def split(self, cost: int, tokens: int) -> tuple["_Piece", "_Piece"]:
         """The prompt and the longest completions that fit, one after the other; the prompt and the others."""
         prompt = len(self.prompt_ids)
-        completions, costs, lengths = self.completions[:], self.costs[:], self.lengths[:]
-        taken = _Piece(self.prompt_ids, [], self.prompt_cost, prompt)
-        end = len(costs)
-        while end := self.num_fitting(cost - taken.cost, tokens - taken.tokens, end):
-            end -= 1
-            taken.completions.append(completions.pop(end))
-            taken.cost += costs.pop(end)
-            taken.tokens += lengths.pop(end)
+        taken = _Piece(self.prompt_ids, self.prompt_cost, [], [], [], self.prompt_cost, prompt)
         # Both have the prompt.
-        rest_cost = self.cost - taken.cost + self.prompt_cost
-        rest_tokens = self.tokens - taken.tokens + prompt
-        return taken, _Rest(self.prompt_ids, completions, rest_cost, rest_tokens, self.prompt_cost, costs, lengths)
+        rest = replace(self, completions=self.completions[:], costs=self.costs[:], lengths=self.lengths[:])
+        end = len(rest.costs)
+        while end := rest.num_fitting(cost - taken.cost, tokens - taken.tokens, end):
+            end -= 1
+            taken.completions.append(rest.completions.pop(end))
+            taken.costs.append(rest.costs.pop(end))
+            taken.lengths.append(rest.lengths.pop(end))
+            taken.cost += taken.costs[-1]
+            taken.tokens += taken.lengths[-1]
+        rest.cost -= taken.cost - self.prompt_cost
+        rest.tokens -= taken.tokens - prompt
+        return taken, rest
 
 
 def _fill(
-    rests: list[_Rest], token_budget: int, num_ranks: int, num_packs: int, slack: float, token_cost: float
+    rests: list[_Piece], token_budget: int, num_ranks: int, num_packs: int, slack: float, token_cost: float
 ) -> list[list[_Piece]] | None:
     """Fill one pack after the other, each from the largest group that is left; None where the packs do not suffice.
 
@@ -172,7 +165,7 @@ def _fill(
         cost_room = max(int(min(share, cost_left)), slowest, largest)
         token_room = token_budget
         pack: list[_Piece] = []
-        others: list[_Rest] = []
+        others: list[_Piece] = []
         choice: int | None = 0
         while choice is not None:
             piece = rest = rests.pop(choice)
@@ -193,7 +186,7 @@ def _fill(
     return packs
 
 
-def _choose(rests: list[_Rest], cost: int, tokens: int, token_cost: float, may_split: bool) -> int | None:
+def _choose(rests: list[_Piece], cost: int, tokens: int, token_cost: float, may_split: bool) -> int | None:
     """The largest group that fits, else the one with the largest completion that fits behind its prompt."""
     # No group of more tokens fits: each costs `token_cost` at least.
     first = bisect_left(rests, -min(tokens, cost / token_cost), key=_largest_first)
@@ -208,7 +201,7 @@ def _choose(rests: list[_Rest], cost: int, tokens: int, token_cost: float, may_s
     return best
 
 
-def _largest_first(rest: _Rest) -> int:
+def _largest_first(rest: _Piece) -> int:
     return -rest.tokens
 
 

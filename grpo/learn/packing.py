@@ -7,11 +7,13 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import torch
 
 from flashgrpo.grpo.errors import PackingError
+from flashgrpo.grpo.types import Rollout
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages
 from flashgrpo.model.batch import PackedBatch
 
@@ -33,6 +35,15 @@ class Group:
 
     prompt_ids: Sequence[int]
     completions: list[Completion]
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout], first_id: int = 0, is_trained: Sequence[bool] | None = None) -> "Group":
+        """The completions of a prompt, all or some, whose rewards begin at entry `first_id`."""
+        completions = []
+        for i, rollout in enumerate(rollouts):
+            if is_trained is None or is_trained[i]:
+                completions.append(Completion(rollout.completion_ids, first_id + i, rollout.comparable_logprobs))
+        return cls(rollouts[0].prompt_ids, completions)
 
     @property
     def num_tokens(self) -> int:
@@ -122,17 +133,10 @@ def live_groups(
     rewards: np.ndarray,  # [num_groups, group_size]
     config: LossConfig,
 ) -> list[Group]:
-    """Leave out what has no gradient: completions without a reward, and groups of equal rewards.
-
-    With a KL penalty or an entropy bonus a group of equal rewards has a gradient and stays.
-    """
-    keep = has_signal(rewards) | (config.kl_coef != 0) | (config.entropy_coef != 0)
-    kept = []
-    for group, row, is_kept in zip(groups, rewards, keep, strict=True):
-        if is_kept:
-            completions = [c for c in group.completions if not np.isnan(row[c.sequence_id % len(row)])]
-            kept.append(Group(group.prompt_ids, completions))
-    return kept
+    """Leave out groups of equal rewards, which have no gradient without a KL penalty or an entropy bonus."""
+    if config.kl_coef or config.entropy_coef:
+        return groups
+    return [*compress(groups, has_signal(rewards))]
 
 
 def centred(
@@ -161,7 +165,7 @@ def has_signal(
 
 
 def loss_denominator(
-    groups: list[Group],
+    groups: list[Group],  # without the completions that have no reward
     rewards: np.ndarray,  # [num_groups, group_size]
     config: LossConfig,
     max_new_tokens: int,
@@ -170,14 +174,12 @@ def loss_denominator(
 
     Every completion with a reward counts, those of dead groups included, so that leaving them out changes nothing.
     """
-    num_rewarded = int((~np.isnan(rewards)).sum())
-    if config.aggregate == "sequence_mean":
-        return float(max(num_rewarded, 1))
+    counted = int((~np.isnan(rewards)).sum())
     if config.aggregate == "constant":
-        return float(max(num_rewarded * max_new_tokens, 1))
-    flat = rewards.reshape(-1)
-    tokens = sum(len(c.token_ids) for g in groups for c in g.completions if not np.isnan(flat[c.sequence_id]))
-    return float(max(tokens, 1))
+        counted *= max_new_tokens
+    elif config.aggregate == "token_mean":
+        counted = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    return float(max(counted, 1))
 
 
 def _split(group: Group, token_budget: int) -> list[Group]:

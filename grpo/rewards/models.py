@@ -24,8 +24,8 @@ from flashgrpo.grpo.data.prompts import closed_ids, render_prompt
 from flashgrpo.grpo.errors import DataError, PackingError, RecipeError, RewardFailure
 from flashgrpo.grpo.learn.packing import Completion, Group, best_fit, build_batch
 from flashgrpo.grpo.recipe.schema import CHECKED, PreferenceSection, Template
+from flashgrpo.grpo.rewards.pool import Scorer
 from flashgrpo.grpo.rewards.response import Response
-from flashgrpo.grpo.rewards.table import Scorer
 from flashgrpo.grpo.run.child import Child, own_environment
 from flashgrpo.grpo.run.policy import (
     Policy,

@@ -15,21 +15,24 @@ import inspect
 import logging
 import math
 import queue
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from flashgrpo.grpo.errors import RewardError, RewardFailure
-from flashgrpo.grpo.recipe.schema import ProgramsSection
+from flashgrpo.grpo.errors import DataError, RewardError, RewardFailure
+from flashgrpo.grpo.recipe.schema import ProgramsSection, first_step
 from flashgrpo.grpo.rewards.rules import resolve_reward
-from flashgrpo.grpo.rewards.table import RewardSet, RewardTable, Scorer
-from flashgrpo.grpo.rewards.worker import WARM_UP, Scores, Worker
-from flashgrpo.grpo.types import CompletionGroup
+from flashgrpo.grpo.rewards.worker import WARM_UP, Outcome, Worker
+from flashgrpo.grpo.types import CompletionGroup, Problem, Scores, given_scores
+
+if TYPE_CHECKING:  # it imports torch
+    from flashgrpo.grpo.recipe.load import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +40,33 @@ _STEPS_WITHOUT_NUMBER = 3
 _PROGRAM_GRACE_S = 2.0  # to end the last process of a program
 
 
-class _Pending(NamedTuple):
-    group: CompletionGroup
-    weights: dict[str, float]  # of the functions that apply
-    futures: dict[str, Future[Scores]]  # of those that workers compute
+class Scorer(Protocol):
+    """A function that is computed in this process, or by means of its own, as a reward model."""
+
+    def submit(self, group: CompletionGroup) -> None:
+        """Begin with a group that `score` will be asked for, if it can; returns at once."""
+
+    @abstractmethod
+    def score(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
+        """Scores, [num_groups, group_size] float64, NaN where missing. Raises RewardFailure."""
+
+    def close(self) -> None:
+        """End what runs for it."""
 
 
 class RewardPool:
     """Scores groups of completions with several functions. Use as a context manager.
 
-        sets = {"data": RewardSet({"accuracy": 1.0}, problems[0])}
-        with RewardPool(sets, max_new_tokens=1024) as pool:
+        weights, examples = {"data": {"accuracy": 1.0}}, {"data": problems[0]}
+        with RewardPool(weights, examples, max_new_tokens=1024) as pool:
             pool.submit(group)           # as groups finish
-            table = pool.collect()       # what was submitted since the last call
-            pool.check_step(table)       # at the end of the step
+            scores = pool.collect()      # of what was submitted since the last call
+            pool.check_step(scores)      # at the end of the step
 
-    Functions get the arguments that rewards/rules.py describes. A column of the data set that is
-    named like one of the pool's own (`prompts`, `completions`, ...) is hidden by it. Neither the
-    timing nor the number of workers changes a result.
+    `weights` are by source and function: a group is scored by the functions of its source. They get
+    the arguments that rewards/rules.py describes. A column of the data set that is named like one of
+    the pool's own (`prompts`, `completions`, ...) is hidden by it. Neither the timing nor the number
+    of workers changes a result.
 
     Functions have names, see `resolve_reward`; one of weight 0 is scored but does not enter the
     sum. `timeout_s` is for one function on one group; what it waits for a processor does not count,
@@ -70,7 +82,8 @@ class RewardPool:
 
     def __init__(
         self,
-        sets: Mapping[str, RewardSet],  # by source
+        weights: Mapping[str, Mapping[str, float]],  # by source, of its functions
+        examples: Mapping[str, Problem],  # any problem of each source
         *,
         max_new_tokens: int,
         timeout_s: float = 10.0,
@@ -79,25 +92,26 @@ class RewardPool:
         scorers: Mapping[str, Scorer | None] = MappingProxyType({}),
         programs: ProgramsSection | None = None,
     ):
-        self._sets, self._first_steps, self._programs = sets, first_steps, programs
+        self._weights, self._first_steps, self._programs = weights, first_steps, programs
         self._max_new_tokens, self._timeout_s = max_new_tokens, timeout_s
         self.scorers: dict[str, Any] = dict(scorers)
-        self.functions = [*dict.fromkeys(chain.from_iterable(each.weights for each in sets.values()))]
+        self.functions = [*dict.fromkeys(chain.from_iterable(weights.values()))]
         self.failures: dict[str, str] = {}  # by function, why its first missing score is missing
         self._blank_steps: Counter[str] = Counter()  # in a row
-        self._pending: list[_Pending] = []
+        # Each with the functions that apply, and what workers give; a scorer is asked when all groups are there.
+        self._pending: list[tuple[CompletionGroup, list[str], dict[str, Future[Outcome]]]] = []
         if programs and "code" in self.functions:
             from flashgrpo.grpo.rewards.sandbox import check_isolation
 
             check_isolation(programs)
-        examples: dict[str, list[dict[str, Any]]] = {}  # by function, what it may be called with
-        for weights, problem in sets.values():
+        calls: dict[str, list[dict[str, Any]]] = {}  # by function, what it may be called with
+        for source, problem in examples.items():
             arguments = self._arguments(CompletionGroup(problem, problem.question, [WARM_UP], [[0]], ["stop"]))
-            for name in weights:
+            for name in weights[source]:
                 if name not in self.scorers:
                     _check_signature(name, arguments)
-                    examples.setdefault(name, []).append(arguments)
-        self._workers = [Worker(examples) for _ in range(num_workers)]
+                    calls.setdefault(name, []).append(arguments)
+        self._workers = [Worker(calls) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -120,76 +134,65 @@ class RewardPool:
 
     def submit(self, group: CompletionGroup, step: float = math.inf) -> None:
         """Queues a group, for the functions of its source that apply in `step`; returns at once."""
-        arguments = self._arguments(group)
-        weights, futures = {}, {}
-        for name, weight in self._sets[group.source].weights.items():
-            if step < self._first_steps.get(name, 0):
-                continue
-            weights[name] = weight
+        arguments, futures = self._arguments(group), {}
+        names = [name for name in self.functions if name in self._weights[group.source]]
+        names = [name for name in names if step >= self._first_steps.get(name, 0)]
+        for name in names:
             if name in self.scorers:
                 self.scorers[name].submit(group)
             else:
                 futures[name] = self._threads.submit(self._run, name, arguments)
-        self._pending.append(_Pending(group, weights, futures))
+        self._pending.append((group, names, futures))
 
-    def collect(self) -> RewardTable:
-        """Waits for the groups submitted since the last call; rows are in their order.
-
-        Raises RewardFailure for a malformed result, ValueError for groups of different sizes.
+    def collect(self) -> list[Scores]:
+        """Waits for the groups submitted since the last call; in their order. Raises RewardFailure for a malformed
+        result.
         """
         # Emptied first: after an error nothing of this step may come back in the next.
         pending, self._pending = self._pending, []
-        shape = _shape([each.group for each in pending])
-        rewards, has_score = np.zeros(shape), np.zeros(shape, dtype=bool)
-        scores = {name: np.full(shape, np.nan) for name in self.functions}
-        applies = {name: np.zeros(shape, dtype=bool) for name in self.functions}
-        for name in self.functions:
-            rows = [i for i, each in enumerate(pending) if name in each.weights]
-            if not rows:
-                continue
-            scores[name][rows], applies[name][rows], failure = self._scores(name, [pending[i] for i in rows])
-            if failure:
-                self.failures.setdefault(name, failure)
-            # By row, for sources may weigh a function differently.
-            weights = np.array([each.weights.get(name, 0.0) for each in pending])[:, None]
-            counts = applies[name] & (weights != 0)
-            rewards += np.where(counts, weights * scores[name], 0.0)
-            has_score |= counts
-        rewards[~has_score | np.isinf(rewards)] = np.nan
-        return RewardTable(scores, rewards, applies)
+        by_scorer: dict[str, Iterator[Outcome]] = {}
+        for name, scorer in self.scorers.items():  # while workers are busy with the last groups
+            groups = [group for group, names, _ in pending if name in names]
+            if groups:
+                by_scorer[name] = iter(_outcomes(scorer.score(groups)))
+        scored = []
+        for group, names, futures in pending:
+            found: dict[str, list[float | None]] = {}
+            for name in names:
+                outcome = next(by_scorer[name]) if name in by_scorer else futures[name].result()
+                found[name] = outcome.values
+                if outcome.failure:
+                    self.failures.setdefault(name, outcome.failure)
+            rewards = _weighted_sum(found, self._weights[group.source], len(group.completions))
+            scored.append(Scores(rewards, found))
+        return scored
 
-    def _scores(self, name: str, pending: Sequence[_Pending]) -> tuple[np.ndarray, np.ndarray | bool, str | None]:
-        """As `_gather`, by whatever computes the function."""
-        if name not in self.scorers:
-            return _gather([each.group for each in pending], [each.futures[name] for each in pending])
-        scores = self.scorers[name].score([each.group for each in pending])
-        return scores, True, "it gave no number" if np.isnan(scores).any() else None
-
-    def check_step(self, table: RewardTable) -> None:
-        """Warns of the missing scores of a step, given all its rows; to be called once a step.
+    def check_step(self, groups: Sequence[Scores]) -> None:
+        """Warns of the missing scores of a step, given all its groups; to be called once a step.
 
         Raises RewardFailure in the third step in a row in which a function gave no number at all,
         but for completions that it left to others, or in which none did.
         """
         failures, self.failures = self.failures, {}
-        applied = table.applied()
-        for name, scores in applied.items():
-            _warn(name, scores, failures.get(name))
-            self._count_blank(f"reward {name!r}", scores, failures.get(name))
-        # Of the missing rewards, those that no function has missed were left over by all of them.
-        faulty = [np.isnan(scores) & table.applies[name] for name, scores in table.scores.items()]
-        if unscored := int((np.isnan(table.rewards) & ~np.any(faulty, axis=0)).sum()):
+        every: list[float] = []
+        for name in self.functions:
+            scores = given_scores(groups, name)
+            every += scores
+            if scores:
+                _warn(name, scores, failures.get(name))
+                self._count_blank(f"reward {name!r}", scores, failures.get(name))
+        num_rewards = sum(len(each.rewards) for each in groups)
+        if unscored := sum(map(_num_left_over, groups)):
             logger.warning(
                 "%d of %d completions have no reward: each function that scores them returned None",
-                unscored, table.rewards.size,
+                unscored, num_rewards,
             )  # fmt: skip
-        if table.rewards.size:
-            numbers = np.concatenate([np.empty(0), *map(np.ravel, applied.values())])
-            self._count_blank("every reward function", numbers, "each returned None")
+        if num_rewards:
+            self._count_blank("every reward function", every, "each returned None")
 
-    def _count_blank(self, who: str, scores: np.ndarray, failure: str | None) -> None:
+    def _count_blank(self, who: str, scores: Sequence[float], failure: str | None) -> None:
         """Counts steps in a row in which there was no number among the scores."""
-        is_blank = bool(np.isnan(scores).all())
+        is_blank = all(map(math.isnan, scores))
         self._blank_steps[who] = self._blank_steps[who] + 1 if is_blank else 0
         if self._blank_steps[who] == _STEPS_WITHOUT_NUMBER:
             raise RewardFailure(f"{who} gave no number in {_STEPS_WITHOUT_NUMBER} steps in a row: {failure}")
@@ -200,8 +203,9 @@ class RewardPool:
         Returns [num_groups, group_size] float64, NaN where missing; raises as `collect`.
         """
         futures = [self._threads.submit(self._run, name, self._arguments(group)) for group in groups]
-        scores, _, failure = _gather(groups, futures)
-        _warn(name, scores, failure)
+        outcomes = [future.result() for future in futures]
+        scores = np.array([outcome.values for outcome in outcomes], dtype=float)
+        _warn(name, scores.ravel(), next(filter(None, (outcome.failure for outcome in outcomes)), None))
         return scores
 
     def _arguments(self, group: CompletionGroup) -> dict[str, Any]:
@@ -217,7 +221,7 @@ class RewardPool:
             "max_new_tokens": self._max_new_tokens,
         }
 
-    def _run(self, name: str, arguments: dict[str, Any]) -> Scores:
+    def _run(self, name: str, arguments: dict[str, Any]) -> Outcome:
         limit_s = self._timeout_s
         if name == "code" and self._programs:
             # Each program has limits of its own, by which a slow one is wrong.
@@ -240,27 +244,64 @@ def _check_signature(name: str, arguments: dict[str, Any]) -> None:
         raise RewardError(f"reward {name!r}: {error}; it is {called}") from error
 
 
-def _shape(groups: Sequence[CompletionGroup]) -> tuple[int, int]:
-    """(num_groups, group_size)"""
-    sizes = {len(group.completions) for group in groups}
-    if len(sizes) > 1:
-        raise ValueError(f"groups of one step must have equally many completions, found {sorted(sizes)}")
-    return len(groups), max(sizes, default=0)
+def _outcomes(scores: np.ndarray) -> list[Outcome]:
+    """A scorer's [num_groups, group_size] as what workers would have given."""
+    return [Outcome(row.tolist(), "it gave no number" if np.isnan(row).any() else None) for row in scores]
 
 
-def _gather(
-    groups: Sequence[CompletionGroup], futures: Sequence[Future[Scores]]
-) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Scores [num_groups, group_size], whether each is one and not None, and why the first missing one is missing."""
-    results = [future.result() for future in futures]
-    values = np.array([result.values for result in results], dtype=object).reshape(_shape(groups))
-    failure = next(filter(None, (result.failure for result in results)), None)
-    return values.astype(float), values != None, failure  # noqa: E711  # by element
+def _weighted_sum(scores: Mapping[str, list[float | None]], weights: Mapping[str, float], size: int) -> np.ndarray:
+    """A group's rewards, of the functions that have a weight and did not leave a completion to the others."""
+    rewards, has_score = np.zeros(size), np.zeros(size, dtype=bool)
+    for name, values in scores.items():
+        if weights[name]:
+            counts = np.array([value is not None for value in values])
+            rewards += np.where(counts, weights[name] * np.array(values, dtype=float), 0.0)
+            has_score |= counts
+    rewards[~has_score | np.isinf(rewards)] = np.nan
+    return rewards
 
 
-def _warn(name: str, scores: np.ndarray, failure: str | None) -> None:
-    if missing := np.isnan(scores).sum():
+def _num_left_over(group: Scores) -> int:
+    """Completions whose reward is missing though no function has missed them: all have left them to others."""
+    scores = np.array([*group.by_function.values()], dtype=object)
+    faulty = (scores != None) & np.isnan(scores.astype(float))  # noqa: E711  # by element
+    return int((np.isnan(group.rewards) & ~faulty.any(axis=0)).sum())
+
+
+def _warn(name: str, scores: Sequence[float] | np.ndarray, failure: str | None) -> None:
+    if missing := sum(map(math.isnan, scores)):
         reason = failure or "it returned None"
-        logger.warning("reward %r: %d of %d scores missing: %s", name, missing, scores.size, reason)
+        logger.warning("reward %r: %d of %d scores missing: %s", name, missing, len(scores), reason)
     elif failure:
         logger.warning("reward %r: %s", name, failure)
+
+
+def open_reward_pool(
+    recipe: "Recipe",
+    example: Problem,
+    others: Mapping[str, Problem] = MappingProxyType({}),  # an example of each of recipe.sources
+) -> RewardPool:
+    """The recipe's reward functions in worker processes; its reward models are yet to be given, as `pool.scorers`.
+
+    Raises DataError where evaluations would have no answer.
+    """
+    if recipe.eval.every:
+        require_answer(example)
+    rewards = recipe.rewards
+    return RewardPool(
+        recipe.reward_weights,
+        {"data": example, **others},
+        max_new_tokens=recipe.rollout.max_new_tokens,
+        timeout_s=rewards.timeout_s,
+        programs=rewards.programs,
+        num_workers=rewards.workers,
+        first_steps={name: first_step(start, recipe.train.steps) for name, start in rewards.start.items()},
+        scorers=dict.fromkeys(recipe.reward_models),
+    )
+
+
+def require_answer(problem: Problem) -> None:
+    """Raises DataError for a problem that an evaluation could not score."""
+    if not problem.columns.keys() & {"answer", "tests"}:
+        found = ", ".join(problem.columns) or "none"
+        raise DataError(f"an evaluation needs a reference answer: name its column by data.answer_column; found {found}")

@@ -5,6 +5,7 @@ import re
 from flashgrpo.grpo.data.answers import last_boxed
 
 _TAG = re.compile(r"(</?(?:think|answer)>)")
+_REFLECTIONS = re.compile(r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b")
 
 
 class Response:
@@ -67,3 +68,8 @@ class Response:
         if not lines:
             return None
         return text.strip() if whole else lines[-1].strip()
+
+
+def count_reflections(text: str) -> int:
+    """Words with which a model goes back over its reasoning: those that the supplement of arXiv 2501.12948 counts."""
+    return len(_REFLECTIONS.findall(text.lower()))

@@ -38,7 +38,9 @@ _MESSAGES = (
 )
 
 
-class Scores(NamedTuple):
+class Outcome(NamedTuple):
+    """What a function gave for a group."""
+
     # [group_size], NaN where missing, None where the function leaves it to others.
     values: list[float | None]
     failure: str | None  # why the first missing or slow one is so
@@ -55,7 +57,7 @@ class Worker:
         self._number = 0  # of the call
         self._start()
 
-    def score(self, name: str, arguments: dict[str, Any], limit_s: float) -> Scores:
+    def score(self, name: str, arguments: dict[str, Any], limit_s: float) -> Outcome:
         """Calls the function in the process; one that hung or died is replaced.
 
         Raises RewardFailure for a malformed result, and where the process does not start.
@@ -65,14 +67,14 @@ class Worker:
         try:
             return self._call(name, arguments, limit_s)
         except (TimeoutError, EOFError) as error:
-            return Scores([math.nan] * len(arguments["completions"]), str(error))
+            return Outcome([math.nan] * len(arguments["completions"]), str(error))
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
             end_guarded(self._process, self._connection)
 
-    def _score_each(self, name: str, arguments: dict[str, Any], limit_s: float) -> Scores:
+    def _score_each(self, name: str, arguments: dict[str, Any], limit_s: float) -> Outcome:
         """By a function that judges completions one by one: a slow answer is wrong, and costs none but itself."""
         left_s = limit_s
         try:
@@ -96,9 +98,9 @@ class Worker:
             left_s = max(left_s - seconds, 0.0)
             values.append(value)
             first_failure = first_failure or failure
-        return Scores(values, first_failure)
+        return Outcome(values, first_failure)
 
-    def _call(self, name: str, arguments: dict[str, Any], limit_s: float) -> Scores:
+    def _call(self, name: str, arguments: dict[str, Any], limit_s: float) -> Outcome:
         """Raises TimeoutError or EOFError, which say what has happened, where the process had to be replaced."""
         self._begin(name, arguments)
         start_s = self._clock()
@@ -111,7 +113,7 @@ class Worker:
             raise EOFError(f"its process ended with exit code {self._restart()}") from None
         if values is None:
             raise RewardFailure(f"reward {name!r} {failure}")
-        return Scores(values, failure, self._clock() - start_s)
+        return Outcome(values, failure, self._clock() - start_s)
 
     def _begin(self, name: str, arguments: dict[str, Any]) -> None:
         """Asks for scores; returns when the process has imported everything and begins."""

@@ -3,11 +3,10 @@
 import abc
 import contextlib
 import signal
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,12 +23,6 @@ from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.sharding import is_finite
 
 _MOST_SKIPPED = 3
-
-
-@lru_cache(maxsize=16)
-def epoch_order(seed: int, epoch: int, size: int, source: int = 0) -> np.ndarray:
-    """The order of `size` problems in a pass over them, from the seed, the pass and their source's number alone."""
-    return np.random.default_rng([seed, epoch, *([source] if source else [])]).permutation(size)
 
 
 class RunLoop(abc.ABC):

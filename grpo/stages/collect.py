@@ -29,14 +29,13 @@ from flashgrpo.grpo.errors import DataError, GeneratorFailure, RewardFailure, Ru
 from flashgrpo.grpo.recipe.load import CollectRecipe
 from flashgrpo.grpo.recipe.schema import GivenSection, weights_of
 from flashgrpo.grpo.rewards.pool import RewardPool
-from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
 from flashgrpo.grpo.run.folder import hold_output
 from flashgrpo.grpo.run.ledger import Inputs, changed_keys, compare_inputs, write_made_from
 from flashgrpo.grpo.run.policy import Policy
 from flashgrpo.grpo.run.progress import Clock, StepBar, console, step_bar
 from flashgrpo.grpo.run.world import World, open_world
-from flashgrpo.grpo.stages.evaluate import completion_group, open_for_sampling
+from flashgrpo.grpo.stages.evaluate import open_for_sampling
 from flashgrpo.grpo.stages.filters import FILTERS, Sample, Selection
 from flashgrpo.grpo.stages.scores import solved_by
 from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Sampling
@@ -172,14 +171,14 @@ class _Parts:
         groups: list[tuple[Request, CompletionGroup]] = []
         for rollouts in generator.generate([*requests.values()], sampling):
             request = requests[rollouts[0].group]
-            group = completion_group(self.prompts[request.group], rollouts, self.policy)
+            group = CompletionGroup.of(self.prompts[request.group], rollouts, self.policy.decode)
             self.pool.submit(group)
             groups.append((request, group))
             bar.phase(f"{len(groups)} of {len(requests)} prompts")
-        table = self.pool.collect()
-        self.pool.check_step(table)
+        scored = self.pool.collect()
+        self.pool.check_step(scored)
         rows = []
-        for place, (request, group) in enumerate(groups):
+        for (request, group), scores in zip(groups, scored, strict=True):
             for sample, completion in enumerate(group.completions):
                 row: Row = {
                     "prompt_id": request.group,
@@ -188,10 +187,10 @@ class _Parts:
                     "completion": completion,
                     "finish_reason": group.finish_reasons[sample],
                     "num_tokens": len(group.completion_ids[sample]),
-                    "reward": float(table.rewards[place, sample]),
+                    "reward": float(scores.rewards[sample]),
                 }
-                for name, scores in table.scores.items():
-                    row[name] = float(scores[place, sample])
+                for name, values in scores.by_function.items():
+                    row[name] = math.nan if values[sample] is None else values[sample]
                 rows.append(row)
         return rows
 
@@ -300,7 +299,8 @@ def _open_pool(recipe: CollectRecipe, example: Problem, has_samples: bool) -> Re
     for name in _scored(example, has_samples and "answer" in example.columns):
         weights.setdefault(name, 0.0)
     return RewardPool(
-        {"data": RewardSet(weights, example)},
+        {"data": weights},
+        {"data": example},
         max_new_tokens=recipe.rollout.max_new_tokens,
         timeout_s=rewards.timeout_s,
         programs=rewards.programs,

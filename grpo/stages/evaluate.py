@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,13 +25,11 @@ from flashgrpo.grpo.data.benchmarks import load_benchmark
 from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_prompt, render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
-from flashgrpo.grpo.metrics import count_reflections
 from flashgrpo.grpo.recipe.load import EvalRecipe, Recipe, SamplingRecipe
-from flashgrpo.grpo.recipe.schema import ModelSection, SourceSection, Template, first_step
-from flashgrpo.grpo.rewards.pool import RewardPool
-from flashgrpo.grpo.rewards.response import Response
+from flashgrpo.grpo.recipe.schema import ModelSection, SourceSection, Template
+from flashgrpo.grpo.rewards.pool import RewardPool, open_reward_pool, require_answer
+from flashgrpo.grpo.rewards.response import Response, count_reflections
 from flashgrpo.grpo.rewards.rules import is_correct
-from flashgrpo.grpo.rewards.table import RewardSet
 from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
 from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.folder import newest_checkpoint
@@ -41,7 +38,7 @@ from flashgrpo.grpo.run.policy import Policy, open_policy, resolve_device
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.stages.scores import Graded, scores_of, solved_by
-from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Rollout, Sampling
+from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Sampling
 from flashgrpo.model.checkpoint import empty_decoder, read_config
 from flashgrpo.model.files import parse_json, write_text
 
@@ -75,7 +72,7 @@ def evaluate(
         groups = track(groups, "prompts", len(requests), **shown)
     rollouts = [*chain.from_iterable(groups)]
     # A group of its own each: a completion that is slow to score has the time limit to itself.
-    texts = [completion_group(prompts[rollout.group], [rollout], policy) for rollout in rollouts]
+    texts = [CompletionGroup.of(prompts[rollout.group], [rollout], policy.decode) for rollout in rollouts]
     scored = _scores(texts, pool)  # the generator is done: from here on the workers have the processors
     quality = {name: pool.score(texts, function) for name, function in _QUALITY.items() if with_quality}
     samples: dict[int, list[Graded]] = defaultdict(list)
@@ -170,42 +167,6 @@ def sample_texts(
     return [policy.decode(rollout.completion_ids) for rollout in group]
 
 
-def open_reward_pool(
-    recipe: Recipe,
-    example: Problem,
-    others: Mapping[str, Problem] = MappingProxyType({}),  # an example of each of recipe.sources
-) -> RewardPool:
-    """The recipe's reward functions in worker processes; its reward models are yet to be given, as `pool.scorers`.
-
-    Raises DataError where evaluations would have no answer.
-    """
-    if recipe.eval.every:
-        _require_answer(example)
-    rewards = recipe.rewards
-    examples = {"data": example, **others}
-    return RewardPool(
-        {source: RewardSet(recipe.reward_weights[source], problem) for source, problem in examples.items()},
-        max_new_tokens=recipe.rollout.max_new_tokens,
-        timeout_s=rewards.timeout_s,
-        programs=rewards.programs,
-        num_workers=rewards.workers,
-        first_steps={name: first_step(start, recipe.train.steps) for name, start in rewards.start.items()},
-        scorers=dict.fromkeys(recipe.reward_models),
-    )
-
-
-def completion_group(prompt: Prompt, group: list[Rollout], policy: Policy) -> CompletionGroup:
-    """What reward functions are given of a group."""
-    return CompletionGroup(
-        problem=prompt.problem,
-        prompt=prompt.text,
-        completions=[policy.decode(rollout.completion_ids) for rollout in group],
-        completion_ids=[rollout.completion_ids.tolist() for rollout in group],
-        finish_reasons=[rollout.finish_reason for rollout in group],
-        source=prompt.source,
-    )
-
-
 def _load_benchmarks(recipe: Recipe) -> dict[str, list[Problem]]:
     """Problems by the names of benchmarks."""
     if recipe.eval.benchmarks:
@@ -213,7 +174,7 @@ def _load_benchmarks(recipe: Recipe) -> dict[str, list[Problem]]:
     _, held_out = load_problems(recipe.data, recipe.run.seed)
     if not held_out:
         raise DataError("data.held_out = 0 leaves no problem to evaluate on; set it, or name files in eval.benchmarks")
-    _require_answer(held_out[0])
+    require_answer(held_out[0])
     return {_HELD_OUT: held_out[: recipe.eval.problems]}
 
 
@@ -338,9 +299,3 @@ def _scores(texts: Sequence[CompletionGroup], pool: RewardPool) -> np.ndarray:
         own = [texts[i] for i in places[name]]
         scores[places[name]] = pool.score(own, name)[:, 0]
     return scores
-
-
-def _require_answer(problem: Problem) -> None:
-    if not problem.columns.keys() & {"answer", "tests"}:
-        found = ", ".join(problem.columns) or "none"
-        raise DataError(f"an evaluation needs a reference answer: name its column by data.answer_column; found {found}")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from flashgrpo.grpo.data.mixture import epoch_order
 from flashgrpo.grpo.data.problems import load_completions
 from flashgrpo.grpo.data.prompts import closed_ids, located, render_prompt
 from flashgrpo.grpo.errors import DataError
@@ -22,7 +23,7 @@ from flashgrpo.grpo.learn.learner import Stats, packed_loss
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import RewardModelRecipe, SftRecipe
 from flashgrpo.grpo.run.folder import RunFolder
-from flashgrpo.grpo.run.loop import RunLoop, epoch_order
+from flashgrpo.grpo.run.loop import RunLoop
 from flashgrpo.grpo.run.policy import Policy, end_token_id, warn_beyond_context
 from flashgrpo.grpo.run.progress import Clock, StepBar, console, peak_memory_mb
 from flashgrpo.grpo.run.world import World, open_world

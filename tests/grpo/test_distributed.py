@@ -1,24 +1,20 @@
 """One update is the same on any number of ranks, micro-batches and copies of the model, to the last bits of fp32."""
 
-import dataclasses
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ranks
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runs import changed
 
 from flashgrpo.grpo.learn.learner import Learner, packed_loss
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
-from flashgrpo.grpo.recipe.load import Recipe
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.run.policy import open_sharded_model
 from flashgrpo.grpo.run.world import open_world
-from flashgrpo.kernels.grpo_loss import LossConfig
-from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
-from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.sharding import full_tensors
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -110,65 +106,64 @@ def assert_equal(found: Update, wanted: Update, summed: float = 0.0) -> None:
     assert found[2] == pytest.approx(wanted[2], abs=1e-6 * wanted[2] + rounding)
 
 
-@pytest.fixture
-def update_recipe(recipe):
-    train = dataclasses.replace(recipe.train, grad_clip=1e9, lr=LR)
-    return dataclasses.replace(recipe, loss=LossConfig.preset("dapo", entropy_coef=0.01), train=train)
-
-
-@pytest.fixture
-def untied_path(model_path, tmp_path) -> Path:
-    raw = {**read_config(model_path).raw, "tie_word_embeddings": False}
-    save_checkpoint(
-        init_decoder(ModelConfig.from_dict(raw), seed=1), tmp_path / "untied", tokenizer_files_from=model_path
-    )
-    return tmp_path / "untied"
-
-
 GROUPS, REWARDS = random_groups(np.random.default_rng(0), 6), np.random.default_rng(1).standard_normal((6, GROUP_SIZE))
 
 
-@pytest.fixture(params=["tied", "untied"])
-def wanted(request, update_recipe, untied_path):
-    """(recipe, the update on one rank in one micro-batch)."""
-    recipe = update_recipe
-    if request.param == "untied":
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=str(untied_path)))
-    ((update,),) = ranks.run(updates, 1, recipe, [[[GROUPS]]], REWARDS)
-    return recipe, update
+@pytest.fixture(scope="module")
+def recipes(model_path, make_model) -> dict[str, Recipe]:
+    """By whether the head is the embedding."""
+    made = {}
+    for name, path in {"tied": model_path, "untied": make_model(tie_word_embeddings=False)}.items():
+        values = {
+            "model": {"path": str(path)},
+            "data": {"path": "unread"},
+            "rewards": {"functions": ["format"]},
+            "loss": {"preset": "dapo", "entropy_coef": 0.01},
+            "train": {"steps": 1, "lr": LR, "grad_clip": 1e9},
+            "run": {"output": "unwritten", "device": "cpu"},
+        }
+        made[name] = build_recipe(Recipe, values)
+    return made
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_an_update_is_the_same_on_any_layout(wanted, size):
-    recipe, expected = wanted
-    layouts = [dealt_out(GROUPS, size, n, shared) for n in (1, 5) for shared in (True, False)]
-    found = ranks.run(updates, size, recipe, layouts, REWARDS)
-    for rank in found:
+@pytest.fixture(scope="module")
+def wanted(recipes) -> dict[str, Update]:
+    """The update on one rank in one micro-batch, with which those in several agree."""
+    found = {}
+    for name, recipe in recipes.items():
+        layouts = [[[GROUPS]], dealt_out(GROUPS, 1, 5), dealt_out(GROUPS, 1, 1, False)]
+        ((found[name], *others),) = ranks.run(updates, 1, recipe, layouts, REWARDS)
+        for update in others:
+            assert_equal(update, found[name])
+    return found
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_an_update_is_the_same_on_any_layout(recipes, wanted, head):
+    layouts = [dealt_out(GROUPS, 4, n, shared) for n in (1, 5) for shared in (True, False)]
+    for rank in ranks.run(updates, 4, recipes[head], layouts, REWARDS):
         for update in rank:
-            assert_equal(update, expected)
+            assert_equal(update, wanted[head])
 
 
 @pytest.mark.parametrize(
-    ("section", "values"),
+    ("head", "section", "values"),
     [
-        ("train", {"shard_ranks": 2}),
-        ("train", {"reshard_after_forward": False}),
-        ("model", {"activation_checkpointing": "full"}),
-        ("model", {"activation_checkpointing": "selective"}),
+        ("untied", "train", {"shard_ranks": 2}),
+        ("tied", "train", {"reshard_after_forward": False}),
+        ("untied", "model", {"activation_checkpointing": "full"}),
+        ("tied", "model", {"activation_checkpointing": "selective"}),
     ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
-def test_copies_and_memory_savings_change_nothing(wanted, section, values):
-    recipe, expected = wanted
-    recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
+def test_copies_and_memory_savings_change_nothing(recipes, wanted, head, section, values):
+    recipe = changed(recipes[head], section, **values)
     for rank in ranks.run(updates, 4, recipe, [dealt_out(GROUPS, 4, 2)], REWARDS):
-        assert_equal(rank[0], expected)
+        assert_equal(rank[0], wanted[head])
 
 
 @pytest.mark.parametrize("shard_ranks", [0, 2])
-def test_the_same_layout_gives_equal_bits(update_recipe, shard_ranks):
-    recipe = dataclasses.replace(update_recipe, train=dataclasses.replace(update_recipe.train, shard_ranks=shard_ranks))
-    layout = dealt_out(GROUPS, 4, 3)
+def test_the_same_layout_gives_equal_bits(recipes, shard_ranks):
+    recipe, layout = changed(recipes["tied"], "train", shard_ranks=shard_ranks), dealt_out(GROUPS, 4, 3)
     first, again = (ranks.run(updates, 4, recipe, [layout], REWARDS) for _ in range(2))
     for (one,), (other,) in zip(first, [*again[1:], again[0]], strict=True):  # and on every rank
         for ours, theirs in zip(one[:2], other[:2], strict=True):
@@ -176,14 +171,12 @@ def test_the_same_layout_gives_equal_bits(update_recipe, shard_ranks):
         assert one[2] == other[2]
 
 
-@pytest.mark.parametrize("shard_ranks", [0, 1])
-def test_ranks_without_work_take_part(wanted, shard_ranks):
+@pytest.mark.parametrize(("head", "shard_ranks"), [("untied", 0), ("tied", 1)])
+def test_ranks_without_work_take_part(recipes, wanted, head, shard_ranks):
     """Empty micro-batches, on all ranks but one and at the end of the last."""
-    recipe, expected = wanted
-    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, shard_ranks=shard_ranks))
-    layout: Layout = [[[], []], [GROUPS, []]]
-    for rank in ranks.run(updates, 2, recipe, [layout], REWARDS):
-        assert_equal(rank[0], expected)
+    recipe = changed(recipes[head], "train", shard_ranks=shard_ranks)
+    for rank in ranks.run(updates, 2, recipe, [[[[], []], [GROUPS, []]]], REWARDS):
+        assert_equal(rank[0], wanted[head])
 
 
 @st.composite
@@ -202,18 +195,14 @@ NEAR_EPS = random_groups(np.random.default_rng(445), 1)  # an element of a gradi
 CANCELLING = [Group([5], [Completion(np.array([7]), number) for number in range(GROUP_SIZE)])]  # advantages sum to 0
 
 
-@settings(
-    max_examples=int(os.environ.get("EXAMPLES", "50")) // 10,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the recipe stays the same
-)
+@settings(max_examples=int(os.environ.get("EXAMPLES", "50")) // 16, deadline=None)
 @given(drawn=random_layouts(), seed=st.integers(0, 100))
 @example(drawn=(NEAR_EPS, laid_out(NEAR_EPS, [[(0, int(number == 4)) for number in range(GROUP_SIZE)]], 2, 2)), seed=2)
 @example(drawn=(CANCELLING, dealt_out(CANCELLING, 2, 2)), seed=2)
-def test_any_rollouts_on_any_layout(update_recipe, drawn, seed):
+def test_any_rollouts_on_any_layout(recipes, drawn, seed):
     groups, layout = drawn
     rewards = np.random.default_rng(seed).standard_normal((len(groups), GROUP_SIZE))
     alone: list[Layout] = [[[[Group(group.prompt_ids, [c])]]] for group in groups for c in group.completions]
-    ((expected, *parts),) = ranks.run(updates, 1, update_recipe, [[[groups]], *alone], rewards)
-    for rank in ranks.run(updates, len(layout), update_recipe, [layout], rewards):
+    ((expected, *parts),) = ranks.run(updates, 1, recipes["tied"], [[[groups]], *alone], rewards)
+    for rank in ranks.run(updates, len(layout), recipes["tied"], [layout], rewards):
         assert_equal(rank[0], expected, summed=sum(norm for _, _, norm in parts))

@@ -10,12 +10,11 @@ import torch
 from flashgrpo.grpo.learn.balance import PackPlan, plan_packs
 from flashgrpo.grpo.learn.learner import Learner
 from flashgrpo.grpo.learn.packing import Completion, Group
-from flashgrpo.grpo.metrics import StepData, count_reflections, device_metrics, rollout_metrics, speed_metrics
+from flashgrpo.grpo.metrics import device_metrics, rollout_metrics, speed_metrics
 from flashgrpo.grpo.recipe.schema import OptimizerSection
-from flashgrpo.grpo.rewards.pool import RewardTable
 from flashgrpo.grpo.run.progress import Clock
 from flashgrpo.grpo.run.world import open_world
-from flashgrpo.grpo.types import Rollout
+from flashgrpo.grpo.types import Rollout, ScoredGroup, Scores, StepData
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import load_checkpoint
 from flashgrpo.model.cost import ModelFlops
@@ -24,13 +23,12 @@ NAN = float("nan")
 
 
 def step_data(rewards: list[list[float]], **values) -> StepData:
-    table = np.array(rewards)
-    rollouts = [
-        [Rollout([1], np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.float32), "stop", i, ((1, 2),)) for _ in row]
-        for i, row in enumerate(rewards)
-    ]
-    scored = RewardTable({"accuracy": table}, table, {"accuracy": np.full(table.shape, True)})
-    return StepData(rollouts, scored, position=2, version=1, **values)
+    groups = []
+    for i, row in enumerate(rewards):
+        arrays = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.float32)
+        rollouts = [Rollout([1], *arrays, "stop", i, ((1, 2),), reflections=3 * n) for n in range(len(row))]
+        groups.append(ScoredGroup(rollouts, Scores(np.array(row), {"accuracy": [*row]}), f"source {i}"))
+    return StepData(groups, version=1, **values)
 
 
 def test_advantages_are_those_that_the_loss_uses():
@@ -46,18 +44,21 @@ def test_advantages_are_those_that_the_loss_uses():
     assert scaled["reward/missing"] == pytest.approx(1 / 6)
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("Wait, WAIT! However, I check: wrong.", 5), ("checked errors, butter, await, mistakes", 0), ("", 0)],
-)
-def test_reflective_phrases_are_whole_words_in_any_case(text, count):
-    assert count_reflections(text) == count
-
-
 def test_reflections_are_counted_per_token():
-    data = step_data([[0.0, 1.0]])
-    data.rollouts[0][1] = dataclasses.replace(data.rollouts[0][1], reflections=3)
-    assert rollout_metrics(data, LossConfig.preset("grpo"))["reflection/per_1000_tokens"] == 1000 * 3 / 4
+    assert rollout_metrics(step_data([[0.0, 1.0]]), LossConfig.preset("grpo"))["reflection/per_1000_tokens"] == 750
+
+
+def test_scores_are_told_by_function_and_by_source():
+    """Without those that a function left to others; what nobody was asked for has no number."""
+    data = step_data([[0.0, 2.0, NAN], [1.0, 5.0, 1.0]])
+    data.groups[1].scores.by_function.update({"accuracy": [None, 5.0, None], "late": [NAN, 4.0, 2.0]})
+    found = rollout_metrics(data, LossConfig.preset("grpo"), ["accuracy", "late", "later"], ["source 0", "source 2"])
+    assert found["reward/accuracy"] == pytest.approx(7 / 3)
+    assert found["reward/late"] == 3
+    assert "reward/later" not in found
+    assert (found["source/source 0/reward"], found["source/source 0/share"]) == (1, 0.5)
+    assert math.isnan(found["source/source 2/reward"])
+    assert found["source/source 2/share"] == 0
 
 
 def test_a_step_without_any_reward_has_metrics_too():
@@ -74,7 +75,7 @@ def test_metrics_of_a_step_do_not_copy_what_is_kept_per_token(model_path, recipe
     scalars = {"loss": 1.0, "num_tokens": 3.0, "entropy": 0.5, "ratio_max": 2.0}
     stats = {name: torch.tensor(value) for name, value in scalars.items()} | per_token
     with open_world(recipe) as world:
-        metrics = device_metrics([[stats, stats]], [torch.tensor(4.0)], learner, world)
+        metrics = device_metrics([stats, stats], [torch.tensor(4.0)], learner, world)
     assert (metrics["loss"], metrics["grad_norm"], metrics["entropy"], metrics["ratio/max"]) == (2.0, 4.0, 0.5, 2.0)
 
 

@@ -1,6 +1,5 @@
 """Prompts of several sources: each comes in its share, from its start, and is scored by its own functions alone."""
 
-import contextlib
 import json
 import sys
 import types
@@ -10,22 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
+from runs import assert_same_run, checkpoint_of, rows_of
 
 from flashgrpo.grpo import train as train_module
-from flashgrpo.grpo.data.mixture import Mixture, Position, interleaved
+from flashgrpo.grpo.data.mixture import Mixture, Position, epoch_order, interleaved
 from flashgrpo.grpo.errors import RecipeError, RewardError, RewardFailure, RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.rules import check_names
-from flashgrpo.grpo.rewards.table import RewardSet
-from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
-from flashgrpo.grpo.run.loop import epoch_order
+from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import train
-from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt
+from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, ScoredGroup, Scores, given_scores
 
 NOWHERE = Position({}, {})
-TIMING = ("time/", "tokens_per_s", "tflops", "idle", "memory/", "sync/")
 
 # The log tells which rows a function was called with.
 FUNCTIONS = """
@@ -74,6 +71,10 @@ def recipe_of(values: dict, **changes) -> Recipe:
     return build_recipe(Recipe, values, overrides=[f"--{k.replace('__', '.')}={v}" for k, v in changes.items()])
 
 
+def run(recipe: Recipe) -> None:
+    train(recipe)
+
+
 def mixture_of(values: dict, sizes: dict[str, int], sources: dict, steps: int = 100) -> Mixture:
     sections = {name: {"path": "unread", **section} for name, section in sources.items()}
     recipe = build_recipe(Recipe, values | {"sources": sections, "train": {"steps": steps}})
@@ -82,11 +83,6 @@ def mixture_of(values: dict, sizes: dict[str, int], sources: dict, steps: int = 
         for name, size in sizes.items()
     }
     return Mixture(recipe, prompts)
-
-
-def rows_of(recipe: Recipe) -> list[dict]:
-    rows = read_rows(Path(recipe.run.output) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in rows]
 
 
 def test_shares_are_exact_over_time_and_epochs_are_whole(values):
@@ -153,16 +149,16 @@ def test_mini_batches_are_of_all_sources(values):
     """Also where most of one source stands at the end, as after a refill."""
     mixture = mixture_of(values, {"data": 7, "chat": 5}, {"chat": {"share": 0.25}})
     prompts, _ = mixture.take(NOWHERE, 1, 32)
-    sources = ["data"] * 24 + ["chat"] * 8
-    for order in ([prompt.source for prompt in prompts], [sources[i] for i in interleaved(sources)]):
-        assert all(order[i : i + 4].count("chat") == 1 for i in range(0, 32, 4))
-    assert interleaved(["data"] * 9) == list(range(9))
+    groups = [ScoredGroup([], Scores(np.array([i]), {}), "chat" if i >= 24 else "data") for i in range(32)]
+    for order in (prompts, interleaved(groups)):
+        assert all([each.source for each in order[i : i + 4]].count("chat") == 1 for i in range(0, 32, 4))
+    assert interleaved(groups[:9]) == groups[:9]
 
 
 def test_each_source_is_scored_by_its_own_functions(values, tmp_path):
     recipe = recipe_of(values)
     train(recipe)
-    rows = rows_of(recipe)
+    rows = rows_of(recipe.run.output)
     calls = Counter((tmp_path / "calls").read_text().splitlines())
     assert calls == {"digits sums": 21, "letters chat": 3}  # six steps of four, a quarter of three of them is chat
     assert [LETTERS in str(row) for row in rows] == [False] * 3 + [True] * 3
@@ -174,14 +170,6 @@ def test_each_source_is_scored_by_its_own_functions(values, tmp_path):
         assert row["source/data/reward"] == row[f"reward/{DIGITS}"]
         assert row["reward/mean"] == pytest.approx(0.75 * row["source/data/reward"] + 0.25 * row["source/chat/reward"])
     assert all(row["reward/missing"] == 0 for row in rows)
-    assert not any(name.startswith("source/") for name in rows_without_sources(values)[-1])
-
-
-def rows_without_sources(values: dict) -> list[dict]:
-    plain = {name: section for name, section in values.items() if name != "sources"}
-    recipe = recipe_of(plain, train__steps=1, run__output=f"{values['run']['output']}_plain")
-    train(recipe)
-    return rows_of(recipe)
 
 
 def test_refilled_groups_keep_the_shares(values):
@@ -189,57 +177,40 @@ def test_refilled_groups_keep_the_shares(values):
     values["sources"]["chat"]["start"] = 0.0
     recipe = recipe_of(values, train__steps=3, rollout__refill_limit=2, train__mini_batches=2)
     train(recipe)
-    assert [(row["source/chat/share"], row["source/chat/reward"]) for row in rows_of(recipe)] == [(0.25, 0.5)] * 3
-    checkpoint = newest_checkpoint(recipe.run.output)
-    taken = json.loads((checkpoint / "state.json").read_text())["position"]["taken"]
+    assert [(row["source/chat/share"], row["source/chat/reward"]) for row in rows_of(recipe.run.output)] == [
+        (0.25, 0.5)
+    ] * 3
+    taken = json.loads((checkpoint_of(recipe.run.output) / "state.json").read_text())["position"]["taken"]
     assert taken["chat"] == 9  # one a step, replaced twice
     assert taken["data"] >= 9
 
 
-@contextlib.contextmanager
-def stopped_in(step: int):
-    """Ctrl-C comes while the step's rollouts are sampled."""
-
-    class Stopped(Sampler):
-        def rollout(self, number, position, clock):
-            if number == step:
-                raise KeyboardInterrupt
-            return super().rollout(number, position, clock)
-
-    original, train_module.Sampler = train_module.Sampler, Stopped
-    try:
-        yield
-    finally:
-        train_module.Sampler = original
-
-
-@pytest.mark.parametrize("refill_limit", [0, 1])
-def test_a_resumed_run_is_the_uninterrupted_one(values, refill_limit):
+def test_a_resumed_run_is_the_uninterrupted_one(values, monkeypatch):
     """Stopped before the step in which a source and a reward start, and after it."""
     values["rewards"] |= {"functions": [DIGITS, "format", "repetition"], "start": {"repetition": 0.5}}
-    values["rollout"] |= {"prompts_per_step": 5, "refill_limit": refill_limit, "max_new_tokens": 3}
+    values["rollout"] |= {"prompts_per_step": 5, "refill_limit": 1, "max_new_tokens": 3}
     whole, parts = (recipe_of(values, run__output=f"{values['run']['output']}_{name}") for name in ("whole", "parts"))
     train(whole)
-    for step, resume in ((3, False), (5, True)):
-        with stopped_in(step), pytest.raises(KeyboardInterrupt):
+    rollout = Sampler.rollout
+    for stop, resume in ((3, False), (5, True)):
+
+        def stopped(self, step, position, clock, stop=stop):
+            if step == stop:
+                raise KeyboardInterrupt
+            return rollout(self, step, position, clock)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Sampler, "rollout", stopped)
             train(parts, resume)
     train(parts, resume=True)
-    assert rows_of(parts) == rows_of(whole)
-    assert ["reward/repetition" in row for row in rows_of(whole)] == [False] * 3 + [True] * 3
-    model, samples = "model/model.safetensors", "samples.jsonl"
-    one, other = (Path(recipe.run.output) for recipe in (whole, parts))
-    assert (one / model).read_bytes() == (other / model).read_bytes()
-    assert read_rows(one / samples) == read_rows(other / samples)
+    assert_same_run(parts.run.output, whole.run.output)
+    assert ["reward/repetition" in row for row in rows_of(whole.run.output)] == [False] * 3 + [True] * 3
 
 
 def test_sources_stay_those_that_the_run_began_with(values):
     train(recipe_of(values, train__steps=1))
     with pytest.raises(RunInputError, match=r"sources.chat.share is 0.5, and the run in .* began with"):
         train(recipe_of(values, sources__chat__share=0.5), resume=True)
-
-
-def run(recipe: Recipe) -> None:
-    train(recipe)
 
 
 @pytest.mark.xdist_group("ranks")
@@ -251,17 +222,17 @@ def test_ranks_take_the_same_prompts(values):
         recipe_of(values, train__lr=1e-5, train__steps=4, run__output=f"{values['run']['output']}_{size}")
         for size in (1, 2)
     )
-    run(alone)
+    train(alone)
     ranks.run(run, 2, together)
     one, other = (Path(recipe.run.output) for recipe in (alone, together))
     assert read_rows(one / "samples.jsonl") == read_rows(other / "samples.jsonl")
     scores, again = (
-        [{k: v for k, v in row.items() if k.startswith(("reward/", "source/", "groups/"))} for row in rows_of(recipe)]
-        for recipe in (alone, together)
+        [{k: v for k, v in row.items() if k.startswith(("reward/", "source/", "groups/"))} for row in rows_of(folder)]
+        for folder in (one, other)
     )
     assert scores == again
     assert sum(row["source/chat/share"] for row in scores) > 0
-    states = [(newest_checkpoint(folder) / "state.json").read_text() for folder in (one, other)]
+    states = [(checkpoint_of(folder) / "state.json").read_text() for folder in (one, other)]
     assert states[0] == states[1]
 
 
@@ -283,8 +254,8 @@ def test_sampling_ahead_takes_the_same_prompts(values, monkeypatch, tmp_path):
     for recipe in (recipes[0], ahead):
         train(recipe)
         prompts.append([row["prompt"] for row in read_rows(Path(recipe.run.output) / "samples.jsonl")])
-    assert [row["staleness/max"] for row in rows_of(ahead)] == [0, 1, 1, 1, 1, 1]
-    assert [row["source/chat/share"] for row in rows_of(ahead)] == [0] * 3 + [0.25] * 3
+    assert [row["staleness/max"] for row in rows_of(ahead.run.output)] == [0, 1, 1, 1, 1, 1]
+    assert [row["source/chat/share"] for row in rows_of(ahead.run.output)] == [0] * 3 + [0.25] * 3
     assert prompts[0] == prompts[1]
     assert Counter((tmp_path / "calls").read_text().splitlines()) == {"digits sums": 42, "letters chat": 6}
 
@@ -334,7 +305,7 @@ def test_a_reward_model_counts_from_its_start_on(values, monkeypatch):
     values["rewards"] |= {"start": {"taste": 0.5}}
     recipe = recipe_of(values | {"reward_models": {"taste": {"path": "models/taste"}}})
     train(recipe)
-    rows = rows_of(recipe)
+    rows = rows_of(recipe.run.output)
     assert opened == [("models/taste", "<eos>", 1)]
     assert ["reward/taste" in row for row in rows] == [False] * 3 + [True] * 3
     for row in rows:
@@ -354,30 +325,27 @@ def group(source: str, *completions: str) -> CompletionGroup:
 
 @pytest.fixture
 def pool(values):
-    sets = {
-        "data": RewardSet({DIGITS: 1.0}, group("data").problem),
-        "chat": RewardSet({BLANK: 1.0, DIGITS: 1.0}, group("chat").problem),
-    }
-    with RewardPool(sets, max_new_tokens=1, num_workers=1, first_steps={BLANK: 3}) as pool:
+    weights = {"data": {DIGITS: 1.0}, "chat": {BLANK: 1.0, DIGITS: 1.0}}
+    examples = {"data": group("data").problem, "chat": group("chat").problem}
+    with RewardPool(weights, examples, max_new_tokens=1, num_workers=1, first_steps={BLANK: 3}) as pool:
         yield pool
 
 
-def step_of(pool: RewardPool, step: int, *sources: str):
+def step_of(pool: RewardPool, step: int, *sources: str) -> list[Scores]:
     for source in sources:
         pool.submit(group(source, "1", "a"), step)
-    table = pool.collect()
-    pool.check_step(table)
-    return table
+    scores = pool.collect()
+    pool.check_step(scores)
+    return scores
 
 
 def test_a_function_that_does_not_apply_is_not_missing(pool, caplog):
-    table = step_of(pool, 2, "data", "chat")
-    assert table.rewards.tolist() == [[1 / 8, 0], [1 / 8, 0]]
-    assert np.isnan(table.scores[BLANK]).all()
-    assert list(table.applied()) == [DIGITS]
+    scores = step_of(pool, 2, "data", "chat")
+    assert [each.rewards.tolist() for each in scores] == [[1 / 8, 0], [1 / 8, 0]]
+    assert given_scores(scores, BLANK) == []
     assert not caplog.messages
-    table = step_of(pool, 3, "data", "chat", "data")
-    assert np.isnan(table.rewards).tolist() == [[False] * 2, [True] * 2, [False] * 2]
+    scores = step_of(pool, 3, "data", "chat", "data")
+    assert [np.isnan(each.rewards).tolist() for each in scores] == [[False] * 2, [True] * 2, [False] * 2]
     assert caplog.messages == [f"reward {BLANK!r}: 2 of 2 scores missing: it returned nan"]
 
 

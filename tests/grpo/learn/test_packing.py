@@ -17,6 +17,7 @@ from flashgrpo.grpo.learn.packing import (
     live_groups,
     loss_denominator,
 )
+from flashgrpo.grpo.types import Rollout, ScoredGroup, Scores
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages
 
 NAN = float("nan")
@@ -157,17 +158,18 @@ def test_unscaled_rewards_beyond_fp32_are_no_missing_ones():
 def test_only_what_has_a_gradient_is_packed():
     groups = [group(2, 3, 3, first_id=0), group(2, 3, 3, first_id=2), group(2, 3, 3, first_id=4)]
     rewards = np.array([[1.0, 1.0], [0.0, 1.0], [NAN, 1.0]])
-    kept = live_groups(groups, rewards, LossConfig.preset("dapo"))
-    assert [[c.sequence_id for c in g.completions] for g in kept] == [[2, 3]]
-    with_kl = live_groups(groups, rewards, LossConfig.preset("grpo"))
-    assert [[c.sequence_id for c in g.completions] for g in with_kl] == [[0, 1], [2, 3], [5]]
-    with_entropy = live_groups(groups, rewards, LossConfig.preset("dapo", entropy_coef=0.01))
-    assert [[c.sequence_id for c in g.completions] for g in with_entropy] == [[0, 1], [2, 3], [5]]
+    assert live_groups(groups, rewards, LossConfig.preset("dapo")) == [groups[1]]
+    for config in (LossConfig.preset("grpo"), LossConfig.preset("dapo", entropy_coef=0.01)):
+        assert live_groups(groups, rewards, config) == groups
 
 
 @pytest.mark.parametrize(("preset", "wanted"), [("grpo", 5), ("dapo", 3 + 4 + 5 + 6), ("dr_grpo", 5 * 64)])
 def test_denominator_counts_dead_groups_and_masked_completions(preset, wanted):
     dead, live = group(2, 3, 4, first_id=0), group(2, 5, 6, first_id=2)
-    one_masked = Group([1], [Completion(np.array([7]), 4)])  # the other, id 5, was cut for its length: no tokens
     rewards = np.array([[1.0, 1.0], [0.0, 1.0], [NAN, 1.0]])
-    assert loss_denominator([dead, live, one_masked], rewards, LossConfig.preset(preset), 64) == wanted
+    arrays = np.array([7]), np.zeros(1, dtype=np.float32)
+    rollouts = [Rollout([1], *arrays, finish_reason, 2, ((0, 1),)) for finish_reason in ("stop", "length")]
+    scored = ScoredGroup(rollouts, Scores(rewards[2], {}))
+    assert scored.is_trained(mask_overlong=False) == [False, True]
+    masked = Group.of(rollouts, 4, scored.is_trained(mask_overlong=True))
+    assert loss_denominator([dead, live, masked], rewards, LossConfig.preset(preset), 64) == wanted

@@ -14,9 +14,8 @@ import psutil
 import pytest
 
 from flashgrpo.grpo.errors import RewardError, RewardFailure
-from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool, RewardTable
-from flashgrpo.grpo.rewards.table import RewardSet
-from flashgrpo.grpo.types import Problem
+from flashgrpo.grpo.rewards.pool import RewardPool
+from flashgrpo.grpo.types import CompletionGroup, Problem, Scores, given_scores
 
 # What each function does is told by the text of a completion.
 FUNCTIONS = """
@@ -45,7 +44,7 @@ def obey(prompts, completions, **columns):
     if order == "raise":
         raise KeyError("no luck")
     if order == "slow":
-        time.sleep(0.2)
+        time.sleep(0.1)
     print("a reward may print")
     num = len(prompts)
     results = {
@@ -94,7 +93,7 @@ async def asynchronous(prompts, completions, **columns):
 def spin(prompts, completions, **columns):
     os.sched_setaffinity(0, {int(completions[0])})
     start = time.process_time()
-    while time.process_time() - start < 0.5:
+    while time.process_time() - start < 0.25:
         pass
     return [1.0] * len(prompts)
 
@@ -118,8 +117,10 @@ EXAMPLE = Problem("q", {"answer": "a", "level": 3})
 GOOD = "<think>a</think><answer>a</answer>"
 
 
-def sets_of(names: Sequence[str], example: Problem = EXAMPLE, weights: Sequence[float] = ()) -> dict[str, RewardSet]:
-    return {"data": RewardSet(dict(zip(names, weights or [1.0] * len(names), strict=True)), example)}
+def open_pool(names: Sequence[str], example: Problem = EXAMPLE, weights: Sequence[float] = (), **options) -> RewardPool:
+    by_function = dict(zip(names, weights or [1.0] * len(names), strict=True))
+    options = {"max_new_tokens": 99, "timeout_s": 1.0, "num_workers": 1, **options}
+    return RewardPool({"data": by_function}, {"data": example}, **options)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +139,7 @@ def make_pool(functions) -> Iterator[Callable[..., RewardPool]]:
 
     def make(names: Sequence[str], **options) -> RewardPool:
         names = [name if name in ("format", "accuracy") else f"pool_test_rewards:{name}" for name in names]
-        sets = sets_of(names, options.pop("example", EXAMPLE), options.pop("weights", ()))
-        pools.append(RewardPool(sets, **{"max_new_tokens": 99, "timeout_s": 1.0, "num_workers": 1, **options}))
+        pools.append(open_pool(names, **options))
         return pools[-1]
 
     yield make
@@ -157,33 +157,35 @@ def group(*completions: str) -> CompletionGroup:
     return CompletionGroup(EXAMPLE, "Q: q", completions, [[7]] * num, ["stop"] * num)
 
 
-def step(pool: RewardPool, *groups: CompletionGroup) -> np.ndarray:
+def step(pool: RewardPool, *groups: CompletionGroup) -> list[Scores]:
     for each in groups:
         pool.submit(each)
-    table = pool.collect()
-    pool.check_step(table)
-    return table.rewards
+    scores = pool.collect()
+    pool.check_step(scores)
+    return scores
+
+
+def rewards_of(pool: RewardPool, *groups: CompletionGroup) -> list[list[float]]:
+    return [scores.rewards.tolist() for scores in step(pool, *groups)]
 
 
 def test_scores_stand_in_the_order_of_submission_and_are_weighted(make_pool):
     pool = make_pool(["obey", "format"], weights=[0.5, 2], num_workers=2)
-    for each in (group("slow", GOOD), group("a", "bb"), group("array", GOOD)):
-        pool.submit(each)
-    table = pool.collect()
-    assert table.scores["pool_test_rewards:obey"].tolist() == [[4, 34], [1, 2], [1, 1]]
-    assert table.scores["format"].tolist() == [[0, 1], [0, 0], [0, 1]]
-    assert table.rewards.tolist() == [[2, 19], [0.5, 1], [0.5, 2.5]]
-    assert table.rewards.dtype == np.float64
+    slow, short, array = step(pool, group("slow", GOOD, "a"), group("a", "bb"), group("array", GOOD))
+    assert slow.by_function == {"pool_test_rewards:obey": [4, 34, 1], "format": [0, 1, 0]}
+    assert short.by_function == {"pool_test_rewards:obey": [1, 2], "format": [0, 0]}
+    assert array.by_function == {"pool_test_rewards:obey": [1, 1], "format": [0, 1]}
+    assert [each.rewards.tolist() for each in (slow, short, array)] == [[2, 19, 0.5], [0.5, 1], [0.5, 2.5]]
 
 
 def test_groups_are_spread_over_the_workers(make_pool, tmp_path):
     """Each waits for the other, which only a second worker can begin."""
     pool = make_pool(["meet"], num_workers=2, timeout_s=20)
-    assert step(pool, group(str(tmp_path)), group(str(tmp_path))).tolist() == [[1], [1]]
+    assert rewards_of(pool, group(str(tmp_path)), group(str(tmp_path))) == [[1], [1]]
 
 
 def test_functions_see_the_columns_and_what_the_pool_adds(make_pool):
-    assert step(make_pool(["see"]), group("a", "b")).tolist() == [[1, 1]]
+    assert rewards_of(make_pool(["see"]), group("a", "b")) == [[1, 1]]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_functions_see_the_columns_and_what_the_pool_adds(make_pool):
 )
 def test_a_fault_costs_its_own_group_and_gives_one_warning(obey, caplog, order, reason):
     with caplog.at_level(logging.WARNING):
-        rewards = step(obey, group("a", "bb"), group(order, "bb"), group(order, "bb"), group("ccc", "bb"))
+        rewards = rewards_of(obey, group("a", "bb"), group(order, "bb"), group(order, "bb"), group("ccc", "bb"))
     assert np.array_equal(rewards, [[1, 2], [np.nan] * 2, [np.nan] * 2, [3, 2]], equal_nan=True)
     (warning,) = caplog.messages
     assert warning == f"reward 'pool_test_rewards:obey': 4 of 8 scores missing: {reason}"
@@ -210,30 +212,23 @@ def test_none_leaves_a_completion_to_the_other_functions(make_pool, caplog):
     """TRL's way of mixing tasks: each function gives None for what is not its own."""
     pool = make_pool(["words", "numbers", "blank"])
     for _ in range(4):  # of which one scores nothing at all
-        assert step(pool, group("a", "1", "b")).tolist() == [[1, 10, 1]]
+        assert rewards_of(pool, group("a", "1", "b")) == [[1, 10, 1]]
     assert not caplog.messages
-    pool.submit(group("a", "1", "-"))
-    table = pool.collect()
-    assert {name.rpartition(":")[2]: scores.tolist() for name, scores in table.applied().items()} == {
-        "words": [1],
-        "numbers": [10],
-    }
-    pool.check_step(table)
-    assert np.array_equal(table.rewards, [[1, 10, np.nan]], equal_nan=True)
+    scores = step(pool, group("a", "1", "-"))
+    for name, wanted in {"words": [1], "numbers": [10], "blank": []}.items():
+        assert given_scores(scores, f"pool_test_rewards:{name}") == wanted
+    assert np.array_equal(scores[0].rewards, [1, 10, np.nan], equal_nan=True)
     assert caplog.messages == ["1 of 3 completions have no reward: each function that scores them returned None"]
 
 
-@pytest.mark.parametrize("order", ["nan", "raise"])
-def test_what_could_not_be_scored_is_missing_whatever_others_say(make_pool, order):
-    assert np.isnan(step(make_pool(["obey", "words"]), group(order, "a"))).all()
+def test_what_could_not_be_scored_is_missing_whatever_others_say(make_pool):
+    assert np.isnan(rewards_of(make_pool(["obey", "words"]), group("raise", "a"))).all()
 
 
 def test_missing_scores_of_weight_zero_leave_the_reward(make_pool):
-    pool = make_pool(["blank", "format"], weights=[0, 1])
-    pool.submit(group(GOOD, "a"))
-    table = pool.collect()
-    assert table.rewards.tolist() == [[1, 0]]
-    assert np.isnan(table.scores["pool_test_rewards:blank"]).all()
+    (scores,) = step(make_pool(["obey", "format"], weights=[0, 1]), group("nan", GOOD))
+    assert scores.rewards.tolist() == [0, 1]
+    assert np.isnan(scores.by_function["pool_test_rewards:obey"]).all()
 
 
 @pytest.mark.parametrize(
@@ -247,51 +242,47 @@ def test_missing_scores_of_weight_zero_leave_the_reward(make_pool):
 def test_a_malformed_result_ends_the_run_at_once(obey, order, message):
     with pytest.raises(RewardFailure, match=message):
         step(obey, group("a", "b", "c"), group(order, "b", "c"))
-    assert step(obey, group("a")).tolist() == [[1]]  # nothing of the failed step is left
+    assert rewards_of(obey, group("a")) == [[1]]  # nothing of the failed step is left
 
 
-def test_three_steps_without_a_number_end_the_run_but_not_with_one_between(make_pool):
-    pool = make_pool(["obey"])
-    for order in ("nan", "raise", "a", "nan", "raise"):
+@pytest.mark.parametrize(
+    ("names", "orders", "message"),
+    [
+        (
+            ["obey"],
+            ["nan", "raise", "a", "nan", "raise", "nan"],
+            "obey' gave no number in 3 steps in a row: it returned",
+        ),
+        (["words", "numbers"], [*"--a---"], "every reward function gave no number in 3 steps in a row: each returned"),
+    ],
+)
+def test_three_steps_without_a_number_end_the_run_but_not_with_one_between(make_pool, names, orders, message):
+    pool = make_pool(names)
+    for order in orders[:-1]:
         step(pool, group(order))
-    with pytest.raises(RewardFailure, match="obey' gave no number in 3 steps in a row: it returned nan"):
-        step(pool, group("nan"))
-
-
-def test_three_steps_in_which_every_function_gives_none_end_the_run(make_pool):
-    pool = make_pool(["words", "numbers"])
-    for text in ("-", "-", "a", "-", "-"):
-        step(pool, group(text))
-    with pytest.raises(RewardFailure, match="every reward function gave no number in 3 steps in a row: each returned"):
-        step(pool, group("-"))
-
-
-def test_groups_of_different_sizes_are_refused_and_a_step_may_be_empty(obey):
-    with pytest.raises(ValueError, match=r"equally many completions, found \[1, 2\]"):
-        step(obey, group("a"), group("a", "b"))
-    assert step(obey).shape == (0, 0)
+    with pytest.raises(RewardFailure, match=message):
+        step(pool, group(orders[-1]))
 
 
 def test_evaluation_scores_by_a_function_of_its_own_while_a_step_is_open(obey):
     obey.submit(group("a", "bb"))
     assert obey.score([group(GOOD, "a"), group("b", GOOD)], "format").tolist() == [[1, 0], [0, 1]]
-    assert obey.collect().rewards.tolist() == [[1, 2]]
-
-
-def blank_table(pool: RewardPool) -> RewardTable:
-    pool.submit(group("nan"))
-    return pool.collect()
+    assert obey.collect()[0].rewards.tolist() == [1, 2]
 
 
 def test_a_step_counts_once_however_often_it_collects(make_pool, caplog):
     """Dynamic sampling collects several times a step; two bad steps of two rounds each are not four bad steps."""
     pool = make_pool(["obey"])
+
+    def collect() -> list[Scores]:
+        pool.submit(group("nan"))
+        return pool.collect()
+
     for _ in range(2):
-        blank_table(pool)
-        pool.check_step(blank_table(pool))
+        pool.check_step(collect() + collect())
     assert len(caplog.messages) == 2
     with pytest.raises(RewardFailure, match="no number in 3 steps in a row: it returned nan"):
-        pool.check_step(blank_table(pool))
+        pool.check_step(collect())
 
 
 @pytest.mark.parametrize(
@@ -302,24 +293,21 @@ def test_a_step_counts_once_however_often_it_collects(make_pool, caplog):
         ("pool_test_rewards:closed", "closed': got an unexpected keyword argument 'answer'; it is called as "),
         ("pool_test_rewards:demanding", "demanding': missing a required argument: 'solution'; it is called as "),
         ("builtins:iter", "iter': no signature found .*; it is called as "),
+        ("accuracy", "'accuracy': missing a required argument: 'answer'"),
     ],
 )
 def test_functions_that_cannot_be_called_fail_before_the_first_step(functions, name, message):
+    example = Problem("q", {}) if name == "accuracy" else EXAMPLE
     with pytest.raises(RewardError, match=message):
-        RewardPool(sets_of([name]), max_new_tokens=1)
-
-
-def test_accuracy_needs_an_answer():
-    with pytest.raises(RewardError, match="'accuracy': missing a required argument: 'answer'"):
-        RewardPool(sets_of(["format", "accuracy"], Problem("q", {})), max_new_tokens=1)
+        open_pool(["format", name], example)
 
 
 def test_a_worker_killed_while_idle_is_replaced_without_loss(make_pool, caplog):
     pool = make_pool(["pid"])
-    (first,) = step(pool, group("a"))[0]
+    ((first,),) = rewards_of(pool, group("a"))
     os.kill(int(first), signal.SIGKILL)
     time.sleep(0.1)
-    (second,) = step(pool, group("a"))[0]
+    ((second,),) = rewards_of(pool, group("a"))
     assert second not in (first, np.nan)
     assert not caplog.messages
 
@@ -329,7 +317,7 @@ def test_imports_of_a_builtin_are_done_before_the_limit_counts(make_pool):
     problem = Problem("1 + 1", {"task": "reasoning_gym:chain_sum", "task_options": {}, "answer": "2", "metadata": {}})
     pool = make_pool(["accuracy"], timeout_s=0.3, example=problem)
     scored = CompletionGroup(problem, "", ["<answer>2</answer>", "<answer>3</answer>"], [[0], [0]], ["stop", "stop"])
-    assert step(pool, scored).tolist() == [[1, 0]]
+    assert rewards_of(pool, scored) == [[1, 0]]
 
 
 # In place of the real one, so that what is slow is known.
@@ -371,18 +359,18 @@ def test_a_slow_answer_is_wrong_and_its_group_keeps_its_scores(make_pool, slow_m
     problem = Problem("q", {"answer": "x^2"})
     texts = [r"\boxed{x^777}", r"\boxed{x^2}", r"\boxed{x^3}", r"\boxed{x^2}"]
     scored = CompletionGroup(problem, "q", texts, [[0]] * 4, ["stop"] * 4)
-    assert step(pool, scored).tolist() == [[0, 1, 0, 1]]
+    assert rewards_of(pool, scored) == [[0, 1, 0, 1]]
     (warning,) = caplog.messages  # in silence a limit that is too short would look like a bad policy
     assert warning == "reward 'accuracy': no result within the limit of 0.375 s for an answer, which counts as wrong"
 
 
 def test_waiting_for_a_busy_processor_does_not_count_against_the_limit(make_pool):
-    pool = make_pool(["spin"])
+    pool = make_pool(["spin"], timeout_s=0.5)
     processor = min(os.sched_getaffinity(0))
     spinning = f"import os; os.sched_setaffinity(0, {{{processor}}})\nwhile True: pass"
     others = [subprocess.Popen([sys.executable, "-c", spinning]) for _ in range(3)]
     try:
-        assert step(pool, group(str(processor))).tolist() == [[1]]  # half a second of work, in two, within one
+        assert rewards_of(pool, group(str(processor))) == [[1]]  # a quarter of a second of work, in one, within a half
     finally:
         for other in others:
             other.kill()
@@ -391,13 +379,13 @@ def test_waiting_for_a_busy_processor_does_not_count_against_the_limit(make_pool
 
 def test_what_a_function_writes_or_answers_from_a_fork_is_no_score(obey, caplog):
     for order in ("fork", "write", "fork"):
-        assert step(obey, group(order, "bb"), group("a", "bb")).tolist() == [[len(order), 2], [1, 2]]
+        assert rewards_of(obey, group(order, "bb"), group("a", "bb")) == [[len(order), 2], [1, 2]]
     assert not caplog.messages
 
 
 def test_asynchronous_functions_are_awaited_in_one_event_loop(make_pool):
     pool = make_pool(["asynchronous"])
-    assert step(pool, group("a"), group("b")).tolist() == [[1], [1]]  # clients that they keep belong to a loop
+    assert rewards_of(pool, group("a"), group("b")) == [[1], [1]]  # clients that they keep belong to a loop
 
 
 def test_a_function_for_lists_of_messages_is_told_that_completions_are_text(make_pool, caplog):
@@ -420,12 +408,12 @@ def test_what_a_function_has_started_ends_with_its_worker(make_pool, tmp_path, t
 
 def test_closing_ends_hanging_workers_at_once(functions):
     children = set(psutil.Process().children())
-    with RewardPool(sets_of(["pool_test_rewards:obey"]), max_new_tokens=1, timeout_s=60) as pool:
+    with open_pool(["pool_test_rewards:obey"], timeout_s=600) as pool:
         for _ in range(4):
             pool.submit(group("hang"))
-        time.sleep(0.5)
+        time.sleep(0.5)  # until one hangs
         start = time.perf_counter()
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 30  # of 240
     assert set(psutil.Process().children()) <= children
 
 
@@ -433,11 +421,10 @@ SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which Python leaves out in the background of a shell
 sys.path.append({folder!r})
-from flashgrpo.grpo.data.problems import Problem
-from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rewards.table import RewardSet
-sets = {{"data": RewardSet({{"pool_test_rewards:obey": 1.0}}, Problem("q", {{}}))}}
-with RewardPool(sets, max_new_tokens=1, timeout_s=5) as pool:
+from flashgrpo.grpo.rewards.pool import RewardPool
+from flashgrpo.grpo.types import CompletionGroup, Problem
+weights, examples = {{"data": {{"pool_test_rewards:obey": 1.0}}}}, {{"data": Problem("q", {{}})}}
+with RewardPool(weights, examples, max_new_tokens=1, timeout_s=5) as pool:
     group = lambda text: CompletionGroup(Problem("q", {{}}), "q", [text], [[0]], ["stop"])
     pool.submit(group("a"))
     pool.collect()
@@ -451,8 +438,6 @@ with RewardPool(sets, max_new_tokens=1, timeout_s=5) as pool:
     ("sent", "then"),
     [
         (signal.SIGINT, "pass"),
-        (signal.SIGKILL, "pass"),
-        (signal.SIGKILL, "pool.submit(group('hang'))"),
         (signal.SIGKILL, "pool.submit(group('fork and hang')); pool.submit(group('a')); time.sleep(0.5)"),
     ],
 )
@@ -480,14 +465,17 @@ def test_workers_do_not_import_the_main_script_or_torch(functions):
         "import sys\n"
         "def loaded(prompts, completions, **columns): return [float(name in sys.modules) for name in completions]\n"
     )
-    with RewardPool(sets_of(["modules_of_test:loaded"]), max_new_tokens=1, num_workers=1) as pool:
-        assert step(pool, group("torch", "numpy", "pytest", "json")).tolist() == [[0, 0, 0, 1]]
+    with open_pool(["modules_of_test:loaded"]) as pool:
+        assert rewards_of(pool, group("torch", "numpy", "pytest", "json")) == [[0, 0, 0, 1]]
 
 
 def test_a_warm_step_takes_milliseconds(make_pool):
     """Twice 64 tasks; 0.05 s on two idle cores, where a poll interval per task would make seconds."""
     pool = make_pool(["accuracy", "format"], num_workers=2)
     step(pool, *[group(GOOD, "a")] * 64)
-    start = time.perf_counter()
-    assert step(pool, *[group(*[GOOD] * 8)] * 64).sum() == 2 * 64 * 8
-    assert time.perf_counter() - start < 1
+    seconds = []
+    for _ in range(5):  # of which one at least has the processors
+        start = time.perf_counter()
+        assert np.sum(rewards_of(pool, *[group(*[GOOD] * 8)] * 64)) == 2 * 64 * 8
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1

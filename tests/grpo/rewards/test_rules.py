@@ -9,7 +9,7 @@ import pytest
 
 from flashgrpo.grpo.data.answers import fault_of_answer
 from flashgrpo.grpo.errors import RewardError
-from flashgrpo.grpo.rewards.response import Response
+from flashgrpo.grpo.rewards.response import Response, count_reflections
 from flashgrpo.grpo.rewards.rules import (
     BUILTINS,
     accuracy,
@@ -55,6 +55,11 @@ def test_answer_is_the_final_one(completion, answer):
 def test_reasoning_that_the_prompt_opened_is_no_answer():
     assert Response("let me see: 4", prompt="Assistant: <think>\n").answer() is None
     assert Response("let me see</think>4", prompt="Assistant: <think>\n").answer() == "4"
+
+
+def test_reflective_phrases_are_whole_words_in_any_case():
+    assert count_reflections("Wait, WAIT! However, I check: wrong.") == 5
+    assert count_reflections("checked errors, butter, await, mistakes") == 0
 
 
 def test_unclosed_boxes_without_end_do_not_take_quadratic_time():

@@ -28,11 +28,10 @@ from flashgrpo.grpo.recipe import schema as sections
 from flashgrpo.grpo.recipe.schema import ProgramsSection
 from flashgrpo.grpo.rewards import sandbox
 from flashgrpo.grpo.rewards.language import share_in_language
-from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
+from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rewards.programs import extract_program, parse_tests, same_results, same_text, score_programs
 from flashgrpo.grpo.rewards.rules import code
-from flashgrpo.grpo.rewards.table import RewardSet
-from flashgrpo.grpo.types import Problem
+from flashgrpo.grpo.types import CompletionGroup, Problem
 
 LIMITS = ProgramsSection(time_s=1.0, memory_mb=128)
 SHORT = ProgramsSection(time_s=0.4, memory_mb=128)  # for what lasts until it breaks a limit
@@ -463,15 +462,15 @@ def test_isolation_that_cannot_be_had_is_refused_unless_the_recipe_says_so(tmp_p
     assert math.isnan(score("print(input())") or 0)  # the program is not at fault
     monkeypatch.setenv("PATH", "")
     sandbox.check_isolation(UNPROTECTED)
-    sets = {"data": RewardSet({"code": 1.0}, Problem("Echo.", {"tests": ECHO}))}
+    weights, examples = {"data": {"code": 1.0}}, {"data": Problem("Echo.", {"tests": ECHO})}
     with pytest.raises(RewardError, match=r"there is no bwrap; wanted bubblewrap .*isolation = \"none: run"):
-        RewardPool(sets, max_new_tokens=8, num_workers=1, programs=LIMITS)
+        RewardPool(weights, examples, max_new_tokens=8, num_workers=1, programs=LIMITS)
 
 
 def test_each_program_of_a_group_gets_its_own_score():
     problem = Problem("Echo.", {"tests": {"inputs": ["1"], "outputs": ["1"]}})
     texts = [f"```python\nprint({i % 2})\n```" for i in range(4)]
     group = CompletionGroup(problem, "Echo.", texts, [[0]] * 4, ["stop"] * 4)
-    sets = {"data": RewardSet({"code": 1.0}, problem)}
-    with RewardPool(sets, max_new_tokens=8, num_workers=1, programs=LIMITS) as pool:
+    weights, examples = {"data": {"code": 1.0}}, {"data": problem}
+    with RewardPool(weights, examples, max_new_tokens=8, num_workers=1, programs=LIMITS) as pool:
         assert pool.score([group], "code").tolist() == [[0.0, 1.0] * 2]

@@ -19,15 +19,14 @@ from flashgrpo.grpo.data.prompts import render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RunInputError
 from flashgrpo.grpo.recipe.load import CollectRecipe, SftRecipe, build_recipe
 from flashgrpo.grpo.recipe.schema import FilterSection, ModelSection, SftDataSection, WriteSection
-from flashgrpo.grpo.rewards.pool import CompletionGroup, RewardPool
-from flashgrpo.grpo.rewards.table import RewardSet
+from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.policy import open_policy
 from flashgrpo.grpo.stages import collect as module
 from flashgrpo.grpo.stages.collect import collect
 from flashgrpo.grpo.stages.filters import Sample, Selection, rejected_by
 from flashgrpo.grpo.stages.sft import sft
-from flashgrpo.grpo.types import Request, Sampling
+from flashgrpo.grpo.types import CompletionGroup, Request, Sampling
 from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 
 GOOD = "<think>two and two make four</think><answer>4</answer>"
@@ -193,8 +192,7 @@ def test_what_is_written_is_what_the_model_samples(values, model_path, data_path
         assert row["source"] == "samples"
         assert row["model"] == str(model_path)
         assert row["weights_sha256"] == weights_sha256(model_path)
-    sets = {"data": RewardSet({"accuracy": 1.0}, training[0])}
-    with RewardPool(sets, max_new_tokens=40, num_workers=1) as pool:
+    with RewardPool({"data": {"accuracy": 1.0}}, {"data": training[0]}, max_new_tokens=40, num_workers=1) as pool:
         for (i, _), row in rows.items():
             ids = policy.tokenizer(row["completion"])["input_ids"]
             group = CompletionGroup(prompts[i].problem, prompts[i].text, [row["completion"]], [ids], ["stop"])

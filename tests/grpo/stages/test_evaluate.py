@@ -14,10 +14,10 @@ from flashgrpo.grpo.data.prompts import render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.recipe.schema import DataSection, ModelSection
-from flashgrpo.grpo.rewards.pool import RewardPool
+from flashgrpo.grpo.rewards.pool import RewardPool, open_reward_pool
 from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.policy import Policy, open_policy
-from flashgrpo.grpo.stages.evaluate import evaluate, evaluate_models, newest_model, open_reward_pool, sample_texts
+from flashgrpo.grpo.stages.evaluate import evaluate, evaluate_models, newest_model, sample_texts
 from flashgrpo.grpo.stages.scores import Graded, clustered_interval, markdown_of, scores_of, table_of, wilson_interval
 from flashgrpo.grpo.types import Problem, Rollout, Sampling
 

@@ -22,11 +22,11 @@ from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe, load_recipe
+from flashgrpo.grpo.rewards.pool import open_reward_pool
 from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.machines import MACHINES, Machine, peak_flops
 from flashgrpo.grpo.run.progress import Clock
 from flashgrpo.grpo.run.world import open_world
-from flashgrpo.grpo.stages.evaluate import open_reward_pool
 from flashgrpo.grpo.stages.plan import MATMUL_SHARE, Costs, Lengths, plan, plan_recipe
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.kernels import attention
@@ -174,9 +174,10 @@ def peak_bytes(recipe: Recipe) -> tuple[int, dict[str, int]]:
             trainer.sampler.sync(0)
             return trainer.sampler.rollout(1, trainer.position, Clock())
 
-        data, rollout = peak(sample)
+        (data, _), rollout = peak(sample)
         trainer.sampler.generator.free_weights()
-        data.table.rewards[:] = np.arange(data.table.rewards.shape[1])  # every group has a gradient
+        for scored in data.groups:  # every group has a gradient
+            scored.scores.rewards[:] = np.arange(len(scored.rollouts))
         updates = trainer._pack(data)
 
         def learn():

@@ -24,7 +24,7 @@ from flashgrpo.grpo.learn.packing import build_batch
 from flashgrpo.grpo.recipe.load import RewardModelRecipe, build_recipe
 from flashgrpo.grpo.recipe.schema import ModelSection, PreferenceSection
 from flashgrpo.grpo.rewards.models import CARD, OwnProcess, RewardModel, open_preferences, scored_group, scored_ids
-from flashgrpo.grpo.rewards.table import Scorer
+from flashgrpo.grpo.rewards.pool import Scorer
 from flashgrpo.grpo.run.folder import RunFolder, read_rows
 from flashgrpo.grpo.run.policy import Policy, open_policy, open_tokenizer
 from flashgrpo.grpo.run.world import open_world
