@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flashgrpo.bench.shapes import SHAPES
-from flashgrpo.bench.timing import Row, machine, markdown, option_parser, show, time_turns, write_results
+from flashgrpo.bench.timing import Row, machine, markdown, option_parser, publish, time_turns
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
 from flashgrpo.grpo.rollout.sync import DecoderSource
@@ -133,9 +133,9 @@ def sample_rates(options: argparse.Namespace, model: Path) -> Row:
         device = world.device
     sizes = {name: getattr(options, name) for name in ("model", "prompts", "group_size", "prompt_tokens")}
     row: Row = {"machine": machine(device), **sizes, "max_new_tokens": longest, "tokens_per_s": {}, "spread": {}}
-    for name, timing in found.items():
-        row["tokens_per_s"][name] = 1e3 * num_samples * longest / timing.p50_ms
-        row["spread"][name] = timing.spread
+    for name, times in found.items():
+        row["tokens_per_s"][name] = 1e3 * num_samples * longest / times["p50_ms"]
+        row["spread"][name] = times["spread"]
     return row
 
 
@@ -229,10 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.runs:
         found = scores(options.runs)
-        show(scores_table(found), f"written to {write_results('demo_runs.json', found)}")
+        publish("demo_runs.json", found, scores_table(found))
         return 0
     require(options.generators)
     with random_model(options.model) as model:
         found = sample_rates(options, model)
-    show(table(found), f"written to {write_results('generate_{device}.json', found)}")
+    publish("generate_{device}.json", found, table(found))
     return 0

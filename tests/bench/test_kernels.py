@@ -130,7 +130,7 @@ def test_the_targets_shapes_are_measured_and_every_plot_has_a_sweep():
 def bench(monkeypatch, tmp_path):
     """Runs the command on tiny cases with given providers; gives the exit code and what the file holds."""
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(kernels, "measure_limits", lambda device: Limits(1e11, 1e10, torch.float32))
+    monkeypatch.setattr(kernels, "measure_limits", lambda device: Limits(1e11, 1e10, "torch.float32"))
     shapes = [tiny("grpo_loss", n=n) for n in (24, 48)] + [tiny("memory")]
     monkeypatch.setattr(kernels, "cases", lambda sizes, dtype: iter(shapes))
 
