@@ -21,6 +21,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -58,9 +59,9 @@ class Lengths:
     def tail(self) -> float:
         return self.longest / self.response - 1
 
-    def alive(self, t: float) -> float:
-        """Share of completions with more than t tokens."""
-        return (1 - min(t / self.longest, 1.0)) ** self.tail if t < self.longest else 0.0
+    def alive(self, t: np.ndarray) -> np.ndarray:
+        """Shares of completions with more than t tokens, fewer than the longest has."""
+        return (1 - t / self.longest) ** self.tail
 
     def last(self, num_completions: float) -> float:
         """Length of the longest of so many."""
@@ -165,18 +166,25 @@ class Costs:
             },
         }
 
-    def fits(self, token_budget: int) -> bool:
-        """Whether every moment does."""
-        return max(sum(parts.values()) for parts in self.memory(token_budget).values()) <= self.machine.memory
+    def largest_budget(self) -> int:
+        """Most tokens of a micro-batch with which every moment fits, 0 for none."""
+
+        def is_over(token_budget: int) -> bool:
+            totals = [sum(parts.values()) for parts in self.memory(token_budget).values()]
+            return max(totals) > self.machine.memory
+
+        # Every part grows with the budget, so that halving finds the end in 40 looks.
+        return bisect.bisect_left(range(1, 1 << 40), True, key=is_over)
 
     def rollout_peak(self) -> tuple[float, float]:
         """Rows and room a row of the native generator's cache, which doubles for all rows at once, at its largest."""
-        total, longest = self.groups_a_rank * self.recipe.rollout.group_size, self.lengths.longest
-        rooms = [min(64 << i, longest) for i in range(longest.bit_length())]
-        # no room is made before the last is full, and an eighth of the rows may be idle
-        rows = [min(1.0, self.lengths.alive(room / 2 if i else 0) * 8 / 7) * total for i, room in enumerate(rooms)]
-        logits = self.sampled_bytes / self.kv_bytes
-        return max(zip(rows, rooms, strict=True), key=lambda x: x[0] * (x[1] + logits))
+        rooms = np.minimum(64 << np.arange(self.lengths.longest.bit_length()), self.lengths.longest)
+        # No room is made before the last is full, and an eighth of the rows may be idle.
+        alive = np.minimum(self.lengths.alive(rooms / 2) * 8 / 7, 1.0)
+        alive[0] = 1.0
+        rows = alive * self.groups_a_rank * self.recipe.rollout.group_size
+        worst = np.argmax(rows * (rooms + self.sampled_bytes / self.kv_bytes))
+        return float(rows[worst]), float(rooms[worst])
 
     @property
     def sampled_bytes(self) -> int:
@@ -244,19 +252,18 @@ class Costs:
         flops = ModelFlops.of(config)
         rate, memory_rate = self.peak_flops * MATMUL_SHARE, self.machine.memory_rate * MEMORY_SHARE
         rows, prompts = self.groups_a_rank * size, self.groups_a_rank * lengths.prompt
-        seconds = flops.forward(prompts, prompts * lengths.prompt / 2, self.groups_a_rank) / rate
+        prefill_s = flops.forward(prompts, prompts * lengths.prompt / 2, self.groups_a_rank) / rate
         weights = self.itemsize * (config.num_layers * self.size.block + self.size.head)
-        host_s = config.num_layers * DECODE_OPERATORS * OPERATOR_S
         width = lengths.last(self.recipe.rollout.prompts_per_step * size) / num_points
-        for i in range(num_points):
-            t = (i + 0.5) * width
-            live = rows * lengths.alive(t)
-            # A prompt is read once for its group, as long as one of its completions lives.
-            read = live * t + prompts * (1 - (1 - lengths.alive(t)) ** size)
-            read_s = (weights + self.kv_bytes * read) / memory_rate
-            compute_s = flops.forward(live, live * (t + lengths.prompt), live) / rate
-            seconds += width * max(read_s, compute_s, host_s)
-        return seconds
+        t = (np.arange(num_points) + 0.5) * width
+        alive = lengths.alive(t)
+        live = rows * alive
+        # A prompt is read once for its group, as long as one of its completions lives.
+        read = live * t + prompts * (1 - (1 - alive) ** size)
+        read_s = (weights + self.kv_bytes * read) / memory_rate
+        compute_s = flops.forward(live, live * (t + lengths.prompt), live) / rate
+        host_s = config.num_layers * DECODE_OPERATORS * OPERATOR_S
+        return prefill_s + width * float(np.maximum(np.maximum(read_s, compute_s), host_s).sum())
 
 
 @dataclass(frozen=True)
@@ -315,9 +322,9 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
             f"train.token_budget = {recipe.train.token_budget} is below a prompt and its longest completion, {needed} "
             "tokens; raise it or lower rollout.max_new_tokens"
         )
-    memory = run.memory(recipe.train.token_budget)
-    if not run.fits(recipe.train.token_budget):
-        raise RecipeError(_refusal(run, memory, needed))
+    memory, largest_budget = run.memory(recipe.train.token_budget), run.largest_budget()
+    if recipe.train.token_budget > largest_budget:
+        raise RecipeError(_refusal(run, memory, largest_budget if largest_budget >= needed else 0))
     rollout, seconds = memory["rollout"], run.seconds()
     room = machine.memory - sum(rollout.values()) + rollout["KV cache"]
     sampled = recipe.rollout.prompts_per_step * recipe.rollout.group_size * lengths.response
@@ -328,7 +335,7 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
         lengths=lengths,
         memory=memory,
         available=machine.memory,
-        largest_token_budget=_largest_budget(run),
+        largest_token_budget=largest_budget,
         sequences=run.groups_a_rank * recipe.rollout.group_size,
         largest_sequences=int(room / run.kv_bytes / (lengths.longest + lengths.prompt / recipe.rollout.group_size)),
         micro_batches=run.micro_batches,
@@ -338,22 +345,14 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
     )
 
 
-def _largest_budget(run: Costs) -> int:
-    """Most tokens of a micro-batch that fit, 0 for none."""
-    # Every part grows with the budget, so that halving finds the end in 40 looks.
-    return bisect.bisect_left(range(1, 1 << 40), True, key=lambda tokens: not run.fits(tokens))
-
-
-def _refusal(run: Costs, memory: dict[str, Parts], needed: int) -> str:
-    """What is too large, and the largest token budget, which is the one change that costs no result."""
+def _refusal(run: Costs, memory: dict[str, Parts], enough: int) -> str:
+    """What is largest, and a token budget that would be enough, which is the one change that costs no result."""
     moment = max(memory, key=lambda name: sum(memory[name].values()))
     largest = sorted(memory[moment].items(), key=lambda part: part[1], reverse=True)[:3]
     sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in largest)
-    budget = _largest_budget(run)
-    if budget >= needed:
-        advice = f"--train.token_budget={budget} would be enough"
-    else:
-        advice = "no token budget is small enough: make one of them smaller, or take more GPUs"
+    advice = "no token budget is small enough: make one of them smaller, or take more GPUs"
+    if enough:
+        advice = f"--train.token_budget={enough} would be enough"
     return (
         f"{sum(memory[moment].values()) / 1e9:,.1f} GB a GPU are needed ({moment}), "
         f"{run.machine.memory / 1e9:,.1f} GB are there, on {run.num_gpus} GPUs; "
