@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,18 +33,10 @@ from flashgrpo.model.decoder import huggingface_views
 from flashgrpo.model.sharding import free_gathered, local_rows, shard
 
 LOSS = LossConfig.preset("dapo")
+# What `Learner` reads of [train], whose class wants pydantic, which a bare machine lacks.
+TRAIN: Any = SimpleNamespace(lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, grad_clip=1.0)
 # Rows of logits that plain torch holds at once.
 _CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """What `Learner` reads of [train]."""
-
-    lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ class Ours:
         self.model.to_empty(device=self.device)
         rows = {name: local_rows(parameter.detach())[0] for name, parameter in self.model.named_parameters()}
         fill(huggingface_views(rows, self.config))
-        self.learner = Learner(self.model, AdamW(), total_steps=1)  # pyright: ignore[reportArgumentType]
+        self.learner = Learner(self.model, TRAIN, total_steps=1)
 
     def load(self, work: Workload, token_budget: int) -> None:
         """Pack what `step` trains on."""
@@ -200,9 +193,8 @@ class Peer:
         if checkpointing == "full":
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        settings = AdamW()
-        options: dict[str, Any] = {"weight_decay": settings.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), settings.lr, settings.betas, **options)
+        options: dict[str, Any] = {"weight_decay": TRAIN.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), TRAIN.lr, TRAIN.betas, **options)
 
     def load(self, work: Workload, token_budget: int) -> None:
         """Micro-batches of at most `token_budget` tokens, padding included, the longest sequences first."""
@@ -260,7 +252,7 @@ class Peer:
                 loss = self.loss(hidden, batch)
             loss.backward()
             losses.append(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), AdamW().grad_clip, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), TRAIN.grad_clip, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).sum(), norm

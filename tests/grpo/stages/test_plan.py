@@ -44,10 +44,7 @@ SHAPES = {
     "llama": SHAPE | {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": False},
     "biases": SHAPE | {"attention_bias": True, "num_key_value_heads": 1, "head_dim": 32},
 }
-SEVEN_B = {
-    "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
-    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
-}  # fmt: skip
+SEVEN_B = PUBLISHED["Qwen2.5-7B"]
 H200 = MACHINES["h200"]
 ROOT = Path(__file__).parents[3]
 CPU = Machine(1e11, 24e9, 1e10, 1e9, 1e9, reserve=0, is_cpu=True)
@@ -79,28 +76,24 @@ def make_batch(prompt: int, response: int, group: int, num_groups: int, vocab_si
     return build_batch(groups)
 
 
-def allocated_bytes(run) -> int:
-    """What `run` has allocated and not freed: saved by autograd, cached by checkpointing, or returned."""
-    gc.collect()
-    gc.disable()
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            kept = run()
-    finally:
-        gc.enable()
-    assert kept is not None
-    return sum(e.nbytes() for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")
-
-
 def block_bytes_a_token(shape: dict, checkpointing: str) -> float:
-    """Of one more block, measured."""
+    """Of one more block: what a forward pass has allocated and not freed, saved by autograd or by checkpointing."""
     found = []
     for num_layers in (1, 3):
         model = init_decoder(ModelConfig.from_dict(shape | {"num_hidden_layers": num_layers}), seed=0)
         model.activation_checkpointing = checkpointing
         batch = make_batch(PROMPT, RESPONSE, GROUP, NUM_GROUPS, shape["vocab_size"])
         model(batch)  # caches
-        found.append(allocated_bytes(lambda model=model, batch=batch: model(batch)))
+        gc.collect()
+        gc.disable()
+        try:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+                kept = model(batch)
+        finally:
+            gc.enable()
+        events = profiled.profiler.kineto_results.events()
+        found.append(sum(event.nbytes() for event in events if event.name() == "[memory]"))
+        del kept
     return (found[1] - found[0]) / 2 / batch.total_tokens
 
 
