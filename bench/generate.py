@@ -111,6 +111,10 @@ def sample_rates(options: argparse.Namespace, model: Path) -> Row:
         tokens = [5 + (i * 31 + j * 7) % 500 for j in range(options.prompt_tokens)]
         requests.append(Request(i, tokens, sample_seeds(0, 0, i, options.group_size)))
     sampling = Sampling(longest)
+
+    def sample(generator: Any) -> list[Any]:
+        return [*generator.generate(requests, sampling)]
+
     sides: dict[str, Callable[[], Any]] = {}
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(open_world(recipe_for(model, "native", longest, [])))
@@ -122,12 +126,12 @@ def sample_rates(options: argparse.Namespace, model: Path) -> Row:
             elif name == "bare":
                 sides[name] = bare_sampler(engine(), requests, sampling)
             elif name == "wrapped":
-                sides[name] = generator_sampler(engine(), requests, sampling)
+                sides[name] = functools.partial(sample, engine())
             else:
                 recipe = recipe_for(model, name, longest, options.devices)
                 generator, _ = opened(recipe, world, options.prompt_tokens)
                 stack.callback(generator.close)
-                sides[name] = generator_sampler(generator, requests, sampling)
+                sides[name] = functools.partial(sample, generator)
         sides = {name: sides[name] for name in GENERATORS if name in sides}
         found = time_turns(sides, world.device, rounds=-(-options.rounds // 2))
         device = world.device
@@ -146,10 +150,6 @@ def open_engine(model: Path, device: torch.device, max_new_tokens: int, longest_
 
     recipe = recipe_for(model, "vllm", max_new_tokens, [])
     return Engine(EngineOptions.of(recipe, device, longest_prompt), [], load_format="auto")
-
-
-def generator_sampler(generator: Any, requests: list[Request], sampling: Sampling) -> Callable[[], Any]:
-    return lambda: [*generator.generate(requests, sampling)]
 
 
 def bare_sampler(engine: Any, requests: Sequence[Request], sampling: Sampling) -> Callable[[], Any]:

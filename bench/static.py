@@ -64,8 +64,8 @@ class Launch(NamedTuple):
     head_dim: int | None
     options: dict[str, Any]
 
-    def specialise(self) -> tuple[tuple[Any, ...], Any]:
-        """What Triton compiles once for, and what it compiles then."""
+    def specialise(self) -> Any:
+        """Options, signature, constants and attributes: what Triton compiles."""
         backend = make_backend(TARGETS[self.target])
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         # Numbers that divide by 16, as those of real shapes do; pointers are aligned.
@@ -73,10 +73,10 @@ class Launch(NamedTuple):
         arguments = {name: given.get(name, 1.0) for name in self.kernel.arg_names}
         options = {name: value for name, value in self.options.items() if name not in arguments}
         bound, specialization, rest = bind(**arguments, **options)
-        return tuple(specialization), self.kernel._pack_args(backend, options, bound, specialization, rest)
+        return self.kernel._pack_args(backend, options, bound, specialization, rest)
 
     def compile(self) -> Any:
-        options, *source = self.specialise()[1]
+        options, *source = self.specialise()
         return compile(ASTSource(self.kernel, *source), target=TARGETS[self.target], options=options.__dict__)
 
 

@@ -87,7 +87,7 @@ def products(kernel):
     That is a set of names of arguments, special registers, and "load" for what was read from memory.
     """
     launch = find_launch(kernel, 128 if "attention" in kernel else None)
-    signature = launch.specialise()[1][1]
+    _, signature, *_ = launch.specialise()
     arguments = []
     for name, kind in signature.items():  # a tuple's entries are arguments of their own
         kinds = kind if isinstance(kind, tuple) else (kind,)
