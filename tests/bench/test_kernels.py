@@ -3,6 +3,7 @@
 import json
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,15 @@ def test_a_compiled_peer_gives_the_results_of_float64(monkeypatch):
     case = tiny("grpo_loss")
     assert kernels.check_case(case, CPU, providers(case, ["torch.compile"]))["torch.compile"]["status"] == "ok"
     peers._compiled.cache_clear()
+
+
+def test_a_package_is_called_with_the_inputs(monkeypatch):
+    def gathered(logits, targets):
+        return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", SimpleNamespace(selective_log_softmax=gathered))
+    case = tiny("gather_grpo_loss")
+    assert kernels.check_case(case, CPU, providers(case, ["TRL"]))["TRL"]["status"] == "ok"
 
 
 def test_ratios_are_near_1_and_some_are_clipped():

@@ -287,6 +287,8 @@ def test_what_does_not_fit_is_refused_with_what_is_largest(sections, largest):
     if budget:
         found = seven_b(train={"token_budget": int(budget[1])})
         assert found.largest_token_budget == int(budget[1])
+        with pytest.raises(RecipeError, match="GB a GPU are needed"):
+            seven_b(train={"token_budget": int(budget[1]) + 1})
     else:
         assert "no token budget is small enough" in str(refusal.value)
 

@@ -146,6 +146,8 @@ def test_a_phase_has_its_colour_and_its_share(drawn):
     colours, shares = [], []
     for rows in ([step_row(1)], [step_row(1, **{"time/generate_s": 0.0})], [step_row(i) for i in range(1, 40)]):
         handles, phases = drawn(rows)["seconds a step"].get_legend_handles_labels()
+        # What takes next to no time has no place.
+        assert not any(phase.startswith("sync") for phase in phases)
         ((handle, phase),) = [pair for pair in zip(handles, phases, strict=True) if pair[1].startswith("train")]
         shares.append(phase)
         colours.append(tuple(np.ravel(getattr(handle, "patches", [handle])[0].get_facecolor())))
