@@ -30,7 +30,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from flashgrpo.bench.timing import ROOT, Row, machine, markdown, option_parser, show, write_results
+from flashgrpo.bench.timing import ROOT, Row, machine, markdown, option_parser, publish
 from flashgrpo.grpo.run.progress import console
 
 PEER_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
@@ -161,8 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs += run_in_turns(length, make_inputs(Path(folder) / str(length), length), progress)
     where = machine(torch.device("cpu"))
     found = {"machine": where, "threads": THREADS, "summary": summarize(runs), "runs": runs}
-    path = write_results("cpu_step.json", found)
     busiest = max(run["load_average"] for run in runs)
     load = f"load average before a run: up to {busiest:.1f}, about {THREADS} if idle otherwise"
-    show(table(found), load, f"written to {path}")
+    publish("cpu_step.json", found, table(found), load)
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from flashgrpo.bench.plots import draw_demo
-from flashgrpo.bench.timing import Row, machine, markdown, option_parser, show, write_results
+from flashgrpo.bench.timing import Row, machine, markdown, option_parser, publish
 from flashgrpo.grpo.run.folder import read_rows
 
 
@@ -49,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     runs = [run_seed(seed, options.output / str(seed)) for seed in options.seeds]
     found = {"machine": machine(torch.device("cpu")), "runs": runs}
-    path = write_results("demo.json", found)
+    path = publish("demo.json", found, table(found))
     draw_demo(runs, path.with_suffix(".png"))
-    show(table(found), f"written to {path}")
     return 0

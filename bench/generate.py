@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flashgrpo.bench.shapes import SHAPES
-from flashgrpo.bench.timing import Row, machine, markdown, option_parser, show, time_turns, write_results
+from flashgrpo.bench.timing import Row, machine, markdown, option_parser, publish, time_turns
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
 from flashgrpo.grpo.rollout.sync import DecoderSource
@@ -111,6 +111,10 @@ def sample_rates(options: argparse.Namespace, model: Path) -> Row:
         tokens = [5 + (i * 31 + j * 7) % 500 for j in range(options.prompt_tokens)]
         requests.append(Request(i, tokens, sample_seeds(0, 0, i, options.group_size)))
     sampling = Sampling(longest)
+
+    def sample(generator: Any) -> list[Any]:
+        return [*generator.generate(requests, sampling)]
+
     sides: dict[str, Callable[[], Any]] = {}
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(open_world(recipe_for(model, "native", longest, [])))
@@ -127,15 +131,15 @@ def sample_rates(options: argparse.Namespace, model: Path) -> Row:
                 recipe = recipe_for(model, name, longest, options.devices)
                 generator, _ = opened(recipe, world, options.prompt_tokens)
                 stack.callback(generator.close)
-                sides[name] = generator_sampler(generator, requests, sampling)
+                sides[name] = functools.partial(sample, generator)
         sides = {name: sides[name] for name in GENERATORS if name in sides}
         found = time_turns(sides, world.device, rounds=-(-options.rounds // 2))
         device = world.device
     sizes = {name: getattr(options, name) for name in ("model", "prompts", "group_size", "prompt_tokens")}
     row: Row = {"machine": machine(device), **sizes, "max_new_tokens": longest, "tokens_per_s": {}, "spread": {}}
-    for name, timing in found.items():
-        row["tokens_per_s"][name] = 1e3 * num_samples * longest / timing.p50_ms
-        row["spread"][name] = timing.spread
+    for name, times in found.items():
+        row["tokens_per_s"][name] = 1e3 * num_samples * longest / times["p50_ms"]
+        row["spread"][name] = times["spread"]
     return row
 
 
@@ -146,10 +150,6 @@ def open_engine(model: Path, device: torch.device, max_new_tokens: int, longest_
 
     recipe = recipe_for(model, "vllm", max_new_tokens, [])
     return Engine(EngineOptions.of(recipe, device, longest_prompt), load_format="auto")
-
-
-def generator_sampler(generator: Any, requests: list[Request], sampling: Sampling) -> Callable[[], Any]:
-    return lambda: [*generator.generate(requests, sampling)]
 
 
 def bare_sampler(engine: Any, requests: Sequence[Request], sampling: Sampling) -> Callable[[], Any]:
@@ -229,10 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.runs:
         found = scores(options.runs)
-        show(scores_table(found), f"written to {write_results('demo_runs.json', found)}")
+        publish("demo_runs.json", found, scores_table(found))
         return 0
     require(options.generators)
     with random_model(options.model) as model:
         found = sample_rates(options, model)
-    show(table(found), f"written to {write_results('generate_{device}.json', found)}")
+    publish("generate_{device}.json", found, table(found))
     return 0

@@ -18,8 +18,9 @@ import importlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -32,10 +33,12 @@ from flashgrpo.bench.peers import PROVIDERS, Provider, providers
 from flashgrpo.bench.timing import (
     Limits,
     Row,
-    Timing,
+    Side,
+    in_turns,
     machine,
     markdown,
     measure_limits,
+    noted,
     option_parser,
     peak_mib,
     sample_ms,
@@ -46,7 +49,6 @@ from flashgrpo.grpo.run.progress import console
 
 _PACKAGES = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "trl", "flash-attn", "flash-attn-3", "flash-attn-4")
 _ROOM, _FLOOR = 1.1, 1e-6  # of plain torch's error; of the values
-_NOTE_LENGTH = 120
 _FAULTS = "wrong", "failed", "out of memory"
 _BUDGETS_S = {"small": 150.0, "full": 165.0}
 _COLUMNS = {  # of the terminal's table, from a row's values
@@ -78,7 +80,7 @@ def check_case(case: Case, device: torch.device, offered: Sequence[Provider]) ->
     found: dict[str, Row] = {}
     for provider in offered:
         row = found[provider.name] = {"status": "ok", "note": ""}
-        with _noted(row):
+        with noted(row):
             results = provider.call(case, inputs)()
             if provider.is_bound:
                 continue
@@ -106,29 +108,25 @@ def time_case(
     Nothing new begins after `deadline`, of time.monotonic().
     """
     inputs = case.make(device)
-    calls = {}
+    passed = []
     for provider in offered:
+        status = rows[provider.name]["status"]
+        if status == "ok" or (status == "wrong" and not provider.is_ours):
+            passed.append(provider)
+    sides: dict[str, Side] = {}
+    for provider in passed:
         row = rows[provider.name]
-        if row["status"] == "ok" or (row["status"] == "wrong" and not provider.is_ours):
-            with _noted(row):
-                _check_time(deadline)
-                call = provider.call(case, inputs)
-                if case.op != "memory":
-                    # Compilation takes memory of its own, which is no part of the peak.
-                    call()
-                row["peak_mib"], _ = peak_mib(call, device)
-                if case.op != "memory":
-                    calls[provider.name] = call
-    passes: dict[str, list[list[float]]] = {name: [] for name in calls}
-    for number in range(2):
-        for name, call in calls.items():
-            # Nothing is timed again that has failed in the first pass.
-            if len(passes[name]) == number:
-                with _noted(rows[name]):
-                    passes[name].append(sample_ms(call, device, budget_s=budget_s / 2 / len(calls), rounds=2))
-    for name, taken in passes.items():
-        if len(taken) == 2:
-            rows[name] |= _rates(case, Timing.of(taken), rows[name]["limit_ms"])
+        with noted(row):
+            _check_time(deadline)
+            call = provider.call(case, inputs)
+            if case.op != "memory":
+                # Compilation takes memory of its own, which is no part of the peak.
+                call()
+            row["peak_mib"], _ = peak_mib(call, device)
+            if case.op != "memory":
+                sides[provider.name] = partial(sample_ms, call, device, budget_s=budget_s / 2 / len(passed), rounds=2)
+    for name, times in in_turns(sides, lambda name: noted(rows[name])):
+        rows[name] |= times | _rates(case, times["p50_ms"], rows[name]["limit_ms"])
     ours = rows.get("flashgrpo", {}).get("p50_ms")
     for row in rows.values():
         row["ratio"] = row["p50_ms"] / ours if ours and "p50_ms" in row else None
@@ -138,13 +136,15 @@ def run(chosen: Sequence[Case], names: Sequence[str] | None, device: torch.devic
     """Measure the cases, and write what there is after each; the header, and a row a case and provider."""
     deadline = time.monotonic() + budget_s
     limits = measure_limits(device)
-    rates = {"flops_per_s": limits.flops_per_s, "bytes_per_s": limits.bytes_per_s, "dtype": str(limits.dtype)}
-    lines: list[Row] = [{"machine": machine(device), "limits": rates, "peers": _versions(), "budget_s": budget_s}]
-    path, gates = Path(), {}
+    lines: list[Row] = [
+        {"machine": machine(device), "limits": asdict(limits), "peers": _versions(), "budget_s": budget_s}
+    ]
+    path = Path()
+    gates: dict[str, dict[str, Row]] = {}
     for number, case in enumerate(track(chosen, "measuring", console=console)):
         offered = providers(case, names)
-        rows = {x.name: _describe(case, limits) | {"provider": x.name} for x in offered}
-        with _noted(*rows.values()):
+        rows = {provider.name: _describe(case, limits) | {"provider": provider.name} for provider in offered}
+        with noted(*rows.values()):
             _check_time(deadline)
             gate = case.reduced()
             # Several cases of one operation have the same gate once they are reduced.
@@ -159,9 +159,9 @@ def run(chosen: Sequence[Case], names: Sequence[str] | None, device: torch.devic
         # An interrupted run leaves what it has measured.
         path = write_results("kernels_{device}.jsonl", lines)
     print(f"results: {path}")
+    # A bare machine may lack matplotlib, and has its numbers all the same.
     try:
         importlib.import_module("flashgrpo.bench.plots").draw(path, path.with_suffix(".png"))
-    # A bare machine may lack matplotlib, and has its numbers all the same.
     except ImportError as error:
         print(f"no plot: {error}")
     return lines
@@ -196,8 +196,10 @@ def listing(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         key = row["op"], row["provider"]
         note = row["note"] if row["status"] == "ok" else f"{row['status']}: {row['note']}"
         if key in measured:
-            values = [_cell(row.get(name), form) for name, form in _COLUMNS.values()]
-            by_case.setdefault(row["case"], []).append([row["provider"], *values, note])
+            cells = [row["provider"]]
+            for name, form in _COLUMNS.values():
+                cells.append("" if row.get(name) is None else form.format(row[name]))
+            by_case.setdefault(row["case"], []).append([*cells, note])
         else:
             notes.setdefault(key, f"{row['op']}: {row['provider']}: {note}")
     lines = []
@@ -229,23 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(faults))
 
 
-@contextlib.contextmanager
-def _noted(*rows: Row) -> Iterator[None]:
-    """An error becomes the rows' `status` and `note`: a benchmark goes on without what cannot be measured."""
-    try:
-        yield
-    except Exception as error:
-        kinds = {ImportError: "not installed", TimeoutError: "not measured", torch.OutOfMemoryError: "out of memory"}
-        status = next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
-        text = str(error).strip().partition("\n")[0][:_NOTE_LENGTH]
-        for row in rows:
-            row |= {"status": status, "note": text if status != "failed" else f"{type(error).__name__}: {text}"}
-        if status == "out of memory":
-            # Its frames hold what was allocated.
-            error.__traceback__ = None
-            torch.cuda.empty_cache()
-
-
 def _check_time(deadline: float) -> None:
     if time.monotonic() > deadline:
         raise TimeoutError("the budget is spent; give more with --budget")
@@ -271,14 +256,9 @@ def _describe(case: Case, limits: Limits) -> Row:
     return own | {"limit_ms": limits.ms(case.flops, case.bytes)}
 
 
-def _rates(case: Case, timing: Timing, limit_ms: float) -> Row:
-    seconds = timing.p50_ms / 1e3
-    rates = {"tflops_per_s": case.flops / seconds / 1e12, "gb_per_s": case.bytes / seconds / 1e9}
-    return asdict(timing) | rates | {"share_of_limit": limit_ms / timing.p50_ms}
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def _rates(case: Case, ms: float, limit_ms: float) -> Row:
+    tflops_per_s, gb_per_s = case.flops / ms / 1e9, case.bytes / ms / 1e6
+    return {"tflops_per_s": tflops_per_s, "gb_per_s": gb_per_s, "share_of_limit": limit_ms / ms}
 
 
 def _versions() -> dict[str, str]:

@@ -58,14 +58,6 @@ def peak_mb() -> float:
     return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
 
 
-def read_prompts(path: Path, needed: int) -> list[str]:
-    """The prompts of a JSONL file with a `prompt` column. Raises ValueError if there are fewer than `needed`."""
-    prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
-    if len(prompts) < needed:
-        raise ValueError(f"{path} has {len(prompts)} prompts, {needed} are needed; write more of them")
-    return prompts
-
-
 def grpo_config(trl: Any, settings: SimpleNamespace, output: str) -> Any:
     """TRL's settings for the step described above; what is not named keeps its default."""
     num_completions = settings.num_prompts * settings.group_size
@@ -98,7 +90,7 @@ def time_steps(settings: SimpleNamespace) -> dict[str, Any]:
     """Train for `steps` steps; report all but the warm-up."""
     # It is not installed where flashgrpo is, so a type checker cannot see it.
     trl = importlib.import_module("trl")
-    prompts = read_prompts(Path(settings.prompts), settings.num_prompts)
+    prompts = [json.loads(line)["prompt"] for line in Path(settings.prompts).read_text().splitlines()]
     clock = StepClock()
     with tempfile.TemporaryDirectory() as output:
         trainer = trl.GRPOTrainer(

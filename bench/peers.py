@@ -72,16 +72,12 @@ def providers(case: Case, names: Iterable[str] | None = None) -> list[Provider]:
     return [x for x in fit if names is None or x.name in names]
 
 
-def _ready(use: Callable[[Inputs], Any]) -> Load:
-    """Of what has nothing to prepare."""
-    return lambda inputs: functools.partial(use, inputs)
-
-
-def _published(module: str, name: str, use: Callable[[Callable[..., Any], Inputs], Tensor]) -> Load:
-    """Of what a package's function gives."""
+def _calls(use: Callable[..., Tensor], *package: str) -> Load:
+    """Of what has nothing to prepare: `use` takes the inputs, after the function of a package where one is named."""
 
     def load(inputs: Inputs) -> Callable[[], Tensor]:
-        return functools.partial(use, _peer(module, name), inputs)
+        found = [_peer(*package)] if package else []
+        return functools.partial(use, *found, inputs)
 
     return load
 
@@ -90,12 +86,9 @@ def _peer(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _own_attention(backend: str) -> Load:
-    def attend(x: Inputs) -> Tensor:
-        own = {"max_seqlen": x["max_seqlen"], "backend": backend}
-        return packed_attention(x["q"], x["k"], x["v"], x["cu_seqlens"], x["prefix"], **own)
-
-    return _ready(attend)
+def _own_attention(x: Inputs, backend: str = "triton") -> Tensor:
+    own = {"max_seqlen": x["max_seqlen"], "backend": backend}
+    return packed_attention(x["q"], x["k"], x["v"], x["cu_seqlens"], x["prefix"], **own)
 
 
 def _sdpa(x: Inputs) -> Tensor:
@@ -177,33 +170,19 @@ def _loss_of(inputs: Inputs) -> Tensor:
     return plain_loss(plain_logprobs(inputs), inputs)[0]
 
 
-def _own_arguments(x: Inputs) -> dict[str, Any]:
-    name = "rewards" if "rewards" in x else "advantages"
-    return {name: x[name], "old_logprobs": x["old_logprobs"], "denominator": float(len(x["old_logprobs"]))}
+def _own_loss(kernel: Callable[..., Any], *names: str) -> Load:
+    """Of a kernel that takes these inputs."""
+
+    def loss(x: Inputs) -> Tensor:
+        of_group = "rewards" if "rewards" in x else "advantages"
+        own = {of_group: x[of_group], "old_logprobs": x["old_logprobs"], "denominator": float(len(x["old_logprobs"]))}
+        return kernel(*(x[name] for name in names), x["target_cu_seqlens"], _CONFIG, **own)[0]
+
+    return _calls(loss)
 
 
-def _own_logprobs(x: Inputs) -> Tensor:
-    return gather_logprobs(x["logits"], x["targets"])[0]
-
-
-def _own_loss(x: Inputs) -> Tensor:
-    """From log-probs, which the operation has or makes first."""
-    logprobs = x["logprobs"] if "logprobs" in x else _own_logprobs(x)
-    return grpo_loss(logprobs, x["target_cu_seqlens"], _CONFIG, **_own_arguments(x))[0]
-
-
-def _own_logits_loss(x: Inputs) -> Tensor:
-    fixed = x["logits"], x["targets"], x["target_cu_seqlens"], _CONFIG
-    return logits_grpo_loss(*fixed, **_own_arguments(x))[0]
-
-
-def _own_linear_logprobs(x: Inputs) -> Tensor:
-    return linear_logprobs(x["hidden"], x["weight"], x["targets"])[0]
-
-
-def _own_linear_loss(x: Inputs) -> Tensor:
-    fixed = x["hidden"], x["weight"], x["targets"], x["target_cu_seqlens"], _CONFIG
-    return linear_grpo_loss(*fixed, **_own_arguments(x))[0]
+def _own_gathered_loss(logits: Tensor, targets: Tensor, *rest: Any, **own: Any) -> tuple[Tensor, Any]:
+    return grpo_loss(gather_logprobs(logits, targets)[0], *rest, **own)
 
 
 def _padded(inputs: Inputs) -> Tensor:  # [completions, length + 1, vocab]
@@ -259,41 +238,41 @@ def _three_gemms(inputs: Inputs) -> Callable[[], Results]:
 
 
 _ATTENTION = [
-    Provider("flashgrpo", "out", _own_attention("triton")),
-    Provider("flashgrpo, prompt repeated", "out", _own_attention("triton"), is_repeated=True),
-    Provider("flash-attn 2, prompt shared", "out", _own_attention("flash_attn")),
-    Provider("torch SDPA", "out", _ready(_sdpa), is_repeated=True),
+    Provider("flashgrpo", "out", _calls(_own_attention)),
+    Provider("flashgrpo, prompt repeated", "out", _calls(_own_attention), is_repeated=True),
+    Provider("flash-attn 2, prompt shared", "out", _calls(functools.partial(_own_attention, backend="flash_attn"))),
+    Provider("torch SDPA", "out", _calls(_sdpa), is_repeated=True),
     Provider("torch varlen_attn", "out", _varlen, is_repeated=True),
     Provider("torch FlexAttention", "out", _flex),
     Provider("flash-attn 2", "out", _flash("flash_attn"), is_repeated=True),
     Provider("flash-attn 3", "out", _flash("flash_attn_interface"), is_repeated=True),
     Provider("flash-attn 4", "out", _flash("flash_attn.cute"), is_repeated=True),
 ]
-_TORCH = Provider("torch", "logprobs", _ready(plain_logprobs))
+_TORCH = Provider("torch", "logprobs", _calls(plain_logprobs))
 _TORCH_LOSS = [_TORCH, Provider("torch.compile", "loss", _torch_compile(_loss_of))]
 _TORCH_LOGPROBS = [_TORCH, Provider("torch.compile", "logprobs", _torch_compile(plain_logprobs))]
 _OF_LOGITS = [
-    Provider("QuACK", "logprobs", _published(
-        "quack.cross_entropy", "cross_entropy", lambda f, x: -f(x["logits"], x["targets"], reduction="none"))),
-    Provider("TRL", "logprobs", _published(
-        "trl.trainer.utils", "selective_log_softmax", lambda f, x: f(x["logits"], x["targets"]))),
-    Provider("TRL kernel", "logprobs", _published(
-        "trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy",
-        lambda f, x: f(x["logits"], x["targets"])[0])),
+    Provider("QuACK", "logprobs", _calls(
+        lambda f, x: -f(x["logits"], x["targets"], reduction="none"), "quack.cross_entropy", "cross_entropy")),
+    Provider("TRL", "logprobs", _calls(
+        lambda f, x: f(x["logits"], x["targets"]), "trl.trainer.utils", "selective_log_softmax")),
+    Provider("TRL kernel", "logprobs", _calls(
+        lambda f, x: f(x["logits"], x["targets"])[0],
+        "trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")),
 ]  # fmt: skip
 _OF_HIDDEN = [
-    Provider("Cut Cross-Entropy", "logprobs", _published(
-        "cut_cross_entropy", "linear_cross_entropy",
-        lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none"))),
-    Provider("QuACK", "logprobs", _published(
-        "quack.linear_cross_entropy", "linear_cross_entropy_func",
-        lambda f, x: -f(x["hidden"], x["weight"], None, x["targets"], reduction="none"))),
+    Provider("Cut Cross-Entropy", "logprobs", _calls(
+        lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none"),
+        "cut_cross_entropy", "linear_cross_entropy")),
+    Provider("QuACK", "logprobs", _calls(
+        lambda f, x: -f(x["hidden"], x["weight"], None, x["targets"], reduction="none"),
+        "quack.linear_cross_entropy", "linear_cross_entropy_func")),
 ]  # fmt: skip
-_LIGER_HIDDEN = Provider("Liger", "logprobs", _published(
-    "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy",
-    lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none")))  # fmt: skip
+_LIGER_HIDDEN = Provider("Liger", "logprobs", _calls(
+    lambda f, x: -f(x["hidden"], x["weight"], x["targets"], reduction="none"),
+    "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"))  # fmt: skip
 _LINEAR_LOSS = [
-    Provider("flashgrpo", "loss", _ready(_own_linear_loss)),
+    Provider("flashgrpo", "loss", _own_loss(linear_grpo_loss, "hidden", "weight", "targets")),
     *_TORCH_LOSS,
     Provider("Liger", "loss", _liger_linear_loss(compiled=True)),
     *_OF_HIDDEN,
@@ -302,19 +281,23 @@ PROVIDERS = {
     "attention_fwd": _ATTENTION,
     "attention": _ATTENTION,
     "gather_logprobs": [
-        Provider("flashgrpo", "logprobs", _ready(_own_logprobs)),
+        Provider("flashgrpo", "logprobs", _calls(lambda x: gather_logprobs(x["logits"], x["targets"])[0])),
         *_TORCH_LOGPROBS,
         Provider("Liger", "logprobs", _liger_logprobs),
         *_OF_LOGITS,
     ],
-    "gather_grpo_loss": [Provider("flashgrpo", "loss", _ready(_own_loss)), *_TORCH_LOSS, *_OF_LOGITS],
+    "gather_grpo_loss": [
+        Provider("flashgrpo", "loss", _own_loss(_own_gathered_loss, "logits", "targets")),
+        *_TORCH_LOSS,
+        *_OF_LOGITS,
+    ],
     "logits_grpo_loss": [
-        Provider("flashgrpo", "loss", _ready(_own_logits_loss)),
+        Provider("flashgrpo", "loss", _own_loss(logits_grpo_loss, "logits", "targets")),
         *_TORCH_LOSS,
         Provider("Liger", "results", _liger_logits_loss),
     ],
     "linear_logprobs": [
-        Provider("flashgrpo", "logprobs", _ready(_own_linear_logprobs)),
+        Provider("flashgrpo", "logprobs", _calls(lambda x: linear_logprobs(x["hidden"], x["weight"], x["targets"])[0])),
         *_TORCH_LOGPROBS,
         *_OF_HIDDEN,
         _LIGER_HIDDEN,
@@ -325,6 +308,6 @@ PROVIDERS = {
         # Its compilation may fail where shapes change.
         Provider("Liger, compiled=False", "loss", _liger_linear_loss(compiled=False)),
     ],
-    "grpo_loss": [Provider("flashgrpo", "loss", _ready(_own_loss)), *_TORCH_LOSS],
+    "grpo_loss": [Provider("flashgrpo", "loss", _own_loss(grpo_loss, "logprobs")), *_TORCH_LOSS],
     "memory": _LINEAR_LOSS,
 }

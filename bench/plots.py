@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -37,13 +34,14 @@ def draw(source: Path, target: Path) -> None:
         return
     width, height = min(len(lines), _COLUMNS), -(-len(lines) // _COLUMNS)
     size = 4.6 * width, 3.7 * height + 1.0
-    figure, panels = plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(height, width, squeeze=False)
     # A provider has the same colour in all panels.
     colours: dict[str, Any] = {}
     handles = {}
     for panel, (op, of_op) in zip(panels.flat, lines.items(), strict=False):
         for name in of_op:
-            colours.setdefault(name, plt.get_cmap("tab20")(len(colours) % 20))
+            colours.setdefault(name, colormaps["tab20"](len(colours) % 20))
         _draw_operation(panel, op, of_op, limits[op], colours)
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     for panel in panels.flat[len(lines) :]:
@@ -75,7 +73,8 @@ def _draw_operation(panel: Axes, op: str, lines: dict[str, Points], limits: Poin
 
 def draw_demo(runs: Sequence[Row], target: Path) -> None:
     """The paper's two curves, one line a seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     curves = {"pass@1": "held-out pass@1", "length": "response length, tokens"}
     for axis, (key, title) in zip(axes, curves.items(), strict=True):
         for run in runs:
@@ -92,4 +91,3 @@ def draw_demo(runs: Sequence[Row], target: Path) -> None:
 def _save(figure: Figure, target: Path) -> None:
     with whole_file(target) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)

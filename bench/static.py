@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
-from flashgrpo.bench.timing import ROOT, Row, markdown, option_parser, show, write_results
+from flashgrpo.bench.timing import ROOT, Row, markdown, option_parser, publish
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.kernels import attention, attention_plan, logprob, loss_triton
 from flashgrpo.kernels.loss_config import LossInputs
@@ -65,19 +65,19 @@ class Launch(NamedTuple):
     head_dim: int | None
     options: dict[str, Any]
 
-    def specialise(self, **changes: Any) -> tuple[tuple[Any, ...], Any]:
-        """What Triton compiles once for, and what it compiles then."""
+    def specialise(self) -> Any:
+        """Options, signature, constants and attributes: what Triton compiles."""
         backend = make_backend(TARGETS[self.target])
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         # Numbers that divide by 16, as those of real shapes do; pointers are aligned.
-        given = ARGUMENTS | self.options | changes
+        given = ARGUMENTS | self.options
         arguments = {name: given.get(name, 1.0) for name in self.kernel.arg_names}
         options = {name: value for name, value in self.options.items() if name not in arguments}
         bound, specialization, rest = bind(**arguments, **options)
-        return tuple(specialization), self.kernel._pack_args(backend, options, bound, specialization, rest)
+        return self.kernel._pack_args(backend, options, bound, specialization, rest)
 
     def compile(self) -> Any:
-        options, *source = self.specialise()[1]
+        options, *source = self.specialise()
         return compile(ASTSource(self.kernel, *source), target=TARGETS[self.target], options=options.__dict__)
 
 
@@ -191,6 +191,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option_parser("static", __doc__).parse_args(arguments)
     every = [*itertools.chain(*map(launches, TARGETS))]
     rows = [compile_row(launch) for launch in track(every, "compiling", console=console)]
-    path = write_results("static.json", {"triton": __version__, "rows": rows})
-    show(table(rows), f"written to {path}")
+    publish("static.json", {"triton": __version__, "rows": rows}, table(rows))
     return 0

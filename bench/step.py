@@ -24,8 +24,9 @@ import argparse
 import gc
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,12 @@ from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.bench.step_sides import Ours, Peer, Workload
 from flashgrpo.bench.timing import (
     Row,
-    Timing,
+    Side,
+    in_turns,
     machine,
     markdown,
     measure_limits,
+    noted,
     option_parser,
     peak_mib,
     sample_ms,
@@ -65,7 +68,7 @@ _PATTERNS = {
     "attention": re.compile(r"[Aa]ttention|attn"),
 }
 _PRODUCT = re.compile(r"::(add)?mm_?$|::bmm$|linear_pointwise")
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+_TOLERANCE = {"cpu": 1e-4, "cuda": 0.05}  # of fp32, and of bf16
 _BACKWARD = "autograd::engine::evaluate_function"
 
 
@@ -100,22 +103,46 @@ def _part(event: Any, of_loss: set[int]) -> str:
 
 
 @dataclass
-class Contender:
-    """A side that takes its turns: how it is opened, by its kind of checkpointing, its work, its row and its times."""
-
-    open: Callable[[str], Any]
-    work: Workload
-    row: Row
-    passes: list[list[float]] = field(default_factory=list)
-
-
-@dataclass
 class Reference:
     """What the first side that runs has found, and all others must."""
 
     side: str
     hidden: Tensor
     grad_norm: float
+
+
+@dataclass
+class Turns:
+    """The sides' turns at a step: what the first of them has found is what all others must find."""
+
+    device: torch.device
+    steps: int
+    reference: Reference | None = None
+
+    def take(self, open_side: Callable[[str], Any], work: Workload, row: Row) -> list[float]:
+        """Open a side, check it against the reference, time `steps` more; in the first pass find its shares, too."""
+
+        def open_and_step() -> tuple[Any, Reference]:
+            opened = open_side(row["checkpointing"])
+            row["side"] = getattr(opened, "name", row["side"])
+            opened.load(work, row["token_budget"])
+            hidden = opened.probe(work).cpu()
+            row["loss"], row["grad_norm"] = map(float, opened.step())
+            return opened, Reference(row["side"], hidden, row["grad_norm"])
+
+        # One side at a time is in memory: what the one before has held is needed now.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        peak, (opened, found) = peak_mib(open_and_step, self.device)
+        self.reference = self.reference or found
+        _compare(row, found, self.reference, _TOLERANCE[self.device.type])
+        row |= {"peak_mib": max(peak, row.get("peak_mib", 0.0)), "fed_tokens": opened.num_tokens}
+        row["micro_batches"] = len(opened.batches)
+        taken = sample_ms(opened.step, self.device, rounds=self.steps)
+        if "shares" not in row:
+            row["shares"] = shares(opened.step, self.device)
+        return taken
 
 
 def time_sides(
@@ -126,66 +153,36 @@ def time_sides(
     config = ModelConfig.from_dict(shape)
     sizes = {key: getattr(options, key) for key in ("groups", "group_size", "prompt_tokens", "mean", "cap")}
     work = Workload.random(**sizes, vocab_size=config.vocab_size)
-    mesh = init_device_mesh(device.type, (1,))
-    flops = 3 * work.forward_flops(config)
-
-    ours, peer_name = partial(Ours, shape, mesh, dtype), "transformers"
-    openers = {
+    ours = partial(Ours, shape, init_device_mesh(device.type, (1,)), dtype)
+    openers: dict[str, tuple[Any, Workload]] = {
         SHARED: (ours, work),
         REPEATED: (ours, work.repeated()),
-        peer_name: (partial(Peer, shape, device, dtype), work),
+        "transformers": (partial(Peer, shape, device, dtype), work),
     }
-    sides, longest = [], max(work.lengths)
+    flops, longest = 3 * work.forward_flops(config), max(work.lengths)
+    turns = Turns(device, options.steps)
+    rows: dict[str, Row] = {}
+    sides: dict[str, Side] = {}
     for side, (open_side, own_work) in openers.items():
-        row = {"model": name, "side": side, "useful_flops": flops, **sizes}
-        row["checkpointing"], row["token_budget"] = _room(config, options, device, longest, side == peer_name)
-        sides.append(Contender(open_side, own_work, row))
-    rows, reference = [side.row for side in sides], None
+        row = rows[side] = {"model": name, "side": side, "status": "ok", "note": "", "useful_flops": flops, **sizes}
+        row["checkpointing"], row["token_budget"] = _room(config, options, device, longest, open_side is not ours)
+        sides[side] = partial(turns.take, open_side, own_work, row)
+
     with Progress(console=console) as progress:
         task = progress.add_task(name, total=2 * len(sides))
-        # One side at a time is in memory, so that a turn is all of a pass's steps.
-        for side in 2 * sides:
-            progress.update(task, advance=1, description=f"{name}: {side.row['side']}")
-            if "error" not in side.row:
-                try:
-                    reference = _take_turn(side, reference, options.steps, device)
-                # A peer's, or the device's memory: the other sides still run.
-                except Exception as error:
-                    side.row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                else:
-                    side.row |= _rates(Timing.of(side.passes), work, flops, peak)
-            # The next side needs the memory of this one.
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            write(rows)
-    return rows
 
+        @contextmanager
+        def turn(side: str) -> Iterator[None]:
+            progress.update(task, advance=1, description=f"{name}: {rows[side]['side']}")
+            # What fails is a peer, or the device's memory: the other sides still run.
+            with noted(rows[side]):
+                yield
+            write([*rows.values()])
 
-def _take_turn(side: Contender, reference: Reference | None, steps: int, device: torch.device) -> Reference:
-    """Open a side, check it against the reference, time `steps` more; in the first pass find its shares, too.
-
-    Gives the reference, which is this side where there was none.
-    """
-    row = side.row
-
-    def open_and_step() -> tuple[Any, Reference]:
-        opened = side.open(row["checkpointing"])
-        row["side"] = getattr(opened, "name", row["side"])
-        opened.load(side.work, row["token_budget"])
-        hidden = opened.probe(side.work).cpu()
-        row["loss"], row["grad_norm"] = map(float, opened.step())
-        return opened, Reference(row["side"], hidden, row["grad_norm"])
-
-    peak, (opened, found) = peak_mib(open_and_step, device)
-    reference = reference or found
-    _compare(row, found, reference, _TOLERANCE[torch.bfloat16 if device.type == "cuda" else torch.float32])
-    row |= {"peak_mib": max(peak, row.get("peak_mib", 0.0)), "fed_tokens": opened.num_tokens}
-    row["micro_batches"] = len(opened.batches)
-    side.passes.append(sample_ms(opened.step, device, rounds=steps))
-    if "shares" not in row:
-        row["shares"] = shares(opened.step, device)
-    return reference
+        for side, times in in_turns(sides, turn):
+            rows[side] |= times | _rates(times["p50_ms"] / 1e3, work, flops, peak)
+            write([*rows.values()])
+    return [*rows.values()]
 
 
 def _compare(row: Row, found: Reference, reference: Reference, tolerance: float) -> None:
@@ -199,10 +196,9 @@ def _compare(row: Row, found: Reference, reference: Reference, tolerance: float)
         raise ValueError(f"grad_norm is {found.grad_norm:.6g}, wanted {wanted}")
 
 
-def _rates(timing: Timing, work: Workload, flops: float, peak: float) -> Row:
-    seconds = timing.p50_ms / 1e3
+def _rates(seconds: float, work: Workload, flops: float, peak: float) -> Row:
     rates = {"tokens_per_s": work.num_tokens / seconds, "trained_tokens_per_s": work.num_targets / seconds}
-    return vars(timing) | rates | {"tflops": flops / seconds / 1e12, "useful_mfu": flops / seconds / peak}
+    return rates | {"tflops": flops / seconds / 1e12, "useful_mfu": flops / seconds / peak}
 
 
 def _room(
@@ -234,8 +230,8 @@ def table(found: Sequence[Row]) -> list[str]:
     """Of a results file."""
     cells = []
     for row in found[1:]:
-        if "error" in row:
-            cells.append([row["model"], row["side"], row["error"], *[""] * 5])
+        if row.get("status", "ok") != "ok":
+            cells.append([row["model"], row["side"], f"{row['status']}: {row['note']}", *[""] * 5])
             continue
         kept = "" if row["checkpointing"] == "none" else f", {row['checkpointing']} activation checkpointing"
         rates = f"{row['tokens_per_s']:,.0f}", f"{row['trained_tokens_per_s']:,.0f}", f"{row['useful_mfu']:.0%}"
@@ -281,9 +277,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = write([])
     finally:
         dist.destroy_process_group()
-    notes = []
+    notes, is_faulty = [], False
     for row in lines[1:]:
-        outcome = row.get("error") or f"the medians of the two passes are {row['spread']:.0%} apart"
+        if row["status"] == "ok":
+            outcome = f"the medians of the two passes are {row['spread']:.0%} apart"
+        else:
+            outcome = f"{row['status']}: {row['note']}"
+            is_faulty |= row["side"] in (SHARED, REPEATED)
         notes.append(f"{row['model']}, {row['side']}: {outcome}")
     show(table(lines), *notes, f"written to {path}")
-    return int(any("error" in row for row in lines[1:] if row["side"] in (SHARED, REPEATED)))
+    return int(is_faulty)

@@ -8,14 +8,16 @@ clip the gradient.
 import importlib.util
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
@@ -31,18 +33,10 @@ from flashgrpo.model.decoder import huggingface_views
 from flashgrpo.model.sharding import free_gathered, local_rows, shard
 
 LOSS = LossConfig.preset("dapo")
+# What `Learner` reads of [train], whose class wants pydantic, which a bare machine lacks.
+TRAIN: Any = SimpleNamespace(lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, grad_clip=1.0)
 # Rows of logits that plain torch holds at once.
 _CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """What `Learner` reads of [train]."""
-
-    lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ class Ours:
         self.model.to_empty(device=self.device)
         rows = {name: local_rows(parameter.detach())[0] for name, parameter in self.model.named_parameters()}
         fill(huggingface_views(rows, self.config))
-        self.learner = Learner(self.model, AdamW(), total_steps=1)  # pyright: ignore[reportArgumentType]
+        self.learner = Learner(self.model, TRAIN, total_steps=1)
 
     def load(self, work: Workload, token_budget: int) -> None:
         """Pack what `step` trains on."""
@@ -149,19 +143,21 @@ class Ours:
         return packed_loss(self.model, batch, LOSS, denominator=self.denominator, advantages=own)
 
 
-@dataclass
-class _Padded:
+class _Rows(NamedTuple):
     """A micro-batch of the peer: right-padded rows, or all in one row without padding."""
 
     input_ids: Tensor  # [rows, longest], or [1, total_tokens]
-    options: dict[str, Tensor]  # position_ids, where all are in one row
+    position_ids: Tensor | None  # [1, total_tokens], where all are in one row
     predictors: Tensor  # [num_completions, longest completion], rows of the flat hidden states
     targets: Tensor  # the same shape
     mask: Tensor  # the same shape, 1.0 for tokens of a completion
     advantages: Tensor  # [num_completions] fp32
 
+    def to(self, device: torch.device) -> "_Rows":
+        moved: Any = [tensor if tensor is None else tensor.to(device) for tensor in self]
+        return _Rows(*moved)
 
-@dataclass
+
 class Peer:
     """transformers' model as a trainer would use it: bf16 by autocast over fp32 weights, prompts
     repeated, the loss by Liger's fused linear GRPO where it is installed, else from chunks of
@@ -171,33 +167,34 @@ class Peer:
     lengths.
     """
 
-    shape: dict[str, Any]
-    device: torch.device
-    dtype: torch.dtype
-    checkpointing: str
-    packs: bool = field(default_factory=lambda: importlib.util.find_spec("flash_attn") is not None)
-    attention: str | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        shape: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        checkpointing: str,
+        packs: bool | None = None,  # None: where there is flash-attn
+        attention: str = "",  # of transformers; "": what packs or pads
+    ):
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        self.device, self.dtype = device, dtype
+        self.packs = importlib.util.find_spec("flash_attn") is not None if packs is None else packs
+        attention = attention or ("flash_attention_2" if self.packs else "sdpa")
         has_liger = importlib.util.find_spec("liger_kernel") is not None
-        attention = self.attention or ("flash_attention_2" if self.packs else "sdpa")
+        self.loss = self._liger if has_liger else self._plain
         self.name = f"transformers, {attention}{'' if self.packs else ' on padded rows'}, "
         self.name += "Liger's loss" if has_liger else "plain torch's loss"
-        kind, values = self.shape["model_type"], {k: v for k, v in self.shape.items() if k != "model_type"}
-        values |= {"attn_implementation": attention, "use_cache": False}
-        with self.device:
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), dtype=torch.float32)
+        values = shape | {"attn_implementation": attention, "use_cache": False}
+        with device:
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         fill({name: parameter.detach() for name, parameter in self.model.named_parameters()})
-        if self.checkpointing == "full":
+        if checkpointing == "full":
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        settings = AdamW()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
-        self.loss = self._liger if has_liger else self._plain
+        options: dict[str, Any] = {"weight_decay": TRAIN.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), TRAIN.lr, TRAIN.betas, **options)
 
     def load(self, work: Workload, token_budget: int) -> None:
         """Micro-batches of at most `token_budget` tokens, padding included, the longest sequences first."""
@@ -213,27 +210,27 @@ class Peer:
         self.num_targets = work.num_targets
         self.num_tokens = sum(batch.input_ids.numel() for batch in self.batches)
 
-    def _build(self, rows: Sequence[Group], advantages: np.ndarray) -> _Padded:
-        texts = [[*group.prompt_ids, *group.completions[0].token_ids.tolist()] for group in rows]
-        longest = max(map(len, texts))
-        flat, positions, starts, lengths = [], [], [], []
-        for group, text in zip(rows, texts, strict=True):
-            starts.append(len(flat) + len(group.prompt_ids))  # of the completion
-            lengths.append(len(text) - len(group.prompt_ids))
-            padding = 0 if self.packs else longest - len(text)
-            flat += text + [0] * padding
-            positions += range(len(text) + padding)
-        ids = torch.tensor(flat)
+    def _build(self, rows: Sequence[Group], advantages: np.ndarray) -> _Rows:
+        texts, targets, own = [], [], []
+        for group in rows:
+            (completion,) = group.completions
+            targets.append(torch.from_numpy(completion.token_ids))
+            texts.append(torch.cat([torch.tensor(group.prompt_ids), targets[-1]]))
+            own.append(advantages[completion.sequence_id])
+        padded = partial(pad_sequence, batch_first=True)
         # Rows are causal, so that no token sees the padding behind it: a mask would only slow attention down.
-        options = {"position_ids": torch.tensor([positions], device=self.device)} if self.packs else {}
-        columns = torch.arange(max(lengths))
-        mask = columns < torch.tensor(lengths)[:, None]
-        places = torch.where(mask, torch.tensor(starts)[:, None] + columns, 1)
-        targets = torch.where(mask, ids[places], 0)
-        own = torch.from_numpy(advantages[[group.completions[0].sequence_id for group in rows]])
-        inputs = ids.view(1 if self.packs else len(rows), -1), places - 1, targets, mask.float(), own
-        ids, predictors, targets, mask, own = (tensor.to(self.device) for tensor in inputs)
-        return _Padded(ids, options, predictors, targets, mask, own)
+        ids, positions = padded(texts), None
+        if self.packs:
+            ids, positions = torch.cat(texts)[None], torch.cat([torch.arange(len(text)) for text in texts])[None]
+        places, start = [], 0
+        for text, tokens in zip(texts, targets, strict=True):
+            # A token's predictor is the one before it.
+            end = start + len(text) - 1
+            places.append(torch.arange(end - len(tokens), end))
+            start += len(text) if self.packs else ids.shape[1]
+        mask = padded([torch.ones(len(tokens)) for tokens in targets])
+        batch = _Rows(ids, positions, padded(places), padded(targets), mask, torch.tensor(own))
+        return batch.to(self.device)
 
     @torch.no_grad()
     def probe(self, work: Workload) -> Tensor:
@@ -241,9 +238,9 @@ class Peer:
         batch = self._build(Workload(work.first(), work.advantages).repeated().groups, work.advantages)
         return self._hidden(batch)[batch.mask.bool()].float()
 
-    def _hidden(self, batch: _Padded) -> Tensor:  # [num_completions, longest completion, hidden_size]
+    def _hidden(self, batch: _Rows) -> Tensor:  # [num_completions, longest completion, hidden_size]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = self.model.model(batch.input_ids, **batch.options).last_hidden_state
+            hidden = self.model.model(batch.input_ids, position_ids=batch.position_ids).last_hidden_state
         return hidden.to(self.dtype).flatten(0, 1)[batch.predictors]
 
     def step(self) -> tuple[Tensor, Tensor]:
@@ -255,12 +252,12 @@ class Peer:
                 loss = self.loss(hidden, batch)
             loss.backward()
             losses.append(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), AdamW().grad_clip, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), TRAIN.grad_clip, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).sum(), norm
 
-    def _liger(self, hidden: Tensor, batch: _Padded) -> Tensor:
+    def _liger(self, hidden: Tensor, batch: _Rows) -> Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # pyright: ignore[reportMissingImports]
 
         loss = LigerFusedLinearGRPOLoss(
@@ -275,7 +272,7 @@ class Peer:
         weight = self.model.lm_head.weight.to(hidden.dtype)
         return loss(hidden, weight, batch.targets, batch.mask, batch.advantages, num_items_in_batch=self.num_targets)[0]
 
-    def _plain(self, hidden: Tensor, batch: _Padded) -> Tensor:
+    def _plain(self, hidden: Tensor, batch: _Rows) -> Tensor:
         """On policy the ratio is 1, and the loss has the gradient of -advantage x log-prob."""
         rows = batch.mask.flatten().nonzero().squeeze(1)
         hidden, targets = hidden.flatten(0, 1)[rows], batch.targets.flatten()[rows]

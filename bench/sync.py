@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from flashgrpo.bench.generate import opened, parser_for, random_model, recipe_for, require
-from flashgrpo.bench.timing import Row, machine, markdown, show, time_turns, write_results
+from flashgrpo.bench.timing import Row, machine, markdown, publish, time_turns
 from flashgrpo.grpo.run.world import open_world
 
 GENERATORS = "native", "vllm", "vllm_server"
@@ -26,11 +26,11 @@ def time_syncs(options: argparse.Namespace, model: Path) -> Row:
             generator, source = opened(recipe_for(model, name, 64, options.devices), world, 64)
             try:
                 sync = partial(generator.load_weights, source, 1)
-                timing = time_turns({name: sync}, world.device, rounds=-(-options.rounds // 2))[name]
+                times = time_turns({name: sync}, world.device, rounds=-(-options.rounds // 2))[name]
             finally:
                 # An engine that idles holds memory, and on a CPU threads.
                 generator.close()
-            found[name], spread[name], size = timing.p50_ms / 1e3, timing.spread, source.num_bytes
+            found[name], spread[name], size = times["p50_ms"] / 1e3, times["spread"], source.num_bytes
         device = world.device
     return {"machine": machine(device), "model": options.model, "gb": size / 1e9, "seconds": found, "spread": spread}
 
@@ -49,5 +49,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require(options.generators)
     with random_model(options.model) as model:
         found = time_syncs(options, model)
-    show(table(found), f"written to {write_results('sync_{device}.json', found)}")
+    publish("sync_{device}.json", found, table(found))
     return 0

@@ -7,8 +7,9 @@ training.
 """
 
 import argparse
+import contextlib
 import ctypes
-import itertools
+import functools
 import json
 import os
 import platform
@@ -19,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
@@ -35,30 +37,12 @@ from flashgrpo.model.files import write_text
 
 Made = TypeVar("Made")
 Row = dict[str, Any]  # of results, as JSON has it
+Side = Callable[[], list[float]]  # one of those that take turns: milliseconds of its calls in a pass
+Guard = Callable[[str], contextlib.AbstractContextManager[object]]
 ROOT = Path(__file__).resolve().parent.parent
 _MOST_ROUNDS = 100
 _SHORT_MS = 3.0
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of a call: percentiles over two passes, and how far the passes' medians are apart."""
-
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    spread: float  # of the medians, by the smaller one
-    rounds: int
-
-    @classmethod
-    def of(cls, passes: Sequence[Sequence[float]]) -> "Timing":
-        taken = sorted(itertools.chain(*passes))
-        last = len(taken) - 1
-        p20, p80 = (taken[min(int(share * len(taken)), last)] for share in (0.2, 0.8))
-        p50 = statistics.median(taken)
-        # A drift of the machine shows between the passes, where percentiles over both would hide it.
-        medians = [statistics.median(values) for values in passes]
-        return cls(p20, p50, p80, max(medians) / min(medians) - 1, len(taken))
+_NOTE_LENGTH = 120
 
 
 @dataclass(frozen=True)
@@ -67,7 +51,7 @@ class Limits:
 
     flops_per_s: float
     bytes_per_s: float
-    dtype: torch.dtype
+    dtype: str
 
     def ms(self, flops: float, num_bytes: float) -> float:
         """The least time of work that needs both."""
@@ -97,19 +81,61 @@ def sample_ms(
     return taken
 
 
+def in_turns(sides: Mapping[str, Side], guard: Guard = contextlib.nullcontext) -> Iterator[tuple[str, Row]]:
+    """Let each side measure itself in two passes, A B A B; gives its name and its `percentiles` so far after each turn.
+
+    `guard(name)` stands around a turn: a side whose error it takes has no times of it, and no
+    second turn.
+    """
+    passes: dict[str, list[list[float]]] = {name: [] for name in sides}
+    for number in range(2):
+        for name, sample in sides.items():
+            taken = passes[name]
+            if len(taken) == number:
+                with guard(name):
+                    taken.append(sample())
+            if len(taken) > number:
+                yield name, percentiles(taken)
+
+
+def percentiles(passes: Sequence[Sequence[float]]) -> Row:
+    """In ms, over all passes; and their `spread`, how far the medians are apart, by the smaller one."""
+    # A drift of the machine shows between the passes, where percentiles over both would hide it.
+    medians = [statistics.median(taken) for taken in passes]
+    every = np.concatenate(passes)
+    p20, p50, p80 = np.quantile(every, (0.2, 0.5, 0.8)).tolist()
+    spread = max(medians) / min(medians) - 1
+    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "spread": spread, "rounds": len(every)}
+
+
 def time_turns(
-    sides: Mapping[str, Callable[[], object]], device: torch.device, *, budget_s: float = 0.0, rounds: int = 1
-) -> dict[str, Timing]:
-    """Time every side, A B A B: in each of two passes as `sample_ms` does, after a call that is not counted."""
-    passes: dict[str, list[list[float]]] = {}
-    for name, call in sides.items():
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, budget_s: float = 0.0, rounds: int = 1
+) -> dict[str, Row]:
+    """Time calls in turns: in each of two passes as `sample_ms` does, after a call that is not counted."""
+    sides: dict[str, Side] = {}
+    for name, call in calls.items():
         # It compiles, and fills the allocator's cache.
         call()
-        passes[name] = []
-    for _ in range(2):
-        for name, call in sides.items():
-            passes[name].append(sample_ms(call, device, budget_s=budget_s, rounds=rounds))
-    return {name: Timing.of(taken) for name, taken in passes.items()}
+        sides[name] = functools.partial(sample_ms, call, device, budget_s=budget_s, rounds=rounds)
+    # Of each side the last row is that of both passes.
+    return dict(in_turns(sides))
+
+
+@contextlib.contextmanager
+def noted(*rows: Row) -> Iterator[None]:
+    """An error becomes the rows' `status` and `note`: a benchmark goes on without what cannot be measured."""
+    try:
+        yield
+    except Exception as error:
+        kinds = {ImportError: "not installed", TimeoutError: "not measured", torch.OutOfMemoryError: "out of memory"}
+        status = next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
+        text = str(error).strip().partition("\n")[0][:_NOTE_LENGTH]
+        for row in rows:
+            row |= {"status": status, "note": text if status != "failed" else f"{type(error).__name__}: {text}"}
+        if status == "out of memory":
+            # Its frames hold what was allocated.
+            error.__traceback__ = None
+            torch.cuda.empty_cache()
 
 
 def peak_mib(call: Callable[[], Made], device: torch.device) -> tuple[float, Made]:
@@ -139,7 +165,8 @@ def measure_limits(device: torch.device) -> Limits:
     target = torch.empty_like(source)
     # The faster fifth: a limit is what the machine can do, not what it did on average.
     found = time_turns({"matmul": lambda: product(a, b), "copy": lambda: target.copy_(source)}, device, budget_s=0.5)
-    return Limits(2e3 * side**3 / found["matmul"].p20_ms, 2e3 * size / found["copy"].p20_ms, dtype)
+    flops_per_s, bytes_per_s = 2e3 * side**3 / found["matmul"]["p20_ms"], 2e3 * size / found["copy"]["p20_ms"]
+    return Limits(flops_per_s, bytes_per_s, str(dtype))
 
 
 def option_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -168,6 +195,13 @@ def show(lines: Sequence[str], *notes: str) -> None:
     console.print(Markdown("\n".join(lines)))
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
+
+
+def publish(name: str, found: Row, table: Sequence[str], *notes: str) -> Path:
+    """Write results, print their table and where they are; gives the path."""
+    path = write_results(name, found)
+    show(table, *notes, f"written to {path}")
+    return path
 
 
 def machine(device: torch.device) -> Row:

@@ -21,6 +21,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -58,9 +59,9 @@ class Lengths:
     def tail(self) -> float:
         return self.longest / self.response - 1
 
-    def alive(self, t: float) -> float:
-        """Share of completions with more than t tokens."""
-        return (1 - min(t / self.longest, 1.0)) ** self.tail if t < self.longest else 0.0
+    def alive(self, t: np.ndarray) -> np.ndarray:
+        """Shares of completions with more than t tokens, fewer than the longest has."""
+        return (1 - t / self.longest) ** self.tail
 
     def last(self, num_completions: float) -> float:
         """Length of the longest of so many."""
@@ -77,44 +78,42 @@ class Lengths:
 Parts = dict[str, float]  # bytes by name
 
 
-@dataclass(frozen=True)
 class Costs:
-    """A recipe on a machine, and what is counted of it."""
+    """A recipe on a machine, and what is counted of it.
 
-    recipe: Recipe
-    config: ModelConfig
-    machine: Machine
-    num_gpus: int
-    lengths: Lengths
+    Raises RecipeError where the ranks of a copy do not divide the GPUs.
+    """
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of the compute type."""
-        dtype = self.recipe.model.dtype
-        return 4 if dtype == "float32" or (dtype == "auto" and self.machine.is_cpu) else 2
+    def __init__(self, recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, lengths: Lengths):
+        self.recipe, self.config, self.machine = recipe, config, machine
+        self.num_gpus, self.lengths = num_gpus, lengths
+        self.size, self.flops = ModelSize.of(config), ModelFlops.of(config)
 
-    @property
-    def shard_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
-        ranks = self.recipe.train.shard_ranks or self.num_gpus
-        if self.num_gpus % ranks:
+        # The compute type's bytes, and what a GPU and its memory reach in it.
+        dtype = recipe.model.dtype
+        self.itemsize = 4 if dtype == "float32" or (dtype == "auto" and machine.is_cpu) else 2
+        self.peak_flops = machine.flops * (FP32_SHARE if self.itemsize == 4 and not machine.is_cpu else 1.0)
+        self.product_rate = self.peak_flops * MATMUL_SHARE
+        self.memory_rate = machine.memory_rate * MEMORY_SHARE
+
+        # Ranks that hold one copy of the model.
+        self.shard_ranks = recipe.train.shard_ranks or num_gpus
+        if num_gpus % self.shard_ranks:
             raise RecipeError(
-                f"train.shard_ranks = {ranks} does not divide {self.num_gpus} GPUs; choose a divisor, or 0"
+                f"train.shard_ranks = {self.shard_ranks} does not divide {num_gpus} GPUs; choose a divisor, or 0"
             )
-        return ranks
 
-    @property
-    def size(self) -> ModelSize:
-        return ModelSize.of(self.config)
+        # Keys and values of a token; and logits of a row, in fp32 too with their softmax, and its sums in float64.
+        self.kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.itemsize
+        self.sampled_bytes = config.vocab_size * (self.itemsize + 16)
 
-    @property
-    def kv_bytes(self) -> int:
-        """Keys and values of a token."""
-        return 2 * self.config.num_layers * self.config.num_kv_heads * self.config.head_dim * self.itemsize
-
-    @property
-    def groups_a_rank(self) -> int:
-        return -(-self.recipe.rollout.prompts_per_step // self.num_gpus)
+        # A rank's share of a step: whole groups that it samples; packed tokens, query-key pairs and targets.
+        rollout, train = recipe.rollout, recipe.train
+        self.groups_a_rank = -(-rollout.prompts_per_step // num_gpus)
+        of_group, groups = lengths.group(rollout.group_size), rollout.prompts_per_step / num_gpus
+        self.tokens, self.pairs, self.targets = (count * groups for count in of_group)
+        # Of an update.
+        self.micro_batches = math.ceil(self.tokens / train.mini_batches / train.token_budget)
 
     def memory(self, token_budget: int) -> dict[str, Parts]:
         """The parts of a GPU's memory at each moment of the docstring above, with micro-batches of `token_budget`."""
@@ -165,23 +164,25 @@ class Costs:
             },
         }
 
-    def fits(self, token_budget: int) -> bool:
-        """Whether every moment does."""
-        return max(sum(parts.values()) for parts in self.memory(token_budget).values()) <= self.machine.memory
+    def largest_budget(self) -> int:
+        """Most tokens of a micro-batch with which every moment fits, 0 for none."""
+
+        def is_over(token_budget: int) -> bool:
+            totals = [sum(parts.values()) for parts in self.memory(token_budget).values()]
+            return max(totals) > self.machine.memory
+
+        # Every part grows with the budget, so that halving finds the end in 40 looks.
+        return bisect.bisect_left(range(1, 1 << 40), True, key=is_over)
 
     def rollout_peak(self) -> tuple[float, float]:
         """Rows and room a row of the native generator's cache, which doubles for all rows at once, at its largest."""
-        total, longest = self.groups_a_rank * self.recipe.rollout.group_size, self.lengths.longest
-        rooms = [min(64 << i, longest) for i in range(longest.bit_length())]
-        # no room is made before the last is full, and an eighth of the rows may be idle
-        rows = [min(1.0, self.lengths.alive(room / 2 if i else 0) * 8 / 7) * total for i, room in enumerate(rooms)]
-        logits = self.sampled_bytes / self.kv_bytes
-        return max(zip(rows, rooms, strict=True), key=lambda x: x[0] * (x[1] + logits))
-
-    @property
-    def sampled_bytes(self) -> int:
-        """Logits of a row, in fp32 too with their softmax, and its sums in float64."""
-        return self.config.vocab_size * (self.itemsize + 16)
+        rooms = np.minimum(64 << np.arange(self.lengths.longest.bit_length()), self.lengths.longest)
+        # No room is made before the last is full, and an eighth of the rows may be idle.
+        alive = np.minimum(self.lengths.alive(rooms / 2) * 8 / 7, 1.0)
+        alive[0] = 1.0
+        rows = alive * self.groups_a_rank * self.recipe.rollout.group_size
+        worst = np.argmax(rows * (rooms + self.sampled_bytes / self.kv_bytes))
+        return float(rows[worst]), float(rooms[worst])
 
     def collective_s(self, num_bytes: float) -> float:
         """Of an all-gather or reduce-scatter of so many bytes in all over the ranks of a copy; nodes share the load."""
@@ -196,67 +197,49 @@ class Costs:
         rate = self.machine.network_rate if crosses else self.machine.node_rate
         return 2 * (copies - 1) / copies * 4 * self.size.total / self.shard_ranks / rate / LINK_SHARE
 
-    @property
-    def peak_flops(self) -> float:
-        """A GPU's, in the compute type."""
-        return self.machine.flops * (FP32_SHARE if self.itemsize == 4 and not self.machine.is_cpu else 1.0)
-
     def work(self, blocks: float, attention: float, head: float) -> float:
         """Seconds of a rank's share of a step, as multiples of the forward pass' work."""
-        tokens, pairs, targets = self.tokens_a_rank
-        flops, rate = ModelFlops.of(self.config), self.peak_flops * MATMUL_SHARE
-        products = (blocks * flops.per_token * tokens + head * flops.per_target * targets) / rate
-        return IMBALANCE * (products + attention * flops.per_pair * pairs / (self.peak_flops * ATTENTION_SHARE))
-
-    @property
-    def tokens_a_rank(self) -> tuple[float, float, float]:
-        """Of a step: packed tokens, query-key pairs, targets."""
-        tokens, pairs, targets = self.lengths.group(self.recipe.rollout.group_size)
-        groups = self.recipe.rollout.prompts_per_step / self.num_gpus
-        return tokens * groups, pairs * groups, targets * groups
-
-    @property
-    def micro_batches(self) -> int:
-        """Of an update, on a rank."""
-        train = self.recipe.train
-        return math.ceil(self.tokens_a_rank[0] / train.mini_batches / train.token_budget)
+        per = self.flops
+        products = blocks * per.per_token * self.tokens + head * per.per_target * self.targets
+        pairs_s = attention * per.per_pair * self.pairs / (self.peak_flops * ATTENTION_SHARE)
+        return IMBALANCE * (products / self.product_rate + pairs_s)
 
     def seconds(self) -> dict[str, float]:
         """Of a step, by phase."""
         train, moved = self.recipe.train, self.itemsize * self.size.total
-        memory_rate = self.machine.memory_rate * MEMORY_SHARE
         passes = (train.mini_batches - 1) / train.mini_batches + (self.recipe.loss.kl_coef > 0)
-        score = passes * max(self.work(1, 1, 1), train.mini_batches * self.micro_batches * self.collective_s(moved))
+        # A pass gathers the weights in every micro-batch.
+        gathering_s = train.mini_batches * self.micro_batches * self.collective_s(moved)
+        score = passes * max(self.work(1, 1, 1), gathering_s)
         # Attention: 2 products in a forward pass, 7 in a backward one.
         again = self.recipe.model.activation_checkpointing == "full"
         compute = self.work(3 + again, 4.5 + again, 3 + (self.recipe.loss.ratio_level == "sequence"))
         gathers = 2 if train.reshard_after_forward else 1
-        exchange = self.micro_batches * (gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total))
+        exchange = gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total)
+        exchange = train.mini_batches * (self.micro_batches * exchange + self.all_reduce_s())
         # AdamW reads 4 and writes 3 fp32 numbers a weight.
-        adamw = 28 * self.size.total / self.shard_ranks / memory_rate
-        one_pass = max(compute, train.mini_batches * (exchange + self.all_reduce_s())) + train.mini_batches * adamw
-        sync = self.collective_s(moved) + moved / memory_rate
-        return {"generate": self.generate_s(), "score": score, "train": train.epochs * one_pass, "sync": sync}
+        adamw = 28 * self.size.total / self.shard_ranks / self.memory_rate
+        epoch = max(compute, exchange) + train.mini_batches * adamw
+        sync = self.collective_s(moved) + moved / self.memory_rate
+        return {"generate": self.generate_s(), "score": score, "train": train.epochs * epoch, "sync": sync}
 
     def generate_s(self, num_points: int = 256) -> float:
         """Prompts once; then every step reads the weights and the live keys and values, until the last row ends."""
         config, lengths, size = self.config, self.lengths, self.recipe.rollout.group_size
-        flops = ModelFlops.of(config)
-        rate, memory_rate = self.peak_flops * MATMUL_SHARE, self.machine.memory_rate * MEMORY_SHARE
         rows, prompts = self.groups_a_rank * size, self.groups_a_rank * lengths.prompt
-        seconds = flops.forward(prompts, prompts * lengths.prompt / 2, self.groups_a_rank) / rate
+        prefill = self.flops.forward(prompts, prompts * lengths.prompt / 2, self.groups_a_rank)
         weights = self.itemsize * (config.num_layers * self.size.block + self.size.head)
-        host_s = config.num_layers * DECODE_OPERATORS * OPERATOR_S
         width = lengths.last(self.recipe.rollout.prompts_per_step * size) / num_points
-        for i in range(num_points):
-            t = (i + 0.5) * width
-            live = rows * lengths.alive(t)
-            # A prompt is read once for its group, as long as one of its completions lives.
-            read = live * t + prompts * (1 - (1 - lengths.alive(t)) ** size)
-            read_s = (weights + self.kv_bytes * read) / memory_rate
-            compute_s = flops.forward(live, live * (t + lengths.prompt), live) / rate
-            seconds += width * max(read_s, compute_s, host_s)
-        return seconds
+        t = (np.arange(num_points) + 0.5) * width
+        alive = lengths.alive(t)
+        live = rows * alive
+        # A prompt is read once for its group, as long as one of its completions lives.
+        read = live * t + prompts * (1 - (1 - alive) ** size)
+        read_s = (weights + self.kv_bytes * read) / self.memory_rate
+        compute_s = self.flops.forward(live, live * (t + lengths.prompt), live) / self.product_rate
+        host_s = config.num_layers * DECODE_OPERATORS * OPERATOR_S
+        slowest_s = np.maximum(np.maximum(read_s, compute_s), host_s)
+        return prefill / self.product_rate + width * float(slowest_s.sum())
 
 
 @dataclass(frozen=True)
@@ -315,20 +298,20 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
             f"train.token_budget = {recipe.train.token_budget} is below a prompt and its longest completion, {needed} "
             "tokens; raise it or lower rollout.max_new_tokens"
         )
-    memory = run.memory(recipe.train.token_budget)
-    if not run.fits(recipe.train.token_budget):
-        raise RecipeError(_refusal(run, memory, needed))
+    memory, largest_budget = run.memory(recipe.train.token_budget), run.largest_budget()
+    if recipe.train.token_budget > largest_budget:
+        raise RecipeError(_refusal(run, memory, largest_budget if largest_budget >= needed else 0))
     rollout, seconds = memory["rollout"], run.seconds()
     room = machine.memory - sum(rollout.values()) + rollout["KV cache"]
     sampled = recipe.rollout.prompts_per_step * recipe.rollout.group_size * lengths.response
-    useful = 3 * recipe.train.epochs * ModelFlops.of(config).forward(*run.tokens_a_rank)
+    useful = 3 * recipe.train.epochs * run.flops.forward(run.tokens, run.pairs, run.targets)
     return Plan(
         num_params=run.size.total,
         num_gpus=num_gpus,
         lengths=lengths,
         memory=memory,
         available=machine.memory,
-        largest_token_budget=_largest_budget(run),
+        largest_token_budget=largest_budget,
         sequences=run.groups_a_rank * recipe.rollout.group_size,
         largest_sequences=int(room / run.kv_bytes / (lengths.longest + lengths.prompt / recipe.rollout.group_size)),
         micro_batches=run.micro_batches,
@@ -338,22 +321,14 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
     )
 
 
-def _largest_budget(run: Costs) -> int:
-    """Most tokens of a micro-batch that fit, 0 for none."""
-    # Every part grows with the budget, so that halving finds the end in 40 looks.
-    return bisect.bisect_left(range(1, 1 << 40), True, key=lambda tokens: not run.fits(tokens))
-
-
-def _refusal(run: Costs, memory: dict[str, Parts], needed: int) -> str:
-    """What is too large, and the largest token budget, which is the one change that costs no result."""
+def _refusal(run: Costs, memory: dict[str, Parts], enough: int) -> str:
+    """What is largest, and a token budget that would be enough, which is the one change that costs no result."""
     moment = max(memory, key=lambda name: sum(memory[name].values()))
     largest = sorted(memory[moment].items(), key=lambda part: part[1], reverse=True)[:3]
     sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in largest)
-    budget = _largest_budget(run)
-    if budget >= needed:
-        advice = f"--train.token_budget={budget} would be enough"
-    else:
-        advice = "no token budget is small enough: make one of them smaller, or take more GPUs"
+    advice = "no token budget is small enough: make one of them smaller, or take more GPUs"
+    if enough:
+        advice = f"--train.token_budget={enough} would be enough"
     return (
         f"{sum(memory[moment].values()) / 1e9:,.1f} GB a GPU are needed ({moment}), "
         f"{run.machine.memory / 1e9:,.1f} GB are there, on {run.num_gpus} GPUs; "

@@ -4,7 +4,7 @@ Of an SFT run or a reward model's, the loss.
 """
 
 import fnmatch
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,16 @@ from flashgrpo.grpo.metrics import PHASES
 from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.model.files import whole_file
 
-Draw = Callable[[Axes, list[dict], list[dict]], None]  # of all rows, and those of training steps
+Rows = list[dict[str, Any]]  # of metrics.jsonl
 
 _SHOWN_SHARE = 0.005  # of the time; a thinner band could not be seen
 _LEGEND_COLUMNS = 3
 _LARGEST = 1e300  # beyond it a picture has no place
 _MARKED = 20  # steps that are few enough for a mark each
-_COLOURS = {phase: f"C{number}" for number, phase in enumerate(PHASES)}  # in every picture
-# Of a pipeline's picture: keys of metrics.jsonl, or patterns; the first of two, measured at times, is drawn strong.
+_FREE, _FROM_0, _FROM_0_TO_1 = (None, None), (0, None), (-0.02, 1.02)
 _STAGE_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-_PIPELINE_PANELS = {
-    "score: held-out pass@1, accuracy of the rollouts": ("eval/pass@1", "reward/accuracy"),
-    "response length, tokens": ("length/mean",),
-    "reasoning in the target language": ("reward/language_consistency",),
-    "reflective phrases per 1,000 tokens": ("reflection/per_1000_tokens",),
-    "reward of the prompts of [sources]": ("source/*/reward",),
-}
-_SHARES = ("reward/language_consistency", "eval/pass@1")
 _NOT_REWARDS = {"mean", "std", "group_std", "missing"}
+_BLUE = {"color": "tab:blue"}
 _GRPO_SUMMARY = {  # column: key and format
     "held-out pass@1": ("eval/pass@1", "{:.1%}"),
     "reward": ("reward/mean", "{:.3f}"),
@@ -50,6 +42,24 @@ _SFT_SUMMARY = {"loss": ("loss", "{:.4f}"), "trained tokens/s": ("tokens_per_s/t
 _REWARD_MODEL_SUMMARY = {"held-out accuracy": ("eval/accuracy", "{:.1%}"), **_SFT_SUMMARY}
 
 
+@dataclass(frozen=True)
+class Chart:
+    """A place of a picture: curves by their keys, each with its style, or of time areas on each other."""
+
+    title: str
+    curves: dict[str, dict[str, Any]]
+    limits: tuple[float | None, float | None] = _FROM_0  # of its axis; None: those of the curves
+    is_share: bool = False  # in percent
+    band: tuple[str, str, str] | None = None  # keys of its two ends, and its label
+    right: str = ""  # key of a curve with an axis of its own
+    is_stacked: bool = False
+
+    def has_values(self, rows: Rows) -> bool:
+        """Where an axis begins at 0, nothing but zeros is nothing to see."""
+        values = np.array([_series(rows, key)[1] for key in self.curves])
+        return bool((np.nan_to_num(values) if self.limits == _FROM_0 else np.isfinite(values)).any())
+
+
 def write_report(run: str | Path) -> Path:
     """Draw RUN/report.png from RUN/metrics.jsonl; returns its path. Raises RunInputError for no step to draw."""
     run = Path(run)
@@ -57,13 +67,12 @@ def write_report(run: str | Path) -> Path:
     steps = _with_key(rows, "loss")
     if not steps:
         raise RunInputError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a run?")
-    panels = _panels(rows, steps)
-    num_columns = min(2, max(len(panels), 1))
-    num_rows = max(-(-len(panels) // num_columns), 1)
+    charts = [chart for chart in _charts(rows, steps) if chart.has_values(rows)] or [Chart("nothing to see", {})]
+    num_rows, num_columns = -(-len(charts) // 2), min(2, len(charts))
     figure = Figure(figsize=(11, max(3.75 * num_rows, 5.0)), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
-    for axis, draw in zip(axes, panels, strict=False):
-        draw(axis, rows, steps)
+    for axis, chart in zip(axes, charts, strict=False):
+        _draw(axis, chart, rows, steps)
     first, last = rows[0]["step"], rows[-1]["step"]
     margin = max(0.02 * (last - first), 0.5)
     for axis in axes:
@@ -73,7 +82,7 @@ def write_report(run: str | Path) -> Path:
         axis.grid(alpha=0.25)
         _open_corner(axis)
     # A grid with an odd number of panels has a place too many.
-    for axis in axes[max(len(panels), 1) :]:
+    for axis in axes[len(charts) :]:
         axis.remove()
     figure.suptitle(str(run), fontsize="medium", color="0.4", parse_math=False)
     return _save(figure, run / "report.png", dpi=120)
@@ -112,7 +121,7 @@ def print_summary(run: str | Path, num_samples: int = 3) -> None:
         console.print(Panel(text, title=f"step {sample['step']}, reward {reward}"))
 
 
-def _read_metrics(run: Path) -> list[dict[str, Any]]:
+def _read_metrics(run: Path) -> Rows:
     """Rows of numbers. Raises RunInputError for anything else."""
     path = run / "metrics.jsonl"
     rows = read_rows(path)
@@ -128,118 +137,90 @@ def _check_number(path: Path, row: dict[str, Any], key: str) -> None:
         raise RunInputError(f"{path}: {key} is {value!r:.80} in step {row['step']!s:.20}, wanted a number")
 
 
-def _panels(rows: list[dict], steps: list[dict]) -> list[Draw]:
-    """What draws each panel that has something to show."""
-
-    def has(*keys: str, above_zero: bool = False) -> bool:
-        for key in keys:
-            values = _series(rows, key)[1]
-            if (np.nan_to_num(values) if above_zero else np.isfinite(values)).any():
-                return True
-        return False
-
-    if _with_key(steps, "reward/mean"):
-        found = {
-            _draw_scores: has("eval/pass@1", "reward/accuracy"),
-            _draw_lengths: has("length/mean"),
-            _draw_rewards: has("reward/mean"),
-            _draw_times: has(*(f"time/{phase}_s" for phase in PHASES), above_zero=True),
-            _one("kl", "KL to the reference, nats a token"): has("kl", above_zero=True),
-            _one("entropy", "entropy, nats a token"): has("entropy"),
-            _draw_clipped: has("clip/low", "clip/high", above_zero=True),
-        }
-    else:
+def _charts(rows: Rows, steps: Rows) -> list[Chart]:
+    """Those of the kind of run that has written these rows, and these of its training steps."""
+    norm = Chart("gradient norm, before clipping", {"grad_norm": _BLUE})
+    if not _with_key(steps, "reward/mean"):
         unit = "row" if "train/accuracy" in steps[0] else "token"
-        found = {
-            _one("loss", f"loss, nats a {unit}", from_zero=False): has("loss"),
-            _draw_accuracy: has("train/accuracy", "eval/accuracy"),
+        accuracy = {
+            "train/accuracy": {"color": "0.7", "label": "of a step"},
+            "eval/accuracy": {**_BLUE, "label": "held-out"},
         }
-    found[_one("grad_norm", "gradient norm, before clipping")] = has("grad_norm")
-    return [draw for draw, is_there in found.items() if is_there]
+        loss = Chart(f"loss, nats a {unit}", {"loss": _BLUE}, limits=_FREE)
+        return [loss, Chart("accuracy", accuracy, _FROM_0_TO_1, is_share=True), norm]
+    scores: dict[str, dict[str, Any]] = {
+        "reward/accuracy": {"color": "0.7", "label": "accuracy of the rollouts"},
+        "eval/pass@1": {**_BLUE, "label": "held-out pass@1"},
+    }
+    samples = max((row["eval/k"] for row in _known(rows, "eval/k")), default=1)
+    if samples > 1:
+        scores["eval/cons@k"] = {"linestyle": "--", "color": "tab:green", "label": f"held-out cons@{samples:.0f}"}
+    rewards = {}
+    for key in steps[0]:
+        name = key.removeprefix("reward/")
+        if key.startswith("reward/") and name not in _NOT_REWARDS:
+            rewards[key] = {"label": name}
+    # Last, and over the others.
+    rewards["reward/mean"] = {"color": "black", "label": "weighted sum"}
+    times = {f"time/{phase}_s": {"color": f"C{i}", "label": phase} for i, phase in enumerate(PHASES)}
+    lengths = {"length/mean": {**_BLUE, "label": "mean"}}
+    clipped = {f"clip/{end}": {"label": f"too {end}"} for end in ("low", "high")}
+    interval = ("eval/pass@1/low", "eval/pass@1/high", "95% interval")
+    extremes = ("length/min", "length/max", "shortest to longest")
+    return [
+        Chart("score", scores, _FROM_0_TO_1, is_share=True, band=interval),
+        Chart("response length, tokens", lengths, band=extremes, right="reflection/per_1000_tokens"),
+        Chart("mean reward", rewards, limits=_FREE),
+        Chart("seconds a step", times, is_stacked=True),
+        Chart("KL to the reference, nats a token", {"kl": _BLUE}),
+        Chart("entropy, nats a token", {"entropy": _BLUE}),
+        Chart("share of tokens whose ratio is clipped", clipped, is_share=True),
+        norm,
+    ]
 
 
-def _draw_scores(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-    evaluations = _known(rows, "eval/pass@1")
-    _plot(axis, steps, "reward/accuracy", color="0.7", label="accuracy of the rollouts")
-    if evaluations:
-        _band(axis, evaluations, "eval/pass@1/low", "eval/pass@1/high", color="tab:blue", label="95% interval")
-        _plot(axis, evaluations, "eval/pass@1", marks=True, color="tab:blue", label="held-out pass@1")
-        if evaluations[-1].get("eval/k", 1) > 1:
-            label = f"held-out cons@{evaluations[-1]['eval/k']:.0f}"
-            _plot(axis, evaluations, "eval/cons@k", marks=True, linestyle="--", color="tab:green", label=label)
-    _in_percent(axis)
-    _label(axis, "score")
-
-
-def _draw_lengths(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-    _band(axis, steps, "length/min", "length/max", color="tab:blue", label="shortest to longest")
-    _plot(axis, steps, "length/mean", color="tab:blue", label="mean")
-    axis.set_ylim(bottom=0)
-    if np.nan_to_num(_series(steps, "reflection/per_1000_tokens")[1]).any():
+def _draw(axis: Axes, chart: Chart, rows: Rows, steps: Rows) -> None:
+    if chart.band:
+        low, high, label = chart.band
+        _band(axis, _known(rows, low), low, high, label=label, **_BLUE)
+    if chart.is_stacked:
+        _stack(axis, chart.curves, steps)
+    else:
+        for key, style in chart.curves.items():
+            # What is measured at times only is a line all the same.
+            is_evaluated = key.startswith("eval/")
+            _plot(axis, _known(rows, key) if is_evaluated else steps, key, marks=is_evaluated, **style)
+    _scale(axis, chart)
+    if np.nan_to_num(_series(steps, chart.right)[1]).any():
         # Its curve is on the other axis, whose legend nobody asks for: an empty one stands for it.
         axis.plot([], [], ":", color="tab:red", label="reflections in 1,000")
         right = axis.twinx()
-        _plot(right, steps, "reflection/per_1000_tokens", linestyle=":", color="tab:red")
+        _plot(right, steps, chart.right, linestyle=":", color="tab:red")
         right.set_ylim(bottom=0)
         right.tick_params(colors="tab:red")
         _open_corner(right)
-    _label(axis, "response length, tokens")
+    _label(axis, chart.title)
 
 
-def _draw_rewards(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-    for name in steps[0]:
-        if name.startswith("reward/") and name.removeprefix("reward/") not in _NOT_REWARDS:
-            _plot(axis, steps, name, label=name.removeprefix("reward/"))
-    _plot(axis, steps, "reward/mean", color="black", label="weighted sum")
-    _label(axis, "mean reward")
-
-
-def _draw_times(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
+def _stack(axis: Axes, curves: dict[str, dict[str, Any]], steps: Rows) -> None:
+    """Areas, or bars of few steps, one upon the other; each label with its share of all."""
     numbers, _ = _series(steps, "loss")
-    seconds = {phase: np.nan_to_num(_series(steps, f"time/{phase}_s")[1]) for phase in PHASES}
-    total = np.sum([*seconds.values()])
+    values_of = {key: np.nan_to_num(_series(steps, key)[1]) for key in curves}
+    total = np.sum([*values_of.values()])
     bottom = np.zeros(len(steps))
-    for phase, values in seconds.items():
-        if values.sum() <= _SHOWN_SHARE * total:
+    for key, values in values_of.items():
+        share = values.sum() / total
+        if share <= _SHOWN_SHARE:
             continue
-        style = {"color": _COLOURS[phase], "alpha": 0.85, "label": f"{phase} {values.sum() / total:.0%}"}
+        style = {**curves[key], "alpha": 0.85, "label": f"{curves[key]['label']} {share:.0%}"}
         if len(steps) <= _MARKED:
             axis.bar(numbers, values, 0.8, bottom, **style)
         else:
             axis.fill_between(numbers, bottom, bottom + values, linewidth=0, **style)
         bottom = bottom + values
-    axis.set_ylim(bottom=0)
-    _label(axis, "seconds a step")
 
 
-def _draw_accuracy(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-    _plot(axis, steps, "train/accuracy", color="0.7", label="of a step")
-    _plot(axis, _known(rows, "eval/accuracy"), "eval/accuracy", marks=True, color="tab:blue", label="held-out")
-    _in_percent(axis)
-    _label(axis, "accuracy")
-
-
-def _draw_clipped(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-    for end in ("low", "high"):
-        _plot(axis, steps, f"clip/{end}", label=f"too {end}")
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_ylim(bottom=0)
-    _label(axis, "share of tokens whose ratio is clipped")
-
-
-def _one(key: str, title: str, from_zero: bool = True) -> Draw:
-    """A panel of one number."""
-
-    def draw(axis: Axes, rows: list[dict], steps: list[dict]) -> None:
-        _plot(axis, steps, key, color="tab:blue")
-        if from_zero:
-            axis.set_ylim(bottom=0)
-        _label(axis, title)
-
-    return draw
-
-
-def _plot(axis: Axes, rows: list[dict], key: str, marks: bool = False, **style: Any) -> None:
+def _plot(axis: Axes, rows: Rows, key: str, marks: bool = False, **style: Any) -> None:
     """A line, if there is anything, and marks where it would not be seen: at few steps, and between missing ones."""
     numbers, values = _series(rows, key)
     known = np.isfinite(values)
@@ -250,7 +231,7 @@ def _plot(axis: Axes, rows: list[dict], key: str, marks: bool = False, **style: 
     axis.plot(numbers, values, marker="o", markersize=4, markevery=np.flatnonzero(marked).tolist(), **style)
 
 
-def _band(axis: Axes, rows: list[dict], low_key: str, high_key: str, color: str, label: str) -> None:
+def _band(axis: Axes, rows: Rows, low_key: str, high_key: str, color: str, label: str) -> None:
     """Between two lines; of a single step a bar."""
     numbers, low = _series(rows, low_key)
     high = _series(rows, high_key)[1]
@@ -273,7 +254,7 @@ def _label(axis: Axes, title: str) -> None:
         legend.set_in_layout(False)  # a wide one would make the axes narrow; the title has left it the room
 
 
-def _series(rows: list[dict], key: str) -> tuple[list[int], np.ndarray]:
+def _series(rows: Rows, key: str) -> tuple[list[int], np.ndarray]:
     """Steps, and what they have under a key, NaN where that is nothing."""
     numbers, values = [], np.full(len(rows), np.nan)
     for i, row in enumerate(rows):
@@ -283,32 +264,46 @@ def _series(rows: list[dict], key: str) -> tuple[list[int], np.ndarray]:
     return numbers, values
 
 
-def _with_key(rows: list[dict], key: str) -> list[dict]:
+def _with_key(rows: Rows, key: str) -> Rows:
     """Rows that have a key, be it null."""
     return [row for row in rows if key in row]
 
 
-def _known(rows: list[dict], key: str) -> list[dict]:
+def _known(rows: Rows, key: str) -> Rows:
     return [row for row in rows if row.get(key) is not None]
 
 
-def draw_pipeline(stages: dict[str, Path], scores: list[dict[str, Any]], path: Path) -> Path:
+# Curves by patterns of keys; the first of two, measured at times, is drawn strong.
+_OF_STAGES = (
+    Chart(
+        "score: held-out pass@1, accuracy of the rollouts",
+        {"eval/pass@1": {}, "reward/accuracy": {}},
+        _FROM_0_TO_1,
+        True,
+    ),
+    Chart("response length, tokens", {"length/mean": {}}, _FREE),
+    Chart("reasoning in the target language", {"reward/language_consistency": {}}, _FROM_0_TO_1, is_share=True),
+    Chart("reflective phrases per 1,000 tokens", {"reflection/per_1000_tokens": {}}, _FREE),
+    Chart("reward of the prompts of [sources]", {"source/*/reward": {}}, _FREE),
+)
+
+
+def draw_pipeline(stages: dict[str, Path], scores: Rows, path: Path) -> Path:
     """Draw the metrics of runs, by the names of their stages, side by side, and the rows of an evaluation; returns
     `path`.
     """
     runs = {name: read_rows(folder / "metrics.jsonl") for name, folder in stages.items()}
     figure = Figure(figsize=(16, 8), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
-    for axis, (title, keys) in zip(panels, _PIPELINE_PANELS.items(), strict=False):
-        _draw_stages(axis, runs, keys)
-        axis.set_title(title, loc="left", fontweight="bold", pad=20)
-        if keys[0] in _SHARES:
-            _in_percent(axis)
+    for axis, chart in zip(panels, _OF_STAGES, strict=False):
+        _draw_stages(axis, runs, [*chart.curves])
+        axis.set_title(chart.title, loc="left", fontweight="bold", pad=20)
+        _scale(axis, chart)
     _draw_models(panels[-1], scores)
     return _save(figure, path, dpi=110)
 
 
-def _draw_stages(axis: Axes, runs: dict[str, list[dict[str, Any]]], patterns: tuple[str, ...]) -> None:
+def _draw_stages(axis: Axes, runs: dict[str, Rows], patterns: list[str]) -> None:
     """One run after the other, on an axis of all their steps."""
     start = 0
     for (name, rows), color in zip(runs.items(), _STAGE_COLOURS * len(runs), strict=False):
@@ -327,7 +322,7 @@ def _draw_stages(axis: Axes, runs: dict[str, list[dict[str, Any]]], patterns: tu
     _open_corner(axis)
 
 
-def _matching(rows: list[dict[str, Any]], patterns: tuple[str, ...]) -> list[str]:
+def _matching(rows: Rows, patterns: list[str]) -> list[str]:
     """Keys of the rows, by the patterns' order and then by that in which they come."""
     found: dict[str, None] = {}
     for pattern in patterns:
@@ -337,18 +332,14 @@ def _matching(rows: list[dict[str, Any]], patterns: tuple[str, ...]) -> list[str
     return [*found]
 
 
-def _draw_models(axis: Axes, rows: list[dict[str, Any]]) -> None:
+def _draw_models(axis: Axes, rows: Rows) -> None:
     """pass@1 with its interval, and the majority's score, of the models on the first benchmark."""
     rows = [row for row in rows if row["benchmark"] == rows[0]["benchmark"]]
-    names, scores, votes, below, above = [], [], [], [], []
-    for row in rows:
-        names.append(row["model"])
-        scores.append(row["pass@1"])
-        votes.append(row["cons@k"])
-        below.append(row["pass@1"] - row["pass@1/low"])
-        above.append(row["pass@1/high"] - row["pass@1"])
-    places = range(len(rows))
-    axis.barh(places, scores, xerr=[below, above], color="tab:blue", alpha=0.75, label="pass@1, 95% interval")
+    names, places = [row["model"] for row in rows], range(len(rows))
+    keys = ("pass@1", "pass@1/low", "pass@1/high", "cons@k")
+    scores, low, high, votes = np.array([[row[key] for key in keys] for row in rows]).reshape(-1, 4).T
+    ends = [scores - low, high - scores]
+    axis.barh(places, scores, xerr=ends, color="tab:blue", alpha=0.75, label="pass@1, 95% interval")
     if rows:
         axis.plot(votes, places, "s", color="tab:green", label=f"cons@{rows[0]['k']:.0f}")
         axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=2, fontsize="small")
@@ -360,9 +351,14 @@ def _draw_models(axis: Axes, rows: list[dict[str, Any]]) -> None:
     _open_corner(axis)
 
 
-def _in_percent(axis: Axes) -> None:
-    axis.set_ylim(-0.02, 1.02)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+def _scale(axis: Axes, chart: Chart) -> None:
+    if chart.limits == _FROM_0:
+        # The room above the curves is a share of what the axis spans, which begins at 0 and not at the lowest value.
+        axis.update_datalim([(0, 0)], updatex=False)
+        axis.autoscale_view(scalex=False)
+    axis.set_ylim(*chart.limits)
+    if chart.is_share:
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _open_corner(axis: Axes) -> None:

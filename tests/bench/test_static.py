@@ -26,15 +26,13 @@ ROWS = {(row["kernel"], row["target"], row["head_dim"]): row for row in RECORDED
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 MATMULS = ("_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel")
+ROW_KERNELS = ("_logprob_fwd_kernel", "_logprob_bwd_kernel", "_row_loss_kernel")
 WORST = [
     ("_attention_fwd_kernel", 128),
     ("_attention_bwd_dq_kernel", 128),
     ("_attention_bwd_dkv_kernel", 128),
     ("_attention_bwd_dkv_kernel", 256),
-    ("_logprob_fwd_kernel", None),
-    ("_logprob_bwd_kernel", None),
-    ("_row_loss_kernel", None),
-    ("_grpo_loss_kernel", None),
+    *((kernel, None) for kernel in (*ROW_KERNELS, "_grpo_loss_kernel")),
 ]
 
 
@@ -51,42 +49,23 @@ def defined_kernels():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_has_a_row(target):
+def test_a_chip_runs_every_kernel(target):
     """A kernel that nobody compiles may spill, or need more shared memory than there is, until a GPU says so."""
-    assert {kernel for kernel, chip, _ in ROWS if chip == target} == set(defined_kernels())
-    launched = [(x.kernel.__name__, x.target, x.head_dim) for x in launches(target)]
-    assert launched == [key for key in ROWS if key[1] == target]
-    assert [dim for kernel, _, dim in launched if kernel in MATMULS] == [64] * 3 + [128] * 3 + [256] * 3
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_chips_hold_the_shared_memory(target):
-    """Triton compiles kernels that need more than the chip has; they fail at the first launch."""
-    needed = {key: row["shared_bytes"] for key, row in ROWS.items() if key[1] == target}
-    assert {key: size for key, size in needed.items() if size > SHARED_LIMITS[target]} == {}
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_matmuls_run_on_tensor_cores(target):
-    """A tile that the best instruction does not take falls back to one of half its rate, or to none."""
-    found = {key: list(row["tensor_core"]) for key, row in ROWS.items() if key[0] in MATMULS and key[1] == target}
-    assert found == {key: [MATRIX_INSTRUCTION[target]] for key in found}
-    assert len(found) == 9
-
-
-def test_hot_loops_do_not_spill():
-    nvidia = {key: row["hot_loop_spills"] for key, row in ROWS.items() if key[1].startswith("sm_")}
-    assert {key for key, spills in nvidia.items() if spills} == set()
-
-
-def test_row_kernels_load_16_bytes_at_a_time():
-    """With narrower loads the row kernels are bound by their instructions, not by memory."""
-    for target in TARGETS:
-        forward, backward = (ROWS[f"_logprob_{name}_kernel", target, None] for name in ("fwd", "bwd"))
-        assert forward["global_loads"] == forward["global_loads_16_byte"] > 0
-        assert backward["global_loads_16_byte"] == forward["global_loads_16_byte"]
-        fused = ROWS["_row_loss_kernel", target, None]
-        assert fused["global_loads"] == fused["global_loads_16_byte"] == forward["global_loads"]
+    rows = {key: row for key, row in ROWS.items() if key[1] == target}
+    assert {kernel for kernel, _, _ in rows} == set(defined_kernels())
+    assert [(x.kernel.__name__, x.target, x.head_dim) for x in launches(target)] == [*rows]
+    # Triton compiles what needs more shared memory than there is; it fails at the first launch.
+    assert {key: row for key, row in rows.items() if row["shared_bytes"] > SHARED_LIMITS[target]} == {}
+    # A tile that the best instruction does not take falls back to one of half its rate, or to none.
+    products = {key: [*row["tensor_core"]] for key, row in rows.items() if key[0] in MATMULS}
+    assert products == {(name, target, dim): [MATRIX_INSTRUCTION[target]] for dim in (64, 128, 256) for name in MATMULS}
+    if target.startswith("sm_"):
+        assert {key: row for key, row in rows.items() if row["hot_loop_spills"]} == {}
+    # With narrower loads the row kernels are bound by their instructions, not by memory.
+    forward, backward, fused = (rows[name, target, None] for name in ROW_KERNELS)
+    assert forward["global_loads"] == forward["global_loads_16_byte"] > 0
+    assert backward["global_loads_16_byte"] == forward["global_loads_16_byte"]
+    assert fused["global_loads"] == fused["global_loads_16_byte"] == forward["global_loads"]
 
 
 @pytest.mark.skipif(triton.__version__ != RECORDED["triton"], reason="figures are those of another Triton")
@@ -108,7 +87,7 @@ def products(kernel):
     That is a set of names of arguments, special registers, and "load" for what was read from memory.
     """
     launch = find_launch(kernel, 128 if "attention" in kernel else None)
-    signature = launch.specialise()[1][1]
+    _, signature, *_ = launch.specialise()
     arguments = []
     for name, kind in signature.items():  # a tuple's entries are arguments of their own
         kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -1,12 +1,13 @@
 """How long a call takes, and by whose clock."""
 
+import contextlib
 import time
 from unittest.mock import create_autospec
 
 import torch
 import triton
 
-from flashgrpo.bench.timing import markdown, sample_ms, time_turns
+from flashgrpo.bench.timing import in_turns, markdown, sample_ms, time_turns
 
 CPU = torch.device("cpu")
 
@@ -15,8 +16,20 @@ def test_sides_take_turns_in_two_passes_after_a_call_that_does_not_count():
     order = []
     found = time_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, rounds=2)
     assert "".join(order) == "ab" + 2 * "aabb"
-    assert found["a"].rounds == 4
-    assert found["a"].p20_ms <= found["a"].p50_ms <= found["a"].p80_ms
+    assert found["a"]["rounds"] == 4
+    assert found["a"]["p20_ms"] <= found["a"]["p50_ms"] <= found["a"]["p80_ms"]
+
+
+def test_a_side_that_failed_has_no_second_turn():
+    called = []
+
+    def failing() -> list[float]:
+        called.append(1)
+        raise ValueError
+
+    turns = in_turns({"a": failing, "b": lambda: [2.0]}, lambda name: contextlib.suppress(ValueError))
+    assert [(name, times["p50_ms"], times["rounds"]) for name, times in turns] == [("b", 2.0, 1), ("b", 2.0, 2)]
+    assert called == [1]
 
 
 def test_a_budget_is_spent_and_not_more():

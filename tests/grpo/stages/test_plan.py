@@ -1,12 +1,12 @@
 """The plan is what runs do: saved activations to the byte, the peak memory of real steps on CPUs within 15%."""
 
+import ast
 import ctypes
 import dataclasses
 import gc
 import json
 import re
-import subprocess
-import sys
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,11 +44,9 @@ SHAPES = {
     "llama": SHAPE | {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": False},
     "biases": SHAPE | {"attention_bias": True, "num_key_value_heads": 1, "head_dim": 32},
 }
-SEVEN_B = {
-    "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
-    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
-}  # fmt: skip
+SEVEN_B = PUBLISHED["Qwen2.5-7B"]
 H200 = MACHINES["h200"]
+ROOT = Path(__file__).parents[3]
 CPU = Machine(1e11, 24e9, 1e10, 1e9, 1e9, reserve=0, is_cpu=True)
 PROMPT, RESPONSE, GROUP, NUM_GROUPS = 32, 33, 4, 2  # 320 tokens: a multiple of 64, which the decoder pads to on a CPU
 
@@ -78,52 +76,39 @@ def make_batch(prompt: int, response: int, group: int, num_groups: int, vocab_si
     return build_batch(groups)
 
 
-def allocated_bytes(run) -> int:
-    """What `run` has allocated and not freed: saved by autograd, cached by checkpointing, or returned."""
-    gc.collect()
-    gc.disable()
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            kept = run()
-    finally:
-        gc.enable()
-    assert kept is not None
-    return sum(e.nbytes() for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")
-
-
 def block_bytes_a_token(shape: dict, checkpointing: str) -> float:
-    """Of one more block, measured."""
+    """Of one more block: what a forward pass has allocated and not freed, saved by autograd or by checkpointing."""
     found = []
     for num_layers in (1, 3):
         model = init_decoder(ModelConfig.from_dict(shape | {"num_hidden_layers": num_layers}), seed=0)
         model.activation_checkpointing = checkpointing
         batch = make_batch(PROMPT, RESPONSE, GROUP, NUM_GROUPS, shape["vocab_size"])
         model(batch)  # caches
-        found.append(allocated_bytes(lambda model=model, batch=batch: model(batch)))
+        gc.collect()
+        gc.disable()
+        try:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+                kept = model(batch)
+        finally:
+            gc.enable()
+        events = profiled.profiler.kineto_results.events()
+        found.append(sum(event.nbytes() for event in events if event.name() == "[memory]"))
+        del kept
     return (found[1] - found[0]) / 2 / batch.total_tokens
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_activations_are_those_that_the_decoder_keeps(name, checkpointing):
-    config = ModelConfig.from_dict(SHAPES[name])
-    counted = BlockActivations.of(config, checkpointing, 4, (PROMPT, RESPONSE - 1, GROUP)).kept
-    # a pack's copy of the weights of QK norm is less than a thousandth
-    assert block_bytes_a_token(SHAPES[name], checkpointing) == pytest.approx(counted, rel=1e-3)
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_activations_of_the_kernels_path(name, checkpointing, monkeypatch):
-    """What a GPU keeps, but for the bytes of an element: the kernel's inputs and outputs, here of no kernel at all."""
-
-    class NoKernel:
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: None
-
-    monkeypatch.setattr(attention, "by_triton", lambda _: True)
-    monkeypatch.setattr(attention, "_attention_fwd_kernel", NoKernel())
-    counted = BlockActivations.of(ModelConfig.from_dict(SHAPES[name]), checkpointing, 4).kept
+@pytest.mark.parametrize("name", ["qwen3", "llama", "biases"])
+@pytest.mark.parametrize("path", ["cpu", "kernels"])
+def test_activations_are_those_that_the_decoder_keeps(name, checkpointing, path, monkeypatch):
+    """On a GPU, too, but for the bytes of an element: the kernel's inputs and outputs, here of no kernel at all."""
+    cpu_group = (PROMPT, RESPONSE - 1, GROUP)
+    if path == "kernels":
+        cpu_group, kernel = None, lambda *arguments, **options: None
+        monkeypatch.setattr(attention, "by_triton", lambda _: True)
+        monkeypatch.setattr(attention, "_attention_fwd_kernel", defaultdict(lambda: kernel))
+    counted = BlockActivations.of(ModelConfig.from_dict(SHAPES[name]), checkpointing, 4, cpu_group).kept
+    # A pack's copy of the weights of QK norm is less than a thousandth.
     assert block_bytes_a_token(SHAPES[name], checkpointing) == pytest.approx(counted, rel=1e-3)
 
 
@@ -220,24 +205,17 @@ def test_the_peak_memory_of_a_step(
         assert wanted == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("mean", [1, 512, 1024, 4000, 4096])
+@pytest.mark.parametrize("mean", [1, 512, 1024, 4096])
 def test_lengths_have_the_mean_they_were_given(mean):
     lengths = Lengths(10, mean, 4096)
     t = (np.arange(400_000) + 0.5) * 4096 / 400_000
-    alive = np.array([lengths.alive(x) for x in t])
+    alive = lengths.alive(t)
     assert alive.mean() * 4096 == pytest.approx(mean, rel=1e-3)
     tokens, pairs, targets = lengths.group(4)
     assert (tokens, targets) == (10 + 4 * (mean - 1), 4 * mean)
     square = 2 * (alive * t).mean() * 4096
     assert pairs == pytest.approx(10 * 11 / 2 + 4 * (10 * mean + (square + mean) / 2), rel=1e-3)
     assert 0.99 * mean <= lengths.last(10_000) <= 4096
-
-
-def test_the_largest_token_budget_is_the_largest():
-    budget = seven_b().largest_token_budget
-    assert seven_b(train={"token_budget": budget}).largest_token_budget == budget
-    with pytest.raises(RecipeError, match=rf"--train.token_budget={budget}\b"):
-        seven_b(train={"token_budget": budget + 1})
 
 
 def test_more_gpus_hold_less_each_and_take_less_time():
@@ -294,28 +272,26 @@ def test_decoding_reads_the_weights_at_every_step():
 
 
 @pytest.mark.parametrize(
-    ("sections", "moment", "largest"),
+    ("sections", "largest"),
     [
-        ({"train": {"token_budget": 500_000}}, "backward", "activations"),
-        (
-            {"model": {"activation_checkpointing": "none"}, "train": {"token_budget": 65_536}},
-            "backward",
-            "activations",
-        ),
-        ({"rollout": {"prompts_per_step": 1024, "max_new_tokens": 16_384}}, "rollout", "KV cache"),
-        ({"train": {"shard_ranks": 1}}, "backward", r"optimizer \(2 fp32 shards\)"),
+        ({"train": {"token_budget": 500_000}}, "backward.*; the largest are activations"),
+        ({"rollout": {"prompts_per_step": 1024, "max_new_tokens": 16_384}}, "rollout.*; the largest are KV cache"),
+        ({"train": {"shard_ranks": 1}}, r"backward.*; the largest are optimizer \(2 fp32 shards\)"),
     ],
-    ids=["budget", "checkpointing", "rollout", "sharding"],
+    ids=["budget", "rollout", "sharding"],
 )
-def test_what_does_not_fit_is_refused_with_what_is_largest(sections, moment, largest):
-    there = rf"GB a GPU are needed \({moment}\), 141.0 GB are there, on 8 GPUs; the largest are {largest}"
-    with pytest.raises(RecipeError, match=there) as refusal:
+def test_what_does_not_fit_is_refused_with_what_is_largest(sections, largest):
+    with pytest.raises(RecipeError, match=rf"GB a GPU are needed \({largest}") as refusal:
         seven_b(**sections)
-    if budget := re.search(r"--train.token_budget=(\d+) would be enough", str(refusal.value)):
-        assert seven_b(**(sections | {"train": {"token_budget": int(budget[1])}})).totals
+    budget = re.search(r"--train.token_budget=(\d+) would be enough", str(refusal.value))
+    assert bool(budget) == ("token_budget" in str(sections))
+    if budget:
+        found = seven_b(train={"token_budget": int(budget[1])})
+        assert found.largest_token_budget == int(budget[1])
+        with pytest.raises(RecipeError, match="GB a GPU are needed"):
+            seven_b(train={"token_budget": int(budget[1]) + 1})
     else:
         assert "no token budget is small enough" in str(refusal.value)
-    assert bool(budget) == ("token_budget" in str(sections))
 
 
 def test_a_budget_below_the_longest_completion_is_refused():
@@ -324,7 +300,7 @@ def test_a_budget_below_the_longest_completion_is_refused():
 
 
 def test_the_shipped_recipes_fit_the_gpus_that_they_name():
-    recipes = Path(__file__).parents[3] / "recipes"
+    recipes = ROOT / "recipes"
     gsm8k, r1_zero = (load_recipe(Recipe, recipes / f"{name}.toml") for name in ("gsm8k_qwen2.5_1.5b", "r1_zero"))
     later = load_recipe(Recipe, recipes / "r1_zero.toml", ["--rollout.max_new_tokens=65536"])
     small, seven, large = (
@@ -382,7 +358,15 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_the_command_starts_without_the_large_libraries():
-    large = "{'transformers', 'datasets', 'matplotlib'}"
-    program = f"import sys, flashgrpo.grpo.stages.plan\nassert not {large} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """Seconds of imports: what the modules import, at their top, from this one on."""
+    seen, left = set(), ["flashgrpo.grpo.stages.plan"]
+    while left:
+        seen.add(name := left.pop())
+        file = ROOT / (name.removeprefix("flashgrpo.").replace(".", "/") + ".py")
+        for node in ast.parse(file.read_text()).body if file.is_file() else []:
+            if isinstance(node, ast.Import):
+                left += {alias.name for alias in node.names} - seen
+            elif isinstance(node, ast.ImportFrom):
+                left += {node.module} - seen
+    assert "flashgrpo.model.cost" in seen
+    assert not {"transformers", "datasets", "matplotlib"} & {name.partition(".")[0] for name in seen}

@@ -13,25 +13,26 @@ from matplotlib.image import imread
 from flashgrpo.grpo.errors import RunError
 from flashgrpo.grpo.stages.plots import print_summary, write_report
 
+ROW = {
+    "loss": 0.01,
+    "reward/std": 0.5,
+    "reward/missing": 0.0,
+    "reward/format": 0.9,
+    "length/min": 3.0,
+    "length/max": 48.0,
+    "time/generate_s": 1.0,
+    "time/train_s": 2.0,
+    "time/sync_s": 0.0,
+    "tokens_per_s": 4321.0,
+}
+LEARNED = {"kl": 0.02, "entropy": 0.8, "clip/low": 0.0, "clip/high": 0.01, "grad_norm": 0.3}
+REWARDS = "reward/mean", "reward/accuracy", "reward/format"
+REFLECTIONS = "reflection/per_1000_tokens"
+
 
 def step_row(step: int, **values) -> dict:
-    return {
-        "step": step,
-        "loss": 0.01,
-        "reward/mean": 0.1 * step,
-        "reward/std": 0.5,
-        "reward/missing": 0.0,
-        "reward/accuracy": 0.05 * step,
-        "reward/format": 0.9,
-        "length/mean": 20.0 + step,
-        "length/min": 3.0,
-        "length/max": 48.0,
-        "time/generate_s": 1.0,
-        "time/train_s": 2.0,
-        "time/sync_s": 0.0,
-        "tokens_per_s": 4321.0,
-        **values,
-    }
+    scores = {"reward/mean": 0.1 * step, "reward/accuracy": 0.05 * step, "length/mean": 20.0 + step}
+    return {"step": step, **ROW, **scores, **values}
 
 
 def evaluated(step: int, score: float | None) -> dict:
@@ -48,57 +49,6 @@ def make_run(tmp_path):
     return make
 
 
-def colours(picture: Path) -> set[tuple[int, ...]]:
-    """Distinct saturated colours, to a resolution of an eighth: of curves and areas, not of text."""
-    pixels = imread(picture)[..., :3].reshape(-1, 3)
-    saturated = pixels[pixels.max(1) - pixels.min(1) > 0.4]
-    return set(map(tuple, (saturated * 8).round().astype(int).tolist()))
-
-
-def test_the_picture_has_the_curves(make_run):
-    run = make_run([evaluated(0, 0.1), *[step_row(i) for i in range(1, 10)], {**step_row(10), **evaluated(10, 0.6)}])
-    path = write_report(run)
-    assert path == run / "report.png"
-    height, width, _ = imread(path).shape
-    assert width > 1000
-    assert height > 700
-    with_curves = len(colours(path))
-    write_report(make_run([{"step": 1, "loss": 0.1, "reward/mean": 0.5, "length/mean": 3.0}]))
-    assert with_curves > len(colours(path)) + 5
-
-
-def test_reflections_are_drawn_where_there_are_any(make_run):
-    pictures = []
-    for rate in (None, 0.0, 2.0):
-        values = {} if rate is None else {"reflection/per_1000_tokens": rate}
-        pictures.append(imread(write_report(make_run([step_row(i, **values) for i in (1, 2, 3)]))))
-    assert (pictures[0] == pictures[1]).all()
-    assert (pictures[0] != pictures[2]).any()
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [step_row(1)],
-        [step_row(1, **{"reward/mean": None, "reward/accuracy": None, "time/train_s": None}), step_row(2)],
-        [step_row(1, **{key: None for key in step_row(1) if key != "step"})],
-        [evaluated(0, None), {**step_row(1), **evaluated(1, None)}],
-        [{k: v for k, v in step_row(i).items() if not k.startswith("time/")} for i in (1, 2)],
-        [step_row(i, **{f"reward/{name}": 0.1 for name in "abcdefgh"}) for i in (1, 2)],
-    ],
-    ids=["one step", "nulls", "nothing but nulls", "no score", "no times", "many rewards"],
-)
-def test_sparse_runs_have_a_picture_too(make_run, rows, capsys):
-    run = make_run(rows, [{"step": 1, "prompt": "p", "completion": "c", "reward": None}], tail='{"step": 3, "rew')
-    assert write_report(run).stat().st_size > 10_000
-    print_summary(run)
-    assert "reward missing" in capsys.readouterr().out
-    assert [path.name for path in run.glob("*.png")] == ["report.png"]
-
-
-LEARNED = {"kl": 0.02, "entropy": 0.8, "clip/low": 0.0, "clip/high": 0.01, "grad_norm": 0.3}
-
-
 @pytest.fixture
 def drawn(make_run, monkeypatch):
     """drawn(rows) -> the axes of their picture, by title."""
@@ -111,6 +61,51 @@ def drawn(make_run, monkeypatch):
         return {axis.get_title(loc="left"): axis for axis in figures[0].axes}
 
     return axes_of
+
+
+def labels(axis: Axes) -> list:
+    return [line.get_label() for line in axis.lines]
+
+
+def test_the_picture_is_a_file(make_run):
+    run = make_run([step_row(i, **{f"reward/{name}": 0.1 for name in "abcdefgh"}) for i in (1, 2)])
+    assert write_report(run) == run / "report.png"
+    assert [path.name for path in run.glob("*.png*")] == ["report.png"]
+    height, width, _ = imread(run / "report.png").shape
+    assert width > 1000
+    assert height > 700
+
+
+def test_a_run_is_seen_in_all_that_it_logs(drawn):
+    rows = [evaluated(0, 0.1), *[step_row(i, **LEARNED) for i in range(1, 30)], step_row(30) | evaluated(30, 0.6)]
+    axes = drawn(rows)
+    assert len(axes) == 8
+    assert labels(axes["mean reward"]) == ["format", "accuracy", "weighted sum"]
+    assert labels(axes["share of tokens whose ratio is clipped"]) == ["too low", "too high"]
+    rollouts, scores, votes = axes["score"].lines
+    assert labels(axes["score"]) == ["accuracy of the rollouts", "held-out pass@1", "held-out cons@4"]
+    assert rollouts.get_xydata()[4].tolist() == [5, 0.25]
+    assert scores.get_xydata().tolist() == [[0, 0.1], [30, 0.6]]
+    assert votes.get_ydata().tolist() == [0.4, 0.4]
+    # What begins at 0 has room above, however little it varies.
+    assert axes["entropy, nats a token"].get_ylim() == pytest.approx((0, 0.84))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [step_row(1, **dict.fromkeys(("reward/mean", "reward/accuracy", "time/train_s"))), step_row(2)],
+        [dict.fromkeys(step_row(1)) | {"step": 1}],
+        [evaluated(0, None), {**step_row(1), **evaluated(1, None)}],
+        [{k: v for k, v in step_row(i).items() if not k.startswith("time/")} for i in (1, 2)],
+    ],
+    ids=["nulls", "nothing but nulls", "no score", "no times"],
+)
+def test_sparse_runs_have_a_picture_too(make_run, drawn, rows, capsys):
+    assert drawn(rows)
+    # The last line is one that a kill has cut.
+    print_summary(make_run(rows, [{"step": 1, "prompt": "p", "completion": "c", "reward": None}], '{"step": 3, "rew'))
+    assert "reward missing" in capsys.readouterr().out
 
 
 def test_a_run_with_one_step_is_seen(drawn):
@@ -129,13 +124,14 @@ def test_a_number_between_missing_ones_is_seen(drawn):
     assert line.get_markevery() == [29]
 
 
-def test_only_panels_with_something_in_them_are_drawn(drawn):
-    learned = {"KL to the reference, nats a token", "share of tokens whose ratio is clipped"}
-    assert learned <= drawn([step_row(1, **LEARNED)]).keys()
+def test_only_what_has_values_is_drawn(drawn):
     without = drawn([step_row(1, **(LEARNED | {"kl": 0.0, "clip/high": 0.0}))])
-    assert not learned & without.keys()
-    without = drawn([step_row(1, **{"reward/accuracy": None, "reward/mean": None})])
+    assert not {"KL to the reference, nats a token", "share of tokens whose ratio is clipped"} & without.keys()
+    without = drawn([step_row(1, **dict.fromkeys(REWARDS))])
     assert without.keys() == {"response length, tokens", "seconds a step"}
+    for rate, wanted in ((0.0, ["mean"]), (2.0, ["mean", "reflections in 1,000"])):
+        axes = drawn([step_row(i, **{REFLECTIONS: rate}) for i in (1, 2)])
+        assert labels(axes["response length, tokens"]) == wanted
 
 
 def test_a_score_has_its_interval(drawn):
@@ -146,28 +142,35 @@ def test_a_score_has_its_interval(drawn):
         assert (min(heights), max(heights)) == (0.2, 0.4)
 
 
-def test_a_phase_has_its_colour_in_every_picture(drawn):
-    colours = []
+def test_a_phase_has_its_colour_and_its_share(drawn):
+    colours, shares = [], []
     for rows in ([step_row(1)], [step_row(1, **{"time/generate_s": 0.0})], [step_row(i) for i in range(1, 40)]):
-        handles, labels = drawn(rows)["seconds a step"].get_legend_handles_labels()
-        (handle,) = [h for h, label in zip(handles, labels, strict=True) if label.startswith("train")]
+        handles, phases = drawn(rows)["seconds a step"].get_legend_handles_labels()
+        # What takes next to no time has no place.
+        assert not any(phase.startswith("sync") for phase in phases)
+        ((handle, phase),) = [pair for pair in zip(handles, phases, strict=True) if pair[1].startswith("train")]
+        shares.append(phase)
         colours.append(tuple(np.ravel(getattr(handle, "patches", [handle])[0].get_facecolor())))
     assert len(set(colours)) == 1
+    assert shares == ["train 67%", "train 100%", "train 67%"]
 
 
-def test_a_log_that_no_run_has_written_is_named(make_run):
-    for value in ("x", [1], 10**400, {"a": 1}):
-        run = make_run([step_row(1), step_row(2, **{"length/mean": value})])
-        for show in (write_report, print_summary):
-            with pytest.raises(RunError, match=r"metrics\.jsonl: length/mean is .* in step 2, wanted a number"):
-                show(run)
-    run = make_run([step_row(1)], [{"step": 1}, {"step": 1, "prompt": 3, "completion": None, "reward": "x"}])
-    print_summary(run)
+@pytest.mark.parametrize("value", ["x", [1], 10**400, {"a": 1}], ids=["text", "list", "too large", "object"])
+def test_a_log_that_no_run_has_written_is_named(make_run, value):
+    run = make_run([step_row(1), step_row(2, **{"length/mean": value})])
+    for show in (write_report, print_summary):
+        with pytest.raises(RunError, match=r"metrics\.jsonl: length/mean is .* in step 2, wanted a number"):
+            show(run)
 
 
-@pytest.mark.parametrize(
-    "rows", [None, [], [evaluated(0, 0.1)]], ids=["no log", "empty", "nothing but the first score"]
-)
+def test_samples_that_no_run_has_written_are_printed_or_named(make_run):
+    print_summary(make_run([step_row(1)], [{"step": 1}, {"step": 1, "prompt": 3, "completion": None, "reward": "x"}]))
+    run = make_run([step_row(1)], [{"step": 1, "prompt": "a", "completion": "b", "reward": 10**400}])
+    with pytest.raises(RunError, match=r"samples\.jsonl: reward is 1000+ in step 1, wanted a number"):
+        print_summary(run)
+
+
+@pytest.mark.parametrize("rows", [None, [evaluated(0, 0.1)]], ids=["no log", "nothing but the first score"])
 def test_a_run_without_steps_is_an_error(make_run, tmp_path, rows):
     if rows is not None:
         make_run(rows)
@@ -175,53 +178,30 @@ def test_a_run_without_steps_is_an_error(make_run, tmp_path, rows):
         write_report(tmp_path)
 
 
-def test_an_sft_run_shows_its_loss(make_run, capsys):
-    run = make_run([{"step": i, "loss": 1 / i, "tokens_per_s/trained": 4321.0} for i in (1, 2, 3)])
-    assert len(colours(write_report(run))) > 0
-    print_summary(run)
+def test_an_sft_run_shows_its_loss(make_run, drawn, capsys):
+    rows = [{"step": i, "loss": 1 / i, "tokens_per_s/trained": 4321.0} for i in (1, 2, 3)]
+    assert drawn(rows).keys() == {"loss, nats a token"}
+    print_summary(make_run(rows))
     printed = capsys.readouterr().out
+    # Of a run without evaluations the first and the last step.
     assert [loss in printed for loss in ("1.0000", "0.5000", "0.3333", "4,321")] == [True, False, True, True]
     assert "reward" not in printed
-
-
-def test_a_reward_that_is_no_number_of_this_world_is_one_line(make_run):
-    run = make_run([step_row(1)], [{"step": 1, "prompt": "a", "completion": "b", "reward": 10**400}])
-    with pytest.raises(RunError, match=r"samples\.jsonl: reward is 1000+ in step 1, wanted a number"):
-        print_summary(run)
+    print_summary(make_run(rows[:1]))
+    assert capsys.readouterr().out.count("1.0000") == 1
 
 
 def test_the_summary_tells_scores_and_the_newest_answers(make_run, capsys, monkeypatch):
+    """What a model writes is printed as it is: brackets are mathematics and not mark-up."""
     monkeypatch.setenv("COLUMNS", "100")
-    samples = [
-        {"step": step, "prompt": f"What is {step}?", "completion": f"answer {step}.{i}", "reward": i / 3}
-        for step in (1, 2, 3, 4)
-        for i in range(2)
-    ]
+    text = r"\[ x \] [bold]y[/bold] [/nothing] \boxed{2}"
+    samples = []
+    for step in (1, 2, 3, 4):
+        for i in range(2):
+            own = {"prompt": f"[{step}]", "completion": f"answer {step}.{i} {text}"}
+            samples.append({"step": step, "reward": i / 3} | own)
     run = make_run([evaluated(0, 0.125), step_row(1), {**step_row(2), **evaluated(2, 0.75)}], samples)
     print_summary(run)
     printed = capsys.readouterr().out
-    assert "12.5%" in printed
-    assert "75.0%" in printed
-    assert "4,321" in printed
-    assert [f"What is {step}?" in printed for step in (1, 2, 3, 4)] == [False, True, True, True]  # three prompts
-    assert "answer 4.1" in printed
-    assert "step 4, reward 0.333" in printed
-
-
-def test_a_run_without_evaluations_shows_its_first_and_last_step(make_run, capsys):
-    print_summary(make_run([step_row(1), step_row(2), step_row(3)]))
-    printed = capsys.readouterr().out
-    assert "0.100" in printed
-    assert "0.200" not in printed
-    assert "0.300" in printed
-    print_summary(make_run([step_row(1)]))
-    assert capsys.readouterr().out.count("0.100") == 1
-
-
-def test_what_a_model_writes_is_printed_as_it_is(make_run, capsys):
-    r"""Brackets are mathematics and not mark-up."""
-    text = r"\[ x \] [bold]y[/bold] [/nothing] \boxed{2}"
-    print_summary(make_run([step_row(1)], [{"step": 1, "prompt": "[a]", "completion": text, "reward": 1.0}]))
-    printed = capsys.readouterr().out
-    assert text in printed
-    assert "[a]" in printed
+    for part in ("12.5%", "75.0%", "4,321", f"answer 4.1 {text}", "step 4, reward 0.333"):
+        assert part in printed
+    assert [f"[{step}]" in printed for step in (1, 2, 3, 4)] == [False, True, True, True]  # three prompts
