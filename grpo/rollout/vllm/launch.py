@@ -224,7 +224,6 @@ _POST = {
     "/start_weight_update",
     "/update_weights",
     "/finish_weight_update",
-    "/reset_prefix_cache",
 }
 _WORKER_METHODS = {"/served_model", "/expect_weights", "/weight_digests"}
 

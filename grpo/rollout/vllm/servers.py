@@ -14,11 +14,10 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 from pydantic import TypeAdapter
-from typing_extensions import TypedDict
 
 from flashgrpo.grpo.errors import GeneratorFailure
 from flashgrpo.grpo.rollout.vllm.answers import AnswerError, parse, read_group, sampling_fields
@@ -48,13 +47,6 @@ class _Server:
     asked: list[str] = field(default_factory=list)  # paths of the calls under way
     answers: int = 0
     num_workers: int = 0
-
-
-class _Reset(TypedDict):
-    success: Literal[True]  # or it keeps what it has cached of older weights
-
-
-_RESET = TypeAdapter(_Reset)
 
 
 class VllmServers:
@@ -104,8 +96,10 @@ class VllmServers:
         return {server.url: answer for server, answer in answers}
 
     def pause(self) -> None:
-        """Completions under way stand still, with the tokens that they have, until the next weights are there."""
-        self._call("pause?mode=keep")
+        """Completions under way stand still, with the tokens that they have, until the next weights are there. Nothing
+        that was made by the old ones stays in the cache: their keys and values are made anew.
+        """
+        self._call("pause?mode=keep&clear_cache=true")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open the receiving ends of an NCCL group."""
@@ -125,11 +119,8 @@ class VllmServers:
         self._call("update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Sample from the new weights, with nothing of the old ones in the cache: what was being generated goes on
-        from where it was, its keys and values made anew.
-        """
+        """Sample from the new weights; what was being generated goes on from where it was."""
         self._call("finish_weight_update", {"weight_version": weight_version or str(self.version)})
-        self._call("reset_prefix_cache?reset_running_requests=true", read=partial(parse, _RESET))
         self._call("resume")
 
     def drop(self, url: str, why: str) -> None:

@@ -77,32 +77,21 @@ def logprobs(*values: Any) -> dict[str, Any]:
         ({"token_ids": [4, -9, 1]}, "token_ids.1: .* greater than or equal to 0"),
         ({"token_ids": [4, 9, 10**30]}, "token_ids.2: "),
         ({"token_ids": [4.0, 9.0, 1.0]}, "token_ids.0: .* integer"),
-        ({"token_ids": ["4", "9", "1"]}, "token_ids.0: .* integer"),
-        ({"token_ids": [[4], [9], [1]]}, "token_ids.0: .* integer"),
-        ({"token_ids": None}, "token_ids: "),
-        ({"logprobs": None}, "logprobs: "),
         ({"logprobs": logprobs(-1.0, -1.0)}, "2 log-probs for 3 tokens"),
         ({"logprobs": logprobs(-1.0, -1.0, 0.1)}, "content.2.logprob: .* less than or equal to 0.00001"),
         ({"logprobs": logprobs(-1.0, -1.0, math.nan)}, "content.2.logprob: .* finite"),
-        ({"logprobs": logprobs(-1.0, -1.0, -math.inf)}, "content.2.logprob: .* finite"),
         ({"logprobs": logprobs(-1.0, -1.0, -9999.0)}, "content.2.logprob: "),  # vLLM's word for NaN
-        ({"logprobs": logprobs(-1.0, -1.0, -1e300)}, "content.2.logprob: "),
-        ({"logprobs": logprobs(-1.0, -1.0, None)}, "content.2.logprob: .* number"),
-        ({"logprobs": logprobs([-1.0], [-1.0], [-1.0])}, "content.0.logprob: .* number"),
         ({"logprobs": logprobs(-1.0, -1.0, "-1.0")}, "content.2.logprob: .* number"),
-        ({"logprobs": logprobs(-1.0, -1.0, False)}, "content.2.logprob: .* number"),
         ({"token_ids": [4, 9, 5]}, r"a stop at the token 5, wanted one of \[1, 2\]"),
         ({"finish_reason": "abort"}, "finish_reason: .* 'stop' or 'length'"),
         ({"token_ids": [4, 9], "weight_versions": spans(("3", 0, 2)), "finish_reason": "length"}, "2 tokens, cut at 3"),
         ({"weight_versions": spans((3.9, 0, 3))}, "weight_versions.0.version: .* integer"),
-        ({"weight_versions": spans(("new", 0, 3))}, "weight_versions.0.version: .* integer"),
         ({"weight_versions": spans(("2", 0, 3))}, "weights 2, wanted 3 to 4"),
         ({"weight_versions": spans(("5", 0, 3))}, "weights 5, wanted 3 to 4"),
         ({"weight_versions": spans(("3", 0, 1), ("4", 2, 3))}, "weight versions of the tokens"),
         ({"weight_versions": spans(("3", 0, 2))}, "weight versions of the tokens"),
         ({"weight_versions": spans(("3", 0, 3), ("4", 3, 2), ("3", 2, 3))}, "weight versions of the tokens"),
         ({"index": 1}, r"completions \[1, 1\], wanted 2"),
-        ({"index": None}, "index: "),
     ],
 )
 def test_an_answer_that_was_not_asked_for_is_refused(changes, message):
@@ -122,7 +111,7 @@ class FakeServer:
     """Answers what is asked of it by `answer(request)`; `tokens` is what it says that it has sampled."""
 
     def __init__(self, answer: Callable[[web.Request], Any]):
-        self.tokens, self.keys = 0, set[str | None]()
+        self.tokens, self.num_pings, self.keys = 0, 0, set[str | None]()
         self._loop, self._posted = asyncio.new_event_loop(), answer
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
@@ -139,6 +128,7 @@ class FakeServer:
         self.keys.add(request.headers.get("Authorization"))
         if request.method == "POST":
             return await self._posted(request)
+        self.num_pings += 1
         return web.Response(text=f'# TYPE\nvllm:generation_tokens_total{{engine="0"}} {self.tokens}.0\nother 5\n')
 
     def close(self) -> None:
@@ -213,15 +203,6 @@ def test_a_server_that_another_run_gave_its_weights_ends_the_run(serve, loaded):
         list(client.generate([REQUEST], Sampling(LONGEST)))
 
 
-def test_a_server_that_keeps_what_it_has_cached_of_older_weights_ends_the_run(serve):
-    async def busy(_: web.Request) -> web.Response:
-        return web.json_response({"success": False})
-
-    (server,), client = serve(busy)
-    with pytest.raises(GeneratorFailure, match=f"{server.url} answered reset_prefix_cache .* success"):
-        client.finish_weight_update()
-
-
 def test_a_server_whose_health_answers_but_which_samples_nothing_is_dropped(serve, caplog):
     """Without another one the generation ends."""
     (stuck, other), client = serve(never, right, timeout_s=1.0)
@@ -254,12 +235,14 @@ def test_a_trainer_that_was_stopped_itself_drops_no_server(serve):
     """Its clock has run on meanwhile; the answers have come, as far as they fitted on the way."""
 
     async def soon(request: web.Request) -> web.Response:
+        while server.num_pings < 3:
+            await asyncio.sleep(0.01)
         are_asked.set()
         await asyncio.sleep(0.5)
         return await right(request, more="x" * 30_000_000)
 
     are_asked = threading.Event()
-    (_,), client = serve(soon, timeout_s=2.0)
+    (server,), client = serve(soon, timeout_s=2.0)
     with ThreadPoolExecutor(2) as threads:
         groups = threads.submit(lambda: list(client.generate([REQUEST], Sampling(LONGEST))))
         paused = threads.submit(client.pause)
@@ -287,7 +270,7 @@ def world_of(is_main: bool, lost_elsewhere: dict[str, str]) -> Any:
 
 
 async def nothing(request: web.Request) -> web.Response:
-    answers = {"/expect_weights": [None, None], "/weight_digests": [{}, {}], "/reset_prefix_cache": {"success": True}}
+    answers = {"/expect_weights": [None, None], "/weight_digests": [{}, {}]}
     return web.json_response(answers.get(request.path))
 
 
