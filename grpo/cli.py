@@ -14,13 +14,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flashgrpo.grpo.errors import RunInputError
+from flashgrpo.grpo.errors import RecipeError, RewardError, RunInputError
 from flashgrpo.grpo.run.interrupts import Interrupts
 
 # For torch's threads on a CPU, read when it is imported: how long they wait for each other awake. It should be longer
@@ -36,7 +37,8 @@ def _run_recipe(options: argparse.Namespace) -> None:
     from flashgrpo.grpo.stages.runs import KINDS, run_recipe
 
     recipe = load_recipe(KINDS[options.command].recipe, options.recipe, options.overrides)
-    made = run_recipe(options.command, recipe, resume=options.resume)
+    with _named(options.recipe):
+        made = run_recipe(options.command, recipe, resume=options.resume)
     if os.environ.get("RANK", "0") != "0":
         return
     if options.command == "collect":
@@ -44,6 +46,15 @@ def _run_recipe(options: argparse.Namespace) -> None:
     else:
         print(f"model: {made}")
         _print_report(recipe.run.output)
+
+
+@contextmanager
+def _named(recipe_file: str) -> Iterator[None]:
+    """A fault of the recipe that is found by running it is told with its file, as one that is found by reading it."""
+    try:
+        yield
+    except (RecipeError, RewardError) as error:
+        raise type(error)(f"{recipe_file}: {error}") from error
 
 
 def _run_pipeline(options: argparse.Namespace) -> None:
@@ -63,7 +74,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.overrides.append(f"--eval.benchmarks={json.dumps(options.benchmark, ensure_ascii=False)}")
     recipe = load_recipe(Recipe, options.recipe, options.overrides)
     models = dict(map(labelled, options.model or [newest_model(recipe)]))
-    rows = evaluate_models(recipe, models, options.output and Path(options.output).expanduser())
+    with _named(options.recipe):
+        rows = evaluate_models(recipe, models, options.output and Path(options.output).expanduser())
     if os.environ.get("RANK", "0") != "0":
         return
     if options.json:

@@ -257,9 +257,11 @@ def _lay_over(kind: type, values: dict[str, Any], override: str, source: str) ->
         raise RecipeError(f"{override}: wanted --section.key=value{hint}")
     table = values
     for depth, name in enumerate(sections, start=1):
+        section = ".".join(sections[:depth])
+        if _is_value(_type_at(sections[:depth], kind)):
+            raise RecipeError(f"{override}: {section} is a value, not a section")
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            section = ".".join(sections[:depth])
             raise RecipeError(f"{source}: {section}: found {table!r}, wanted a section [{section}] for {override}")
     # A key of text takes it as it is: a folder that is called 5 is not the number 5.
     wanted = _type_at([*sections, key], kind)
@@ -314,6 +316,11 @@ def _type_at(path: Iterable[str], kind: Any) -> Any:
         else:
             kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
     return kind
+
+
+def _is_value(hint: Any) -> bool:
+    """Whether a type that `_type_at` has found has no keys of its own."""
+    return not (hint in (None, Any) or get_origin(hint) is dict or dataclasses.is_dataclass(hint))
 
 
 def _keys(section: Any) -> list[str]:

@@ -54,19 +54,20 @@ def load_tensors(tensors: dict[str, Tensor], checkpoint: Path) -> None:
     try:
         state_dict_loader.load(tensors, storage_reader=_Reader(checkpoint / STATE))
     except (OSError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
-        causes = causes_of(error)
-        if any(map(misses_a_rank, causes)):
-            raise
-        why = f"{type(causes[0]).__name__}: {causes[0]}".splitlines()[0]  # without torch's traceback
+        cause = cause_of(error)
+        why = f"{type(cause).__name__}: {cause}".splitlines()[0]  # without torch's traceback
         raise RunInputError(
             f"{checkpoint}: broken checkpoint, or one of another model or recipe ({why}); remove it to continue from "
             "the one before"
         ) from error
 
 
-def causes_of(error: BaseException) -> list[BaseException]:
-    """What DCP has found on any rank, or `error` itself."""
-    return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+def cause_of(error: BaseException) -> BaseException:
+    """What DCP has found on a rank, or `error` itself. Raises it where a rank was lost, which is no fault of files."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    if any(map(misses_a_rank, causes)):
+        raise error
+    return causes[0]
 
 
 def is_of_the_disk(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ from flashgrpo.grpo.errors import RunError, RunInputError
 from flashgrpo.grpo.recipe.load import AnyRecipe
 from flashgrpo.grpo.run.checkpoints import (
     STATE,
-    causes_of,
+    cause_of,
     check_sums,
     is_of_the_disk,
     list_checkpoints,
@@ -34,7 +34,7 @@ from flashgrpo.grpo.run.checkpoints import (
 )
 from flashgrpo.grpo.run.ledger import Inputs, changed_keys, compare_inputs, tell_of_reading, write_made_from
 from flashgrpo.grpo.run.progress import console
-from flashgrpo.grpo.run.world import World, misses_a_rank
+from flashgrpo.grpo.run.world import World
 from flashgrpo.model.files import (
     LOCK,
     locked,
@@ -166,15 +166,11 @@ class RunFolder:
                 write_sums(partial, self._world)
                 on_main(stack.close)
         except (OSError, RuntimeError, CheckpointException) as error:
-            causes = causes_of(error)
-            if any(map(misses_a_rank, causes)):
-                raise
-            kept, advice = newest_checkpoint(self.path), "continue with --resume"
-            if any(map(is_of_the_disk, causes)):
-                advice = f"free some space and {advice}"
+            cause, kept = cause_of(error), newest_checkpoint(self.path)
+            space = "free some space and " if is_of_the_disk(cause) else ""
             raise RunError(
-                f"checkpoint of step {step} could not be written to {final.parent}: {causes[0]}; "
-                + (f"{kept.name} is kept: {advice}" if kept else "none was kept")
+                f"checkpoint of step {step} could not be written to {final.parent}: {cause}; "
+                + (f"{kept.name} is kept: {space}continue with --resume" if kept else "none was kept")
             ) from error
         self.checkpoint, self.state = final, {"step": step, **state}
         on_main(lambda: [shutil.rmtree(old) for old in list_checkpoints(self.path)[:-keep]])

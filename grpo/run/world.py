@@ -4,15 +4,11 @@ All of them hold the same recipe, read the same data and, from the gathered roll
 can fail or be interrupted on one of them alone goes through `together` or `on_main`, so that it ends on all of them.
 """
 
-import contextlib
 import datetime
-import hashlib
 import logging
 import os
 import socket
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,14 +22,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RewardFailure, RunError
 from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
+from flashgrpo.grpo.run import watch
 from flashgrpo.grpo.run.interrupts import Interrupts
 from flashgrpo.grpo.run.policy import resolve_device
 from flashgrpo.grpo.run.progress import console
 
 _FAILED = "rank 0 failed"
-_GRACE_S = 5.0  # for rank 0 to find the same error, and for torchrun to end the ranks beside one that died
-_PULSE_S = 1.0  # between signs of life
-_ALIVE, _DONE = -2, -1  # what ranks say to each other beside the number of one that is lost
 
 T = TypeVar("T")
 
@@ -86,17 +80,8 @@ class World:
 
     def on_main(self, work: Callable[[], T]) -> T:
         """The first rank's result of `work`, which the others do not do; its error is raised on all."""
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome = [work(), None]
-            except Exception as error:  # it is raised below
-                outcome = [None, error]
-        if self.size > 1:
-            dist.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        outcomes: list[Any] = self.everywhere(lambda: work() if self.is_main else None)
+        return outcomes[0]
 
     def gather_array(self, values: np.ndarray) -> list[np.ndarray]:
         """Every rank's `values`, of one type and any length each, [num_values]."""
@@ -127,32 +112,33 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
     console.quiet = rank > 0
     logging.getLogger("flashgrpo").setLevel(logging.ERROR if rank else logging.NOTSET)
     limit_s = recipe.run.collective_timeout_s
+    limit = datetime.timedelta(seconds=limit_s)
     # A single process opens a group, too: one program for one rank and for many.
     store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    links: watch.Links = {}
     try:
         if size > 1:
-            store = _own_store(next(rendezvous("env://"))[0], rank, size, limit_s)
-        device = resolve_device(recipe.run.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
-        # Objects and what is on the host go through gloo, so that nothing of theirs waits for the device.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        limit = datetime.timedelta(seconds=limit_s)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        with _watched(rank, size, limit_s):
+            store, links = watch.meet(next(rendezvous("env://"))[0], rank, size, limit_s)
+        with watch.watched(links, size, limit_s):
+            device = resolve_device(recipe.run.device)
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(device)
+            # Objects and what is on the host go through gloo, so that nothing of theirs waits for the device.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
             _compare_recipes(recipe, size)
             shard_ranks = getattr(getattr(recipe, "train", None), "shard_ranks", 0)  # of what is trained
             yield World(rank, size, device, _mesh(device, size, shard_ranks or size, limit))
     except Exception as error:  # whatever it is, it is raised again below, once it is known which ranks tell it
         is_lost = misses_a_rank(error)
         if is_lost:
-            # Where a rank has died or stopped, `_watched` ends this one meanwhile, and knows which it was.
-            time.sleep(2 * _GRACE_S)
+            # Where a rank has died or stopped, `watched` ends this one meanwhile, and knows which it was.
+            time.sleep(watch.NOTICE_S + watch.GRACE_S)
         # Ranks find the same fault within seconds of each other; a person should read it once.
         if rank == 0:
             store.set(_FAILED, str(error))
-        elif is_lost or not _is_set(store, _FAILED):
+        elif is_lost or not _is_told(store):
             console.quiet = False
             console.print(f"flashgrpo: rank {rank} of {size} on {socket.gethostname()}:", style="red", highlight=False)
         if is_lost:
@@ -169,95 +155,6 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
 def misses_a_rank(error: BaseException) -> bool:
     """Whether it is torch's about another rank that has ended, or does not answer."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
-
-
-def _own_store(store: Any, rank: int, size: int, limit_s: float) -> Any:
-    """A part of torchrun's store for these processes alone. It outlives a restart, and the addresses that the ranks of
-    before have left in it would be taken for those of now: so rank 0 keeps a roster until all on it have confirmed it.
-    """
-    own, confirmed = uuid.uuid4().hex, ""
-    store.set_timeout(datetime.timedelta(seconds=limit_s))
-    store.set(f"member {rank}", own)
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        # A member of before is overwritten when its successor starts: then the roster is a new one.
-        if rank == 0:
-            store.set("roster", b" ".join(store.get(f"member {member}") for member in range(size)))
-        roster = store.get("roster").decode()
-        if own in roster and roster != confirmed:
-            store.add(roster, 1)
-            confirmed = roster
-        # As many confirmations as ranks: nobody on it is of before.
-        if confirmed == roster and store.add(roster, 0) == size:
-            prefix = hashlib.sha256(roster.encode()).hexdigest()
-            return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
-        time.sleep(0.05)
-    raise dist.DistStoreError(f"not all of the {size} ranks have started")
-
-
-@contextmanager
-def _watched(rank: int, size: int, limit_s: float) -> Iterator[None]:
-    """Ends this process soon after any rank has died, or has given no sign of life for `limit_s`, wherever it runs,
-    also while it waits in NCCL.
-
-    Each rank tells the one before it every second that it lives, and in the end that all is done. Where the connection
-    breaks instead, or nothing comes, the news goes round the ring.
-    """
-    if size == 1:
-        yield
-        return
-    # Silence is counted here: a time limit of gloo's would break the connections to all ranks.
-    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1000))
-    watched, watcher = (rank + 1) % size, (rank - 1) % size
-    silence_s = limit_s + 2 * _PULSE_S
-    is_done, is_heard = threading.Event(), threading.Event()
-
-    def tell(news: int) -> None:
-        with contextlib.suppress(RuntimeError, ValueError):  # that one is lost, or this one's group is closed
-            dist.send(torch.tensor(news), dst=watcher, group=group)
-
-    def pulse() -> None:
-        while not is_done.wait(_PULSE_S):
-            tell(_ALIVE)
-
-    def listen() -> None:
-        # A connection that breaks is a death, and the word of a rank further on passes by.
-        said = torch.tensor(_ALIVE)
-        while said == _ALIVE:
-            try:
-                dist.recv(said, src=watched, group=group)
-            except RuntimeError:
-                end(watched, "has died")
-            is_heard.set()
-        if said != _DONE:
-            end(int(said), "")
-
-    def count_silence() -> None:
-        # A stopped process keeps its connections: only that it says nothing gives it away.
-        silent_s = 0.0
-        while listener.is_alive() and silent_s < silence_s:
-            time.sleep(_PULSE_S)
-            silent_s = 0.0 if is_heard.is_set() else silent_s + _PULSE_S
-            is_heard.clear()
-        if listener.is_alive():
-            end(watched, f"has given no sign of life for {silence_s:g} s, as if stopped")
-
-    def end(lost: int, fate: str) -> None:
-        if lost != watcher:  # in a thread: a watcher that is stopped, too, never takes the news
-            threading.Thread(target=tell, args=(lost,), daemon=True).start()
-        time.sleep(_GRACE_S)
-        if fate:
-            os.write(2, f"flashgrpo: rank {lost} of {size} {fate}; continue with --resume\n".encode())
-        os._exit(1)
-
-    pulser, listener, counter = (threading.Thread(target=w, daemon=True) for w in (pulse, listen, count_silence))
-    for thread in (pulser, listener, counter):
-        thread.start()
-    yield
-    is_done.set()
-    pulser.join()
-    tell(_DONE)
-    listener.join()
 
 
 def _mesh(device: torch.device, size: int, shard_ranks: int, limit: datetime.timedelta) -> DeviceMesh:
@@ -287,11 +184,10 @@ def _compare_recipes(recipe: AnyRecipe, size: int) -> None:
             )
 
 
-def _is_set(store, key: str) -> bool:
+def _is_told(store: Any) -> bool:
+    """Whether rank 0 has an error to tell, or is told when it was to find the same one."""
     try:
-        store.wait([key], datetime.timedelta(seconds=_GRACE_S))
-    except dist.DistStoreError:
-        return False
-    except dist.DistNetworkError:  # rank 0 held the store, and has ended
-        return True
+        store.wait([_FAILED], datetime.timedelta(seconds=watch.GRACE_S))
+    except dist.DistError as error:
+        return isinstance(error, dist.DistNetworkError)  # rank 0 held the store, and has ended
     return True

@@ -70,19 +70,16 @@ for command in f"{commands},sample model prompt,plan x.toml,serve x.toml,bench k
     assert all(line.endswith(' is not installed; pip install "flashgrpo[train]"') for line in lines), lines
 
 
-def test_a_module_of_the_project_that_is_missing_is_no_missing_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flashgrpo.grpo.recipe.load", None)
-    with pytest.raises(ModuleNotFoundError, match=r"flashgrpo\.grpo\.recipe"):
-        main(["plan", "x.toml"])
-
-
-def test_a_module_that_a_users_function_lacks_is_no_missing_extra(monkeypatch, tmp_path):
+def test_a_module_of_the_project_or_of_a_user_is_no_missing_extra(monkeypatch, tmp_path):
     """Its traceback is what its author wants to see."""
     (tmp_path / "of_a_user.py").write_text("def plan(*_):\n    import not_to_be_found\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(COMMANDS, "report", (importlib.import_module("of_a_user").plan, "a user's"))
     with pytest.raises(ModuleNotFoundError, match="not_to_be_found"):
         main(["report"])
+    monkeypatch.setitem(sys.modules, "flashgrpo.grpo.recipe.load", None)
+    with pytest.raises(ModuleNotFoundError, match=r"flashgrpo\.grpo\.recipe"):
+        main(["plan", "x.toml"])
 
 
 def test_a_benchmark_finds_its_folder_before_it_measures(capsys, monkeypatch, tmp_path):
@@ -127,15 +124,16 @@ def test_recipe_help_lists_every_key(command, kind, width, capsys, monkeypatch):
     assert "--resume" in printed
 
 
-def test_training_from_the_command_line(write_recipe, tmp_path, capsys):
-    """train, report, eval and sample of one run; results go to standard output, progress does not."""
+def test_training_from_the_command_line(write_recipe, model_path, tmp_path, capsys):
+    """train, report and eval of one run; results go to standard output, progress does not."""
     recipe = write_recipe(train={"steps": 2}, eval={"every": 2, "samples": 2, "problems": 4})
     assert main(["train", recipe, "--train.lr=1e-4", "--run.seed=5"]) == 0
     printed = capsys.readouterr()
+    lines = [line.partition(": ")[0] for line in printed.err.splitlines()]
+    assert lines == [f"loading {model_path}", "evaluating 4 x 2 before the first step", "train 1/2", "train 2/2"]
     assert f"model: {tmp_path / 'run/model'}" in printed.out
     assert f"picture: {tmp_path / 'run/report.png'}" in printed.out
     assert "held-out pass@1" in printed.out
-    assert "train 2/2: reward" in printed.err
     assert (tmp_path / "run/recipe.toml").read_text().count("lr = 0.0001") == 1
 
     (tmp_path / "run/report.png").unlink()
@@ -151,24 +149,16 @@ def test_training_from_the_command_line(write_recipe, tmp_path, capsys):
     assert (scores["k"], scores["num_problems"]) == (3, 4)
     assert f"{tmp_path / 'run/model'} on held-out: pass@1 " in "".join(printed.err.splitlines())
 
-    assert main(["eval", recipe]) == 0
+    flags = ["--model", f"a={model_path}", f"b={model_path}", "--output", str(tmp_path / "scores.json")]
+    assert main(["eval", recipe, *flags]) == 0
     assert "cons@2" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "scores.json").read_text())
+    assert [(row["model"], row["num_problems"]) for row in rows] == [("a", 4), ("b", 4)]
 
 
-def test_eval_names_its_model(write_recipe, model_path, capsys):
-    recipe = write_recipe(model={"path": "nowhere"}, eval={"problems": 2})
-    assert main(["eval", recipe, "--json", "--model", str(model_path)]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["num_problems"] == 2
-    output = str(model_path.parent / "scores.json")
-    flags = ["--model", f"a={model_path}", f"b={model_path}", "--output", output]
-    assert main(["eval", recipe, "--json", *flags]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["model"] for row in rows] == ["a", "b"]
-    assert json.loads(Path(output).read_text()) == rows
-    assert main(["eval", recipe, "--json", "--model", "elsewhere"]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.splitlines()[-1].startswith("flashgrpo: elsewhere: no such folder")
+def test_eval_of_a_model_that_is_not_there(write_recipe, capsys):
+    assert main(["eval", write_recipe(), "--json", "--model", "elsewhere"]) == 2
+    assert error_line(capsys).startswith("flashgrpo: elsewhere: no such folder")
 
 
 def test_sampling_prints_the_completions(model_path, capsys):
@@ -180,25 +170,22 @@ def test_sampling_prints_the_completions(model_path, capsys):
     assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["-n", "0"], "argument -n: found 0, wanted 1 or more"),
-        (["-n", "two"], "argument -n: invalid"),
-        (["--max-new-tokens", "0"], "argument --max-new-tokens: found 0, wanted 1 or more"),
-        (["--temperature", "-1"], "argument --temperature: found -1, wanted a number, 0 or more"),
-        (["--temperature", "nan"], "argument --temperature: found nan"),
-        (["--top-p", "0"], "argument --top-p: found 0, wanted a number above 0, at most 1"),
-        (["--top-p", "1.5"], "argument --top-p: found 1.5"),
-        (["--template", "r2"], "argument --template: invalid choice: 'r2'"),
-        (["--sampler", "x"], "unrecognized arguments: --sampler x"),
-    ],
-)
-def test_bad_sampling_flags(flags, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["sample", "model", "prompt", *flags])
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
+BAD_FLAGS = {
+    "-n 0": "argument -n: found 0, wanted 1 or more",
+    "-n two": "argument -n: invalid",
+    "--temperature -1": "argument --temperature: found -1, wanted a number, 0 or more",
+    "--temperature nan": "argument --temperature: found nan",
+    "--top-p 1.5": "argument --top-p: found 1.5, wanted a number above 0, at most 1",
+    "--template r2": "argument --template: invalid choice: 'r2'",
+    "--sampler x": "unrecognized arguments: --sampler x",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_sampling_flags(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample", "model", "prompt", *flags.split()])
+    assert BAD_FLAGS[flags] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,13 +209,10 @@ def test_a_faulty_recipe_is_one_line_and_exit_2(command, write_recipe, tmp_path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train.lrr=1"], "--train.lrr=1: train.lrr: unknown key; did you mean train.lr?"),
         (["--lr", "1"], "--lr: wanted --section.key=value; did you mean train.lr?"),
-        (["--train.lr", "1"], "--train.lr: wanted --section.key=value"),
         (["another.toml"], "another.toml: wanted --section.key=value"),
-        (["--rollout.group_size=1"], "rollout.group_size: Input should be greater than or equal to 2, found 1"),
-        (["--rewards.functions=['acuracy']"], "accuracy"),
-        (["--run.device=cuda:1"], "run.device: Input should be 'auto', 'cpu' or 'cuda', found 'cuda:1'"),
+        (["--rewards.functions=['acuracy']"], "/recipe.toml: rewards: unknown reward 'acuracy'"),
+        (["--rewards.functions=['custom_rewards:count']"], "/recipe.toml: reward 'custom_rewards:count': "),
     ],
 )
 def test_faulty_options_are_one_line_and_exit_2(options, message, write_recipe, capsys):
@@ -287,19 +271,14 @@ def test_serving_on_gpus(served, write_recipe, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("host", "key", "who", "is_warned"),
-    [
-        ("127.0.0.1", "", "whoever reaches the port, without a key,", False),
-        ("localhost", "", "whoever reaches the port, without a key,", False),
-        ("0.0.0.0", "", "whoever reaches the port, without a key,", True),
-        ("node2", "", "whoever reaches the port, without a key,", True),
-        ("0.0.0.0", "secret", "whoever has the key in VLLM_API_KEY", False),
-    ],
+    ("host", "key", "is_warned"),
+    [("localhost", "", False), ("0.0.0.0", "", True), ("node2", "", True), ("0.0.0.0", "secret", False)],
 )
-def test_serving_says_who_can_do_what(host, key, who, is_warned, served, write_recipe, monkeypatch, capsys):
+def test_serving_says_who_can_do_what(host, key, is_warned, served, write_recipe, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_API_KEY", key)
     flags = served(write_recipe(), "--devices=cpu", f"--host={host}")
     said = capsys.readouterr().err
+    who = "whoever has the key in VLLM_API_KEY" if key else "whoever reaches the port, without a key,"
     assert f"{host}:8000: {who} can replace the weights, sample and pause; no route writes files" in said
     assert (f"warning: other machines reach {host}; set VLLM_API_KEY to a secret" in said) == is_warned
     assert flags["--middleware"] == "flashgrpo.grpo.rollout.vllm.launch.Guard"
@@ -325,27 +304,17 @@ def test_serving_on_gpus_that_are_not_there_exits_2(write_recipe, capsys):
     assert "torch finds no CUDA device" in error_line(capsys)
 
 
-GOOD_ROW = '{"prompt": "1+1=", "answer": "2"}\n'
-
-
 @pytest.mark.parametrize(
-    ("rows", "data", "message"),
+    ("row", "data", "message"),
     [
-        (GOOD_ROW + '{"prompt": "1', {}, "rows.jsonl:2: unreadable line"),
-        (GOOD_ROW + "\n[1]\n", {}, "rows.jsonl:3: unreadable line: wanted a JSON object, found list"),
-        (GOOD_ROW, {"prompt_column": "question"}, "rows.jsonl:1: no column 'question'"),
-        (GOOD_ROW + '{"prompt": "2+2="}\n', {}, "rows.jsonl:2: no column 'answer'"),
-        (GOOD_ROW + '{"prompt": " ", "answer": "2"}\n', {}, "rows.jsonl:2: the prompt in column 'prompt' is empty"),
-        ("", {}, "no problems in"),
-        (GOOD_ROW, {"max_prompt_tokens": 3}, "a prompt has 4 tokens, data.max_prompt_tokens = 3"),
-        (GOOD_ROW, {"held_out": 1}, "held_out is 1, and there are 1 different prompts"),
-        (GOOD_ROW, {"template": "chat"}, "the tokenizer has no chat template"),
-        (GOOD_ROW, {"path": "./missing.jsonl"}, "missing.jsonl: no such file or folder"),
+        ('{"prompt": "1', {}, "rows.jsonl:1: unreadable line"),
+        ('{"prompt": "1+1="}', {"prompt_column": "question"}, "rows.jsonl:1: no column 'question'"),
+        ('{"prompt": "1+1="}', {"max_prompt_tokens": 3}, "a prompt has 4 tokens, data.max_prompt_tokens = 3"),
     ],
 )
-def test_bad_data_is_one_line_and_exit_2(rows, data, message, write_recipe, tmp_path, capsys):
+def test_bad_data_is_one_line_and_exit_2(row, data, message, write_recipe, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_text(rows)
+    path.write_text(row + "\n")
     assert main(["train", write_recipe(data={"path": str(path), "held_out": 0, **data})]) == 2
     assert message in error_line(capsys)
 
@@ -354,18 +323,9 @@ def edit_json(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 BROKEN_MODELS = {
     "no folder": (shutil.rmtree, "no such folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
-    "cut weights": (lambda f: cut(f / "model.safetensors"), "model.safetensors: broken or incomplete"),
-    "cut config": (lambda f: cut(f / "config.json"), "config.json: not valid JSON"),
-    "cut tokenizer": (lambda f: cut(f / "tokenizer.json"), "no usable tokenizer"),
+    "cut tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "no usable tokenizer"),
     "cut generation config": (
         lambda f: (f / "generation_config.json").write_text('{"eos'),
         "generation_config.json: not a JSON object",
@@ -395,28 +355,12 @@ def test_a_bad_checkpoint_is_one_line_and_exit_2(command, case, write_recipe, mo
     assert str(folder) in line
 
 
-@pytest.fixture
-def run_sft(model_path, tmp_path):
-    def run(rows: str, *options: str) -> int:
-        (tmp_path / "sft.jsonl").write_text(rows)
-        recipe = {
-            "model": {"path": str(model_path)},
-            "data": {"path": str(tmp_path / "sft.jsonl"), "template": "none"},
-            "run": {"output": str(tmp_path / "run")},
-        }
-        (tmp_path / "sft.toml").write_text(tomli_w.dumps(recipe))
-        return main(["sft", str(tmp_path / "sft.toml"), *options])
-
-    return run
-
-
-def test_bad_sft_data_is_one_line_and_exit_2(run_sft, capsys):
-    assert run_sft('{"prompt": "1+1=", "completion": "2"}\n{"prompt": "2+2="}\n') == 2
-    assert "sft.jsonl:2: no column 'completion'" in error_line(capsys)
-
-
-def test_sft_from_the_command_line(run_sft, tmp_path, capsys):
-    assert run_sft('{"prompt": "1+1=", "completion": "2"}\n' * 3, "--train.epochs=1") == 0
+def test_sft_from_the_command_line(model_path, tmp_path, capsys):
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 3)
+    data = {"path": str(tmp_path / "sft.jsonl"), "template": "none"}
+    recipe = {"model": {"path": str(model_path)}, "data": data, "run": {"output": str(tmp_path / "run")}}
+    (tmp_path / "sft.toml").write_text(tomli_w.dumps(recipe))
+    assert main(["sft", str(tmp_path / "sft.toml"), "--train.epochs=1"]) == 0
     printed = capsys.readouterr().out
     assert f"model: {tmp_path / 'run/model'}\n" in printed
     assert f"picture: {tmp_path / 'run/report.png'}\n" in printed
@@ -424,30 +368,28 @@ def test_sft_from_the_command_line(run_sft, tmp_path, capsys):
     assert "reward" not in printed
 
 
-def test_an_empty_prompt_to_sample_exits_2(model_path, capsys):
-    assert main(["sample", str(model_path), "", "--template", "none"]) == 2
-    assert "has no tokens" in error_line(capsys)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "{model}", "", "--template", "none"], "has no tokens"),
+        (["report", "{model}"], "no training step found"),
+    ],
+)
+def test_nothing_to_work_on_exits_2(arguments, message, model_path, capsys):
+    assert main([argument.format(model=model_path) for argument in arguments]) == 2
+    assert message in error_line(capsys)
 
 
-def test_a_run_that_is_not_there_has_no_report(tmp_path, capsys):
-    assert main(["report", str(tmp_path / "none")]) == 2
-    assert "no training step found" in error_line(capsys)
+def test_other_ends(write_recipe, monkeypatch, capsys):
+    """Ctrl-C, a disk that is full, an error of many lines, and a bug, which must show its traceback."""
 
-
-@pytest.fixture
-def run_that_raises(write_recipe, monkeypatch):
-    def run(error: BaseException) -> int:
+    def run_that_raises(error: BaseException) -> int:
         def train(recipe, resume):
             raise error
 
         monkeypatch.setattr("flashgrpo.grpo.train.train", train)
         return main(["train", write_recipe()])
 
-    return run
-
-
-def test_other_ends(run_that_raises, capsys):
-    """Ctrl-C, a disk that is full, an error of many lines, and a bug, which must show its traceback."""
     assert run_that_raises(KeyboardInterrupt()) == 130
     assert run_that_raises(OSError(28, "No space left on device")) == 1
     assert "No space left on device" in error_line(capsys)
@@ -455,14 +397,3 @@ def test_other_ends(run_that_raises, capsys):
     assert error_line(capsys) == "flashgrpo: x: no usable tokenizer: try this or that"
     with pytest.raises(KeyError, match="bug"):
         run_that_raises(KeyError("bug"))
-
-
-def test_faults_of_the_program_are_not_hidden(write_recipe, monkeypatch):
-    """A bug must show its traceback."""
-
-    def end(recipe, resume):
-        raise KeyError("bug")
-
-    monkeypatch.setattr("flashgrpo.grpo.train.train", end)
-    with pytest.raises(KeyError, match="bug"):
-        main(["train", write_recipe()])

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -21,7 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.errors import RecipeError, RunError, RunInputError
-from flashgrpo.grpo.recipe.load import Recipe, load_recipe
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe, load_recipe
 from flashgrpo.grpo.run import ledger
 from flashgrpo.grpo.run.checkpoints import SUMS, _Reader
 from flashgrpo.grpo.run.folder import read_rows
@@ -36,17 +35,34 @@ def changed(recipe: Recipe, section: str, **values) -> Recipe:
     return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
 
 
-@pytest.fixture
-def run(recipe) -> Path:
-    """The folder of a run with checkpoints of the steps 2 and 4."""
+@pytest.fixture(scope="module")
+def trained(model_path, tmp_path_factory) -> Recipe:
+    """The recipe of a run with checkpoints of the steps 2 and 4, in a folder of this module's."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "sums.jsonl").write_text("".join(f'{{"prompt": "{n}+1=", "answer": "{n + 1}"}}\n' for n in range(16)))
+    values = {
+        "model": {"path": str(model_path)},
+        "data": {"path": str(folder / "sums.jsonl"), "template": "none", "held_out": 0},
+        "rewards": {"functions": ["format"], "workers": 1},
+        "rollout": {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4},
+        "train": {"steps": 4, "token_budget": 256, "checkpoint_every": 2},
+        "run": {"output": str(folder / "run"), "device": "cpu"},
+    }
+    recipe = build_recipe(Recipe, values)
     train(recipe)
-    return Path(recipe.run.output)
+    return recipe
 
 
 @pytest.fixture
-def go_on(recipe) -> Callable[[], Path]:
+def run(trained, tmp_path) -> Path:
+    """A folder of that run for one test."""
+    return Path(shutil.copytree(trained.run.output, tmp_path / "run"))
+
+
+@pytest.fixture
+def go_on(trained, run) -> Callable[[], Path]:
     """Continue it to its sixth step."""
-    return lambda: train(changed(recipe, "train", steps=6), resume=True)
+    return lambda: train(changed(changed(trained, "run", output=str(run)), "train", steps=6), resume=True)
 
 
 def flip(file: Path) -> None:
@@ -91,10 +107,8 @@ def test_a_list_of_checksums_that_was_cut_is_not_called_whole(run, go_on):
     (sums.parent / "model/more.safetensors").touch()
     with pytest.raises(RunInputError, match=rf"more\.safetensors: broken checkpoint: it is not in {SUMS}"):
         go_on()
-
-
-def test_a_broken_checkpoint_is_not_called_whole(run, go_on):
-    flip(run / "checkpoints/step_4/model/model.safetensors")
+    (sums.parent / "model/more.safetensors").unlink()
+    flip(sums.parent / "model/model.safetensors")
     (run / "checkpoints/step_2" / SUMS).write_text("no checksum\n")
     with pytest.raises(RunInputError, match="begin anew: none is whole"):
         go_on()
@@ -110,29 +124,14 @@ class Attack:
         return os.mkdir, (str(self.mark),)
 
 
-def hidden_in_values(checkpoint: Path, mark: Path) -> None:
-    """Metadata that calls a tensor an object, whose pickle stands in place of the tensor."""
-    metadata: Metadata = pickle.loads((checkpoint / "state/.metadata").read_bytes())
-    content = io.BytesIO()
-    torch.save(Attack(mark), content)
-    (checkpoint / "state/attack").write_bytes(content.getvalue())
-    name = next(iter(metadata.state_dict_metadata))
-    index = next(index for index in metadata.storage_data if index.fqn == name)
-    place = metadata.storage_data.pop(index)
-    metadata.state_dict_metadata[name] = BytesStorageMetadata()
-    changes = {"relative_path": "attack", "offset": 0, "length": len(content.getvalue())}
-    metadata.storage_data[type(index)(name)] = dataclasses.replace(place, **changes)
-    (checkpoint / "state/.metadata").write_bytes(pickle.dumps(metadata))
-
-
 @pytest.mark.parametrize("where", ["metadata", "values"])
 def test_somebody_elses_checkpoint_runs_no_code(run, go_on, where, tmp_path):
-    checkpoint, mark = run / "checkpoints/step_4", tmp_path / "code was run"
-    if where == "metadata":
-        (checkpoint / "state/.metadata").write_bytes(pickle.dumps(Attack(mark)))
-    else:
-        hidden_in_values(checkpoint, mark)
-    sum_up(checkpoint)
+    """A tensor that the metadata call an object would be unpickled from wherever they say."""
+    file, mark = run / "checkpoints/step_4/state/.metadata", tmp_path / "code was run"
+    metadata: Metadata = pickle.loads(file.read_bytes())
+    metadata.state_dict_metadata["a tensor"] = BytesStorageMetadata()
+    file.write_bytes(pickle.dumps(metadata if where == "values" else Attack(mark)))
+    sum_up(run / "checkpoints/step_4")
     with pytest.raises(RunInputError, match=r"step_4: broken checkpoint.*its metadata asks for .*not of tensors"):
         go_on()
     assert not mark.exists()
@@ -150,20 +149,19 @@ def test_somebody_elses_checkpoint_changes_no_class(shared, tmp_path):
 
 def test_two_runs_in_one_folder_are_not_possible(run, tmp_path, capsys):
     """Whether both are new, or go on; the lock dies with its owner."""
+    recipe_file, new = str(shutil.copy(run / "recipe.toml", tmp_path)), tmp_path / "new"
     code = "import sys, time; from pathlib import Path; from flashgrpo.model.files import locked\n"
-    code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)\n"
-    for folder, options in {tmp_path / "new": [], run: ["--resume"]}.items():
-        with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as other:
-            assert other.stdout is not None
-            assert other.stdout.readline() == b"held\n"
-            recipe_file = tmp_path / "recipe.toml"
-            recipe_file.write_text((run / "recipe.toml").read_text())
-            assert main(["train", str(recipe_file), f"--run.output={folder}", *options]) == 2
+    code += "with locked(Path(sys.argv[1])), locked(Path(sys.argv[2])): print('held', flush=True); time.sleep(600)\n"
+    with subprocess.Popen([sys.executable, "-c", code, str(run), str(new)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        for folder, options in {new: [], run: ["--resume"]}.items():
+            assert main(["train", recipe_file, f"--run.output={folder}", *options]) == 2
             line = capsys.readouterr().err.strip().splitlines()[-1]
             assert line.startswith(f"flashgrpo: {folder} is in use by process {other.pid} on ")
-            other.kill()
-        with locked(folder):
-            pass
+        other.kill()
+    with locked(new), locked(run):
+        pass
 
 
 def test_a_folder_that_is_left_without_content_is_taken_away(tmp_path):
@@ -203,25 +201,31 @@ def test_a_lock_that_was_taken_away_as_it_was_opened_holds_nobody_off(tmp_path, 
         locked(tmp_path / "run").__enter__()
 
 
-@pytest.mark.parametrize("key", ["model.path", "data.path"])
-def test_inputs_replaced_in_place_are_refused_unless_accepted(recipe, data_path, tmp_path, key, capsys):
-    path = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
-    recipe = changed(recipe, "model", path=str(path))
-    train(recipe)
-    if key == "data.path":
-        data_path.write_text(data_path.read_text().replace("1+1=", "1 + 1 ="))
-    else:
-        model = load_checkpoint(path)
-        model.model.norm.weight.data[0] += 1
-        save_checkpoint(model, path, tokenizer_files_from=path)
-    recipe = changed(recipe, "train", steps=5)
-    replaced = rf"{key}: what .*{'model' if key == 'model.path' else data_path.name} holds has changed since the run"
-    with pytest.raises(RunInputError, match=rf"{replaced}.*--run\.accept_changes=true"):
-        train(recipe, resume=True)
-    capsys.readouterr()
-    train(changed(recipe, "run", accept_changes=True), resume=True)
-    assert f"{key}: what " in capsys.readouterr().err
-    train(changed(recipe, "train", steps=6), resume=True)  # it is accepted for good
+def test_inputs_replaced_in_place_are_refused_unless_accepted(trained, tmp_path, capsys):
+    """A run in its model's folder is no change of it."""
+    path = Path(shutil.copytree(trained.model.path, tmp_path / "model"))
+    data = Path(shutil.copy(trained.data.path, tmp_path / "sums.jsonl"))
+    recipe = changed(changed(trained, "model", path=str(path)), "data", path=str(data))
+    recipe = changed(changed(recipe, "run", output=str(path / "run")), "train", steps=2)
+    train(changed(recipe, "train", steps=1))
+    train(recipe, resume=True)
+
+    def refused(key: str, file: Path) -> None:
+        capsys.readouterr()
+        with pytest.raises(RunInputError, match=rf"{key}: what .*{file.name} holds has changed since the run.*--run\."):
+            train(recipe, resume=True)
+        train(changed(recipe, "run", accept_changes=True), resume=True)
+        assert f"{key}: what " in capsys.readouterr().err
+        train(recipe, resume=True)  # it is accepted for good
+
+    data.write_text(data.read_text().replace("1+1=", "1 + 1 ="))
+    refused("data.path", data)
+    model = load_checkpoint(path)
+    model.model.norm.weight.data[0] += 1
+    save_checkpoint(model, tmp_path / "other", tokenizer_files_from=path)
+    (tmp_path / "other/model.safetensors").replace(path / "model.safetensors")
+    refused("model.path", path)
+    assert read_rows(path / "run/metrics.jsonl")[-1]["step"] == 2
 
 
 def test_what_is_not_read_may_change(recipe, tmp_path):
@@ -237,26 +241,19 @@ def test_what_is_not_read_may_change(recipe, tmp_path):
         assert before != now, name
 
 
-def test_a_run_in_its_models_folder_goes_on(recipe, tmp_path):
-    path = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
-    recipe = changed(changed(recipe, "model", path=str(path)), "run", output=str(path / "run"))
-    train(changed(recipe, "train", steps=1))
-    train(changed(recipe, "train", steps=2), resume=True)
-    assert read_rows(path / "run/metrics.jsonl")[-1]["step"] == 2
-
-
-def test_what_takes_long_to_read_is_told_before(recipe, monkeypatch, capsys):
-    recipe = changed(recipe, "train", steps=1)
-    train(recipe)
-    assert "reading" not in capsys.readouterr().err
+def test_what_takes_long_to_read_is_told_before(trained, run, monkeypatch, capsys):
+    recipe = changed(trained, "run", output=str(run))
     monkeypatch.setattr(ledger, "_SLOW_BYTES", 0)
     Path(recipe.model.path, "config.json").touch()  # what has its size and time is not read again
     train(recipe, resume=True)
     told = capsys.readouterr().err.partition(f"loading {recipe.model.path}\n")[0].splitlines()
-    assert told[0].startswith(f"reading {recipe.run.output}/checkpoints/step_1, 0 GB, to see that it is whole")
+    assert told[0].startswith(f"reading {run}/checkpoints/step_4, 0 GB, to see that it is whole")
     assert f"reading {recipe.model.path}, 0 GB, to notice changes" in told
     train(recipe, resume=True)
     assert "to notice changes" not in capsys.readouterr().err
+    monkeypatch.undo()
+    train(recipe, resume=True)
+    assert "reading" not in capsys.readouterr().err
 
 
 DEEP = "[" * 100_000
@@ -283,75 +280,58 @@ def test_broken_rows_of_a_log_are_named(name, tmp_path):
         assert [row["step"] for row in read_rows(log)] == [1]  # cut by a crash
 
 
-RECIPES = {
-    "half": lambda text: text[:300],
-    "bytes": lambda text: b"\xff\xfe",
-    "deep": lambda text: f"a = {DEEP}",
-    "long": lambda text: f"a = {LONG}",
-    "no section": lambda text: "a = 1",
-    "gone": lambda text: None,
-}
-STATES = {
-    "another step": lambda state: state | {"step": 3},
-    "no step": lambda state: {},
-    "a list": lambda state: [],
-    "a place that is none": lambda state: state | {"position": {"taken": {"data": "x"}, "owed": {}}},
-    "a key that nobody knows": lambda state: state | {"position": {"x": 1}},
-}
+RECIPES = [None, b"[model", b"\xff\xfe", f"a = {DEEP}".encode(), f"a = {LONG}".encode(), b"a = 1"]  # None: it is gone
+STATES = [
+    {"step": 3},
+    {},
+    [],
+    {"step": 4, "position": {"taken": {"data": "x"}, "owed": {}}},
+    {"step": 4, "position": {"x": 1}},
+]
 
 
 def test_a_damaged_folder_is_one_line_and_exit_2(run, model_path, tmp_path, capsys):
     """Nothing is changed by the attempt: what was damaged can be restored."""
     whole = shutil.copytree(run, tmp_path / "whole")
-    recipe_file = Path(shutil.copy(run / "recipe.toml", tmp_path / "recipe.toml"))
+    recipe_file = str(shutil.copy(run / "recipe.toml", tmp_path))
 
-    def refused(file: Path) -> None:
-        capsys.readouterr()
-        assert main(["train", str(recipe_file), "--train.steps=5", "--resume"]) == 2
+    def refused(name: str, content: bytes | None) -> None:
+        file = run / name
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        sum_up(run / "checkpoints/step_4")
+        assert main(["train", recipe_file, f"--run.output={run}", "--train.steps=5", "--resume"]) == 2
         line = capsys.readouterr().err.removeprefix(f"loading {model_path}\n")
         assert (line.count("\n"), line.count("Traceback")) == (1, 0)
         assert file.name in line
         assert len(line) < 700
-        shutil.copy(whole / file.relative_to(run), file)
+        shutil.copy(whole / name, file)
         for log in ("metrics.jsonl", "samples.jsonl"):
             assert (run / log).read_bytes() == (whole / log).read_bytes()
 
-    for change in RECIPES.values():
-        file = run / "recipe.toml"
-        content = change(file.read_text())
-        file.unlink()
-        if content is not None:
-            file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        refused(file)
-    for change in STATES.values():
-        file = run / "checkpoints/step_4/state.json"
-        file.write_text(json.dumps(change(json.loads(file.read_text()))))
-        sum_up(run / "checkpoints/step_4")
-        refused(file)
-        sum_up(run / "checkpoints/step_4")
+    for content in RECIPES:
+        refused("recipe.toml", content)
+    for state in STATES:
+        refused("checkpoints/step_4/state.json", json.dumps(state).encode())
     for content in (b"[]", b"\xff", DEEP.encode(), b"3"):
-        (run / "made_from.json").write_bytes(content)
-        refused(run / "made_from.json")
+        refused("made_from.json", content)
 
 
-def test_toml_that_nobody_writes_is_refused_in_a_line(recipe_values, tmp_path):
+def test_text_that_nobody_writes_is_refused_in_a_line(recipe_values, tmp_path):
+    file = tmp_path / "recipe.toml"
     for text in (f"a = {DEEP}", f"a = {LONG}", "a = 0x" + "f" * 9_999, f"a{'.a' * 9_999} = 1"):
-        (tmp_path / "recipe.toml").write_text(text)
+        file.write_text(text)
         with pytest.raises(RecipeError, match=r"recipe\.toml: not TOML") as error:
-            load_recipe(Recipe, tmp_path / "recipe.toml")
+            load_recipe(Recipe, file)
         assert len(str(error.value)) < 500
-    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe_values))
+    file.write_text(tomli_w.dumps(recipe_values))
     for option in (f"--run.seed={LONG}", f"--train.lr={DEEP}", "--train.steps=99999999999999999999"):
         with pytest.raises(RecipeError, match=option[:8]):
-            load_recipe(Recipe, tmp_path / "recipe.toml", [option])
-
-
-def test_a_file_of_scores_that_cannot_be_written_is_found_before_the_first_sample(recipe_values, tmp_path, capsys):
-    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe_values))
-    (tmp_path / "deep.json").write_text(DEEP)
-    for output in ("/proc/nowhere/scores.json", str(tmp_path / "recipe.toml/scores.json"), str(tmp_path / "deep.json")):
-        assert main(["eval", str(tmp_path / "recipe.toml"), "--output", output]) == 2
-        assert f"{output} cannot be read and written" in capsys.readouterr().err
+            load_recipe(Recipe, file, [option])
+    for text in (DEEP, LONG, '{"a":' * 100_000):
+        with pytest.raises(ValueError, match=r"nested too deeply|Exceeds the limit"):
+            parse_json(text)
 
 
 def test_deep_data_is_named_with_its_line(recipe_values, data_path, tmp_path, capsys):
@@ -361,30 +341,26 @@ def test_deep_data_is_named_with_its_line(recipe_values, data_path, tmp_path, ca
     assert f"{data_path}:65: unreadable line: it is nested too deeply" in capsys.readouterr().err
 
 
-def test_json_that_nobody_writes_is_refused_in_a_line():
-    for text in (DEEP, LONG, '{"a":' * 100_000):
-        with pytest.raises(ValueError, match=r"nested too deeply|Exceeds the limit"):
-            parse_json(text)
-
-
-@pytest.mark.parametrize("command", ["train", "collect", "pipeline"])
+@pytest.mark.parametrize("command", ["train", "collect", "pipeline", "eval"])
 def test_an_output_that_cannot_be_written_is_found_before_the_first_step(recipe_values, tmp_path, command, capsys):
     (tmp_path / "file").touch()
-    values = (
-        recipe_values if command != "pipeline" else {"run": {}, "stages": {"s": {"kind": "train", **recipe_values}}}
-    )
+    (tmp_path / "deep.json").write_text(DEEP)
+    values, option, told = {**recipe_values}, "--run.output", "run.output"
+    outputs = ["/proc/nowhere/run", str(tmp_path / "file/run"), str(tmp_path / ("long" * 100)), "a\0b"]
     if command == "collect":
-        values = {key: values[key] for key in ("model", "data", "run")}
-    if command == "pipeline":
-        del values["stages"]["s"]["run"]
-    for output in ("/proc/nowhere/run", str(tmp_path / "file/run"), str(tmp_path / ("long" * 100)), "a\0b"):
-        values["run"] = {"output": output}
-        (tmp_path / "recipe.toml").write_text(tomli_w.dumps(values))
-        capsys.readouterr()
-        assert main([command, str(tmp_path / "recipe.toml")]) == 2
+        del values["train"], values["loss"], values["rollout"]
+    elif command == "pipeline":
+        stage = {name: section for name, section in values.items() if name != "run"}
+        values = {"run": values["run"], "stages": {"s": {"kind": "train", **stage}}}
+    elif command == "eval":
+        option, told, outputs = "--output", "cannot be read and written", [*outputs[:2], str(tmp_path / "deep.json")]
+    recipe_file = tmp_path / "recipe.toml"
+    recipe_file.write_text(tomli_w.dumps(values))
+    for output in outputs:
+        assert main([command, str(recipe_file), f"{option}={output}"]) == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1
-        assert "run.output" in line
+        assert told in line
         assert output in line
 
 

@@ -6,7 +6,6 @@ import re
 import sys
 
 import pytest
-import tomli_w
 from rich.console import Console
 
 from flashgrpo.grpo.cli import main
@@ -23,16 +22,6 @@ def test_a_run_without_a_terminal_has_a_line_a_step(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["sft 4/7", "sft 5/7", "sft 6/7", "sft 7/7"]
     assert all(VALUES in line and line.endswith("0:00:00 elapsed, 0:00:00 left") for line in lines)
-
-
-def test_a_run_says_what_it_does_before_the_first_step(recipe_values, custom_rewards, tmp_path, capsys):
-    recipe_values["train"]["steps"] = 1
-    recipe_values["eval"] = {"every": 1, "problems": 3, "samples": 2}
-    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe_values))
-    assert main(["train", str(tmp_path / "recipe.toml")]) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == [f"loading {recipe_values['model']['path']}", "evaluating 3 x 2 before the first step"]
-    assert lines[2].startswith("train 1/1: ")
 
 
 @pytest.mark.parametrize("width", [60, 80, 110])
