@@ -20,6 +20,7 @@ import torch.distributed as dist
 GRACE_S = 5.0  # for this rank to find the same error, and for torchrun to end the ranks beside one that died
 NOTICE_S = 5.0  # more than it takes until all know of a rank that is lost
 _BEAT_S = 1.0
+_GREETING_S = 10.0
 _GONE_MS = 20_000  # after which packets that were not confirmed break a connection
 _ALIVE, _DONE = b".", b"!"
 
@@ -52,9 +53,12 @@ def _gather_others(store: Any, size: int, limit_s: float) -> tuple[str, Links]:
         store.set("rank 0", f"{name} {server.getsockname()[1]}")
         while len(links) < size - 1:
             link, _ = server.accept()
-            greeting = link.recv(64).split()
-            if greeting[:1] == [name.encode()]:  # anybody may knock at a port
-                links[int(greeting[1])] = link
+            link.settimeout(_GREETING_S)
+            with contextlib.suppress(OSError):  # anybody may knock at a port
+                greeting = link.recv(64).split()
+                if greeting[:1] == [name.encode()]:
+                    link.sendall(name.encode())
+                    links[int(greeting[1])] = link
     return name, links
 
 
@@ -63,14 +67,15 @@ def _join(store: Any, rank: int, limit_s: float) -> tuple[str, Links]:
     while True:
         name, port = store.get("rank 0").decode().split()
         try:
-            link = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=limit_s)
-            break
+            link = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=_GREETING_S)
+            link.sendall(f"{name} {rank}".encode())
+            if link.recv(len(name)) == name.encode():
+                return name, {0: link}
+            raise ConnectionRefusedError("another service has taken the port")
         except OSError:  # rank 0 has not started yet: this is where the one of before was
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-    link.sendall(f"{name} {rank}".encode())
-    return name, {0: link}
 
 
 @contextmanager
