@@ -28,7 +28,8 @@ from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.folder import read_rows
-from flashgrpo.grpo.run.policy import open_policy, open_sharded_model, resolve_dtype
+from flashgrpo.grpo.run.machines import resolve_dtype
+from flashgrpo.grpo.run.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.stages.toy import make_model
 from flashgrpo.grpo.types import Request, Sampling

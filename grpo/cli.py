@@ -109,7 +109,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> None:
     from flashgrpo.grpo.recipe.load import Recipe, load_recipe
     from flashgrpo.grpo.rollout.vllm.launch import EngineOptions, become_server, require_vllm
-    from flashgrpo.grpo.run.policy import resolve_device
+    from flashgrpo.grpo.run.machines import resolve_device
     from flashgrpo.model.checkpoint import read_config
 
     recipe = load_recipe(Recipe, options.recipe, options.overrides)

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 from flashgrpo.grpo.errors import RecipeError, nearest
 from flashgrpo.grpo.recipe import schema
 from flashgrpo.grpo.recipe.schema import CHECKED, first_step, weights_of
-from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.loss_config import LossConfig
 from flashgrpo.model.files import parse_toml
 
 _UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for a key that is not there

@@ -27,12 +27,12 @@ from flashgrpo.grpo.recipe.schema import CHECKED, PreferenceSection, Template
 from flashgrpo.grpo.rewards.pool import Scorer
 from flashgrpo.grpo.rewards.response import Response
 from flashgrpo.grpo.run.child import Child, own_environment
+from flashgrpo.grpo.run.machines import resolve_dtype
 from flashgrpo.grpo.run.policy import (
     Policy,
     check_vocabulary,
     end_token_id,
     open_tokenizer,
-    resolve_dtype,
     stop_token_ids,
 )
 from flashgrpo.grpo.run.world import World

@@ -13,7 +13,8 @@ import numpy as np
 from flashgrpo.grpo.recipe.load import SamplingRecipe
 from flashgrpo.grpo.rollout.native import NativeGenerator, splitmix64
 from flashgrpo.grpo.rollout.sync import DecoderSource
-from flashgrpo.grpo.run.policy import Policy, open_sharded_model, resolve_dtype, warn_beyond_context
+from flashgrpo.grpo.run.machines import resolve_dtype
+from flashgrpo.grpo.run.policy import Policy, open_sharded_model, warn_beyond_context
 from flashgrpo.grpo.run.world import World
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.model.checkpoint import empty_decoder

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from flashgrpo.grpo.errors import SyncError
-from flashgrpo.model.checkpoint import empty_decoder
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.decoder import huggingface_views
+from flashgrpo.model.decoder import Decoder, huggingface_views
 from flashgrpo.model.sharding import full_tensors
 
 BUCKET_BYTES = 256 << 20  # what is sent at a time
@@ -172,5 +171,6 @@ def check_digests(sent: Mapping[str, int], received: Mapping[str, int]) -> None:
 
 def weight_shapes(config: ModelConfig) -> dict[str, list[int]]:
     """Of every tensor in a checkpoint of `config`, by name."""
-    parameters = dict(empty_decoder(config, torch.float32).named_parameters())
+    with torch.device("meta"):
+        parameters = dict(Decoder(config).named_parameters())
     return {name: list(view.shape) for name, view in huggingface_views(parameters, config).items()}

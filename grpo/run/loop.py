@@ -15,7 +15,8 @@ from flashgrpo.grpo.learn.learner import Learner
 from flashgrpo.grpo.recipe.load import Recipe, RewardModelRecipe, SftRecipe
 from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.interrupts import Stopped
-from flashgrpo.grpo.run.policy import open_policy, open_sharded_model, resolve_dtype
+from flashgrpo.grpo.run.machines import resolve_dtype
+from flashgrpo.grpo.run.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.run.progress import StepBar, console, step_bar
 from flashgrpo.grpo.run.world import World
 from flashgrpo.model.checkpoint import save_checkpoint

@@ -1,7 +1,11 @@
-"""What GPUs can do, by their data sheets."""
+"""The device and the compute type of a run; what GPUs can do, by their data sheets."""
 
 import re
 from dataclasses import dataclass
+
+import torch
+
+from flashgrpo.grpo.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,19 @@ def peak_flops(device_name: str) -> float | None:
     words = re.split(r"[ -]", device_name.lower())
     slower = {"pcie", "nvl", "mig"} & set(words)
     return None if slower else next((m.flops for name, m in MACHINES.items() if name in words), None)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("run.device = cuda, but torch finds no CUDA device; use run.device = cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA, float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flashgrpo.grpo.recipe.schema import ModelSection
+from flashgrpo.grpo.run.machines import resolve_dtype
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.model.checkpoint import (
     CONFIG,
@@ -151,19 +152,3 @@ def end_token_id(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that closes a text: the tokenizer's end of sequence, or the first that ends a completion."""
     end: Any = tokenizer.eos_token_id
     return stop_token_ids(path, tokenizer)[0] if end is None else end
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("run.device = cuda, but torch finds no CUDA device; use run.device = cpu or auto")
-    return torch.device(name)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA, float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)

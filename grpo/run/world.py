@@ -24,7 +24,7 @@ from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RewardFailure, 
 from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
 from flashgrpo.grpo.run import watch
 from flashgrpo.grpo.run.interrupts import Interrupts
-from flashgrpo.grpo.run.policy import resolve_device
+from flashgrpo.grpo.run.machines import resolve_device
 from flashgrpo.grpo.run.progress import console
 
 _FAILED = "rank 0 failed"

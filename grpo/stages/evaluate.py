@@ -34,7 +34,8 @@ from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_s
 from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.folder import newest_checkpoint
 from flashgrpo.grpo.run.ledger import changed, differing, identify
-from flashgrpo.grpo.run.policy import Policy, open_policy, resolve_device
+from flashgrpo.grpo.run.machines import resolve_device
+from flashgrpo.grpo.run.policy import Policy, open_policy
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.stages.scores import Graded, scores_of, solved_by

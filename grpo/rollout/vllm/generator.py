@@ -5,6 +5,7 @@ The steps of a sync, for an engine and for servers: `expect_weights` before the 
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,7 +18,7 @@ from flashgrpo.grpo.recipe.load import SamplingRecipe
 from flashgrpo.grpo.rollout.sync import DecoderSource, check_digests, shared_memory_parts, weight_shapes
 from flashgrpo.grpo.rollout.vllm.answers import DIGESTS, NOTHING, SERVED_MODELS
 from flashgrpo.grpo.rollout.vllm.launch import API_KEY, EngineOptions, OwnServers, check_length, require_vllm
-from flashgrpo.grpo.rollout.vllm.nccl import NcclSender, vllm_engine
+from flashgrpo.grpo.rollout.vllm.nccl import NcclSender
 from flashgrpo.grpo.rollout.vllm.servers import VllmServers
 from flashgrpo.grpo.run.child import Child, own_environment
 from flashgrpo.grpo.run.policy import Policy
@@ -192,7 +193,7 @@ class ServersGenerator:
         if self.on_gpu:
             if self._nccl is None or is_first:
                 self._close_nccl()
-                self._nccl = NcclSender(client, source, self.world.device, client.timeout_s)
+                self._nccl = NcclSender(vllm_engine(), client, source, self.world.device, client.timeout_s)
             self._nccl.send(source)
         else:
             client.start_weight_update()
@@ -245,3 +246,11 @@ def _check_servers(
             if theirs != ours:
                 raise RunInputError(f"{url} serves another model: {name} is {theirs} there, {ours} here")
         check_length(served["max_model_len"], longest_prompt, recipe)
+
+
+def vllm_engine() -> Any:
+    """The module that imports vLLM. Not before it is needed: that takes seconds, and warns of what concerns no run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from flashgrpo.grpo.rollout.vllm import engine
+    return engine

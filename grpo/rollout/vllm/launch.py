@@ -28,7 +28,7 @@ from flashgrpo.grpo.errors import RecipeError, RunInputError
 from flashgrpo.grpo.recipe.load import SamplingRecipe
 from flashgrpo.grpo.recipe.schema import VllmSection
 from flashgrpo.grpo.run.child import own_environment
-from flashgrpo.grpo.run.policy import resolve_dtype
+from flashgrpo.grpo.run.machines import resolve_dtype
 from flashgrpo.grpo.run.progress import console
 
 SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "nccl", "ipc"  # transports of weights; the latter are vLLM's

@@ -3,7 +3,6 @@
 import socket
 import threading
 import urllib.parse
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
@@ -15,25 +14,19 @@ from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.rollout.vllm.servers import VllmServers
 
 
-def vllm_engine() -> Any:
-    """The module that imports vLLM. Not before it is needed: that takes seconds, and warns of what concerns no run."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from flashgrpo.grpo.rollout.vllm import engine
-    return engine
-
-
 class NcclSender:
     """Rank 0's end of a group with the servers that live when it is made, and have told of their workers.
 
     NCCL waits for ever: what takes longer than `timeout_s` is left behind, and the group with it.
     """
 
-    def __init__(self, servers: VllmServers, source: DecoderSource, device: torch.device, timeout_s: float):
+    def __init__(
+        self, engine: Any, servers: VllmServers, source: DecoderSource, device: torch.device, timeout_s: float
+    ):
         self.device, self.timeout_s = device, timeout_s
         self._group: Any = None
         address, port = _own_address(servers.urls)
-        engine, world_size = vllm_engine(), 1 + servers.num_workers
+        world_size = 1 + servers.num_workers
         self._group = self._in_time(lambda: engine.open_nccl(servers, source, address, port, world_size))
 
     def send(self, source: DecoderSource) -> None:

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from flashgrpo.grpo.errors import GeneratorFailure, SyncError
 from flashgrpo.grpo.rollout.sync import DecoderSource
-from flashgrpo.grpo.rollout.vllm import nccl as nccl_module
+from flashgrpo.grpo.rollout.vllm import generator as generator_module
 from flashgrpo.grpo.rollout.vllm.answers import AnswerError, read_group
 from flashgrpo.grpo.rollout.vllm.generator import ServersGenerator
 from flashgrpo.grpo.rollout.vllm.servers import VllmServers
@@ -304,7 +304,7 @@ def nccl(monkeypatch):
     """set(open_nccl): vLLM's is this one."""
 
     def patch(open_nccl: Callable[..., Group]) -> None:
-        monkeypatch.setattr(nccl_module, "vllm_engine", lambda: SimpleNamespace(open_nccl=open_nccl))
+        monkeypatch.setattr(generator_module, "vllm_engine", lambda: SimpleNamespace(open_nccl=open_nccl))
 
     monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
     return patch
