@@ -102,9 +102,10 @@ def rollout_metrics(
 
 
 def speed_metrics(data: StepData, clock: Clock, plans: Sequence[PackPlan], world: World) -> dict[str, float]:
-    """Seconds by phase, and rates: sampled tokens a second of the whole step, trained tokens a second of the training
-    phase, and its model FLOPs a second and rank, which count attention exactly and recomputation not at all; `mfu` is
-    their share of the GPU's dense bf16 peak, where that is known.
+    """Seconds by phase, and rates: sampled tokens a second of the whole step, trained tokens a
+    second of the training phase, and its model FLOPs a second and rank, which count attention
+    exactly and recomputation not at all; `mfu` is their share of the GPU's dense bf16 peak, where
+    that is known.
 
     `idle` is the share of the step that the ranks, on average, wait for the slowest: measured for the rollout, for the
     training phase by the FLOPs of each rank's micro-batches, in which ranks move in lockstep.

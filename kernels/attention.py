@@ -6,21 +6,24 @@ Token i sees token j if both are in one segment and j <= i, or if j is in the se
     ds_ij  = p_ij (d_out_i . v_j - d_out_i . out_i)
     d_q_i  = scale sum_j ds_ij k_j        d_k_j = scale sum_i ds_ij q_i        d_v_j = sum_i p_ij d_out_i
 
-with q, out [total_tokens, num_heads, head_dim] and k, v [total_tokens, num_kv_heads, head_dim]. A prompt of P tokens
-with G completions of R costs P^2/2 + G R (P + R/2) scores a head instead of the G (P + R)^2/2 of repeated prompts: at
-P=4096, R=1024, G=8 that is 2.3x less. A score costs 4 head_dim FLOPs forward and 14 backward: d_q has a kernel of its
-own, which computes two of the five products again. Forward reads q, k, v and writes out and lse; backward reads these
-and d_out and writes d_q, d_k, d_v and d_out . out; lse and d_out . out are fp32 [num_heads, total_tokens].
+with q, out [total_tokens, num_heads, head_dim] and k, v [total_tokens, num_kv_heads, head_dim]. A
+prompt of P tokens with G completions of R costs P^2/2 + G R (P + R/2) scores a head instead of the
+G (P + R)^2/2 of repeated prompts: at P=4096, R=1024, G=8 that is 2.3x less. A score costs 4
+head_dim FLOPs forward and 14 backward: d_q has a kernel of its own, which computes two of the five
+products again. Forward reads q, k, v and writes out and lse; backward reads these and d_out and
+writes d_q, d_k, d_v and d_out . out; lse and d_out . out are fp32 [num_heads, total_tokens].
 
-A program has one tile of one segment: queries of one head, or keys of one kv head with all their query heads. Torch
-lists the tiles, longest first, on the device and once a batch, so nothing waits. Since completions follow their
-prompt, a prompt's keys meet their queries in one causal range; of a short prompt with many completions that range is
-cut into pieces, added in fixed order. Without atomics, and with all ranges relative to a segment or its prompt,
-results are deterministic and do not depend on what else is in the pack.
+A program has one tile of one segment: queries of one head, or keys of one kv head with all their
+query heads. Torch lists the tiles, longest first, on the device and once a batch, so nothing waits.
+Since completions follow their prompt, a prompt's keys meet their queries in one causal range; of a
+short prompt with many completions that range is cut into pieces, added in fixed order. Without
+atomics, and with all ranges relative to a segment or its prompt, results are deterministic and do
+not depend on what else is in the pack.
 
-Not done here: dropout, sliding windows, bias, attention between completions, head_dim other than those in `HEAD_DIMS`
-(80 and 96 are computed as 128), more programs for d_k and d_v where there are only 1 or 2 kv heads. Sources: Dao,
-FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen, arXiv 2402.05099, here with one softmax over both parts.
+Not done here: dropout, sliding windows, bias, attention between completions, head_dim other than
+those in `HEAD_DIMS` (80 and 96 are computed as 128), more programs for d_k and d_v where there are
+only 1 or 2 kv heads. Sources: Dao, FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen,
+arXiv 2402.05099, here with one softmax over both parts.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -349,18 +352,20 @@ def packed_attention(
 ) -> Tensor:  # [total_tokens, num_heads, head_dim]
     """Causal attention within segments, and from every segment to the whole of the segment it has as prefix.
 
-    prefix[s] is the segment whose tokens all of segment s sees, or -1. A segment that is a prefix has none itself, and
-    those that have it follow it one after another. Without `prefix` every segment stands alone. Query head h uses kv
-    head h // (num_heads // num_kv_heads). Rows from cu_seqlens[-1] on belong to no segment: their output and gradients
-    are 0, whatever they hold. `max_seqlen` is the length of the longest segment or above, `scale` defaults to
-    1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64; under "torch" a
-    prefix may stand anywhere; "flash_attn" is described in attention_flash.py. Tensors whose rows are not contiguous
-    are copied.
+    prefix[s] is the segment whose tokens all of segment s sees, or -1. A segment that is a prefix
+    has none itself, and those that have it follow it one after another. Without `prefix` every
+    segment stands alone. Query head h uses kv head h // (num_heads // num_kv_heads). Rows from
+    cu_seqlens[-1] on belong to no segment: their output and gradients are 0, whatever they hold.
+    `max_seqlen` is the length of the longest segment or above, `scale` defaults to
+    1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64;
+    under "torch" a prefix may stand anywhere; "flash_attn" is described in attention_flash.py.
+    Tensors whose rows are not contiguous are copied.
 
-    Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim, scale or, by flash-attn,
-    dtype that the kernels do not have, and, where offsets are on the CPU or the twin runs, for offsets that decrease or
-    leave the tensor and a prefix that is no segment, has one itself or stands elsewhere; TypeError for wrong dtypes;
-    ImportError where flash-attn is not installed.
+    Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim, scale or,
+    by flash-attn, dtype that the kernels do not have, and, where offsets are on the CPU or the twin
+    runs, for offsets that decrease or leave the tensor and a prefix that is no segment, has one
+    itself or stands elsewhere; TypeError for wrong dtypes; ImportError where flash-attn is not
+    installed.
     """
     check_tensors(q, k, v)
     check_index("cu_seqlens", cu_seqlens, q.device)

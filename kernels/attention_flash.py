@@ -1,9 +1,10 @@
 """Packed attention by flash-attn 2.8 instead of the kernels of attention.py: backend="flash_attn", extra `flash`.
 
-A completion's keys are its prompt's and its own. Gathered one behind the other they make one packed tensor of keys,
-and a causal call, which aligns queries and keys at their ends, gives the exact result, with one softmax over both
-parts. It costs a copy of the prompt's keys and values for each completion. The gather's backward pass adds the copies'
-gradients in the order of the pack, in fp32, so it is deterministic as the rest.
+A completion's keys are its prompt's and its own. Gathered one behind the other they make one packed
+tensor of keys, and a causal call, which aligns queries and keys at their ends, gives the exact
+result, with one softmax over both parts. It costs a copy of the prompt's keys and values for each
+completion. The gather's backward pass adds the copies' gradients in the order of the pack, in fp32,
+so it is deterministic as the rest.
 
 The host waits once for a new batch, to learn how many keys there are and how long the longest sequences; a batch's
 layers share the answer. Not done: CPU tensors, fp32, CUDA graphs. Source: Dao, arXiv 2307.08691.

@@ -1,8 +1,8 @@
 """The torch twin of attention.py, and checks of its arguments.
 
-The twin takes any floating dtype up to float64 and any head_dim on any device. It pads segments of similar length into
-batches and calls scaled_dot_product_attention once a batch, so it also copies a prompt's keys and values for each of
-its completions. It waits for the offsets to reach the host.
+The twin takes any floating dtype up to float64 and any head_dim on any device. It pads segments of
+similar length into batches and calls scaled_dot_product_attention once a batch, so it also copies a
+prompt's keys and values for each of its completions. It waits for the offsets to reach the host.
 """
 
 from dataclasses import dataclass

@@ -9,10 +9,11 @@ at `ratio_level="sequence"`), r_i = exp(min(l_i, 20)):
     kl_i     = k1, k2 or k3 of d_i = ref_i - logprob_i       -d, d^2 / 2, exp(d) - d - 1
     loss     = sum_i w_i (policy_i + kl_coef kl_i - entropy_coef entropy_i) / denominator
 
-w_i is 1 / tokens of c for `sequence_mean` and 1 otherwise; b_i is the detached weight p_old / p_behavior. The gradient
-by logprob_i is w_i (-b_i A_c r_i + kl_coef dkl_i) / denominator while r_i is within its bounds, bounds included. At
-sequence level it is the same expression, since the tokens of a completion share ratio, weight and advantage. d_i is
-bounded to [-100, 100], for k3 to [-100, 20], and has no gradient beyond.
+w_i is 1 / tokens of c for `sequence_mean` and 1 otherwise; b_i is the detached weight p_old /
+p_behavior. The gradient by logprob_i is w_i (-b_i A_c r_i + kl_coef dkl_i) / denominator while r_i
+is within its bounds, bounds included. At sequence level it is the same expression, since the tokens
+of a completion share ratio, weight and advantage. d_i is bounded to [-100, 100], for k3 to [-100,
+20], and has no gradient beyond.
 
 All shapes are [num_targets] but rewards and offsets; a token costs at most 16 bytes read and 4 written. Nothing here
 reads a device tensor on the host. Bounds on offsets are checked on the CPU only.
@@ -54,22 +55,23 @@ def grpo_loss(
 ) -> tuple[Tensor, Stats]:
     """The policy loss, a scalar that is differentiable once by `logprobs`, and its metrics.
 
-    Advantages come from `rewards` (then `sequence_ids` says whose completion is whose, by default in order) or as they
-    are. A completion whose advantage is NaN takes no part in anything. Without `old_logprobs` the step is exactly
-    on-policy: every ratio is 1, with the ratio's gradient.
+    Advantages come from `rewards` (then `sequence_ids` says whose completion is whose, by default
+    in order) or as they are. A completion whose advantage is NaN takes no part in anything. Without
+    `old_logprobs` the step is exactly on-policy: every ratio is 1, with the ratio's gradient.
 
-    `denominator` is what the sum is divided by: of the whole optimizer update, over its micro-batches and ranks, the
-    number of completions for `sequence_mean`, of their tokens for `token_mean`, and completions times the longest
-    length allowed for `constant`. It is a number, or a 0-d tensor on the device, which torch.compile does not compile
-    again for.
+    `denominator` is what the sum is divided by: of the whole optimizer update, over its
+    micro-batches and ranks, the number of completions for `sequence_mean`, of their tokens for
+    `token_mean`, and completions times the longest length allowed for `constant`. It is a number,
+    or a 0-d tensor on the device, which torch.compile does not compile again for.
 
-    Metrics are fp32 scalars on the device, means over the tokens that count: num_tokens, ratio_mean, ratio_max,
-    clip_low_fraction, clip_high_fraction, live_fraction (gradient not 0), kl with a reference, and
-    behavior_mismatch_mean and _max with behavior log-probs. `merge_stats` combines calls.
+    Metrics are fp32 scalars on the device, means over the tokens that count: num_tokens,
+    ratio_mean, ratio_max, clip_low_fraction, clip_high_fraction, live_fraction (gradient not 0), kl
+    with a reference, and behavior_mismatch_mean and _max with behavior log-probs. `merge_stats`
+    combines calls.
 
-    Raises ValueError for both or neither of rewards and advantages, a coefficient whose log-probs are missing,
-    entropy_coef (log-probs have no entropy), a denominator number that is not above 0, and shapes that do not fit
-    together; TypeError for wrong dtypes.
+    Raises ValueError for both or neither of rewards and advantages, a coefficient whose log-probs
+    are missing, entropy_coef (log-probs have no entropy), a denominator number that is not above 0,
+    and shapes that do not fit together; TypeError for wrong dtypes.
     """
     if config.entropy_coef:
         raise ValueError(f"entropy_coef is {config.entropy_coef}; use logits_grpo_loss or linear_grpo_loss, or 0")
@@ -102,10 +104,11 @@ def logits_grpo_loss(
 ) -> tuple[Tensor, Stats]:
     """`grpo_loss` of the log-probs of `targets` under softmax(logits / temperature), with the entropy bonus.
 
-    Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs and entropies. Logits
-    that are another operation's result hold their gradient afterwards (at sequence level, in fp16 and on a CPU after
-    the backward pass): whatever else needs them must come before this call. A leaf, or a view of one, keeps its
-    values. Raises what `grpo_loss` and `gather_logprobs` raise.
+    Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs
+    and entropies. Logits that are another operation's result hold their gradient afterwards (at
+    sequence level, in fp16 and on a CPU after the backward pass): whatever else needs them must
+    come before this call. A leaf, or a view of one, keeps its values. Raises what `grpo_loss` and
+    `gather_logprobs` raise.
     """
     check_logits(logits, targets, temperature)
     inputs = LossInputs.of(

@@ -7,21 +7,23 @@ For n rows, hidden size H and vocabulary V, chunk by chunk:
     d_hidden = d_logits @ weight                2 n V H
     d_weight += d_logits^T @ hidden_chunk       2 n V H, in fp32
 
-`linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H FLOPs against 8 n V H
-for what recomputes them. A sequence-level ratio needs all log-probs before any gradient, so it costs 8 n V H. Beyond
-its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and one chunk of logits, which the kernels turn into their
-gradient in place (in torch three chunks, in fp32). Gradients pass through the logits' dtype before the denominator: in
-fp16 an advantage times a ratio above 65,504 overflows.
+`linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H
+FLOPs against 8 n V H for what recomputes them. A sequence-level ratio needs all log-probs before
+any gradient, so it costs 8 n V H. Beyond its inputs it holds d_hidden [n, H], d_weight [V, H] in
+fp32 and one chunk of logits, which the kernels turn into their gradient in place (in torch three
+chunks, in fp32). Gradients pass through the logits' dtype before the denominator: in fp16 an
+advantage times a ratio above 65,504 overflows.
 
-Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row: with r rows a chunk
-that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at 6,144. So on CUDA r is 6,144 rows of
-16-bit or 3,072 of fp32 logits, which also is what 5% of full fp32 logits hold for 64k targets; on a CPU it is as many
-as have their fp32 logits in 2 MiB of cache, and at least 256.
+Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row:
+with r rows a chunk that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at
+6,144. So on CUDA r is 6,144 rows of 16-bit or 3,072 of fp32 logits, which also is what 5% of full
+fp32 logits hold for 64k targets; on a CPU it is as many as have their fp32 logits in 2 MiB of
+cache, and at least 256.
 
-Both functions make log-probs by the same GEMM and `logprob.row_logprob`, so with equal chunks they agree bit for bit,
-and autocast changes neither.
-Not done here: vocabulary-parallel heads, a bias, logit soft-capping. Sources: Wijmans et al., Cut Your Losses, arXiv
-2411.09009; Hsu et al., Liger Kernel, arXiv 2410.10989.
+Both functions make log-probs by the same GEMM and `logprob.row_logprob`, so with equal chunks they
+agree bit for bit, and autocast changes neither. Not done here: vocabulary-parallel heads, a bias,
+logit soft-capping. Sources: Wijmans et al., Cut Your Losses, arXiv 2411.09009; Hsu et al., Liger
+Kernel, arXiv 2410.10989.
 """
 
 from collections.abc import Callable, Sequence
@@ -122,9 +124,9 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:  # [n], [n]
     """Log-probabilities of `targets` and entropies of softmax(hidden @ lm_head_weight^T / temperature), in nats.
 
-    Both are fp32 (float64 for float64) and differentiable once; the backward pass computes the logits again. Targets
-    as in `gather_logprobs`. `logits_dtype` is hidden's dtype (None) or torch.float32, `chunk_tokens` the number of
-    rows whose logits exist at once.
+    Both are fp32 (float64 for float64) and differentiable once; the backward pass computes the
+    logits again. Targets as in `gather_logprobs`. `logits_dtype` is hidden's dtype (None) or
+    torch.float32, `chunk_tokens` the number of rows whose logits exist at once.
 
     Raises ValueError for shapes that do not fit together, a temperature that is not above 0, fewer than one token a
     chunk and another logits_dtype; TypeError for wrong dtypes.
@@ -152,10 +154,11 @@ def linear_grpo_loss(
 ) -> tuple[Tensor, Stats]:
     """`logits_grpo_loss` of hidden @ lm_head_weight^T, with the gradients made in the forward pass.
 
-    The gradients are made only for those of hidden and lm_head_weight that require them, and wait for the backward
-    pass, which multiplies them by the upstream scalar over the denominator and cannot be differentiated again. Rows
-    whose gradient is exactly 0 leave the gradient GEMMs where fewer than 90% of a chunk are live. To count them the
-    host waits for the device once a chunk, so under torch.compile all rows stay.
+    The gradients are made only for those of hidden and lm_head_weight that require them, and wait
+    for the backward pass, which multiplies them by the upstream scalar over the denominator and
+    cannot be differentiated again. Rows whose gradient is exactly 0 leave the gradient GEMMs where
+    fewer than 90% of a chunk are live. To count them the host waits for the device once a chunk, so
+    under torch.compile all rows stay.
 
     Loss, metrics and arguments are those of `logits_grpo_loss`, the rest as in `linear_logprobs`; raises what they
     raise.

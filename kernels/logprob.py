@@ -7,13 +7,14 @@ With z = logits / temperature, p = softmax(z) and t = target:
     entropy   = -sum_j p_j log p_j                                 p_j log p_j = 0 where z_j = -inf
     d_logit_j = (d_logprob (1[j = t] - p_j) - d_entropy p_j (log p_j + entropy)) / temperature
 
-The forward pass reads n x vocab logits once, the backward pass reads and writes them once: 6 bytes an element in bf16,
-1.74 ms for 8,192 rows of 151,936 at 4.3 TB/s. Neither allocates anything else of the logits' size but their
-gradient, and not even that with `inplace_backward`. Double backward raises.
+The forward pass reads n x vocab logits once, the backward pass reads and writes them once: 6 bytes
+an element in bf16, 1.74 ms for 8,192 rows of 151,936 at 4.3 TB/s. Neither allocates anything else
+of the logits' size but their gradient, and not even that with `inplace_backward`. Double backward
+raises.
 
-The Triton kernels give a row to a program. Its threads keep a running maximum for each 8 logits that they load
-together, so that the online softmax (Milakov and Gimelshein, arXiv 1805.02867) rescales once in 8 and threads meet
-only at the row's end. Everything is in powers of two.
+The Triton kernels give a row to a program. Its threads keep a running maximum for each 8 logits
+that they load together, so that the online softmax (Milakov and Gimelshein, arXiv 1805.02867)
+rescales once in 8 and threads meet only at the row's end. Everything is in powers of two.
 """
 
 import math
@@ -151,9 +152,10 @@ def gather_logprobs(
 ) -> tuple[Tensor, Tensor]:  # [n], [n]
     """Log-probabilities of `targets` and entropies of softmax(logits / temperature), in nats.
 
-    Both are fp32 (float64 for float64 logits) and differentiable once. A target of -100 is ignored: log-prob and
-    entropy 0, no gradient. Any other target out of range gives a NaN log-prob. With `inplace_backward` the gradient
-    is written over the logits, which autograd then refuses to use again.
+    Both are fp32 (float64 for float64 logits) and differentiable once. A target of -100 is ignored:
+    log-prob and entropy 0, no gradient. Any other target out of range gives a NaN log-prob. With
+    `inplace_backward` the gradient is written over the logits, which autograd then refuses to use
+    again.
 
     Raises ValueError for shapes that do not fit together and a temperature that is not above 0; TypeError for wrong
     dtypes.

@@ -1,8 +1,8 @@
 """The loss in torch: per-token loss and gradient, and metrics, of what grpo_loss.py has the formulas for.
 
-Everything here is per token, [num_targets], without the denominator, and without autograd: the gradient by the log-prob
-is written out, as the kernel has it, so that a chunk of tokens can have its gradient before the next chunk's log-probs
-exist.
+Everything here is per token, [num_targets], without the denominator, and without autograd: the
+gradient by the log-prob is written out, as the kernel has it, so that a chunk of tokens can have
+its gradient before the next chunk's log-probs exist.
 """
 
 from typing import NamedTuple

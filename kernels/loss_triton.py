@@ -1,17 +1,19 @@
 # pyright: reportGeneralTypeIssues=false
 """The loss of grpo_loss.py on the device, from log-probs or from rows of logits.
 
-From log-probs it takes two launches: a program for every 512 tokens, then one for every metric. A program finds the
-completions of its tokens by bisection, and for each of them reads its group's rewards, and at sequence level its
-tokens' log-ratios: what lies apart is read again rather than kept in a launch of its own. A token costs at most 16
-bytes read and 4 written; 64k tokens are 1.3 MB, so the launches themselves are what takes time. Sums have a fixed
-order: lanes of a block, then blocks.
+From log-probs it takes two launches: a program for every 512 tokens, then one for every metric. A
+program finds the completions of its tokens by bisection, and for each of them reads its group's
+rewards, and at sequence level its tokens' log-ratios: what lies apart is read again rather than
+kept in a launch of its own. A token costs at most 16 bytes read and 4 written; 64k tokens are 1.3
+MB, so the launches themselves are what takes time. Sums have a fixed order: lanes of a block, then
+blocks.
 
-From logits (`RowLoss`) a launch beforehand gives every token the advantage and the length of its completion. Then a
-program takes a row: it reads it for log-prob and entropy, makes the loss and its gradient by them, and reads the row
-again, backwards, to write the gradient of its logits. The second read comes from L2 as far as the rows at work fit:
-the 264 of an H200 in 50 MB if they have up to 95,000 logits, and more than half of 151,936. A row whose gradient is 0
-is not read again. 4 bytes an element in bf16 from and to memory, or 6 without L2: for 8,192 rows of 151,936 that takes
+From logits (`RowLoss`) a launch beforehand gives every token the advantage and the length of its
+completion. Then a program takes a row: it reads it for log-prob and entropy, makes the loss and its
+gradient by them, and reads the row again, backwards, to write the gradient of its logits. The
+second read comes from L2 as far as the rows at work fit: the 264 of an H200 in 50 MB if they have
+up to 95,000 logits, and more than half of 151,936. A row whose gradient is 0 is not read again. 4
+bytes an element in bf16 from and to memory, or 6 without L2: for 8,192 rows of 151,936 that takes
 at least 1.16 or 1.74 ms at 4.3 TB/s.
 """
 

@@ -1,8 +1,8 @@
 """The one layout that every stage shares: completions packed behind one copy of their prompt, no padding, no mask.
 
-Token space is what goes through the decoder; target space has one row per completion token that is trained on.
-A completion's last token predicts nothing, so its segment holds the tokens before it: with prompt [a, b, c] and
-completions [d, e] and [f, g, h]
+Token space is what goes through the decoder; target space has one row per completion token that is
+trained on. A completion's last token predicts nothing, so its segment holds the tokens before it:
+with prompt [a, b, c] and completions [d, e] and [f, g, h]
 
     input_ids     a b c | d | f g        cu_seqlens [0, 3, 4, 6]     prefix [-1, 0, 0]
     position_ids  0 1 2 | 3 | 3 4

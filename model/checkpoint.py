@@ -79,9 +79,10 @@ def load_checkpoint(
 ) -> Decoder:
     """The decoder in folder `path`, its weights cast to `dtype` (None: that of the first one stored), on `device`.
 
-    Tensors are read one by one, so no more than one is held twice. Raises CheckpointError, naming the file or the
-    tensor, for a folder or file that is missing or broken, a tensor that is missing, unexpected or of the wrong shape,
-    and a model that is not supported (`ModelConfig.from_dict`).
+    Tensors are read one by one, so no more than one is held twice. Raises CheckpointError, naming
+    the file or the tensor, for a folder or file that is missing or broken, a tensor that is
+    missing, unexpected or of the wrong shape, and a model that is not supported
+    (`ModelConfig.from_dict`).
     """
     config = read_config(path, reward_model=reward_model)
     decoder = empty_decoder(config, dtype or _stored_dtype(Path(path)), device).to_empty(device=device)
@@ -91,9 +92,10 @@ def load_checkpoint(
 
 @torch.no_grad()
 def load_weights(decoder: Decoder, path: str | os.PathLike, *, new_score: bool = False) -> None:
-    """Fill a decoder, sharded or not, from folder `path`; a rank reads no more than its own rows. Errors as
-    `load_checkpoint`. With `new_score` the decoder becomes a reward model from a causal model's folder: its head starts
-    at 0, so that no random preference has to be unlearned and the loss begins at log 2.
+    """Fill a decoder, sharded or not, from folder `path`; a rank reads no more than its own rows.
+    Errors as `load_checkpoint`. With `new_score` the decoder becomes a reward model from a causal
+    model's folder: its head starts at 0, so that no random preference has to be unlearned and the
+    loss begins at log 2.
     """
     folder = Path(path)
     files = _tensor_files(folder)
@@ -154,9 +156,10 @@ def save_checkpoint(
     """Writes folder `path`: config.json with every key of the original, the weights in `dtype` (None: as they are), the
     tokenizer and generation_config.json of the folder `tokenizer_files_from`, and `json_files` by name.
 
-    Of a sharded decoder, every rank must call this; the first one writes, holding one file's tensors at a time.
-    A folder that was there stays whole until the new one is (`whole_folder`). Raises OSError when the disk fails or is
-    full, with the old folder untouched; on the other ranks nothing is raised.
+    Of a sharded decoder, every rank must call this; the first one writes, holding one file's
+    tensors at a time. A folder that was there stays whole until the new one is (`whole_folder`).
+    Raises OSError when the disk fails or is full, with the old folder untouched; on the other ranks
+    nothing is raised.
     """
     parameters, config = dict(decoder.named_parameters()), decoder.config
     stored = dtype or next(iter(parameters.values())).dtype

@@ -1,9 +1,10 @@
 """A model's shape, read from Hugging Face's config.json: dense Llama, Qwen2 and Qwen3, as causal models or as reward
 models, which have a head of one score in place of the LM head.
 
-transformers reads it: its defaults, its names of older versions and its checks of types are the definition of what a
-key means. What is left to this file is to refuse what the decoder does not compute. The original dictionary is kept
-and written back whole, so that keys nobody here knows survive training.
+transformers reads it: its defaults, its names of older versions and its checks of types are the
+definition of what a key means. What is left to this file is to refuse what the decoder does not
+compute. The original dictionary is kept and written back whole, so that keys nobody here knows
+survive training.
 """
 
 import copy
@@ -71,9 +72,9 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """The model that `raw`, a parsed config.json, describes; keys left out have transformers' defaults.
 
-        Raises CheckpointError for another family, a size that is missing, a value that transformers refuses, or a
-        feature that would change the mathematics (sliding window, another activation, MLP bias, partial rotary
-        embedding, quantised weights, several scores).
+        Raises CheckpointError for another family, a size that is missing, a value that transformers
+        refuses, or a feature that would change the mathematics (sliding window, another activation,
+        MLP bias, partial rotary embedding, quantised weights, several scores).
         """
         family = raw.get("model_type")
         if family not in ARCHITECTURES:

@@ -2,10 +2,11 @@
 
 `adapt` swaps these in when a model is opened for a CPU.
 
-fp32 products go through oneDNN rather than torch's choice, MKL, which does not use AVX-512 on processors that are not
-Intel's: on two cores of a Zen 5, [1200, 256] x [256, 768] runs at 360 GFLOP/s instead of 170, a gradient of the weight
-at 240. The operator is the one that torch's own compiler calls; a torch without it falls back. oneDNN keeps about
-0.4 MB for every shape it has met, so the number of rows must not take any value: `padded_rows`.
+fp32 products go through oneDNN rather than torch's choice, MKL, which does not use AVX-512 on
+processors that are not Intel's: on two cores of a Zen 5, [1200, 256] x [256, 768] runs at 360
+GFLOP/s instead of 170, a gradient of the weight at 240. The operator is the one that torch's own
+compiler calls; a torch without it falls back. oneDNN keeps about 0.4 MB for every shape it has met,
+so the number of rows must not take any value: `padded_rows`.
 """
 
 import functools

@@ -1,10 +1,10 @@
 """The decoder of Llama, Qwen2 and Qwen3 on packed tokens: [n] token ids -> [n, hidden_size] hidden states.
 
-Attention is an argument of the forward pass, so that training (packed segments) and generation (a KV cache) share
-every other line. The LM head is not applied: `lm_head_weight` goes to the fused loss or log-prob kernels instead, and
-the logits never exist. A reward model has a head of one score in its place. What multiplies the same input is one
-parameter: the projections to q, k and v, and those to gate and up. `huggingface_views` has them apart, under the names
-that checkpoints use.
+Attention is an argument of the forward pass, so that training (packed segments) and generation (a
+KV cache) share every other line. The LM head is not applied: `lm_head_weight` goes to the fused
+loss or log-prob kernels instead, and the logits never exist. A reward model has a head of one score
+in its place. What multiplies the same input is one parameter: the projections to q, k and v, and
+those to gate and up. `huggingface_views` has them apart, under the names that checkpoints use.
 """
 
 import functools
@@ -32,9 +32,9 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 class Decoder(nn.Module):
     """A causal language model without its logits, or a reward model.
 
-    `activation_checkpointing` trades time for memory, block by block: "full" keeps each block's input and recomputes
-    the rest, "selective" keeps the outputs of matrix products and attention too and recomputes what is cheap.
-    `attention_backend` is the backend of `packed_attention`.
+    `activation_checkpointing` trades time for memory, block by block: "full" keeps each block's
+    input and recomputes the rest, "selective" keeps the outputs of matrix products and attention
+    too and recomputes what is cheap. `attention_backend` is the backend of `packed_attention`.
     """
 
     def __init__(self, config: ModelConfig):

@@ -1,9 +1,9 @@
 """The decoder over many ranks: FSDP2 (Zhao et al. 2023), one group of parameters a block.
 
-Embedding, final norm and head are the root's group, which stays gathered between forward and backward pass: the fused
-loss, or a reward model's, reads the head's weight as a plain tensor, and writes its gradient, outside of any module's
-forward.
-Gradients are summed over ranks, not averaged: the loss is divided by a denominator that all ranks share.
+Embedding, final norm and head are the root's group, which stays gathered between forward and
+backward pass: the fused loss, or a reward model's, reads the head's weight as a plain tensor, and
+writes its gradient, outside of any module's forward. Gradients are summed over ranks, not averaged:
+the loss is divided by a denominator that all ranks share.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,9 +21,9 @@ from flashgrpo.model.decoder import Decoder, huggingface_views
 def shard(decoder: Decoder, mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool = True) -> None:
     """Give every rank of `mesh` its rows of each parameter; a mesh (replicate, shard) keeps copies of those (HSDP).
 
-    Blocks compute in `dtype`, gathered from the parameters' own type, and gradients are reduced in fp32.
-    `reshard_after_forward` frees a block's gathered weights until its backward pass. A decoder on the meta device
-    takes memory for its shards alone, in `to_empty`.
+    Blocks compute in `dtype`, gathered from the parameters' own type, and gradients are reduced in
+    fp32. `reshard_after_forward` frees a block's gathered weights until its backward pass. A
+    decoder on the meta device takes memory for its shards alone, in `to_empty`.
     """
     if mesh.size() == 1 and {parameter.dtype for parameter in decoder.parameters()} == {dtype}:
         return  # nothing to share and nothing to cast: FSDP would copy all weights and gradients several times a pass

@@ -1,10 +1,10 @@
 """As many threads of torch as have a processor to themselves.
 
-torch takes as many as other processes leave it processors, measured as it computes. The threads of an operator wait
-for the slowest of them, and wait awake (GOMP_SPINCOUNT, see grpo/cli.py): where another process has taken the
-processor of one, the others burn theirs until the scheduler comes round, at every operator. With a thread on each of
-two processors and one busy process beside them, SFT falls to a thirteenth; a single thread has a processor to itself
-and keeps three quarters.
+torch takes as many as other processes leave it processors, measured as it computes. The threads of
+an operator wait for the slowest of them, and wait awake (GOMP_SPINCOUNT, see grpo/cli.py): where
+another process has taken the processor of one, the others burn theirs until the scheduler comes
+round, at every operator. With a thread on each of two processors and one busy process beside them,
+SFT falls to a thirteenth; a single thread has a processor to itself and keeps three quarters.
 """
 
 import os

@@ -32,11 +32,12 @@ def plan_packs(
 ) -> PackPlan:
     """Spread groups over ranks and micro-batches of at most `token_budget` tokens.
 
-    Groups are split where that evens packs out, at the price of a repeated prompt. Of the plans with as few
-    micro-batches as were found, more only where the budget leaves no room to even out, and of best-fit decreasing,
-    which splits no group that fits, the one with the least sum of slowest ranks is returned. `keep_whole` is for losses
-    that compare a group's completions: only best-fit decreasing, into packs of the budget or of an equal share. Raises
-    PackingError for an empty prompt or completion, and where a prompt and one completion alone are over the budget.
+    Groups are split where that evens packs out, at the price of a repeated prompt. Of the plans
+    with as few micro-batches as were found, more only where the budget leaves no room to even out,
+    and of best-fit decreasing, which splits no group that fits, the one with the least sum of
+    slowest ranks is returned. `keep_whole` is for losses that compare a group's completions: only
+    best-fit decreasing, into packs of the budget or of an equal share. Raises PackingError for an
+    empty prompt or completion, and where a prompt and one completion alone are over the budget.
     """
     fitted = _best_fit(groups, token_budget, flops)
     rests = sorted((_Piece.of(group, flops) for group in groups if group.completions), key=_largest_first)

@@ -64,9 +64,9 @@ class RewardPool:
             pool.check_step(scores)      # at the end of the step
 
     `weights` are by source and function: a group is scored by the functions of its source. They get
-    the arguments that rewards/rules.py describes. A column of the data set that is named like one of
-    the pool's own (`prompts`, `completions`, ...) is hidden by it. Neither the timing nor the number
-    of workers changes a result.
+    the arguments that rewards/rules.py describes. A column of the data set that is named like one
+    of the pool's own (`prompts`, `completions`, ...) is hidden by it. Neither the timing nor the
+    number of workers changes a result.
 
     Functions have names, see `resolve_reward`; one of weight 0 is scored but does not enter the
     sum. `timeout_s` is for one function on one group; what it waits for a processor does not count,

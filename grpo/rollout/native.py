@@ -1,11 +1,11 @@
 """The embedded generator: the trainer's own weights, one KV cache, the whole batch at once.
 
-A prompt's keys and values are computed once and read by all of its completions; each completion keeps only its own.
-Where every prompt has one completion, it keeps the prompt's before its own: half the products.
-One decoding step of `rows` live completions reads the weights once, so its cost on a CPU is 2 N FLOPs a row and on a
-GPU the N weights' bytes. Finished rows leave the batch once an eighth of it is idle, and so do the prompts of finished
-groups. It runs without CUDA graphs and pages: it is the default where vLLM is not installed, and the reference that
-vLLM is tested against.
+A prompt's keys and values are computed once and read by all of its completions; each completion
+keeps only its own. Where every prompt has one completion, it keeps the prompt's before its own:
+half the products. One decoding step of `rows` live completions reads the weights once, so its cost
+on a CPU is 2 N FLOPs a row and on a GPU the N weights' bytes. Finished rows leave the batch once an
+eighth of it is idle, and so do the prompts of finished groups. It runs without CUDA graphs and
+pages: it is the default where vLLM is not installed, and the reference that vLLM is tested against.
 """
 
 from collections.abc import Iterator
@@ -299,9 +299,10 @@ def sample_tokens(
     uniforms: Tensor,  # [rows] float64 in [0, 1)
     sampling: Sampling,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token a row by inverting the distribution function; returns tokens [rows] and twice fp32 log-probs
-    [rows]: the token's in the distribution sampled from, after temperature and renormalised after top-k and top-p; and
-    that of all tokens which these kept, so that the sum is the token's in the whole vocabulary.
+    """Draw one token a row by inverting the distribution function; returns tokens [rows] and twice
+    fp32 log-probs [rows]: the token's in the distribution sampled from, after temperature and
+    renormalised after top-k and top-p; and that of all tokens which these kept, so that the sum is
+    the token's in the whole vocabulary.
 
     At temperature 0 the first is the model's own.
     """

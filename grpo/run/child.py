@@ -29,9 +29,10 @@ def start_child(
 ) -> tuple[subprocess.Popen, Connection]:
     """A process that runs `life`, a function of a module, with the file descriptor of its end of a pipe; and our end.
 
-    The process hears neither Ctrl-C nor the signals that ask for the same, which a terminal or a scheduler sends to
-    every process, and does not import the main script. One that runs what a user wrote is `guarded`: it has a process
-    group of its own, the process that is returned is its guard (see `guard`), and `end_guarded` ends it.
+    The process hears neither Ctrl-C nor the signals that ask for the same, which a terminal or a
+    scheduler sends to every process, and does not import the main script. One that runs what a user
+    wrote is `guarded`: it has a process group of its own, the process that is returned is its guard
+    (see `guard`), and `end_guarded` ends it.
     """
     ours, theirs = multiprocessing.Pipe()
     # Signals are ignored, and the guard is there, before anything that takes time is imported.

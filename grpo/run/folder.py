@@ -1,9 +1,10 @@
 """A run's folder: recipe.toml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/step_N/. Whole or not at all.
 
-A checkpoint is written beside its place and renamed. `checkpoints/step_N/state` has the fp32 weights, the optimizer and
-the reference, each rank's shards written by itself and read by any number of ranks (torch DCP); `state.json` the step
-and the data position; `model` is a Hugging Face folder in the compute type. After a resume the logs are cut back to
-the checkpoint, so that every step stands once. Of several ranks the first one writes all but the shards.
+A checkpoint is written beside its place and renamed. `checkpoints/step_N/state` has the fp32
+weights, the optimizer and the reference, each rank's shards written by itself and read by any
+number of ranks (torch DCP); `state.json` the step and the data position; `model` is a Hugging Face
+folder in the compute type. After a resume the logs are cut back to the checkpoint, so that every
+step stands once. Of several ranks the first one writes all but the shards.
 """
 
 import contextlib

@@ -28,9 +28,9 @@ class Stopped(KeyboardInterrupt):
 class Interrupts:
     """The signals are held back, but for blocks that are `allowed` to be torn apart, where they raise Stopped.
 
-    A second Ctrl-C ends the process at once, with nothing saved; other signals are often sent twice, by a scheduler to
-    every process and by torchrun to its own, and only the first one counts. One that is ignored, as SIGHUP is by nohup,
-    stays so.
+    A second Ctrl-C ends the process at once, with nothing saved; other signals are often sent
+    twice, by a scheduler to every process and by torchrun to its own, and only the first one
+    counts. One that is ignored, as SIGHUP is by nohup, stays so.
     """
 
     def __init__(self) -> None:

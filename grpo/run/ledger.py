@@ -1,8 +1,9 @@
 """What a product was made from: its recipe, and what the files and folders that it reads held.
 
-One ledger for runs, collections, evaluations and pipelines: a product stands as long as both are the same. A model or a
-data set that was replaced in place would be another product under this one's name. An input is known by a hash of its
-content, kept beside a mark of its files' sizes and times: it is read once, and again only where those have changed.
+One ledger for runs, collections, evaluations and pipelines: a product stands as long as both are
+the same. A model or a data set that was replaced in place would be another product under this one's
+name. An input is known by a hash of its content, kept beside a mark of its files' sizes and times:
+it is read once, and again only where those have changed.
 """
 
 import hashlib

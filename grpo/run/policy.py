@@ -78,9 +78,9 @@ def open_sharded_model(
     read_weights: bool = True,
     new_score: bool = False,
 ) -> Decoder:
-    """The model at section.path, sharded over `mesh`: it computes in section.dtype and keeps its shards in `stored`.
-    No rank ever holds more than its shard and the rows being read. With `new_score` it becomes a reward model
-    (`load_weights`). Raises CheckpointError.
+    """The model at section.path, sharded over `mesh`: it computes in section.dtype and keeps its
+    shards in `stored`. No rank ever holds more than its shard and the rows being read. With
+    `new_score` it becomes a reward model (`load_weights`). Raises CheckpointError.
     """
     config = read_config(section.path)
     model = empty_decoder(config.as_reward_model() if new_score else config, stored, device)

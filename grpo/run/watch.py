@@ -30,9 +30,10 @@ Links = dict[int, socket.socket]  # by the rank at the other end
 def meet(store: Any, rank: int, size: int, limit_s: float) -> tuple[Any, Links]:
     """A part of torchrun's store for these processes alone, and rank 0's connections to the others, theirs to it.
 
-    The store outlives a restart, with all that the ranks of before have left in it, and nothing that torchrun hands on
-    tells them apart: TORCHELASTIC_RESTART_COUNT differs between nodes. So rank 0 gives each start a name, beside the
-    port where it hears of the others; at the port of before nobody does.
+    The store outlives a restart, with all that the ranks of before have left in it, and nothing
+    that torchrun hands on tells them apart: TORCHELASTIC_RESTART_COUNT differs between nodes. So
+    rank 0 gives each start a name, beside the port where it hears of the others; at the port of
+    before nobody does.
     """
     store.set_timeout(datetime.timedelta(seconds=limit_s))
     try:

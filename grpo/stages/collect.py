@@ -1,12 +1,13 @@
 """Examples for SFT from samples of a model and from given files, filtered and mixed; `flashgrpo collect RECIPE`, or on
 many GPUs `torchrun --nproc_per_node 8 -m flashgrpo.grpo.cli collect RECIPE`.
 
-The problems are the training problems of [data]; with the `run.seed` of the stages that train and evaluate on it, none
-of their held-out ones is among them. `run.output` gets parts/part_N.parquet with every sample of prompts_per_part
-problems and its scores, report.json, and data.parquet with what is kept. A sample depends on the weights, the problem's
-number and run.seed alone: not on ranks, parts or restarts. Filters read the parts, so that other ones cost no sampling.
-Samples and given rows go one way: a row of what is known of a completion, which a part is a file of; the `Sample` that
-filters ask; an example.
+The problems are the training problems of [data]; with the `run.seed` of the stages that train and
+evaluate on it, none of their held-out ones is among them. `run.output` gets parts/part_N.parquet
+with every sample of prompts_per_part problems and its scores, report.json, and data.parquet with
+what is kept. A sample depends on the weights, the problem's number and run.seed alone: not on
+ranks, parts or restarts. Filters read the parts, so that other ones cost no sampling. Samples and
+given rows go one way: a row of what is known of a completion, which a part is a file of; the
+`Sample` that filters ask; an example.
 """
 
 import contextlib
@@ -63,14 +64,15 @@ Row = dict[str, Any]
 def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
     """Run a recipe, or continue it; returns the file of examples.
 
-    Its columns are prompt (text; chat messages if any prompt is), completion, answer, and where they come from: source
-    ("samples" or a name in [given]), prompt_id (the number of the training problem, or of the row), sample, seed (by
-    vLLM, whose groups have one, that of the group and the number of the sample), model, weights_sha256, num_tokens,
-    reward, and every score; null where that does not apply.
+    Its columns are prompt (text; chat messages if any prompt is), completion, answer, and where
+    they come from: source ("samples" or a name in [given]), prompt_id (the number of the training
+    problem, or of the row), sample, seed (by vLLM, whose groups have one, that of the group and the
+    number of the sample), model, weights_sha256, num_tokens, reward, and every score; null where
+    that does not apply.
 
-    Raises RecipeError, DataError, RewardError, CheckpointError and RunInputError before the first sample, then
-    GeneratorFailure, RewardFailure, and DataError where a source has nothing that passes the filters. Ctrl-C keeps the
-    parts that are whole.
+    Raises RecipeError, DataError, RewardError, CheckpointError and RunInputError before the first
+    sample, then GeneratorFailure, RewardFailure, and DataError where a source has nothing that
+    passes the filters. Ctrl-C keeps the parts that are whole.
     """
     with open_world(recipe) as world, contextlib.ExitStack() as stack:
         output = Path(recipe.run.output)

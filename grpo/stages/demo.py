@@ -1,9 +1,9 @@
 """`make demo`, which is `flashgrpo demo`: from nothing to a policy that GRPO has taught to add, on two CPU cores.
 
-A tokenizer and a small Qwen3-shaped model are made from nothing; a cold start by SFT on worked examples of a small
-share of the problems teaches the form and some of the arithmetic (recipes/sft.toml); then GRPO learns from rewards
-(recipes/demo.toml).
-The held-out score is accuracy, with no credit for form.
+A tokenizer and a small Qwen3-shaped model are made from nothing; a cold start by SFT on worked
+examples of a small share of the problems teaches the form and some of the arithmetic
+(recipes/sft.toml); then GRPO learns from rewards (recipes/demo.toml). The held-out score is
+accuracy, with no credit for form.
 """
 
 import random

@@ -95,9 +95,9 @@ def evaluate(
 def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | None = None) -> list[dict[str, Any]]:
     """Evaluate models, given by their labels and folders, on recipe.eval.benchmarks or else the held-out problems.
 
-    Returns a row for each pair: model, benchmark, weights, temperature, top_p, max_new_tokens, seed, scores. They are
-    in `output` as JSON after each pair, and what is there when it begins is not evaluated again; other models' rows
-    stay. torchrun's ranks share a pair's problems.
+    Returns a row for each pair: model, benchmark, weights, temperature, top_p, max_new_tokens,
+    seed, scores. They are in `output` as JSON after each pair, and what is there when it begins is
+    not evaluated again; other models' rows stay. torchrun's ranks share a pair's problems.
 
     Raises RunInputError for an `output` with rows of these names that were made from anything else, RewardFailure where
     no completion of a pair could be scored; as `train` else.

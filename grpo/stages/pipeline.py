@@ -91,9 +91,9 @@ class Stage:
 def run_pipeline(path: str | Path, overrides: Sequence[str] = (), until: str | None = None) -> Path:
     """Run the stages of a file that are not finished, up to `until`; returns the pipeline's folder.
 
-    `overrides` are `--run.key=value` and `--stages.NAME.section.key=value`, of that stage alone. Raises RecipeError for
-    any faulty stage before the first one runs, RunInputError for an input that is missing or has changed, and what the
-    stages raise.
+    `overrides` are `--run.key=value` and `--stages.NAME.section.key=value`, of that stage alone.
+    Raises RecipeError for any faulty stage before the first one runs, RunInputError for an input
+    that is missing or has changed, and what the stages raise.
     """
     settings, stages = load_pipeline(path, overrides)
     names = [stage.name for stage in stages]

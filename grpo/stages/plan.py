@@ -3,17 +3,19 @@
 Reads the recipe and the model's config.json, nothing else: arithmetic on a recipe, a model's shape and a machine's
 rates.
 
-Memory is counted from what the code keeps: FSDP2's shards and gathered weights, what the decoder saves for its backward
-pass, the loss's chunk of logits and fp32 gradient of the head, the sampler's copy of the weights and its KV cache. It
-is counted at the three moments that can be the worst, with the shards of gradients from the micro-batch before:
+Memory is counted from what the code keeps: FSDP2's shards and gathered weights, what the decoder
+saves for its backward pass, the loss's chunk of logits and fp32 gradient of the head, the sampler's
+copy of the weights and its KV cache. It is counted at the three moments that can be the worst, with
+the shards of gradients from the micro-batch before:
 
     loss       a full micro-batch is saved; the head's gradient exists twice in fp32, or once beside a chunk of logits
     backward   the same, with the last block recomputed where it is checkpointed, and in its MLP's backward pass
     rollout    no gradients; a copy of all weights, the KV cache, the sampled rows' logits
 
-When embedding and head are reduced, at the end, nothing is saved any more: that is always less than the loss held.
-Times are a roofline: the larger of computing at a share of the machine's rate and of moving the bytes. The shares below
-are assumptions until a GPU has measured them. Not counted: rewards, checkpoints, evaluation, dropped groups.
+When embedding and head are reduced, at the end, nothing is saved any more: that is always less than
+the loss held. Times are a roofline: the larger of computing at a share of the machine's rate and of
+moving the bytes. The shares below are assumptions until a GPU has measured them. Not counted:
+rewards, checkpoints, evaluation, dropped groups.
 """
 
 import bisect

@@ -1,9 +1,10 @@
 """Reward models: the decoder with a head of one score, trained on pairs or labels; `flashgrpo reward-model RECIPE`.
 
-The loss is -log sigmoid(margin), averaged over the rows of an update. Of a pair (Bradley and Terry 1952; arXiv
-2203.02155) the margin is the better completion's score less the worse one's; of a labelled completion it is the score,
-negated where the label is bad, which makes it binary cross-entropy. The completions of a pair share one copy of their
-prompt in the pack, and are never in different ones.
+The loss is -log sigmoid(margin), averaged over the rows of an update. Of a pair (Bradley and Terry
+1952; arXiv 2203.02155) the margin is the better completion's score less the worse one's; of a
+labelled completion it is the score, negated where the label is bad, which makes it binary
+cross-entropy. The completions of a pair share one copy of their prompt in the pack, and are never
+in different ones.
 """
 
 import dataclasses

@@ -39,9 +39,10 @@ Samples = Mapping[int, Sequence[Graded]]  # k of each problem, by its number
 
 
 def scores_of(parts: Iterable[Samples]) -> dict[str, float]:
-    """pass@1 and cons@k with the ends of their 95% intervals, pass@k, k, num_problems; the mean length in tokens, the
-    truncated share, reflective phrases per 1,000 tokens; where asked for and known, format and language; the share of
-    missing scores where there are any, and nothing else where there are no others. Of `parts`, each has other problems.
+    """pass@1 and cons@k with the ends of their 95% intervals, pass@k, k, num_problems; the mean
+    length in tokens, the truncated share, reflective phrases per 1,000 tokens; where asked for and
+    known, format and language; the share of missing scores where there are any, and nothing else
+    where there are no others. Of `parts`, each has other problems.
     """
     samples = dict(chain.from_iterable(part.items() for part in parts))
     # In the order of problems, in which sums do not depend on how ranks have shared them.

@@ -1,8 +1,8 @@
 """Supervised training: on prompt and completion here, `flashgrpo sft RECIPE`, and by the same loop of reward models.
 
-It is GRPO's packs, attention and head. Cross-entropy is GRPO's loss on-policy with advantage 1 and token_mean: its
-gradient is that of the mean log-prob over the completion's tokens, the prompt's tokens are not trained on, and there is
-no second loss kernel.
+It is GRPO's packs, attention and head. Cross-entropy is GRPO's loss on-policy with advantage 1 and
+token_mean: its gradient is that of the mean log-prob over the completion's tokens, the prompt's
+tokens are not trained on, and there is no second loss kernel.
 """
 
 import abc

@@ -1,9 +1,9 @@
 """Small models and text for them, made from nothing: for the demo, and for `recipes/r1_tiny.toml` to begin with.
 
-The text of the recipe is of sums and of small requests, and as mixed as text from the web: its author works a sum out
-at times and gives up after the first step at others, slips and at times notices, changes language in mid-sentence,
-forgets tags, is curt or kind or rude. Pretrained on it, a model can do all of that, and the stages of R1 bring out what
-is wanted.
+The text of the recipe is of sums and of small requests, and as mixed as text from the web: its
+author works a sum out at times and gives up after the first step at others, slips and at times
+notices, changes language in mid-sentence, forgets tags, is curt or kind or rude. Pretrained on it,
+a model can do all of that, and the stages of R1 bring out what is wanted.
 """
 
 import json

@@ -1,8 +1,8 @@
 """vLLM, which no other module imports: an engine, what its workers do for a run, and its transports of weights.
 
-Weights come by vLLM's own transports, NCCL (to servers on other GPUs) and CUDA IPC (to an engine on the same GPU), and
-on CPUs by one of ours: files in shared memory. vLLM finds it by the entry point in pyproject.toml in each of its
-processes.
+Weights come by vLLM's own transports, NCCL (to servers on other GPUs) and CUDA IPC (to an engine on
+the same GPU), and on CPUs by one of ours: files in shared memory. vLLM finds it by the entry point
+in pyproject.toml in each of its processes.
 """
 
 import contextlib

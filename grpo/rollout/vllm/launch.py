@@ -229,9 +229,9 @@ _WORKER_METHODS = {"/served_model", "/expect_weights", "/weight_digests"}
 
 
 class Guard:
-    """ASGI middleware of `vllm serve`, which every request passes first. It refuses routes that a run does not ask for,
-    and every one but /health without the key, where the environment has one; what a run asks of the workers, it asks
-    here.
+    """ASGI middleware of `vllm serve`, which every request passes first. It refuses routes that a
+    run does not ask for, and every one but /health without the key, where the environment has one;
+    what a run asks of the workers, it asks here.
 
     A run needs routes that vLLM has for developers alone, and with those come others: by /collective_rpc whoever
     reaches the port writes files and sets the engine's environment. vLLM's own key guards but a part of its paths.

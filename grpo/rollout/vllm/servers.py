@@ -1,8 +1,9 @@
 """Generation by `vllm serve` processes on other GPUs or machines, over HTTP: token ids in, token ids out.
 
-Requests go to the server with the fewest completions in flight, all at once. One that dies, or does not get on for
-`timeout_s`, is dropped with a warning, and what it had not finished goes to the others. One whose answers are not what
-was asked for ends the generation: what else it gets wrong cannot be known.
+Requests go to the server with the fewest completions in flight, all at once. One that dies, or does
+not get on for `timeout_s`, is dropped with a warning, and what it had not finished goes to the
+others. One whose answers are not what was asked for ends the generation: what else it gets wrong
+cannot be known.
 """
 
 import asyncio
@@ -50,9 +51,9 @@ class _Server:
 
 
 class VllmServers:
-    """A generator over servers, and the receiving side of a weight transfer to all of them at once: vLLM's
-    `VLLMWeightSyncClient`. `version` names the weights that are on their way, `loaded` those that have come; whoever
-    sends them sets both. Methods may be called from any thread.
+    """A generator over servers, and the receiving side of a weight transfer to all of them at once:
+    vLLM's `VLLMWeightSyncClient`. `version` names the weights that are on their way, `loaded` those
+    that have come; whoever sends them sets both. Methods may be called from any thread.
     """
 
     def __init__(self, urls: Sequence[str], stop_token_ids: list[int], timeout_s: float, vocab_size: int, key: str):
