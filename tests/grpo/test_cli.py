@@ -328,11 +328,11 @@ BROKEN_MODELS = {
     "cut tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "no usable tokenizer"),
     "cut generation config": (
         lambda f: (f / "generation_config.json").write_text('{"eos'),
-        "generation_config.json: not a JSON object",
+        "generation_config.json: not valid JSON",
     ),
     "other shape": (
         lambda f: edit_json(f / "config.json", intermediate_size=128),
-        "down_proj.weight has shape [32, 64]; config.json wants [32, 128]",
+        "has shape [64, 32]; config.json wants [128, 32]",
     ),
     "other family": (lambda f: edit_json(f / "config.json", model_type="mamba"), "mamba"),
 }
