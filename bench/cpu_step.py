@@ -34,6 +34,8 @@ from flashgrpo.bench.timing import ROOT, Row, machine, markdown, option_parser, 
 from flashgrpo.grpo.run.progress import console
 
 PEER_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
+# Without the script's folder on the path: transformers would take kernels.py beside it for the package of that name.
+PEER = [str(PEER_PYTHON), "-P", "bench/peer_trl.py"]
 THREADS = 2
 SIZES = {"num_prompts": 8, "group_size": 8, "max_new_tokens": 64}  # of a step
 # The first two are not timed: caches fill, and lazily imported code is loaded.
@@ -98,10 +100,10 @@ def run_side(command: Sequence[str], settings: Mapping[str, Any]) -> Row:
 def run_in_turns(prompt_len: int, inputs: Row, progress: Progress) -> list[Row]:
     """Both sides, TRL's with each micro-batch, `ROUNDS` times over; a row a run, with the load it started under."""
     settings = inputs | SIZES | {"steps": STEPS, "threads": THREADS}
-    peer, own = [str(PEER_PYTHON), "bench/peer_trl.py"], [sys.executable, "-m", "flashgrpo.bench.own_step"]
+    own = [sys.executable, "-m", "flashgrpo.bench.own_step"]
     sides = {}
     for size in PEER_MICRO_BATCHES:
-        sides[f"TRL, micro-batch {size}"] = peer, settings | {"micro_batch": size}
+        sides[f"TRL, micro-batch {size}"] = PEER, settings | {"micro_batch": size}
     sides[OURS] = own, settings
     task = progress.add_task(f"prompts of {prompt_len} tokens", total=ROUNDS * len(sides))
     runs = []

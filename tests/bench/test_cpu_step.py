@@ -1,6 +1,8 @@
 """The benchmark compares equal work: both sides must read the same small model and prompts of the length asked for."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashgrpo.bench import own_step
-from flashgrpo.bench.cpu_step import OURS, make_inputs, summarize, table
+from flashgrpo.bench.cpu_step import OURS, PEER, make_inputs, summarize, table
 from flashgrpo.bench.peer_trl import even_words
 
 
@@ -29,6 +31,13 @@ def test_both_sides_read_a_model_of_the_size_and_prompts_of_the_length_that_are_
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_peer_finds_no_packages_among_our_benchmarks():
+    """transformers imports `kernels` where it finds one."""
+    command = [sys.executable, *PEER[1:-1], "-c", "import kernels"]
+    done = subprocess.run(command, cwd=Path(own_step.__file__).parent, capture_output=True, text=True, check=False)
+    assert "No module named 'kernels'" in done.stderr
 
 
 def test_reward_tells_completions_apart():
