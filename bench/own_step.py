@@ -21,6 +21,7 @@ from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 def time_steps(settings: SimpleNamespace) -> dict[str, Any]:
     """Wall seconds of each training step after the warm-up."""
     times: list[float] = []
+    peaks: list[float] = []
 
     class TimedTrainer(training.Trainer):
         def run_step(self, step: int, bar: Any) -> Any:
@@ -31,6 +32,7 @@ def time_steps(settings: SimpleNamespace) -> dict[str, Any]:
             times[:] = times or [time.perf_counter()]
             metrics, values = super().run_step(step, bar)
             times.append(time.perf_counter())
+            peaks.append(peak_mb())  # before a final model is written, which TRL's side does not
             shortest = metrics["length/min"]
             if shortest < settings.max_new_tokens:
                 raise RuntimeError(f"a completion ended after {shortest:.0f} tokens, wanted full length")
@@ -49,7 +51,7 @@ def time_steps(settings: SimpleNamespace) -> dict[str, Any]:
         output = {"run": {"output": str(Path(folder) / "run"), "device": "cpu"}}
         training.train(build_recipe(Recipe, values | output))
     seconds = [end - begin for begin, end in itertools.pairwise(times)]
-    return {"step_s": seconds[WARMUP_STEPS:], "peak_mb": peak_mb()}
+    return {"step_s": seconds[WARMUP_STEPS:], "peak_mb": peaks[-1]}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ _SPIN_COUNT = "50000"
 
 def _run_recipe(options: argparse.Namespace) -> None:
     from flashgrpo.grpo.recipe.load import load_recipe
-    from flashgrpo.grpo.stages.runs import KINDS, run_recipe
+    from flashgrpo.grpo.stages.kinds import KINDS, run_recipe
 
     recipe = load_recipe(KINDS[options.command].recipe, options.recipe, options.overrides)
     with _named(options.recipe):
@@ -166,7 +166,7 @@ class _RecipeHelp(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from flashgrpo.grpo.recipe.load import recipe_keys
-        from flashgrpo.grpo.stages.runs import KINDS
+        from flashgrpo.grpo.stages.kinds import KINDS
 
         parser.usage = "%(prog)s RECIPE.toml [--resume] [--section.key=value ...]"
         groups: dict[str, Any] = {}

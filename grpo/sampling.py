@@ -192,8 +192,9 @@ class Sampler:
 
     def _take_ahead(self) -> list[list[Rollout]]:
         assert self._ahead is not None
-        completions, self._ahead = self._ahead.result(), None
-        return completions
+        wait([self._ahead])
+        ahead, self._ahead = self._ahead, None  # what has failed is taken, too
+        return ahead.result()
 
     def _own(self, size: int) -> range:
         return range(self.world.rank, size, self.world.size)

@@ -245,14 +245,17 @@ def _(logits, targets, temperature, inplace_backward):
 def _logprob_bwd(
     d_logits: Tensor, targets: Tensor, saved: Sequence[Tensor], upstream: Sequence[Tensor | None], temperature: float
 ) -> None:
-    """Writes d_logits, which may be the logits; rows of both are contiguous. `saved` has the fields of TritonRows."""
+    """Writes d_logits, which may be the logits; rows of both are contiguous. `saved` has the fields of TritonRows but
+    the log-probs: they are the caller's, who may overwrite them.
+    """
+    logits, *rest = saved
     d_logprobs, d_entropies = upstream
-    TritonRows(*saved).gradients(targets, d_logprobs, d_entropies, temperature, d_logits)
+    TritonRows(logits, rest[0], *rest).gradients(targets, d_logprobs, d_entropies, temperature, d_logits)
 
 
 def _keep_for_backward(ctx, inputs, output):
     logits, targets, ctx.temperature, ctx.inplace_backward = inputs
-    ctx.save_for_backward(targets, logits, *output)
+    ctx.save_for_backward(targets, logits, *output[1:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -260,7 +263,7 @@ def _keep_for_backward(ctx, inputs, output):
 @backward_once
 def _backward(ctx, *grad_outputs):
     upstream = grad_outputs[:2]
-    if upstream == (None, None):
+    if all(x is None for x in upstream):
         return None, None, None, None
     targets, *saved = ctx.saved_tensors
     logits = saved[0]

@@ -216,30 +216,33 @@ def summed(
     if d_entropies is not None and entropies is not None:
         loss = loss + d_entropies * torch.where(counted, entropies, 0)
     num_tokens = counted.sum()
+    divisor, nothing = num_tokens.clamp(min=1), loss.new_zeros(())
+    # Everything else is 0, or False, where a token does not count.
+    ratio = torch.where(counted, terms.ratio, 0)
 
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(counted, x, 0).sum() / num_tokens.clamp(min=1)
+    def fraction(where: Tensor) -> Tensor:
+        return where.count_nonzero() / divisor
 
     def largest(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(torch.where(counted, x, 0), (0, 1)).amax()
+        return x.amax() if len(x) else nothing
 
-    below, above = terms.ratio < 1 - inputs.clip_low, terms.ratio > 1 + inputs.clip_high
+    below, above = ratio < 1 - inputs.clip_low, ratio > 1 + inputs.clip_high
     found = {
         "num_tokens": num_tokens,
-        "ratio_mean": mean(terms.ratio),
-        "ratio_max": largest(terms.ratio),
-        "clip_low_fraction": mean(below & (advantages < 0)),
-        "clip_high_fraction": mean(above & (advantages > 0)),
-        "live_fraction": mean(is_live(terms.d_logprob, d_entropies)),
+        "ratio_mean": ratio.sum() / divisor,
+        "ratio_max": largest(ratio),
+        "clip_low_fraction": fraction(below & (advantages < 0)),
+        "clip_high_fraction": fraction(above & (advantages > 0)),
+        # A weight of 0 times a ratio that is not finite is NaN, which would be counted alone.
+        "live_fraction": fraction(is_live(terms.d_logprob, d_entropies) & counted),
     }
     if terms.kl is not None:
-        found["kl"] = mean(terms.kl)
+        found["kl"] = terms.kl.sum() / divisor
     if terms.mismatch is not None:
-        found["behavior_mismatch_mean"] = mean(terms.mismatch)
+        found["behavior_mismatch_mean"] = terms.mismatch.sum() / divisor
         found["behavior_mismatch_max"] = largest(terms.mismatch)
     if entropies is not None:
-        found["entropy"] = mean(entropies)
-    nothing = loss.new_zeros(())
+        found["entropy"] = torch.where(counted, entropies, 0).sum() / divisor
     metrics = torch.stack([found.get(name, nothing).to(loss.dtype) for name in METRICS])
     return loss.sum() / inputs.divisor, metrics.float()
 

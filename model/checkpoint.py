@@ -121,7 +121,7 @@ def load_weights(decoder: Decoder, path: str | os.PathLike, *, new_score: bool =
                 f"{folder}: {stored_as[name]} holds NaN or infinity, and nothing that it computes would be a number; "
                 "restore the file, or take an earlier checkpoint"
             )
-    if is_tied and head:
+    if is_tied and head and stored_as[_EMBEDDING] != _HEAD:
         weight, stored = _own_part(head, _HEAD, *wanted[_EMBEDDING])
         if not torch.equal(weight, stored.to(weight)):
             raise CheckpointError(

@@ -79,7 +79,7 @@ class ModelConfig:
         family = raw.get("model_type")
         if family not in ARCHITECTURES:
             raise CheckpointError(f"model_type is {family!r}; supported families are {', '.join(ARCHITECTURES)}")
-        if missing := [key for key in _SIZES if key not in raw]:
+        if missing := [key for key in _SIZES if raw.get(key) is None]:
             raise CheckpointError(f"{missing[0]} is missing")
         found = _read_by_transformers(raw)
         _refuse_unsupported(found)
@@ -139,8 +139,9 @@ def _read_by_transformers(raw: Mapping[str, Any]) -> Any:
     """transformers' configuration of `raw`, its types checked."""
     from transformers import AutoConfig  # here, because kernels and decoder run without it
 
+    stated = {key: value for key, value in raw.items() if value is not None}  # null is as good as nothing
     try:
-        return AutoConfig.for_model(**copy.deepcopy(dict(raw)))  # a copy: it writes into nested objects
+        return AutoConfig.for_model(**copy.deepcopy(stated))  # a copy: it writes into nested objects
     except Exception as error:  # of a class for every kind of fault, and the reason stands last
         raise CheckpointError(str(error).rpartition("Error: ")[2].strip('"')) from None
 
@@ -200,4 +201,5 @@ def _rope(found: Any) -> Rope:
 
 
 def _stretched_context(parameters: Mapping[str, Any]) -> int:
-    return int(parameters.get("original_max_position_embeddings", 0) * (parameters.get("factor") or 1))
+    original = parameters.get("original_max_position_embeddings")
+    return int(original * (parameters.get("factor") or 1)) if isinstance(original, int) else 0

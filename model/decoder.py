@@ -170,6 +170,8 @@ class Block(nn.Module):
         recompute = functools.partial(checkpoint, self.transform, use_reentrant=False, preserve_rng_state=False)
         if checkpointing == "selective":
             return recompute(hidden, cos, sin, attend, index, context_fn=_keep_products)
+        if checkpointing != "full":
+            raise ValueError(f"activation_checkpointing is {checkpointing!r}; wanted none, selective or full")
         return recompute(hidden, cos, sin, attend, index)
 
     def transform(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:

@@ -13,8 +13,8 @@ from flashgrpo.grpo.cli import _parser
 from flashgrpo.grpo.learn.learner import Learner
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe, load_recipe
 from flashgrpo.grpo.recipe.schema import TrainSection
+from flashgrpo.grpo.stages.kinds import KINDS
 from flashgrpo.grpo.stages.pipeline import load_pipeline
-from flashgrpo.grpo.stages.runs import KINDS
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig
 
@@ -182,9 +182,9 @@ def test_commands_are_understood(line):
     elif options.command == "demo":
         assert (ROOT / options.recipe).is_file()
     elif "recipe" in options:
-        assert load_recipe(
-            KINDS[options.command].recipe if options.command in KINDS else Recipe, ROOT / options.recipe, overrides
-        )
+        # `eval` takes the recipe of a run; only a stage of that kind has one of its own.
+        kind = KINDS[options.command].recipe if options.command in KINDS.keys() - {"eval"} else Recipe
+        assert load_recipe(kind, ROOT / options.recipe, overrides)
     else:
         assert overrides == []
 

@@ -93,11 +93,10 @@ def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_co
         columns["answer"] = value_in(where, row, answer_column)
         if fault := fault_of_answer(columns["answer"]):
             raise DataError(f"{where}: column {answer_column!r} {fault}")
-    place = f"{where}: message {{}} of column {prompt_column!r}"
     if isinstance(prompt, list) and all(
         isinstance(each, dict) and {"role", "content"} <= each.keys() for each in prompt
     ):
-        prompt = [_message(message, place.format(number)) for number, message in enumerate(prompt, 1)]
+        prompt = [_message(m, f"{where}: message {i} of column {prompt_column!r}") for i, m in enumerate(prompt, 1)]
     elif not isinstance(prompt, str):
         raise DataError(
             f"{where}: column {prompt_column!r} holds {type(prompt).__name__}, wanted text or a list of chat messages"

@@ -314,7 +314,9 @@ def _is_equal(gold: Any, found: Any) -> bool:
         is_alike = form == found_form and len(entries) == len(found_entries)
         return is_alike and all(map(_is_equal, entries, found_entries))
     (name, value), (found_name, found_value) = _assignment(gold), _assignment(found)
-    if name is None or found_name is None or name == found_name:  # `x = 5` is 5, and not `y = 5`
+    # `x = 5` is 5, and not `y = 5`; but beside x + y = 5, which has no name to lose, y = 5 - x stays whole.
+    is_relation = isinstance(value, sympy.Rel) or isinstance(found_value, sympy.Rel)
+    if not is_relation and (name is None or found_name is None or name == found_name):
         gold, found = value, found_value
     same = _same_values(gold, found)
     return _verify([gold], [found]) if same is None else same

@@ -181,7 +181,7 @@ class _DecodingBatch:
 
     def _drop_finished_groups(self) -> None:
         kept = np.unique(self.group_of_row[self.rows])
-        if len(kept) == len(self.groups):
+        if len(self.groups) - len(kept) < _IDLE_SHARE * len(self.groups):  # all layers' prompts are copied
             return
         keep = np.searchsorted(self.groups, kept)
         num_kv_heads = self.model.config.num_kv_heads

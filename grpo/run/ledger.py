@@ -135,7 +135,8 @@ def changed_keys(stored: Path, recipe: AnyRecipe, is_fixed: Callable[[str], bool
         raise RunInputError(f"{stored}: not the recipe of a run ({why}); restore it") from None
     changes = []
     for key, (old, new) in differing(before, parse_toml(recipe_to_toml(recipe))).items():
-        if is_fixed(key) and (old is not None or new):  # a key may be newer than the run
+        # A key of the schema may be newer than the run; those of a data set's options are the user's.
+        if is_fixed(key) and (old is not None or new or ".options." in key):
             raise RunInputError(
                 f"{key} is {new!r}, and the run in {stored.parent} began with {old!r}; "
                 "keep it, or choose another run.output"

@@ -20,7 +20,8 @@ import torch.distributed as dist
 GRACE_S = 5.0  # for this rank to find the same error, and for torchrun to end the ranks beside one that died
 NOTICE_S = 5.0  # more than it takes until all know of a rank that is lost
 _BEAT_S = 1.0
-_GREETING_S = 10.0
+_GREETING_S = 1.0  # that a stranger at the port may keep rank 0 waiting
+_ANSWER_S = 60.0  # of rank 0, which greets one after the other
 _GONE_MS = 20_000  # after which packets that were not confirmed break a connection
 _ALIVE, _DONE = b".", b"!"
 
@@ -68,7 +69,7 @@ def _join(store: Any, rank: int, limit_s: float) -> tuple[str, Links]:
     while True:
         name, port = store.get("rank 0").decode().split()
         try:
-            link = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=_GREETING_S)
+            link = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=_ANSWER_S)
             link.sendall(f"{name} {rank}".encode())
             if link.recv(len(name)) == name.encode():
                 return name, {0: link}
@@ -96,30 +97,34 @@ def _watch(links: Links, size: int, is_done: threading.Event, limit_s: float) ->
     """Until all others are done, too."""
     silence_s = limit_s + 2 * _BEAT_S
     # Counted here, not by a clock: of ranks that were all stopped for a while none is lost.
-    silent_s = dict.fromkeys(links, 0.0)
-    while silent_s:
-        done = is_done.wait(_BEAT_S)
-        for rank in [*silent_s]:
+    silent_s, is_over = dict.fromkeys(links, 0.0), False  # of those that are not done
+    while silent_s or not is_over:
+        is_over = is_done.wait(_BEAT_S)
+        for rank, link in links.items():
+            is_left = rank in silent_s
             # Until this rank is done, none of the others may keep it waiting for the beat of the next.
-            links[rank].settimeout(_BEAT_S if done else 0)
-            _tell(links[rank], _DONE if done else _ALIVE)
+            link.settimeout(_BEAT_S if is_over and is_left else 0)
+            # Also to one that is done: it waits until this rank is, too.
+            _tell(link, _DONE if is_over else _ALIVE)
             try:
-                said = links[rank].recv(1024)
+                said = link.recv(1024)
             except (BlockingIOError, TimeoutError):
-                silent_s[rank] += _BEAT_S
-                if silent_s[rank] >= silence_s:
-                    fate = f"has given no sign of life for {silence_s:g} s, as if stopped"
-                    _end(links, f"rank {rank} of {size} {fate}")
+                if is_left:
+                    silent_s[rank] += _BEAT_S
+                    if silent_s[rank] >= silence_s:
+                        fate = f"has given no sign of life for {silence_s:g} s, as if stopped"
+                        _end(links, f"rank {rank} of {size} {fate}")
                 continue
             except OSError:
                 said = b""
-            silent_s[rank] = 0.0
-            if not said:
-                _end(links, f"rank {rank} of {size} has died")
-            elif _DONE in said:
-                del silent_s[rank]
-            elif said.strip(_ALIVE):  # rank 0 tells of a third one, and its name itself
+            if said.strip(_ALIVE + _DONE):  # rank 0 tells of a third one, and its name itself
                 _end({}, "")
+            elif not said and is_left:
+                _end(links, f"rank {rank} of {size} has died")
+            elif is_left:
+                silent_s[rank] = 0.0
+                if _DONE in said:
+                    del silent_s[rank]
 
 
 def _tell(link: socket.socket, word: bytes) -> None:

@@ -73,9 +73,9 @@ class World:
         except errors as error:
             outcome = None, error
         outcomes: list[tuple[Any, BaseException | None]] = [*self.gather(outcome)]
-        for _, error in outcomes:
+        for rank, (_, error) in enumerate(outcomes):
             if error is not None:
-                raise error
+                raise (outcome[1] or error) if rank == self.rank else error  # this rank's own has its traceback
         return [result for result, _ in outcomes]
 
     def on_main(self, work: Callable[[], T]) -> T:

@@ -43,8 +43,8 @@ from flashgrpo.grpo.run.folder import hold_output
 from flashgrpo.grpo.run.ledger import changed, differing, identify, input_paths, read_sections
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import open_world
+from flashgrpo.grpo.stages.kinds import KINDS, run_recipe
 from flashgrpo.grpo.stages.plots import draw_pipeline, write_report
-from flashgrpo.grpo.stages.runs import KINDS, run_recipe
 from flashgrpo.grpo.stages.scores import markdown_of, table_of
 from flashgrpo.model.files import parse_json, whole_folder, write_text
 
@@ -228,7 +228,7 @@ def _stage(
     overrides: Sequence[str],
 ) -> Stage:
     kind, folder = values["kind"], str(Path(settings.run.output) / name)
-    shared = {key: getattr(settings.run, key) for key in ("seed", "device", "accept_changes")}
+    shared = {key: getattr(settings.run, key) for key in ("seed", "device", "accept_changes", "collective_timeout_s")}
     base: Values = {"run": {"output": folder, **shared}}
     if kind == "eval":
         models = values.get("models")

@@ -207,6 +207,8 @@ def _stack(axis: Axes, curves: dict[str, dict[str, Any]], steps: Rows) -> None:
     numbers, _ = _series(steps, "loss")
     values_of = {key: np.nan_to_num(_series(steps, key)[1]) for key in curves}
     total = np.sum([*values_of.values()])
+    if not total:
+        return
     bottom = np.zeros(len(steps))
     for key, values in values_of.items():
         share = values.sum() / total

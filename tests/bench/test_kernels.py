@@ -81,7 +81,7 @@ def test_every_provider_gives_the_results_of_float64(case):
 
 
 def test_a_compiled_peer_gives_the_results_of_float64(monkeypatch):
-    """As it is traced; that Inductor compiles it, which takes seconds, `make bench-check` sees."""
+    """As it is traced: Inductor takes seconds."""
     peers._compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     case = tiny("grpo_loss")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -85,7 +86,7 @@ def recorded(recipe, tmp_path) -> tuple[Recipe, Path]:
     return recipe, tmp_path / "rollouts"
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 2), (2, 2)])
 def test_a_run_goes_on_with_any_number_of_ranks(recorded, before, after, tmp_path):
     recipe, file = recorded
     whole, stopped = (changed(recipe, "run", output=str(tmp_path / name)) for name in ("whole", "stopped"))
@@ -97,7 +98,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(recorded, before, after, tmp_pat
     for step, tensors in found.items():
         for name, tensor in tensors.items():
             off = np.linalg.norm(tensor - wanted[step][name]) / np.linalg.norm(wanted[step][name])
-            assert off <= 1e-6, f"step {step}, {name}: {off:.1e}"
+            assert off <= (0 if before == after else 1e-6), f"step {step}, {name}: {off:.1e}"
 
 
 def test_samples_and_scores_do_not_depend_on_the_number_of_ranks(recipe, tmp_path):
@@ -191,7 +192,7 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(whole_run, point, tmp_pa
 def test_a_killed_run_resumes(whole_run, tmp_path):
     """SIGKILL of all ranks at a random moment, several times over: the run ends as if it had never been killed."""
     recipe = changed(whole_run[0], "run", output=str(tmp_path / "killed"))
-    rng = np.random.default_rng(time.time_ns())
+    rng, killed = np.random.default_rng(time.time_ns()), []
     for _ in range(int(os.environ.get("KILLS", "2"))):
         started = ranks.start(train, 2, recipe, True)
         before = len(read_rows(tmp_path / "killed/metrics.jsonl"))
@@ -201,6 +202,7 @@ def test_a_killed_run_resumes(whole_run, tmp_path):
         time.sleep(rng.uniform(0, 0.2))
         for process, _ in started:
             process.kill()
-        ranks.finish(started, 10)
+        killed += [outcome.exit_code == -signal.SIGKILL for outcome in ranks.finish(started, 10)]
+    assert any(killed)  # a run that is faster than the last kill may have ended
     ranks.run(train, 2, recipe, True)
     assert_same_run(tmp_path / "killed", whole_run[1])

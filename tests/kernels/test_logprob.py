@@ -165,6 +165,15 @@ def test_a_gradient_in_place_lies_in_the_logits_which_serve_no_second_time(devic
         logprobs.sum().backward()
 
 
+def test_results_may_be_overwritten_before_the_backward_pass(device):
+    leaf, targets = torch.randn(4, 50, device=device, requires_grad=True), torch.arange(4, device=device)
+    logprobs, _ = gather_logprobs(leaf, targets)
+    (wanted,) = torch.autograd.grad(logprobs[2:].sum(), leaf)
+    logprobs, _ = gather_logprobs(leaf, targets)
+    logprobs.masked_fill_(targets < 2, 0)  # padding, as trainers do it
+    assert torch.equal(torch.autograd.grad(logprobs.sum(), leaf)[0], wanted)
+
+
 def test_a_row_does_not_depend_on_its_neighbours_nor_on_autocast(device):
     logits, targets = torch.randn(6, 3000, device=device).bfloat16(), torch.randint(0, 3000, (6,), device=device)
     with torch.autocast(device.type, torch.float16):

@@ -20,7 +20,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 BAD = {
     "family": ({"model_type": "mixtral"}, "model_type is 'mixtral'; supported families are llama, qwen2, qwen3"),
     "no family": ({"model_type": None}, "model_type is None"),
-    "size is null": ({"hidden_size": None}, "'hidden_size' expected int"),
+    "size is null": ({"hidden_size": None}, "hidden_size is missing"),
     "size is text": ({"vocab_size": "61"}, "'vocab_size' expected int, got str (value: '61')"),
     "size is negative": ({"vocab_size": -3}, "vocab_size is -3; a positive number is wanted"),
     "heads": ({"num_key_value_heads": 3}, "num_attention_heads is 4, which num_key_value_heads, 3, does not divide"),
@@ -66,6 +66,14 @@ def test_unsupported_models_are_refused(case):
 def test_a_missing_size_is_named(key):
     with pytest.raises(CheckpointError, match=f"{key} is missing"):
         ModelConfig.from_dict({name: value for name, value in QWEN3.items() if name != key})
+
+
+def test_null_is_as_good_as_nothing():
+    nulls = dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "head_dim"))
+    plain = {key: value for key, value in QWEN3.items() if key not in nulls}
+    assert ModelConfig.from_dict(QWEN3 | nulls).rope == ModelConfig.from_dict(plain).rope
+    scaling = {"type": "linear", "factor": 2.0, "original_max_position_embeddings": None}
+    assert ModelConfig.from_dict(plain | {"rope_scaling": scaling, "max_position_embeddings": 64}).context == 64
 
 
 def test_sliding_window_that_no_layer_uses_is_accepted():

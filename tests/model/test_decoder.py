@@ -111,6 +111,9 @@ def test_activation_checkpointing_changes_cost_and_nothing_else(mode, decoder, p
     matrices = [parameter for parameter in decoder.model.layers.parameters() if parameter.dim() == 2]
     extra = 2 * 33 * sum(matrix.numel() for matrix in matrices) if mode == "full" else 0
     assert linear_flops(decoder, batch) == plain_flops + extra
+    decoder.activation_checkpointing = "ful"
+    with pytest.raises(ValueError, match="wanted none, selective or full"):
+        decoder(batch)
 
 
 def test_activation_checkpointing_saves_memory(tiny, pack):

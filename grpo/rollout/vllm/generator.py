@@ -19,7 +19,7 @@ from flashgrpo.grpo.rollout.sync import DecoderSource, check_digests, shared_mem
 from flashgrpo.grpo.rollout.vllm.answers import DIGESTS, NOTHING, SERVED_MODELS
 from flashgrpo.grpo.rollout.vllm.launch import API_KEY, EngineOptions, OwnServers, check_length, require_vllm
 from flashgrpo.grpo.rollout.vllm.nccl import NcclSender
-from flashgrpo.grpo.rollout.vllm.servers import VllmServers
+from flashgrpo.grpo.rollout.vllm.servers import ServerRefusal, VllmServers
 from flashgrpo.grpo.run.child import Child, own_environment
 from flashgrpo.grpo.run.policy import Policy
 from flashgrpo.grpo.run.progress import console
@@ -40,9 +40,11 @@ def open_engine(
         world.everywhere(
             lambda: engines.append(EngineGenerator(options, policy.stop_token_ids, world, timeout_s, load_format))
         )
-    except GeneratorFailure as error:
+    except BaseException as error:
         for engine in engines:  # another rank's has failed
             engine.close()
+        if not isinstance(error, GeneratorFailure):
+            raise
         cache_gb = options.engine_arguments().get("kv_cache_memory_bytes", 0) / 1e9
         raise RecipeError(
             f"vLLM cannot start with this recipe; the keys are vllm.memory_share = {recipe.vllm.memory_share:g}, "
@@ -170,8 +172,9 @@ class ServersGenerator:
         every rank, while others are left. Raises SyncError, on every rank.
         """
         self.weight_version, self.client.version = -1, version
+        # One that a rank has lost in generation would keep rank 0 waiting; one that rank 0 loses now, all the others.
+        self._share_losses()
         self.world.on_main(self.client.pause)
-        # One that a rank has lost in generation, or rank 0 just now, is asked by none of them any more.
         self._share_losses()
         self.world.everywhere(lambda: self._load(source, version))
         self._share_losses()
@@ -231,6 +234,9 @@ def _check_servers(
     """The servers are there, and have this run's model, type and room."""
     try:
         found = client.ask_workers("served_model", SERVED_MODELS)
+    except ServerRefusal as error:
+        start = "start servers by `flashgrpo serve RECIPE`, which sets what a run needs"
+        raise RunInputError(f"{error}; {start}") from error
     except GeneratorFailure as error:
         raise RunInputError(
             f"{error}; is `flashgrpo serve RECIPE` running there? One that waits for a run which was killed in the "

@@ -33,6 +33,11 @@ def group(prompt_length: int, *completion_lengths: int, first_id: int = 0, base:
     return Group(list(range(base, base + prompt_length)), completions)
 
 
+def test_completions_keep_their_rewards_beside_those_that_are_left_out():
+    rollouts = [Rollout([1], np.array([2]), np.zeros(1, np.float32), "stop", 0, ((0, 1),))] * 3
+    assert [c.sequence_id for c in Group.of(rollouts, 4, [True, False, True]).completions] == [4, 6]
+
+
 def pack_groups(groups: list[Group], token_budget: int):
     return [build_batch(pack) for pack in best_fit(groups, token_budget)]
 

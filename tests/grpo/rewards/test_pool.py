@@ -413,7 +413,7 @@ def test_closing_ends_hanging_workers_at_once(functions):
             pool.submit(group("hang"))
         time.sleep(0.5)  # until one hangs
         start = time.perf_counter()
-    assert time.perf_counter() - start < 30  # of 240
+    assert time.perf_counter() - start < 5  # in which a worker that does not end is killed
     assert set(psutil.Process().children()) <= children
 
 

@@ -37,6 +37,19 @@ LIMITS = ProgramsSection(time_s=1.0, memory_mb=128)
 SHORT = ProgramsSection(time_s=0.4, memory_mb=128)  # for what lasts until it breaks a limit
 UNPROTECTED = ProgramsSection(time_s=0.4, memory_mb=128, isolation="none: run programs unprotected")
 ECHO = {"inputs": ["1\n", "2\n"], "outputs": ["1\n", "2\n"]}
+# In all more processes than a program may have, but few at a time: who has ended does not count.
+ORPHANS = """
+import os, time
+for _ in range(24):
+    if os.fork() == 0:
+        try:
+            os._exit(0 * os.fork())
+        except OSError:
+            os._exit(1)
+    assert os.wait()[1] == 0
+    time.sleep(0.02)
+print(input())
+"""
 CALL = {"inputs": [[1], [2]], "outputs": [1, 2], "fn_name": "same"}
 pytestmark = pytest.mark.timeout(120)
 
@@ -96,6 +109,7 @@ def reached(attempts: dict[str, str], limits: ProgramsSection) -> list[str]:
         ("print(input(), end='  \\n\\n')", ECHO, 1),
         ("import bisect, collections, heapq, math, subprocess, threading, zoneinfo\nprint(input())", ECHO, 1),
         ("import os\nos.wait() if os.fork() else os._exit(0)\nprint(input())", ECHO, 1),
+        (ORPHANS, ECHO, 1),
         ("print(1)", ECHO, 0),
         ("print(int(input()) / 3)", {"inputs": ["1"], "outputs": ["0.33333333"]}, 1),
         ("print(int(input()) / 3)", {"inputs": ["1"], "outputs": ["0.3334"]}, 0),

@@ -479,7 +479,11 @@ def test_an_update_in_flight_shows_in_the_spans(recipe_for):
         ({}, {"tie_word_embeddings": False}, r"another model: lm_head\.weight is missing there, \[98, 64\]"),
         ({"rollout": {"max_new_tokens": 400}, "train": {"token_budget": 500}}, {}, r"max_model_len = 220 is below"),
         ({"model": {"dtype": "bfloat16"}}, {}, r"another model: dtype is float32 there, bfloat16 here"),
-        ({"key": "another"}, {}, r"answered 401: wanted this server's key; set VLLM_API_KEY for the run"),
+        (
+            {"key": "another"},
+            {},
+            r"answered 401: wanted this server's key; set VLLM_API_KEY for the run.*; start servers",
+        ),
     ],
     ids=["unreachable", "another model", "untied", "too short", "another type", "another key"],
 )

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.errors import RecipeError, RunError, RunInputError
-from flashgrpo.grpo.recipe.load import Recipe, build_recipe, load_recipe
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe, load_recipe, recipe_to_toml
 from flashgrpo.grpo.run import ledger
 from flashgrpo.grpo.run.checkpoints import SUMS, _Reader
 from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.run.ledger import changed as changed_content
-from flashgrpo.grpo.run.ledger import identify
+from flashgrpo.grpo.run.ledger import changed_keys, identify
 from flashgrpo.grpo.train import train
 from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
 from flashgrpo.model.files import content_hash, locked, parse_json
@@ -199,6 +199,14 @@ def test_a_lock_that_was_taken_away_as_it_was_opened_holds_nobody_off(tmp_path, 
     monkeypatch.setattr(fcntl, "flock", after_the_other_has_ended)
     with locked(tmp_path / "run"), pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()}"):
         locked(tmp_path / "run").__enter__()
+
+
+@pytest.mark.parametrize("found", [False, 0, ""])
+def test_options_of_a_data_set_are_not_keys_newer_than_the_run(trained, tmp_path, found):
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(trained))
+    other = changed(trained, "data", options={"allow_negation": found})
+    with pytest.raises(RunInputError, match=r"allow_negation is .*, and the run in .* began with None"):
+        changed_keys(tmp_path / "recipe.toml", other)
 
 
 def test_inputs_replaced_in_place_are_refused_unless_accepted(trained, tmp_path, capsys):

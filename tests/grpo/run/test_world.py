@@ -21,9 +21,11 @@ import torch.distributed as dist
 from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.errors import DataError
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.run import folder as run_folder
 from flashgrpo.grpo.run import watch
 from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
+from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.model.checkpoint import init_decoder, read_config, save_checkpoint
@@ -74,6 +76,17 @@ def test_a_fault_before_the_first_step_is_one_line_of_rank_0(recipe_file, recipe
     for (code, errors), message in zip(first, faults.values(), strict=True):
         assert (code, errors.count("\n")) == (2, 1)
         assert message in errors
+
+
+def open_until(values: dict[str, Any], last: int) -> None:
+    with open_world(build_recipe(Recipe, values)) as world:
+        # Longer than the others' time between two signs of life.
+        time.sleep(2.5 if world.rank == last else 0.3 * world.rank)
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_ranks_that_end_apart_end_well(recipe_values, custom_rewards, last):
+    ranks.run(open_until, 3, recipe_values, last)
 
 
 def command_in_own_folder(*arguments: str) -> tuple[int, str]:

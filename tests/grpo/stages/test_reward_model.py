@@ -335,11 +335,15 @@ def test_a_device_that_is_not_there_is_told_and_its_process_ended(opened):
 def test_the_process_ends_with_the_trainer(scoring_path):
     pids, pids_end = os.pipe()
     if not (trainer := os.fork()):
-        own = OwnProcess(PreferenceSection(str(scoring_path), device="cpu"), "reward_models.a")
-        os.write(pids_end, str(own.child.process.pid).encode())
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            own = OwnProcess(PreferenceSection(str(scoring_path), device="cpu"), "reward_models.a")
+            os.write(pids_end, str(own.child.process.pid).encode())
+        finally:  # whatever it raised, a copy of this session must not go on
+            os.kill(os.getpid(), signal.SIGKILL)
     os.close(pids_end)
-    pid = int(os.read(pids, 99))
+    said = os.read(pids, 99)
+    assert said
+    pid = int(said)
     os.waitpid(trainer, 0)
     deadline = time.monotonic() + 60
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
