@@ -125,8 +125,11 @@ def time_case(
             row["peak_mib"], _ = peak_mib(call, device)
             if case.op != "memory":
                 sides[provider.name] = partial(sample_ms, call, device, budget_s=budget_s / 2 / len(passed), rounds=2)
-    for name, times in in_turns(sides, lambda name: noted(rows[name])):
-        rows[name] |= times | _rates(case, times["p50_ms"], rows[name]["limit_ms"])
+    found = dict(in_turns(sides, lambda name: noted(rows[name])))
+    for name, times in found.items():
+        # One that failed in its second pass has no times: they would be compared with those of two passes.
+        if rows[name]["status"] in ("ok", "wrong"):
+            rows[name] |= times | _rates(case, times["p50_ms"], rows[name]["limit_ms"])
     ours = rows.get("flashgrpo", {}).get("p50_ms")
     for row in rows.values():
         row["ratio"] = row["p50_ms"] / ours if ours and "p50_ms" in row else None

@@ -67,7 +67,8 @@ def cause_of(error: BaseException) -> BaseException:
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     if any(map(misses_a_rank, causes)):
         raise error
-    return causes[0]
+    # Of several, that one which a person can do something about.
+    return next(filter(is_of_the_disk, causes), causes[0])
 
 
 def is_of_the_disk(error: BaseException) -> bool:

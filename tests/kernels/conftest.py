@@ -20,8 +20,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: what a torch twin does not have")
 
 
-def pytest_collection_modifyitems(items):
-    items[:] = [item for item in items if not item.get_closest_marker("twin" if KERNELS else "kernels")]
+def pytest_collection_modifyitems(config, items):
+    others = [item for item in items if item.get_closest_marker("twin" if KERNELS else "kernels")]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 def pytest_ignore_collect(collection_path):

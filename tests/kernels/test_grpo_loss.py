@@ -427,7 +427,6 @@ def test_gradient_overwrites_logits_that_are_a_result_once_and_spares_a_leaf(dev
         made.backward()
 
 
-@pytest.mark.kernels
 def test_graph_captured_whole_and_double_backward_refused(device):
     config = LossConfig.preset("dapo", kl_coef=0.1)
     logprobs, offsets, tensors = make_case(device, torch.float32, FEW)

@@ -1,6 +1,6 @@
 """Generation by `vllm serve` processes on other GPUs or machines, over HTTP: token ids in, token ids out.
 
-Requests go to the server with the fewest completions in flight, all at once. One that dies, or does
+Requests go to the server with the fewest requests in flight, all at once. One that dies, or does
 not get on for `timeout_s`, is dropped with a warning, and what it had not finished goes to the
 others. One whose answers are not what was asked for ends the generation: what else it gets wrong
 cannot be known.
