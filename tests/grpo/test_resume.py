@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from runs import assert_same_run, changed, checkpoint_of
 
 from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
@@ -25,6 +24,7 @@ from flashgrpo.grpo.types import Prompt
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model import checkpoint, files
 from flashgrpo.model.sharding import full_tensors
+from runs import assert_same_run, changed, checkpoint_of
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

@@ -34,8 +34,7 @@ from flashgrpo.grpo.rewards.rules import code
 from flashgrpo.grpo.types import CompletionGroup, Problem
 
 LIMITS = ProgramsSection(time_s=1.0, memory_mb=128)
-SHORT = ProgramsSection(time_s=0.4, memory_mb=128)  # for what lasts until it breaks a limit
-UNPROTECTED = ProgramsSection(time_s=0.4, memory_mb=128, isolation="none: run programs unprotected")
+UNPROTECTED = ProgramsSection(time_s=1.0, memory_mb=128, isolation="none: run programs unprotected")
 ECHO = {"inputs": ["1\n", "2\n"], "outputs": ["1\n", "2\n"]}
 # In all more processes than a program may have, but few at a time: who has ended does not count.
 ORPHANS = """
@@ -243,14 +242,14 @@ def test_an_attack_scores_0_and_leaves_nothing(name, tests, tmp_path, monkeypatc
     """Among processes and temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with nothing_is_left():
-        assert score(f"def same(x):\n    return x\n{ATTACKS[name]}", tests, SHORT) == 0
+        assert score(f"def same(x):\n    return x\n{ATTACKS[name]}", tests, LIMITS) == 0
     assert [*tmp_path.iterdir()] == []
 
 
 def test_attacks_beside_right_programs_do_not_change_their_scores():
     """What sleeps until it breaks a limit does so all at once."""
-    attacks = [(ATTACKS[name], tests, SHORT) for name in BESIDE_OTHERS[:3] for tests in (ECHO, CALL)]
-    right, bomb = ("print(input())", ECHO, LIMITS), (ATTACKS["fork bomb"], ECHO, SHORT)
+    attacks = [(ATTACKS[name], tests, LIMITS) for name in BESIDE_OTHERS[:3] for tests in (ECHO, CALL)]
+    right, bomb = ("print(input())", ECHO, LIMITS), (ATTACKS["fork bomb"], ECHO, LIMITS)
     with nothing_is_left(), ThreadPoolExecutor(10) as threads:
         found = threads.map(lambda each: score(*each), [*attacks, bomb, *[right] * 3])
         assert [*found] == [0] * 7 + [1] * 3
@@ -401,9 +400,9 @@ def test_resident_memory_of_all_its_processes_is_a_programs():
 
 
 def test_processor_time_of_all_its_processes_is_a_programs():
-    with sandbox.sandboxed("import os\nos.fork(), os.fork()\nwhile True:\n    pass", SHORT) as forks:
+    with sandbox.sandboxed("import os\nos.fork(), os.fork()\nwhile True:\n    pass", LIMITS) as forks:
         assert forks.run("", max_bytes=9) is None
-        assert SHORT.time_s < forks.cpu_s < 8 * SHORT.time_s
+        assert LIMITS.time_s < forks.cpu_s < 8 * LIMITS.time_s
 
 
 @pytest.mark.parametrize(("after_s", "limits"), [(0, LIMITS), (0.002, LIMITS), (0.3, LIMITS), (0.3, UNPROTECTED)])
