@@ -126,7 +126,7 @@ def noted(*rows: Row) -> Iterator[None]:
     """An error becomes the rows' `status` and `note`: a benchmark goes on without what cannot be measured."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a peer may raise anything
         kinds = {ImportError: "not installed", TimeoutError: "not measured", torch.OutOfMemoryError: "out of memory"}
         status = next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
         text = str(error).strip().partition("\n")[0][:_NOTE_LENGTH]

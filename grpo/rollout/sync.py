@@ -75,7 +75,7 @@ class DecoderSource:
         try:
             yield
             self._finish()
-        except Exception as error:
+        except Exception as error:  # vLLM's, a server's or torch's: to a run they are one failure
             last = self._last
             self._finish()
             raise SyncError(

@@ -40,8 +40,8 @@ def open_engine(
         world.everywhere(
             lambda: engines.append(EngineGenerator(options, policy.stop_token_ids, world, timeout_s, load_format))
         )
-    except BaseException as error:
-        for engine in engines:  # another rank's has failed
+    except BaseException as error:  # another rank's has failed: nobody has this one yet to close it
+        for engine in engines:
             engine.close()
         if not isinstance(error, GeneratorFailure):
             raise

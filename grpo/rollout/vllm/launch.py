@@ -161,7 +161,7 @@ class OwnServers:
             for number, own in enumerate(devices):
                 console.print(f"waiting for the vLLM server on {own}", highlight=False)
                 _await_server(self.urls[number], self.processes[number], files[number], deadline)
-        except BaseException:
+        except BaseException:  # nobody has them yet to close them
             self.close()
             raise
 
