@@ -103,7 +103,7 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=found.rms_norm_eps,
             rope=_rope(found),
-            context=max(raw.get("max_position_embeddings", sys.maxsize), _stretched_context(found.rope_parameters)),
+            context=max(raw.get("max_position_embeddings") or sys.maxsize, _stretched_context(found.rope_parameters)),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias,
             qk_norm=family == "qwen3",
