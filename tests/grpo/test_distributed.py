@@ -4,18 +4,18 @@ import os
 
 import numpy as np
 import pytest
-import ranks
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from runs import changed
 
+import ranks
 from flashgrpo.grpo.learn.learner import Learner, packed_loss
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.run.policy import open_sharded_model
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.model.sharding import full_tensors
+from runs import changed
 
 pytestmark = pytest.mark.xdist_group("ranks")
 GROUP_SIZE, DENOMINATOR = 8, 250.0

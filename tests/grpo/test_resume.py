@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ranks
 
+import ranks
 from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.run import folder as run_folder

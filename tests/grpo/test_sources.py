@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ranks
-from runs import assert_same_run, checkpoint_of, rows_of
 
+import ranks
 from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.data.mixture import Mixture, Position, epoch_order, interleaved
 from flashgrpo.grpo.errors import RecipeError, RewardError, RewardFailure, RunInputError
@@ -21,6 +20,7 @@ from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import train
 from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, ScoredGroup, Scores, given_scores
+from runs import assert_same_run, checkpoint_of, rows_of
 
 NOWHERE = Position({}, {})
 

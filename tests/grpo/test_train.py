@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from runs import assert_same_run, changed, checkpoint_of, rows_of
 from safetensors.torch import load_file
 
 from flashgrpo.grpo import train as train_module
@@ -29,6 +28,7 @@ from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.train import train
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import CheckpointError
+from runs import assert_same_run, changed, checkpoint_of, rows_of
 
 
 def trained(recipe: Recipe) -> list[dict]:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+import ranks
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.checkpoint import (
     empty_decoder,

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ranks
 import torch
 
+import ranks
 from flashgrpo.grpo.errors import DataError, GeneratorFailure, RecipeError, RunInputError, SyncError
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, build_recipe

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import tomli_w
 import torch.distributed as dist
 
+import ranks
 from flashgrpo.grpo import train as train_module
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.errors import DataError

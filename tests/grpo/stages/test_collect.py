@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ranks
 import torch
 
+import ranks
 from flashgrpo.grpo.data.problems import load_completions, load_problems
 from flashgrpo.grpo.data.prompts import render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RunInputError

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ranks
 import torch
 from rich.console import Console
 
+import ranks
 from flashgrpo.grpo.data.prompts import render_prompts
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure, RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe

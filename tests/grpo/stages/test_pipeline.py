@@ -9,8 +9,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import ranks
 
+import ranks
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.errors import DataError, RecipeError, RunInputError
 from flashgrpo.grpo.run.folder import read_rows

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ranks
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import ranks
 from flashgrpo.bench.shapes import SHAPES as PUBLISHED
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.data.problems import load_problems

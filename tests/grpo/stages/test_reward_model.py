@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import ranks
 import torch
 from safetensors.torch import load_file
 
+import ranks
 from flashgrpo.grpo.errors import DataError, RecipeError, RewardFailure
 from flashgrpo.grpo.learn.balance import plan_packs
 from flashgrpo.grpo.learn.packing import build_batch
