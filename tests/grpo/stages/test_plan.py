@@ -23,11 +23,12 @@ from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe, load_recipe
 from flashgrpo.grpo.rewards.pool import open_reward_pool
+from flashgrpo.grpo.run.costs import MATMUL_SHARE, Costs, Lengths
 from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.machines import MACHINES, Machine, peak_flops
 from flashgrpo.grpo.run.progress import Clock
 from flashgrpo.grpo.run.world import open_world
-from flashgrpo.grpo.stages.plan import MATMUL_SHARE, Costs, Lengths, plan, plan_recipe
+from flashgrpo.grpo.stages.plan import plan, plan_recipe
 from flashgrpo.grpo.train import Trainer
 from flashgrpo.kernels import attention
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
