@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from flashgrpo.grpo.recipe.load import SamplingRecipe
-from flashgrpo.grpo.rollout.native import NativeGenerator, splitmix64
+from flashgrpo.grpo.recipe.load import Recipe, SamplingRecipe
+from flashgrpo.grpo.rollout.native import PREFILL_TOKENS, NativeGenerator, splitmix64
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.machines import resolve_dtype
 from flashgrpo.grpo.run.policy import Policy, open_sharded_model, warn_beyond_context
@@ -53,11 +53,12 @@ def open_generator(
     """
     warn_beyond_context(policy, longest_prompt + recipe.rollout.max_new_tokens)
     if recipe.rollout.generator == "native":
+        budget = recipe.train.token_budget if isinstance(recipe, Recipe) else PREFILL_TOKENS
         if loaded:
-            return NativeGenerator(policy.model, policy.stop_token_ids)
+            return NativeGenerator(policy.model, policy.stop_token_ids, prefill_tokens=budget)
         dtype = resolve_dtype(recipe.model.dtype, world.device)
         empty = empty_decoder(policy.model.config, dtype, world.device)
-        own = NativeGenerator(empty, policy.stop_token_ids, world.device)
+        own = NativeGenerator(empty, policy.stop_token_ids, world.device, budget)
         own.model.attention_backend = recipe.model.attention_backend
         own.free_weights()
         return own

@@ -8,7 +8,8 @@ eighth of it is idle, and so do the prompts of finished groups. It runs without 
 pages: it is the default where vLLM is not installed, and the reference that vLLM is tested against.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -25,16 +26,28 @@ from flashgrpo.model.decoder import Decoder, huggingface_views
 _CACHE_STEP = 64
 _IDLE_SHARE = 1 / 8
 _DRAWN_AHEAD = 64  # positions whose random numbers go to the device at once
+PREFILL_TOKENS = 16_384  # of prompts in one pass, where no recipe says otherwise
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class NativeGenerator:
-    """Samples from `model` as it stands when `generate` is called; `weight_version` is stamped on the rollouts."""
+    """Samples from `model` as it stands when `generate` is called; `weight_version` is stamped on the rollouts.
 
-    def __init__(self, model: Decoder, stop_token_ids: list[int], device: torch.device | None = None):
+    Prompts are run in passes of at most `prefill_tokens`, a longer one alone: what a pass holds is no more than that
+    of a training micro-batch, however many prompts there are.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        stop_token_ids: list[int],
+        device: torch.device | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ):
         self.model = model
         self.stop_token_ids = stop_token_ids
         self.device = device or model.lm_head_weight.device
+        self.prefill_tokens = prefill_tokens
         self.weight_version = 0
 
     def load_weights(self, source: DecoderSource, version: int) -> None:
@@ -60,7 +73,7 @@ class NativeGenerator:
         if not requests:
             return
         with torch.inference_mode():
-            batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids)
+            batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids, self.prefill_tokens)
         while len(batch.rows):
             # Not around the `yield`: what the caller does with a group is no inference.
             with torch.inference_mode():
@@ -72,7 +85,14 @@ class NativeGenerator:
 class _DecodingBatch:
     """State of one call. A row is a completion; live rows sit in the first `len(self.rows)` places of the caches."""
 
-    def __init__(self, model: Decoder, requests: list[Request], sampling: Sampling, stop_token_ids: list[int]):
+    def __init__(
+        self,
+        model: Decoder,
+        requests: list[Request],
+        sampling: Sampling,
+        stop_token_ids: list[int],
+        prefill_tokens: int,
+    ):
         self.model, self.requests, self.sampling = model, requests, sampling
         weight = model.lm_head_weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -99,7 +119,7 @@ class _DecodingBatch:
         self._place_rows()
         # They do not change during a call, so that they are brought into the CPU's layout once, not at every step.
         self.weights = PackedWeights(model, num_rows)
-        hidden = self._prefill([request.prompt_ids for request in requests])
+        hidden = self._prefill([request.prompt_ids for request in requests], prefill_tokens)
         self.hidden = hidden.index_select(0, self.group_of_place)
 
     def rollouts_of(self, index: int, weight_version: int) -> list[Rollout]:
@@ -206,29 +226,58 @@ class _DecodingBatch:
         self.slots = torch.from_numpy(slots).to(self.device)
         self.row_of_slot = torch.from_numpy(row_of_slot).to(self.device)
 
-    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+    def _prefill(self, prompts: list[list[int]], prefill_tokens: int) -> Tensor:
         """Run every prompt once, keep its keys and values; returns its last hidden state, [requests, hidden_size]."""
+        longest = max(map(len, prompts))
+        inside = torch.arange(longest, device=self.device) < self.prompt_lengths[:, None]
+        bias = torch.zeros_like(inside, dtype=self.dtype).masked_fill(~inside, float("-inf"))
+        if not self.shared:
+            bias = F.pad(bias, (0, self.sampling.max_new_tokens))
+        self.prompt_bias = bias.repeat_interleave(self.model.config.num_kv_heads, dim=0)[:, None]
+        self._make_prompt_caches(len(prompts), longest)
+        first, hidden = 0, []
+        for chunk in whole_chunks(prompts, prefill_tokens):
+            hidden.append(self._prefill_chunk(first, chunk))
+            first += len(chunk)
+        return torch.cat(hidden)
+
+    def _make_prompt_caches(self, num_prompts: int, longest: int) -> None:
+        """Zeros: past a prompt's end they are read with a weight of 0, which a NaN would survive."""
+        config = self.model.config
+        shape = num_prompts, config.num_kv_heads, longest, config.head_dim
+        zeros = functools.partial(torch.zeros, dtype=self.dtype, device=self.device)
+        for _ in range(config.num_layers):
+            if self.shared:
+                keys = zeros(shape[0] * shape[1], shape[3], longest)
+                self.prompt_cache.append((keys, zeros(shape[0] * shape[1], longest, shape[3])))
+            else:
+                self.own_cache.append((zeros(shape), zeros(shape)))
+
+    def _prefill_chunk(self, first: int, prompts: list[list[int]]) -> Tensor:
+        """`_prefill` of the requests from `first` on, in one pass."""
         lengths = [len(prompt) for prompt in prompts]
         cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=self.device)
         # Tokens of no segment, for the same reason as in `_drop_idle_rows`.
         padding = [0] * (self.model.padded_tokens(sum(lengths)) - sum(lengths))
         input_ids = torch.tensor([*chain.from_iterable(prompts), *padding], device=self.device)
         positions = torch.tensor([*chain.from_iterable(map(range, lengths)), *padding], device=self.device)
-        longest = max(lengths)
+        longest, num_kv_heads = max(lengths), self.model.config.num_kv_heads
+        requests = slice(first, first + len(prompts))
+        heads = slice(requests.start * num_kv_heads, requests.stop * num_kv_heads)
         columns = torch.arange(longest, device=self.device)
-        inside = columns < self.prompt_lengths[:, None]
-        places = (cu_seqlens[:-1, None].long() + columns).where(inside, 0)
-        bias = torch.zeros_like(inside, dtype=self.dtype).masked_fill(~inside, float("-inf"))
-        if not self.shared:
-            bias = F.pad(bias, (0, self.sampling.max_new_tokens))
-        self.prompt_bias = bias.repeat_interleave(self.model.config.num_kv_heads, dim=0)[:, None]
+        places = (cu_seqlens[:-1, None].long() + columns).where(columns < self.prompt_lengths[requests, None], 0)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # [requests, num_kv_heads, longest, head_dim]
             keys, values = k[places].transpose(1, 2), v[places].transpose(1, 2)
             if self.shared:  # [requests * num_kv_heads, head_dim, longest] and [.., longest, head_dim]
-                self.prompt_cache.append((keys.transpose(2, 3).flatten(0, 1), values.flatten(0, 1)))
-            else:  # [requests, num_kv_heads, longest, head_dim]
-                self.own_cache.append((keys, values))
+                prompt_keys, prompt_values = self.prompt_cache[layer]
+                prompt_keys[heads, :, :longest] = keys.transpose(2, 3).flatten(0, 1)
+                prompt_values[heads, :longest] = values.flatten(0, 1)
+            else:
+                own_keys, own_values = self.own_cache[layer]
+                own_keys[requests, :, :longest] = keys
+                own_values[requests, :, :longest] = values
             return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest, backend=self.model.attention_backend)
 
         hidden = self.model.run(input_ids, positions, attend)
@@ -283,6 +332,19 @@ class _DecodingBatch:
         keys.select(2, filled - 1).copy_(k)
         values.select(2, filled - 1).copy_(v)
         return keys.flatten(0, 1)[:, :filled], values.flatten(0, 1)[:, :filled]
+
+
+def whole_chunks(prompts: Sequence[list[int]], most_tokens: int) -> Iterator[list[list[int]]]:
+    """Runs of prompts, in order, of at most `most_tokens` tokens each; a longer prompt is a chunk of its own."""
+    chunk, num_tokens = [], 0
+    for prompt in prompts:
+        if chunk and num_tokens + len(prompt) > most_tokens:
+            yield chunk
+            chunk, num_tokens = [], 0
+        chunk.append(prompt)
+        num_tokens += len(prompt)
+    if chunk:
+        yield chunk
 
 
 def splitmix64(state: np.ndarray) -> np.ndarray:
