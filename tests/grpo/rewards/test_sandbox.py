@@ -383,12 +383,13 @@ def test_a_program_that_waits_for_a_busy_processor_is_not_wrong(monkeypatch):
     )
     monkeypatch.setattr(psutil, "Process", lambda pid: fake)
     limits = ProgramsSection(time_s=0.3)
-    slow = "import time\ntime.sleep(0.7)\nprint(input())"
+    slow, endless = (f"import time\ntime.sleep({s})\nprint(input())" for s in (0.7, 60))
     assert score(slow, {"inputs": ["1"], "outputs": ["1"]}, limits) == 1
-    monkeypatch.setattr(sections, "_PROGRAM_WALL", 2)
-    assert math.isnan(score(slow, limits=limits) or 0)
     state = psutil.STATUS_SLEEPING
-    assert score(slow, limits=limits) == 0
+    assert score(endless, limits=limits) == 0
+    state = psutil.STATUS_RUNNING
+    monkeypatch.setattr(sections, "_PROGRAM_WALL", 2)
+    assert math.isnan(score(endless, limits=limits) or 0)
 
 
 def test_resident_memory_of_all_its_processes_is_a_programs():
