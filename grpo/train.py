@@ -14,6 +14,7 @@ A step, as `Trainer.run_step` takes it:
 The host waits for the device once in a step, in `device_metrics`, besides what the generator does.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from flashgrpo.grpo.metrics import device_metrics, one_line, rollout_metrics, sp
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.rewards.pool import RewardPool, open_reward_pool
 from flashgrpo.grpo.rewards.rules import check_names
-from flashgrpo.grpo.rollout.generator import open_generator
+from flashgrpo.grpo.rollout.generator import open_generator, settle_generator
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.loop import RunLoop
@@ -66,18 +67,18 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     RewardFailure later. Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
     check_names(recipe)
-    with (
-        open_world(recipe) as world,
-        RunFolder(recipe, resume, world) as folder,
-    ):
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(open_world(recipe))
+        recipe = settle_generator(recipe, world, resume)
+        folder = stack.enter_context(RunFolder(recipe, resume, world))
         read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
         others, examples = {}, {}
         for name, source in recipe.sources.items():
             others[name], _ = load_problems(source, recipe.run.seed)
             examples[name] = others[name][0]
-        with open_reward_pool(recipe, problems[0], examples) as pool:
-            return Trainer(recipe, folder, world, pool, problems, held_out, others).run()
+        pool = stack.enter_context(open_reward_pool(recipe, problems[0], examples))
+        return Trainer(recipe, folder, world, pool, problems, held_out, others).run()
 
 
 @dataclass

@@ -191,8 +191,9 @@ class PreferenceSection:
 
 @dataclass(frozen=True, config=CHECKED)
 class SamplingSection:
-    generator: Literal["native", "vllm", "vllm_server"] = "native"
-    """What samples the completions: the trainer itself, vLLM on the same devices, or `vllm serve` on others."""
+    generator: Literal["auto", "native", "vllm", "vllm_server"] = "auto"
+    """What samples the completions: the trainer itself, vLLM on the same devices, or `vllm serve` on others. auto: vllm
+    on CUDA where it is installed, else native."""
     group_size: Annotated[int, Field(strict=True, ge=2)] = 16
     """Completions a prompt (G)."""
     max_new_tokens: _Positive = 1024

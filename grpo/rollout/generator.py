@@ -4,20 +4,28 @@ A sample's random numbers depend on (seed, step, prompt, sample) alone: not on r
 generated beside it.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
 
-from flashgrpo.grpo.recipe.load import Recipe, SamplingRecipe
+from flashgrpo.grpo.errors import RecipeError
+from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SamplingRecipe
 from flashgrpo.grpo.rollout.native import PREFILL_TOKENS, NativeGenerator, splitmix64
 from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.rollout.vllm.launch import require_vllm
+from flashgrpo.grpo.run.ledger import begun_with
 from flashgrpo.grpo.run.machines import resolve_dtype
 from flashgrpo.grpo.run.policy import Policy, open_sharded_model, warn_beyond_context
+from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import World
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.model.checkpoint import empty_decoder
+
+_R = TypeVar("_R", Recipe, CollectRecipe)
 
 
 class Generator(Protocol):
@@ -43,6 +51,29 @@ class Generator(Protocol):
         ...
 
 
+def auto_generator(device: torch.device) -> tuple[str, str]:
+    """The rollout.generator that "auto" stands for on a device, and why."""
+    if device.type != "cuda":
+        return "native", "the device is a CPU"
+    try:
+        return "vllm", f"vLLM {require_vllm(on_gpu=True)} is installed"
+    except RecipeError as error:
+        return "native", str(error)
+
+
+def settle_generator(recipe: _R, world: World, resume: bool = False) -> _R:
+    """The recipe with a generator in place of "auto", which is told; with `resume` the one that the run has."""
+    if recipe.rollout.generator != "auto":
+        return recipe
+    # One rank decides for all: they must not differ, and their machines may.
+    name = world.on_main(lambda: begun_with(recipe, "rollout", "generator") if resume else None)
+    why = "as when the run began"
+    if name not in ("native", "vllm"):
+        name, why = world.on_main(lambda: auto_generator(world.device))
+    console.print(f"generator: {name} ({why})", markup=False, highlight=False, soft_wrap=True)
+    return dataclasses.replace(recipe, rollout=dataclasses.replace(recipe.rollout, generator=name))
+
+
 def open_generator(
     recipe: SamplingRecipe, policy: Policy, world: World, longest_prompt: int, loaded: bool = False
 ) -> Generator:
@@ -52,7 +83,10 @@ def open_generator(
     from `policy` itself. Raises RecipeError and RunInputError, where vLLM does not fit the recipe.
     """
     warn_beyond_context(policy, longest_prompt + recipe.rollout.max_new_tokens)
-    if recipe.rollout.generator == "native":
+    name = recipe.rollout.generator
+    if name == "auto":  # in no run, which settles it before its folder is opened
+        name, _ = auto_generator(world.device)
+    if name == "native":
         budget = recipe.train.token_budget if isinstance(recipe, Recipe) else PREFILL_TOKENS
         if loaded:
             return NativeGenerator(policy.model, policy.stop_token_ids, prefill_tokens=budget)
@@ -65,7 +99,7 @@ def open_generator(
 
     from flashgrpo.grpo.rollout.vllm.generator import open_engine, open_servers
 
-    if recipe.rollout.generator == "vllm":
+    if name == "vllm":
         return open_engine(recipe, policy, world, longest_prompt, loaded)
     with ExitStack() as opened:
         generator = opened.enter_context(closing(open_servers(recipe, policy, world, longest_prompt)))

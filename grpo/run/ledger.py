@@ -119,6 +119,17 @@ def write_made_from(recipe: AnyRecipe, made_from: Inputs) -> None:
     write_text(output / _MADE_FROM, json.dumps(made_from, indent=1))
 
 
+def begun_with(recipe: AnyRecipe, section: str, key: str) -> Any:
+    """The value of a key in the run that is in run.output, where "auto" has been settled; None before it has begun.
+    What cannot be read is left to `changed_keys`.
+    """
+    try:
+        before = parse_toml((Path(recipe.run.output) / "recipe.toml").read_text(encoding="utf-8"))
+        return before[section][key]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def _makes_another_run(key: str) -> bool:
     """Another model, data set or seed would be another run under this one's name."""
     return f"{key}.".startswith(("data.", "sources.", "model.path.", "run.seed."))

@@ -30,7 +30,7 @@ from flashgrpo.grpo.errors import DataError, GeneratorFailure, RewardFailure, Ru
 from flashgrpo.grpo.recipe.load import CollectRecipe
 from flashgrpo.grpo.recipe.schema import GivenSection, weights_of
 from flashgrpo.grpo.rewards.pool import RewardPool
-from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
+from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds, settle_generator
 from flashgrpo.grpo.run.folder import hold_output
 from flashgrpo.grpo.run.ledger import Inputs, changed_keys, compare_inputs, write_made_from
 from flashgrpo.grpo.run.policy import Policy
@@ -76,6 +76,7 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
     """
     with open_world(recipe) as world, contextlib.ExitStack() as stack:
         output = Path(recipe.run.output)
+        recipe = settle_generator(recipe, world, resume)
         world.on_main(lambda: stack.enter_context(hold_output(output, resume)))
 
         # All that can be at fault in the data and the recipe is found before the first sample.

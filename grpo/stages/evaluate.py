@@ -30,7 +30,7 @@ from flashgrpo.grpo.recipe.schema import ModelSection, SourceSection, Template
 from flashgrpo.grpo.rewards.pool import RewardPool, open_reward_pool, require_answer
 from flashgrpo.grpo.rewards.response import Response, count_reflections
 from flashgrpo.grpo.rewards.rules import is_correct
-from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds
+from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_seeds, settle_generator
 from flashgrpo.grpo.rollout.native import NativeGenerator
 from flashgrpo.grpo.run.folder import newest_checkpoint
 from flashgrpo.grpo.run.ledger import changed, differing, identify
@@ -105,6 +105,7 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
     if recipe.rollout.generator == "vllm_server":
         raise RecipeError("an evaluation cannot use servers; wanted --rollout.generator=vllm or native")
     with open_world(recipe) as world:
+        recipe = settle_generator(recipe, world)
         for path in models.values():
             read_config(path)  # a wrong path is found before the first is evaluated
         benchmarks = _load_benchmarks(recipe)

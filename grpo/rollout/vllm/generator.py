@@ -31,7 +31,7 @@ def open_engine(
     recipe: SamplingRecipe, policy: Policy, world: World, longest_prompt: int, loaded: bool
 ) -> "EngineGenerator":
     """An engine of each rank's own, `loaded` with the weights of recipe.model.path. Raises RecipeError."""
-    require_vllm()
+    require_vllm(on_gpu=world.device.type == "cuda")
     options = EngineOptions.of(recipe, world.device, longest_prompt)
     timeout_s, load_format = recipe.vllm.sync_timeout_s, "auto" if loaded else "dummy"
     engines: list[EngineGenerator] = []

