@@ -56,9 +56,10 @@ class Sampler:
     def sync(self, version: int) -> None:
         """The generator samples by weights `version` from now on; nothing is sent where it has them."""
         if self.generator.weight_version != version:
-            start = time.perf_counter()
-            self.generator.load_weights(self.source, version)
-            self.sync_seconds.append(time.perf_counter() - start)
+            clock = Clock()
+            with clock("sync"):
+                self.generator.load_weights(self.source, version)
+            self.sync_seconds.append(clock.seconds["sync"])
 
     def sync_metrics(self) -> dict[str, float]:
         """Seconds and rate of the step's syncs, that before an evaluation included."""

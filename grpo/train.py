@@ -11,7 +11,8 @@ A step, as `Trainer.run_step` takes it:
     train      An optimizer update for each mini-batch; the loss sees rewards, and makes advantages of them itself.
     log        A row of numbers, and some completions.
 
-The host waits for the device once in a step, in `device_metrics`, besides what the generator does.
+The host waits for the device where a phase ends, so that each has its own time (`Clock`), and within training once a
+chunk of logits (kernels/linear_grpo.py), besides what the generator does.
 """
 
 import contextlib

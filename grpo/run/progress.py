@@ -27,7 +27,9 @@ _DAY_S = 86_400.0  # steps may be long, and rich forgets what is older than this
 
 
 class Clock:
-    """Wall seconds by phase."""
+    """Wall seconds by phase. A phase on a GPU ends when its work is done there, not when the host has queued it: what
+    scoring left on the queue would be the time of training.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -39,6 +41,8 @@ class Clock:
         start = time.perf_counter()
         try:
             yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
         finally:
             self.seconds[phase] += time.perf_counter() - start
 
