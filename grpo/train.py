@@ -33,7 +33,6 @@ from torch import Tensor
 from flashgrpo.grpo.data.mixture import Mixture, Position
 from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_prompts
-from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.learn.balance import PackPlan, plan_packs
 from flashgrpo.grpo.learn.learner import Stats, packed_loss
 from flashgrpo.grpo.learn.packing import Group, build_batch, centred, live_groups, loss_denominator
@@ -43,8 +42,9 @@ from flashgrpo.grpo.rewards.pool import RewardPool, open_reward_pool
 from flashgrpo.grpo.rewards.rules import check_names
 from flashgrpo.grpo.rollout.generator import open_generator, settle_generator
 from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.run.costs import Costs, Lengths, check_budget
 from flashgrpo.grpo.run.folder import RunFolder
-from flashgrpo.grpo.run.loop import RunLoop
+from flashgrpo.grpo.run.loop import RunLoop, as_begun
 from flashgrpo.grpo.run.policy import open_sharded_model
 from flashgrpo.grpo.run.progress import Clock, StepBar, console
 from flashgrpo.grpo.run.world import World, open_world
@@ -71,6 +71,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(open_world(recipe))
         recipe = settle_generator(recipe, world, resume)
+        recipe = as_begun(recipe, world) if resume else recipe
         folder = stack.enter_context(RunFolder(recipe, resume, world))
         read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
@@ -108,7 +109,6 @@ class Trainer(RunLoop):
         others: Mapping[str, list[Problem]] = MappingProxyType({}),  # the problems of recipe.sources
     ):
         super().__init__(recipe, folder, world)
-        self.recipe = recipe
         self._steps_without_signal = 0  # in a row, up to now
         self.position = folder.stored("position", Position, Position({}, {}))
         prompts = {"data": render_prompts(problems, self.policy, recipe.data)}
@@ -116,9 +116,12 @@ class Trainer(RunLoop):
             prompts[name] = render_prompts(others[name], self.policy, source, name)
         tests = render_prompts(held_out[: recipe.eval.problems], self.policy, recipe.data)
         mixture = Mixture(recipe, prompts)
-        longest_prompt = max(len(prompt.token_ids) for prompt in chain(tests, *prompts.values()))
-        _check_token_budget(recipe, longest_prompt)
+        sizes = [len(prompt.token_ids) for prompt in chain(tests, *prompts.values())]
+        longest_prompt, longest = max(sizes), recipe.rollout.max_new_tokens
         config = self.policy.model.config
+        costs = Costs(recipe, config, self.machine, world.size, Lengths.assumed(recipe, sum(sizes) / len(sizes)))
+        recipe = self.recipe = self.settle_budget(recipe, costs, longest_prompt + longest - 1)
+        check_budget(self.token_budget, longest_prompt, longest)
         self.flops = ModelFlops.of(config)
         # Its weights are the model's that the run begins with; a checkpoint has others only where they are refreshed.
         self.reference = None
@@ -210,7 +213,7 @@ class Trainer(RunLoop):
                 groups.append(Group.of(scored.rollouts, len(groups) * rewards.shape[1], is_trained))
             denominator = loss_denominator(groups, rewards, recipe.loss, recipe.rollout.max_new_tokens)
             live = live_groups(groups, rewards, recipe.loss)
-            plan = plan_packs(live, recipe.train.token_budget, self.world.size, self.flops)
+            plan = plan_packs(live, self.token_budget, self.world.size, self.flops)
             batches = [build_batch(pack).to(self.device) for pack in plan.packs[self.world.rank]]
             updates.append(Update(plan, batches, centred(rewards, recipe.loss).to(self.device), denominator))
         return updates
@@ -351,16 +354,6 @@ class Trainer(RunLoop):
 
     def extra_state(self) -> dict[str, Any]:
         return {"position": self.position._asdict()}
-
-
-def _check_token_budget(recipe: Recipe, longest_prompt: int) -> None:
-    """A prompt and its longest completion must fit one micro-batch."""
-    needed = longest_prompt + recipe.rollout.max_new_tokens - 1
-    if needed > recipe.train.token_budget:
-        raise RecipeError(
-            f"train.token_budget = {recipe.train.token_budget} is below the longest prompt and completion together, "
-            f"{longest_prompt} + {recipe.rollout.max_new_tokens} - 1 tokens; raise it to {needed} or more"
-        )
 
 
 def _number(value: float | None) -> float | None:

@@ -5,6 +5,7 @@ A multiply-add is two FLOPs, attention counts its query-key pairs, and recomputa
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -40,7 +41,7 @@ class ModelSize:
     """Numbers of weights."""
 
     block: int
-    head: int  # the LM head's; the embedding's are as many
+    head: int  # the LM head's, and the embedding's are as many; or a reward model's
     root: int  # beside the blocks: embedding, head if it is not tied, final norm
     total: int
 
@@ -50,7 +51,12 @@ class ModelSize:
         block = sum(parameter.numel() for parameter in _block(config).parameters())
         head = config.vocab_size * config.hidden_size
         root = head * (1 if config.tie_embeddings else 2) + config.hidden_size
+        if config.is_reward_model:  # one score
+            head, root = config.hidden_size, head + 2 * config.hidden_size
         return cls(block, head, root, config.num_layers * block + root)
+
+
+Attention = Literal["triton", "flash", "cpu"]  # whose inputs and outputs a block keeps
 
 
 @dataclass(frozen=True)
@@ -63,30 +69,63 @@ class BlockActivations:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, checkpointing: str, itemsize: int, cpu_group: tuple[float, float, int] | None = None
+        cls,
+        config: ModelConfig,
+        checkpointing: str,
+        itemsize: int,
+        attention: Attention = "triton",
+        group: tuple[float, float, int] | None = None,
     ) -> "BlockActivations":
         """What model/decoder.py saves for tensors of `itemsize` bytes.
 
-        `cpu_group` is for a CPU, whose attention copies a prompt's keys for each completion: tokens of the prompt and
-        of a completion in the pack, and completions a prompt, all of equal length.
+        `group` is for an attention that copies a prompt's keys for each completion: tokens of the prompt and of a
+        completion in the pack, and completions a prompt, all of equal length. None: one completion, and no end of it.
         """
         q, kv, mlp = config.q_size, config.kv_size, config.intermediate_size
         hidden = itemsize * config.hidden_size
         products = itemsize * (q + 2 * kv + 2 * mlp)  # to q, k, v, and to gate and up
         attended = itemsize * q + 4 * config.num_heads  # with lse
-        if cpu_group is None:  # q and k after RoPE, and v, which else is part of the product
+        prompt, own, size = group or (1.0, 0.0, 1)
+        tokens = prompt + size * own
+        keys = (prompt + size * (prompt + own)) / tokens  # with copies, a token of the pack
+        working = itemsize * 5 * mlp + 2 * hidden  # in the MLP
+        if attention == "triton":  # q and k after RoPE, and v, which else is part of the product
             inputs = itemsize * (q + kv + (0 if config.qk_norm else kv))
+        elif attention == "flash":
+            inputs = itemsize * (q + 2 * keys * kv)
+            # flash_api.cpp: dq in fp32 with 128 more rows a sequence, and dk and dv for every head of q; then their
+            # sums over a prompt's copies in fp32.
+            padded = 4 * (1 + 128 * (size + 1) / tokens) * q
+            attending = itemsize * 2 * q + padded + itemsize * 2 * keys * (q + kv) + 4 * keys * kv
+            working = max(working, attending)
         else:  # copies with their indices, a mask of floats, and the output in order
-            prompt, own, size = cpu_group
-            keys = (prompt + size * (prompt + own)) / (prompt + size * own)
-            mask = size * own * (prompt + own) / (prompt + size * own)
+            mask = size * own * (prompt + own) / tokens
             inputs = itemsize * (q + 2 * keys * kv + mask + q) + 8 * (1 + keys + 1)
         normed = 4 * (config.num_heads + config.num_kv_heads) + itemsize * (q + 2 * kv) if config.qk_norm else 0
         everything = 4 * hidden + 2 * 4 + normed + inputs + attended + itemsize * 2 * mlp
         kept = {"none": everything, "selective": 3 * hidden + products + attended, "full": hidden}[checkpointing]
         reused = attended + itemsize * 2 * mlp + (itemsize * (q + 2 * kv) if config.qk_norm else 0)
         recomputed = {"none": 0, "selective": everything - hidden - reused, "full": everything - hidden}[checkpointing]
-        return cls(kept, recomputed, itemsize * 5 * mlp + 2 * hidden)
+        return cls(kept, recomputed, working)
+
+
+@dataclass(frozen=True)
+class BlockPasses:
+    """Bytes a token that a block's elementwise operators on a GPU read and write, products and attention left out.
+
+    Counted in passes over a token's row, by its width: SwiGLU's over intermediate_size; those of norms, residuals and
+    RoPE over hidden_size, which stands for q's, k's and v's, too; QK norm's over q and k.
+    """
+
+    forward: float
+    backward: float
+
+    @classmethod
+    def of(cls, config: ModelConfig, itemsize: int) -> "BlockPasses":
+        """Those of model/decoder.py for tensors of `itemsize` bytes."""
+        hidden, mlp = itemsize * config.hidden_size, itemsize * config.intermediate_size
+        qk = itemsize * (config.q_size + config.kv_size) * config.qk_norm
+        return cls(forward=18 * hidden + 5 * mlp + 6 * qk, backward=60 * hidden + 18 * mlp + 19 * qk)
 
 
 @functools.cache

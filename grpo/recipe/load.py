@@ -5,7 +5,8 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -376,8 +377,10 @@ def _meaning(section: type, name: str) -> str:
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " | ".join(get_args(hint))
-    # None is a default to read of, and no value that TOML has.
-    name = hint.__name__ if type(hint) is type else str(hint).removesuffix(" | None")
+    if get_origin(hint) in (Union, UnionType):
+        # None is a default to read of, and no value that TOML has.
+        return " | ".join(_type_name(part) for part in get_args(hint) if part is not NoneType)
+    name = hint.__name__ if type(hint) is type else str(hint)
     return name.replace("typing.", "")
 
 

@@ -9,7 +9,7 @@ import os
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 Template = Literal["r1", "chat", "none"]
@@ -34,6 +34,12 @@ def expanded(path: str) -> str:
     if found.startswith("~"):
         raise ValueError("no user of that name has a home folder")
     return found
+
+
+def _budget(found: Any) -> int | Literal["auto"]:
+    if found == "auto" or (type(found) is int and found >= 1):
+        return found
+    raise ValueError('wanted a number of tokens, 1 or more, or "auto"')
 
 
 # Every path of a person's own is one of these two, or ~ would be the name of a folder.
@@ -261,8 +267,9 @@ class OptimizerSection:
     """Ranks that hold one copy of the model together, as those of a node; 0: all. Copies are kept equal (HSDP)."""
     reshard_after_forward: _Bool = True
     """Free a block's gathered weights after the forward pass and gather them again for the backward."""
-    token_budget: _Positive = 16_384
-    """Most tokens of one micro-batch."""
+    token_budget: Annotated[int | Literal["auto"], PlainValidator(_budget)] = "auto"
+    """Most tokens of one micro-batch. auto: on CUDA the most that fit, by the arithmetic of `flashgrpo plan`; on a CPU
+    what its caches like; noted in the run's recipe.toml."""
     checkpoint_every: _Count = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: _Positive = 2

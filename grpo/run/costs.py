@@ -1,42 +1,57 @@
 """What a recipe costs a GPU: arithmetic on the recipe, a model's shape and a machine's rates, for plan and for runs.
 
 Memory is counted from what the code keeps: FSDP2's shards and gathered weights, what the decoder
-saves for its backward pass, the loss's chunk of logits and fp32 gradient of the head, the sampler's
-copy of the weights and its KV cache. It is counted at the three moments that can be the worst, with
+saves for its backward pass, the loss's chunk of logits and fp32 gradient of the head, and what the
+generator takes of the card. It is counted at the moments that can be the worst, the first two with
 the shards of gradients from the micro-batch before:
 
     loss       a full micro-batch is saved; the head's gradient exists twice in fp32, or once beside a chunk of logits
     backward   the same, with the last block recomputed where it is checkpointed, and in its MLP's backward pass
-    rollout    no gradients; a copy of all weights, the KV cache, the sampled rows' logits
+    prefill    native: a copy of all weights, the prompts' keys and values, one part of the prompts in an MLP
+    rollout    native: that copy, the KV cache, the sampled rows' logits; vllm: its share of the card, and weights on
+               their way to it; servers: these alone
 
 When embedding and head are reduced, at the end, nothing is saved any more: that is always less than
-the loss held. Times are a roofline: the larger of computing at a share of the machine's rate and of
-moving the bytes. The shares below are assumptions until a GPU has measured them. Not counted:
-rewards, checkpoints, evaluation, dropped groups.
+the loss held. To a moment's tensors comes a share of them that the allocator cannot use.
+
+Times are a roofline: the larger of computing at a share of the machine's rate and of moving the
+bytes. The shares below are assumptions until a GPU has measured them. Not counted: rewards,
+checkpoints, evaluation, dropped groups.
 """
 
 import bisect
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from flashgrpo.grpo.errors import RecipeError
-from flashgrpo.grpo.recipe.load import Recipe
+from flashgrpo.grpo.recipe.load import Recipe, RewardModelRecipe, SftRecipe
 from flashgrpo.grpo.run.machines import Machine
 from flashgrpo.kernels.linear_grpo import default_chunk_tokens
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.cost import BlockActivations, ModelFlops, ModelSize
+from flashgrpo.model.cost import Attention, BlockActivations, BlockPasses, ModelFlops, ModelSize
 
-MATMUL_SHARE = 0.6  # of peak FLOP/s in products, with the norms and RoPE between them: assumed
+MATMUL_SHARE = 0.7  # of peak FLOP/s in products: assumed
 ATTENTION_SHARE = 0.45  # of peak FLOP/s in attention: predicted from the kernels' issue cycles on sm_90
 FP32_SHARE = 1 / 15  # fp32 FLOP/s of bf16's: 67 of 989 TFLOP/s on an H100
-MEMORY_SHARE = 0.8  # of memory bandwidth in decoding: assumed
+MEMORY_SHARE = 0.8  # of memory bandwidth in decoding and elementwise work: assumed
 LINK_SHARE = 0.7  # of link bandwidth in collectives: assumed
 IMBALANCE = 1.08  # slowest rank's work over the mean: what packing promises
-DECODE_OPERATORS = 33  # of the native generator, a layer and step: counted
-OPERATOR_S = 6e-6  # host time of an eager operator, which CUDA graphs would save: assumed
-FRAGMENTATION = 0.05  # of memory: assumed
+# Bytes a weight that FSDP moves in the GPU's own memory for one gathering, and for one reduction: counted.
+GATHER_BYTES, REDUCE_BYTES = 4, 16
+DECODE_OPERATORS = 54  # of the native generator, a layer and step: counted
+OPERATOR_S = 5e-6  # host time of an eager operator, which CUDA graphs would save: assumed
+ENGINE_STEP_S = 1.5e-3  # host time of a step of vLLM's, whose kernels are in CUDA graphs: assumed
+# Of a process' tensors, lost between them: simulated on recorded steps, with segments that grow and with fixed ones.
+GROWING_LOSS, FIXED_LOSS = 0.1, 0.2
+ASLEEP = 1e9  # bytes that a sleeping engine's process keeps, 0.5 to 1 GB: assumed
+CPU_BUDGET = 1200  # tokens of a pack that a CPU's caches like: measured, docs/performance.md
+
+ENGINE = "vLLM (vllm.memory_share)"
+_BUCKET_BYTES = 256 << 20  # of a weight sync, where no tensor is larger
+_STEP = 256  # tokens that a budget is a multiple of, where it is chosen
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,17 @@ class Lengths:
     prompt: float
     response: float
     longest: int
+
+    @classmethod
+    def assumed(cls, recipe: Recipe, prompt: float | None = None, response: float | None = None) -> "Lengths":
+        """Means that nobody has given: prompts of 256 tokens, completions of a quarter of the limit."""
+        longest = recipe.rollout.max_new_tokens
+        return cls(prompt or min(256, recipe.data.max_prompt_tokens), response or max(1.0, longest / 4), longest)
+
+    @property
+    def needed(self) -> int:
+        """Tokens that are fed of a prompt and its longest completion."""
+        return math.ceil(self.prompt) + self.longest - 1
 
     @property
     def tail(self) -> float:
@@ -72,23 +98,26 @@ class Lengths:
 Parts = dict[str, float]  # bytes by name
 
 
-class Costs:
-    """A recipe on a machine, and what is counted of it.
+class TrainCosts:
+    """Training by a recipe of any kind, on a machine, and what is counted of it.
 
     Raises RecipeError where the ranks of a copy do not divide the GPUs.
     """
 
-    def __init__(self, recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, lengths: Lengths):
-        self.recipe, self.config, self.machine = recipe, config, machine
-        self.num_gpus, self.lengths = num_gpus, lengths
-        self.size, self.flops = ModelSize.of(config), ModelFlops.of(config)
+    generator = ""
+    target_share = 1.0  # of a pack's tokens, at most: no lengths are known here
+    group: tuple[float, float, int] | None = None  # tokens of a prompt and of a completion that are fed, completions
 
-        # The compute type's bytes, and what a GPU and its memory reach in it.
+    def __init__(
+        self, recipe: Recipe | SftRecipe | RewardModelRecipe, config: ModelConfig, machine: Machine, num_gpus: int
+    ):
+        self.config, self.machine, self.num_gpus = config, machine, num_gpus
+        self.model, self.train = recipe.model, recipe.train
+        self.size = ModelSize.of(config)
+
+        # Bytes of the compute type.
         dtype = recipe.model.dtype
         self.itemsize = 4 if dtype == "float32" or (dtype == "auto" and machine.is_cpu) else 2
-        self.peak_flops = machine.flops * (FP32_SHARE if self.itemsize == 4 and not machine.is_cpu else 1.0)
-        self.product_rate = self.peak_flops * MATMUL_SHARE
-        self.memory_rate = machine.memory_rate * MEMORY_SHARE
 
         # Ranks that hold one copy of the model.
         self.shard_ranks = recipe.train.shard_ranks or num_gpus
@@ -97,45 +126,32 @@ class Costs:
                 f"train.shard_ranks = {self.shard_ranks} does not divide {num_gpus} GPUs; choose a divisor, or 0"
             )
 
-        # Keys and values of a token; and logits of a row, in fp32 too with their softmax, and its sums in float64.
-        self.kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.itemsize
-        self.sampled_bytes = config.vocab_size * (self.itemsize + 16)
-
-        # A rank's share of a step: whole groups that it samples; packed tokens, query-key pairs and targets.
-        rollout, train = recipe.rollout, recipe.train
-        self.groups_a_rank = -(-rollout.prompts_per_step // num_gpus)
-        of_group, groups = lengths.group(rollout.group_size), rollout.prompts_per_step / num_gpus
-        self.tokens, self.pairs, self.targets = (count * groups for count in of_group)
-        # Of an update.
-        self.micro_batches = math.ceil(self.tokens / train.mini_batches / train.token_budget)
-
     def memory(self, token_budget: int) -> dict[str, Parts]:
         """The parts of a GPU's memory at each moment of the docstring above, with micro-batches of `token_budget`."""
+        moments = self.training(token_budget)
+        for parts in moments.values():
+            self._add_losses(parts)
+        return moments
+
+    def state(self) -> Parts:
+        """What is there at every moment."""
+        shard = self.size.total / self.shard_ranks
+        return {"parameters (fp32 shard)": 4 * shard, "optimizer (2 fp32 shards)": 8 * shard}
+
+    def training(self, token_budget: int) -> dict[str, Parts]:
+        """The tensors of the moments `loss` and `backward`."""
         size, config, shard = self.itemsize, self.config, self.size.total / self.shard_ranks
-        # What is there at every moment.
-        state = {
-            "reserve": self.machine.reserve + FRAGMENTATION * self.machine.memory * (not self.machine.is_cpu),
-            "parameters (fp32 shard)": 4 * shard,
-            "optimizer (2 fp32 shards)": 8 * shard,
-        }
-        if self.recipe.loss.kl_coef:
-            state["reference (shard)"] = size * shard
-        group_size, blocks = self.recipe.rollout.group_size, config.num_layers
-        tokens, _, targets = self.lengths.group(group_size)
-        rows = token_budget * targets / tokens
-        # A CPU's attention copies a prompt's keys for each completion; the kernel reads them in place.
-        cpu_group = (self.lengths.prompt, self.lengths.response - 1, group_size) if self.machine.is_cpu else None
-        block = BlockActivations.of(config, self.recipe.model.activation_checkpointing, size, cpu_group)
+        rows, blocks = token_budget * self.target_share, config.num_layers
+        block = BlockActivations.of(config, self.model.activation_checkpointing, size, self.attention, self.group)
         # Outside of the blocks: the final norm's input and output, cos and sin.
         outside = 2 * size * config.hidden_size + 8 * config.head_dim
         saved = token_budget * (blocks * block.kept + outside)
-        gathered, resharded = size * self.size.root, self.recipe.train.reshard_after_forward
+        gathered, resharded = size * self.size.root, self.train.reshard_after_forward
         all_blocks, head = size * blocks * self.size.block, self.size.head
-        trained = {**state, "gradients (fp32 shard)": 4 * shard}
         chunk = min(rows, default_chunk_tokens(config.vocab_size, size, not self.machine.is_cpu))
-        logits = chunk * config.vocab_size * size * (3 if self.machine.is_cpu else 1)
+        logits = 0 if config.is_reward_model else chunk * config.vocab_size * size * (3 if self.machine.is_cpu else 1)
         d_head = max(4 * head + logits, 8 * head + (size * head if size < 4 else 0))
-        rollout_rows, room = self.rollout_peak()
+        trained = {**self.state(), "gradients (fp32 shard)": 4 * shard}
         unsharded, reduced = "gathered weights", "gradients before reduction"
         return {
             "loss": {
@@ -150,13 +166,37 @@ class Costs:
                 reduced: size * head + (size + 4) * self.size.block,
                 "activations": saved + token_budget * (block.recomputed + block.working),
             },
-            "rollout": {
-                **state,
-                "sampler's weights": size * self.size.total * (2 if self.machine.is_cpu else 1),  # oneDNN's copy
-                "KV cache": self.kv_bytes * (rollout_rows * room + self.groups_a_rank * self.lengths.prompt),
-                "sampled logits": rollout_rows * self.sampled_bytes,
-            },
         }
+
+    @property
+    def attention(self) -> Attention:
+        """Whose tensors attention keeps."""
+        if self.machine.is_cpu:
+            return "cpu"
+        return "flash" if self.model.attention_backend == "flash_attn" else "triton"
+
+    @property
+    def loss_share(self) -> float:
+        """Of its tensors, what the allocator loses between them."""
+        if self.machine.is_cpu:
+            return 0.0
+        # An engine on the same GPU is given tensors by CUDA IPC, which wants segments of a fixed size.
+        return FIXED_LOSS if self.generator == "vllm" else GROWING_LOSS
+
+    @property
+    def reserve(self) -> float:
+        """Bytes of a GPU that are not for the trainer's tensors while it trains: what else its process takes, and a
+        sleeping engine's.
+        """
+        return self.machine.reserve + (ASLEEP if self.generator == "vllm" else 0)
+
+    def _add_losses(self, parts: Parts) -> None:
+        tensors = sum(size for name, size in parts.items() if name != ENGINE)
+        if self.loss_share:
+            parts["lost between tensors"] = self.loss_share * tensors
+        parts["reserve"] = self.machine.reserve
+        if self.generator == "vllm" and ENGINE not in parts:
+            parts["vLLM, asleep"] = ASLEEP
 
     def largest_budget(self) -> int:
         """Most tokens of a micro-batch with which every moment fits, 0 for none."""
@@ -167,6 +207,92 @@ class Costs:
 
         # Every part grows with the budget, so that halving finds the end in 40 looks.
         return bisect.bisect_left(range(1, 1 << 40), True, key=is_over)
+
+    def choose_budget(self, needed: int) -> int:
+        """What train.token_budget = "auto" is where the longest sequence has `needed` tokens: on a CPU what its caches
+        like, else the largest that fits, or `needed`, which then does not.
+        """
+        if self.machine.is_cpu:
+            return max(needed, CPU_BUDGET)
+        return max(self.largest_budget() // _STEP * _STEP, needed)
+
+
+class Costs(TrainCosts):
+    """GRPO by a recipe on a machine: memory, and time. A generator "auto" is `native`: whoever asks has settled it."""
+
+    def __init__(self, recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, lengths: Lengths):
+        super().__init__(recipe, config, machine, num_gpus)
+        self.recipe, self.lengths, self.flops = recipe, lengths, ModelFlops.of(config)
+        self.generator = recipe.rollout.generator
+        rollout = recipe.rollout
+        packed = lengths.group(rollout.group_size)
+        self.target_share = packed[2] / packed[0]
+        self.group = lengths.prompt, lengths.response - 1, rollout.group_size
+
+        # What a GPU and its memory reach.
+        self.peak_flops = machine.flops * (FP32_SHARE if self.itemsize == 4 and not machine.is_cpu else 1.0)
+        self.product_rate = self.peak_flops * MATMUL_SHARE
+        self.memory_rate = machine.memory_rate * MEMORY_SHARE
+
+        # Keys and values of a token; and logits of a row, in fp32 too with their softmax, and its sums in float64.
+        self.kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.itemsize
+        self.sampled_bytes = config.vocab_size * (self.itemsize + 16)
+
+        # A rank's share of a step: whole groups that it samples; packed tokens, query-key pairs and targets.
+        self.groups_a_rank = -(-rollout.prompts_per_step // num_gpus)
+        groups = rollout.prompts_per_step / num_gpus
+        self.tokens, self.pairs, self.targets = (count * groups for count in packed)
+
+    def memory(self, token_budget: int) -> dict[str, Parts]:
+        """As TrainCosts', and the moments of sampling."""
+        moments = self.training(token_budget) | self.sampling(token_budget)
+        for parts in moments.values():
+            self._add_losses(parts)
+        return moments
+
+    def state(self) -> Parts:
+        """With the reference."""
+        found = super().state()
+        if self.recipe.loss.kl_coef:
+            found["reference (shard)"] = self.itemsize * self.size.total / self.shard_ranks
+        return found
+
+    def sampling(self, token_budget: int) -> dict[str, Parts]:
+        """The moments of sampling."""
+        state, size, config = self.state(), self.itemsize, self.config
+        if self.generator in ("vllm", "vllm_server"):
+            # The largest tensor's shards, the whole of it, and the buffer that it is sent in.
+            state["weights on their way"] = 3 * max(size * self.size.head, _BUCKET_BYTES)
+            if self.generator == "vllm":
+                state[ENGINE] = self.engine_bytes + ASLEEP
+            return {"rollout": state}
+        prompts = self.groups_a_rank * self.lengths.prompt
+        rows, room = self.rollout_peak()
+        own = {**state, "sampler's weights": size * self.size.total * (2 if self.machine.is_cpu else 1)}  # oneDNN's
+        # Of a token in a block: three times the MLP's width, and the residual stream with its norm; cos and sin.
+        prefilled = size * (3 * config.intermediate_size + 4 * config.hidden_size) + 8 * config.head_dim
+        return {
+            "prefill": {
+                **own,
+                "KV cache": self.kv_bytes * prompts,
+                "activations": min(token_budget, prompts) * prefilled,
+            },
+            "rollout": {
+                **own,
+                "KV cache": self.kv_bytes * (rows * room + prompts),
+                "sampled logits": rows * self.sampled_bytes,
+            },
+        }
+
+    @property
+    def engine_bytes(self) -> float:
+        """What vLLM takes of the card: it must be free when it starts."""
+        return self.recipe.vllm.memory_share * self.machine.memory
+
+    @property
+    def cache_bytes(self) -> float:
+        """Room for keys and values in an engine: what its weights leave, unless the recipe has it."""
+        return self.recipe.vllm.kv_cache_gb * 1e9 or self.engine_bytes - self.itemsize * self.size.total
 
     def rollout_peak(self) -> tuple[float, float]:
         """Rows and room a row of the native generator's cache, which doubles for all rows at once, at its largest."""
@@ -191,26 +317,40 @@ class Costs:
         rate = self.machine.network_rate if crosses else self.machine.node_rate
         return 2 * (copies - 1) / copies * 4 * self.size.total / self.shard_ranks / rate / LINK_SHARE
 
-    def work(self, blocks: float, attention: float, head: float) -> float:
-        """Seconds of a rank's share of a step, as multiples of the forward pass' work."""
+    def micro_batches(self, token_budget: int) -> int:
+        """Of an update."""
+        return math.ceil(self.tokens / self.train.mini_batches / token_budget)
+
+    def work(self, blocks: float, attention: float, head: float, passes: float) -> float:
+        """Seconds of a rank's share of a step: products, as multiples of a forward pass', and `passes` over memory, in
+        bytes a token of a block.
+        """
         per = self.flops
         products = blocks * per.per_token * self.tokens + head * per.per_target * self.targets
         pairs_s = attention * per.per_pair * self.pairs / (self.peak_flops * ATTENTION_SHARE)
-        return IMBALANCE * (products / self.product_rate + pairs_s)
+        passes_s = passes * self.config.num_layers * self.tokens / self.memory_rate
+        return IMBALANCE * (products / self.product_rate + pairs_s + passes_s)
 
-    def seconds(self) -> dict[str, float]:
-        """Of a step, by phase."""
-        train, moved = self.recipe.train, self.itemsize * self.size.total
+    def seconds(self, token_budget: int) -> dict[str, float]:
+        """Of a step, by phase, with micro-batches of `token_budget`."""
+        train, moved = self.train, self.itemsize * self.size.total
+        micro_batches = train.mini_batches * self.micro_batches(token_budget)
+        over = BlockPasses.of(self.config, self.itemsize)
+        copied_s = self.size.total / self.memory_rate  # a byte of each weight
+        # A pass gathers the weights in every micro-batch, while it computes.
         passes = (train.mini_batches - 1) / train.mini_batches + (self.recipe.loss.kl_coef > 0)
-        # A pass gathers the weights in every micro-batch.
-        gathering_s = train.mini_batches * self.micro_batches * self.collective_s(moved)
-        score = passes * max(self.work(1, 1, 1), gathering_s)
+        forward_s = self.work(1, 1, 1, over.forward) + micro_batches * GATHER_BYTES * copied_s
+        score = passes * max(forward_s, micro_batches * self.collective_s(moved))
         # Attention: 2 products in a forward pass, 7 in a backward one.
-        again = self.recipe.model.activation_checkpointing == "full"
-        compute = self.work(3 + again, 4.5 + again, 3 + (self.recipe.loss.ratio_level == "sequence"))
+        checkpointing = self.model.activation_checkpointing
+        again, passed = checkpointing == "full", over.forward + over.backward
+        if checkpointing != "none":
+            passed += over.forward
+        compute = self.work(3 + again, 4.5 + again, 3 + (self.recipe.loss.ratio_level == "sequence"), passed)
         gathers = 2 if train.reshard_after_forward else 1
+        compute += micro_batches * (gathers * GATHER_BYTES + REDUCE_BYTES) * copied_s
         exchange = gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total)
-        exchange = train.mini_batches * (self.micro_batches * exchange + self.all_reduce_s())
+        exchange = micro_batches * exchange + train.mini_batches * self.all_reduce_s()
         # AdamW reads 4 and writes 3 fp32 numbers a weight.
         adamw = 28 * self.size.total / self.shard_ranks / self.memory_rate
         epoch = max(compute, exchange) + train.mini_batches * adamw
@@ -231,28 +371,65 @@ class Costs:
         read = live * t + prompts * (1 - (1 - alive) ** size)
         read_s = (weights + self.kv_bytes * read) / self.memory_rate
         compute_s = self.flops.forward(live, live * (t + lengths.prompt), live) / self.product_rate
-        host_s = config.num_layers * DECODE_OPERATORS * OPERATOR_S
+        is_native = self.generator not in ("vllm", "vllm_server")
+        host_s = config.num_layers * DECODE_OPERATORS * OPERATOR_S if is_native else ENGINE_STEP_S
         slowest_s = np.maximum(np.maximum(read_s, compute_s), host_s)
         return prefill / self.product_rate + width * float(slowest_s.sum())
 
 
-def require_fit(run: Costs, token_budget: int, needed: int) -> int:
-    """The largest budget that fits, which `token_budget` does; `needed` are the tokens of the longest sequence.
-
-    Raises RecipeError where the budget does not hold such a sequence, or a GPU not such a budget.
-    """
+def check_budget(token_budget: int, longest_prompt: int, longest_completion: int) -> int:
+    """Tokens of the longest sequence that is fed. Raises RecipeError where a micro-batch does not hold it."""
+    needed = longest_prompt + longest_completion - 1
     if token_budget < needed:
         raise RecipeError(
-            f"train.token_budget = {token_budget} is below a prompt and its longest completion, {needed} "
-            "tokens; raise it or lower rollout.max_new_tokens"
+            f"train.token_budget = {token_budget} is below the longest prompt and completion together, "
+            f"{longest_prompt} + {longest_completion} - 1 tokens; raise it to {needed} or more"
         )
+    return needed
+
+
+def settle_budget(run: TrainCosts, wanted: int | Literal["auto"], needed: int) -> int:
+    """A train.token_budget as a number, which fits; `needed` are the tokens of the longest sequence.
+
+    Raises RecipeError where a GPU does not hold such a budget, or an engine on it no such sequence. A CPU's memory is
+    not looked at.
+    """
+    token_budget = run.choose_budget(needed) if wanted == "auto" else wanted
+    if run.machine.is_cpu:
+        return token_budget
+    if isinstance(run, Costs) and run.generator == "vllm":
+        _require_cache(run, needed + 1)
     largest = run.largest_budget()
     if token_budget > largest:
         raise RecipeError(_refusal(run, run.memory(token_budget), largest if largest >= needed else 0))
-    return largest
+    return token_budget
 
 
-def _refusal(run: Costs, memory: dict[str, Parts], enough: int) -> str:
+def require_free(run: Costs, free: float) -> None:
+    """Raises RecipeError where `free` bytes of a GPU do not hold the trainer's state and, beside it, what vLLM wants to
+    find free when it starts.
+    """
+    state = sum(run.state().values())
+    if free < state + run.engine_bytes:
+        raise RecipeError(
+            f"vLLM wants {run.engine_bytes / 1e9:,.1f} GB (vllm.memory_share = {run.recipe.vllm.memory_share:g} of "
+            f"{run.machine.memory / 1e9:,.1f} GB) free beside the trainer's {state / 1e9:,.1f} GB, and "
+            f"{free / 1e9:,.1f} GB are free; lower it, take more GPUs, or end what else runs there"
+        )
+
+
+def _require_cache(run: Costs, longest: int) -> None:
+    """vLLM would refuse, after minutes of loading, a cache that does not hold the longest sequence."""
+    if run.kv_bytes * longest > run.cache_bytes:
+        share, weights = run.recipe.vllm.memory_share, run.itemsize * run.size.total
+        raise RecipeError(
+            f"vllm.memory_share = {share:g} of {run.machine.memory / 1e9:,.1f} GB leaves {run.cache_bytes / 1e9:,.1f} "
+            f"GB for keys and values beside {weights / 1e9:,.1f} GB of weights, and a sequence of {longest:,} tokens "
+            f"needs {run.kv_bytes * longest / 1e9:,.1f} GB; raise it"
+        )
+
+
+def _refusal(run: TrainCosts, memory: dict[str, Parts], enough: int) -> str:
     """What is largest, and a token budget that would be enough, which is the one change that costs no result."""
     moment = max(memory, key=lambda name: sum(memory[name].values()))
     largest = sorted(memory[moment].items(), key=lambda part: part[1], reverse=True)[:3]

@@ -48,13 +48,14 @@ T = TypeVar("T")
 
 
 class RunFolder:
-    """The folder of a new run, or of one to continue: `checkpoint` is its newest, or None, `state` its state.
+    """The folder of a new run, or of one to continue: `checkpoint` is its newest, or None, `state` its state; `recipe`
+    is what `start` writes.
 
     It is held against other processes. Nothing is left before `start`, so that a faulty recipe leaves nothing behind.
     """
 
     def __init__(self, recipe: AnyRecipe, resume: bool, world: World):
-        self.path, self._recipe, self._world = Path(recipe.run.output), recipe, world
+        self.path, self.recipe, self._world = Path(recipe.run.output), recipe, world
         self._stack = contextlib.ExitStack()
         self.state: dict[str, Any] = {}
         try:
@@ -73,13 +74,13 @@ class RunFolder:
 
     def _compare(self) -> tuple[dict[str, Any], list[str], Inputs]:
         """The state of the checkpoint, what has changed since, and what the run is made from now."""
-        made_from, changed = compare_inputs(self._recipe)
+        made_from, changed = compare_inputs(self.recipe)
         if self.checkpoint is None:
             return {}, [], made_from
         state = _read_state(self.checkpoint)
-        changes = changed_keys(self.path / "recipe.toml", self._recipe)
+        changes = changed_keys(self.path / "recipe.toml", self.recipe)
         told = [*changed.values()]
-        if told and not self._recipe.run.accept_changes:
+        if told and not self.recipe.run.accept_changes:
             raise RunInputError(
                 f"{told[0]}; restore it, choose another run.output, or go on with it by --run.accept_changes=true"
             )
@@ -101,7 +102,7 @@ class RunFolder:
         logs = {self.path / name: read_rows(self.path / name) for name in ("metrics.jsonl", "samples.jsonl")}
         for leftover in self.path.glob("checkpoints/.*.partial"):
             shutil.rmtree(leftover)
-        write_made_from(self._recipe, self._made_from)
+        write_made_from(self.recipe, self._made_from)
         if self._changes:
             console.print("changed on resume:", ", ".join(self._changes), style="yellow", markup=False, soft_wrap=True)
         for path, rows in logs.items():

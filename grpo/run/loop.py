@@ -2,10 +2,11 @@
 
 import abc
 import contextlib
+import dataclasses
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,17 +14,21 @@ from torch import Tensor
 from flashgrpo.grpo.errors import GeneratorFailure, RewardFailure, RunError, RunInputError
 from flashgrpo.grpo.learn.learner import Learner
 from flashgrpo.grpo.recipe.load import Recipe, RewardModelRecipe, SftRecipe
+from flashgrpo.grpo.run.costs import Costs, Lengths, TrainCosts, require_free, settle_budget
 from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.interrupts import Stopped
-from flashgrpo.grpo.run.machines import resolve_dtype
+from flashgrpo.grpo.run.ledger import begun_with
+from flashgrpo.grpo.run.machines import hold_reserve, machine_of, resolve_dtype
 from flashgrpo.grpo.run.policy import open_policy, open_sharded_model
 from flashgrpo.grpo.run.progress import StepBar, console, step_bar
 from flashgrpo.grpo.run.world import World
-from flashgrpo.model.checkpoint import save_checkpoint
+from flashgrpo.model.checkpoint import read_config, save_checkpoint
 from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.sharding import is_finite
 
 _MOST_SKIPPED = 3
+
+_R = TypeVar("_R", Recipe, SftRecipe, RewardModelRecipe)
 
 
 class RunLoop(abc.ABC):
@@ -34,6 +39,7 @@ class RunLoop(abc.ABC):
     def __init__(self, recipe: Recipe | SftRecipe | RewardModelRecipe, folder: RunFolder, world: World):
         self.folder, self.world, self.settings = folder, world, recipe.train
         self.device = world.device
+        self._check_room(recipe)
         console.print(f"loading {recipe.model.path}", markup=False, highlight=False, soft_wrap=True)
         opened: list[Decoder] = []
         load = partial(
@@ -51,6 +57,40 @@ class RunLoop(abc.ABC):
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
         self.step = folder.state.get("step", 0)
         self.ends = contextlib.ExitStack()  # of what runs beside this rank
+
+    def _check_room(self, recipe: Recipe | SftRecipe | RewardModelRecipe) -> None:
+        """Before anything is loaded: whether a GPU holds the recipe; what is not for tensors is held back.
+
+        The longest row, or prompt, is known later.
+        """
+        config, world = read_config(recipe.model.path), self.world
+        if isinstance(recipe, RewardModelRecipe):
+            config = config.as_reward_model()
+        # The cards of all ranks may differ, and their packs are planned alike.
+        self.machine = min(world.gather(machine_of(world.device)), key=lambda machine: machine.memory)
+        if isinstance(recipe, Recipe):
+            lengths = Lengths.assumed(recipe)
+            costs: TrainCosts = Costs(recipe, config, self.machine, world.size, lengths)
+            settle_budget(costs, recipe.train.token_budget, lengths.needed)
+            if costs.generator == "vllm" and world.device.type == "cuda":
+                world.everywhere(partial(require_free, costs, torch.cuda.mem_get_info(world.device)[0]))
+        else:
+            costs = TrainCosts(recipe, config, self.machine, world.size)
+            settle_budget(costs, recipe.train.token_budget, 1)
+        hold_reserve(world.device, costs.reserve, grows=costs.generator != "vllm")
+
+    def settle_budget(self, recipe: _R, costs: TrainCosts, needed: int) -> _R:
+        """The recipe with a number for train.token_budget, which becomes that of the run's folder; the longest sequence
+        has `needed` tokens. Raises RecipeError where a GPU does not hold it.
+        """
+        wanted = recipe.train.token_budget
+        budget = settle_budget(costs, wanted, needed)
+        if wanted == "auto":
+            why = "what a CPU's caches like" if costs.machine.is_cpu else "the most that fit"
+            console.print(f"train.token_budget = {budget} (auto: {why})", highlight=False)
+        self.token_budget: int = budget
+        self.folder.recipe = settled = _with_budget(recipe, budget)
+        return settled
 
     @abc.abstractmethod
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
@@ -151,3 +191,15 @@ class RunLoop(abc.ABC):
                 f"{f'the last good checkpoint is {kept}' if kept else 'there is no checkpoint yet'}: lower train.lr, "
                 "or look at samples.jsonl for what the rewards score"
             )
+
+
+def as_begun(recipe: _R, world: World) -> _R:
+    """The recipe of a run to continue: with the token budget that was chosen when it began, if it leaves that open."""
+    begun = world.on_main(lambda: begun_with(recipe, "train", "token_budget"))
+    is_open = recipe.train.token_budget == "auto" and type(begun) is int
+    return _with_budget(recipe, begun) if is_open else recipe
+
+
+def _with_budget(recipe: _R, token_budget: int) -> _R:
+    settled: Any = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, token_budget=token_budget))
+    return settled

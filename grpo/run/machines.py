@@ -1,5 +1,8 @@
 """The device and the compute type of a run; what GPUs can do, by their data sheets."""
 
+import dataclasses
+import math
+import os
 import re
 from dataclasses import dataclass
 
@@ -28,6 +31,35 @@ MACHINES = {  # NVIDIA's data sheets of the SXM modules; a 400 Gbit/s adapter a 
     "h200": Machine(989e12, 141e9, 4.8e12, 450e9, 50e9),
     "b200": Machine(2250e12, 180e9, 7.7e12, 900e9, 50e9),
 }
+
+
+# Its memory is shared, and asked for by nobody; rates are not known.
+_CPU = Machine(0.0, math.inf, 0.0, 0.0, 0.0, reserve=0.0, is_cpu=True)
+
+
+def machine_of(device: torch.device) -> Machine:
+    """What memory a run has; the rates of a GPU that is not known are an H100's."""
+    if device.type != "cuda":
+        return _CPU
+    found = torch.cuda.get_device_properties(device)
+    words = re.split(r"[ -]", found.name.lower())
+    known = next((machine for name, machine in MACHINES.items() if name in words), MACHINES["h100"])
+    return dataclasses.replace(known, memory=float(found.total_memory))
+
+
+def hold_reserve(device: torch.device, reserve: float, grows: bool) -> None:
+    """Leave `reserve` bytes of a GPU to what torch's allocator knows nothing of: NCCL, cuBLAS, a sleeping engine.
+
+    `grows`: with segments that grow, between which less is lost, unless the user has set the allocator's options. To
+    be called before anything is allocated.
+    """
+    if device.type != "cuda":
+        return
+    if grows and not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        # Not by the environment: it would be an engine's, too, and torch may have read it.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(0.0, 1 - reserve / total), device)
 
 
 def peak_flops(device_name: str) -> float | None:

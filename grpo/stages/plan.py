@@ -5,7 +5,9 @@ Reads the recipe and the model's config.json, nothing else; run/costs.py has the
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -15,17 +17,31 @@ from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.rewards.rules import check_names
 from flashgrpo.grpo.run.costs import (
     ATTENTION_SHARE,
+    ENGINE_STEP_S,
+    FIXED_LOSS,
+    GROWING_LOSS,
     LINK_SHARE,
     MATMUL_SHARE,
     MEMORY_SHARE,
     Costs,
     Lengths,
     Parts,
-    require_fit,
+    check_budget,
+    settle_budget,
 )
 from flashgrpo.grpo.run.machines import MACHINES, Machine
 from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.decoder import ActivationCheckpointing
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What memory can be traded for time by."""
+
+    activation_checkpointing: ActivationCheckpointing
+    largest_token_budget: int
+    step_s: float  # with it
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class Plan:
     lengths: Lengths
     memory: dict[str, Parts]  # by moment
     available: float
+    token_budget: int  # the recipe's, or what is chosen for "auto"
     largest_token_budget: int  # of a micro-batch on a GPU
     sequences: int  # of a rollout, on a GPU
     largest_sequences: int  # of full length, whose keys and values fit at once
@@ -44,6 +61,8 @@ class Plan:
     seconds: dict[str, float]  # of a step, by phase
     tokens_per_s_per_gpu: float  # sampled, over the whole step
     mfu: float  # of the training phase, nothing recomputed counted
+    generator: str
+    fastest: "Setting"
 
     @property
     def totals(self) -> Parts:
@@ -68,7 +87,7 @@ def plan_recipe(
     longest = recipe.rollout.max_new_tokens
     if response is not None and not 1 <= response <= longest:
         raise RecipeError(f"--response-tokens {response:g}: wanted a mean of 1 to rollout.max_new_tokens = {longest}")
-    lengths = Lengths(prompt or min(256, recipe.data.max_prompt_tokens), response or max(1.0, longest / 4), longest)
+    lengths = Lengths.assumed(recipe, prompt, response)
     return plan(recipe, read_config(recipe.model.path), machine, num_gpus, lengths)
 
 
@@ -78,10 +97,17 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
     Raises RecipeError where it cannot fit, or the ranks of a copy do not divide the GPUs.
     """
     run = Costs(recipe, config, machine, num_gpus, lengths)
-    largest_budget = require_fit(run, recipe.train.token_budget, math.ceil(lengths.prompt) + lengths.longest - 1)
-    memory = run.memory(recipe.train.token_budget)
-    rollout, seconds = memory["rollout"], run.seconds()
-    room = machine.memory - sum(rollout.values()) + rollout["KV cache"]
+    wanted = recipe.train.token_budget
+    if wanted != "auto":
+        check_budget(wanted, math.ceil(lengths.prompt), lengths.longest)
+    budget = settle_budget(run, wanted, lengths.needed)
+    memory, seconds = run.memory(budget), run.seconds(budget)
+    rollout = memory["rollout"]
+    room = (
+        run.cache_bytes
+        if run.generator == "vllm"
+        else machine.memory - sum(rollout.values()) + rollout.get("KV cache", 0)
+    )
     sampled = recipe.rollout.prompts_per_step * recipe.rollout.group_size * lengths.response
     useful = 3 * recipe.train.epochs * run.flops.forward(run.tokens, run.pairs, run.targets)
     return Plan(
@@ -90,14 +116,28 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
         lengths=lengths,
         memory=memory,
         available=machine.memory,
-        largest_token_budget=largest_budget,
+        token_budget=budget,
+        largest_token_budget=run.largest_budget(),
         sequences=run.groups_a_rank * recipe.rollout.group_size,
         largest_sequences=int(room / run.kv_bytes / (lengths.longest + lengths.prompt / recipe.rollout.group_size)),
-        micro_batches=run.micro_batches,
+        micro_batches=run.micro_batches(budget),
         seconds=seconds,
         tokens_per_s_per_gpu=sampled / num_gpus / sum(seconds.values()),
         mfu=useful / seconds["train"] / run.peak_flops,
+        generator=run.generator,
+        fastest=min(_settings(recipe, config, machine, num_gpus, lengths), key=lambda setting: setting.step_s),
     )
+
+
+def _settings(
+    recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, lengths: Lengths
+) -> Iterator[Setting]:
+    """Every kind of checkpointing that fits, each with its largest packs."""
+    for checkpointing in get_args(ActivationCheckpointing):
+        model = dataclasses.replace(recipe.model, activation_checkpointing=checkpointing)
+        run = Costs(dataclasses.replace(recipe, model=model), config, machine, num_gpus, lengths)
+        if (budget := run.choose_budget(lengths.needed)) <= run.largest_budget():
+            yield Setting(checkpointing, budget, sum(run.seconds(budget).values()))
 
 
 def print_plan(found: Plan) -> None:
@@ -117,18 +157,29 @@ def print_plan(found: Plan) -> None:
     sizes = (f"[bold]{size / 1e9:,.2f}[/bold]" if size == max(totals) else f"{size / 1e9:,.2f}" for size in totals)
     table.add_row(f"of {found.available / 1e9:,.0f}", *sizes)
     console.print(table)
-    step_s = sum(found.seconds.values())
+    step_s, fastest = sum(found.seconds.values()), found.fastest
     shares = ", ".join(f"{phase} {s:,.1f} s ({s / step_s:.0%})" for phase, s in found.seconds.items())
     lengths = found.lengths
     console.print(
-        f"{found.num_params / 1e9:,.2f}B parameters. Largest token budget that fits: {found.largest_token_budget:,}.\n"
-        f"A rollout has {found.sequences:,} sequences a GPU; of the full {lengths.longest:,} tokens "
-        f"{found.largest_sequences:,} would fit at once.\n"
+        f"{found.num_params / 1e9:,.2f}B parameters. Token budget: {found.token_budget:,}; the largest that fits is "
+        f"{found.largest_token_budget:,}.\n"
+        f"Fastest that fits: activation_checkpointing = {fastest.activation_checkpointing} and a token budget of up to "
+        f"{fastest.largest_token_budget:,}, {fastest.step_s:,.1f} s a step.\n"
+        f"Generator: {found.generator}. A rollout has {found.sequences:,} sequences a GPU; of the full "
+        f"{lengths.longest:,} tokens {found.largest_sequences:,} would fit at once.\n"
         f"A step takes {step_s:,.1f} s: {shares};\n{found.micro_batches:,} micro-batches an update on every GPU, "
         f"{found.tokens_per_s_per_gpu:,.0f} sampled tokens/s/GPU, training at {found.mfu:.0%} of the peak FLOP/s.\n"
         f"[dim]A prediction. Assumed: prompts of {lengths.prompt:,.0f} tokens; completions of {lengths.response:,.0f} "
         f"on average, the share longer than t being (1 - t/{lengths.longest})^{lengths.tail:.3g}; no group without "
         f"gradient; products at {MATMUL_SHARE:.0%} of peak, attention at {ATTENTION_SHARE:.0%}, memory "
-        f"at {MEMORY_SHARE:.0%}, links at {LINK_SHARE:.0%}; decoding without CUDA graphs. "
+        f"at {MEMORY_SHARE:.0%}, links at {LINK_SHARE:.0%}; {_lost(found)}. "
         "Not counted: rewards, evaluation, checkpoints.[/dim]"
     )
+
+
+def _lost(found: Plan) -> str:
+    """What is assumed of the allocator and of decoding."""
+    if found.generator == "native":
+        return f"{GROWING_LOSS:.0%} of memory lost between tensors; decoding without CUDA graphs"
+    share = FIXED_LOSS if found.generator == "vllm" else GROWING_LOSS
+    return f"{share:.0%} of memory lost between tensors; vLLM at {ENGINE_STEP_S * 1e3:g} ms a token or more"

@@ -22,8 +22,9 @@ from flashgrpo.grpo.learn.balance import plan_packs
 from flashgrpo.grpo.learn.learner import Stats, packed_loss
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import RewardModelRecipe, SftRecipe
+from flashgrpo.grpo.run.costs import TrainCosts
 from flashgrpo.grpo.run.folder import RunFolder
-from flashgrpo.grpo.run.loop import RunLoop
+from flashgrpo.grpo.run.loop import RunLoop, as_begun
 from flashgrpo.grpo.run.policy import Policy, end_token_id, warn_beyond_context
 from flashgrpo.grpo.run.progress import Clock, StepBar, console, peak_memory_mb
 from flashgrpo.grpo.run.world import World, open_world
@@ -51,8 +52,12 @@ class SupervisedTrainer(RunLoop, Generic[Row]):
     def __init__(self, recipe: Any, folder: RunFolder, world: World):
         super().__init__(recipe, folder, world)
         self.recipe = recipe
-        self.flops = ModelFlops.of(self.policy.model.config)
+        config = self.policy.model.config
+        self.flops = ModelFlops.of(config)
         self.rows, self.held_out = self._load()
+        longest = max(group.num_tokens for group in self._groups([*self.rows, *self.held_out]))
+        costs = TrainCosts(recipe, config, self.machine, world.size)
+        self.recipe = self.settle_budget(recipe, costs, longest)
         self.steps_per_epoch = -(-len(self.rows) // recipe.train.batch_size)
         self.open_learner(recipe.train.epochs * self.steps_per_epoch)
 
@@ -117,8 +122,8 @@ class SupervisedTrainer(RunLoop, Generic[Row]):
 
     def _pack(self, groups: list[Group]) -> list[PackedBatch]:
         """This rank's packs of an update."""
-        budget, whole = self.recipe.train.token_budget, self.keeps_groups_whole
-        plan = plan_packs(groups, budget, self.world.size, self.flops, keep_whole=whole)
+        whole = self.keeps_groups_whole
+        plan = plan_packs(groups, self.token_budget, self.world.size, self.flops, keep_whole=whole)
         return [build_batch(pack).to(self.device) for pack in plan.packs[self.world.rank]]
 
     @torch.no_grad()
@@ -132,11 +137,10 @@ class SupervisedTrainer(RunLoop, Generic[Row]):
 
 def supervise(trainer: type[SupervisedTrainer], recipe: SftRecipe | RewardModelRecipe, resume: bool) -> Path:
     """Run a recipe, or continue it; returns the folder of the final model. Errors as `train`."""
-    with (
-        open_world(recipe) as world,
-        RunFolder(recipe, resume, world) as folder,
-    ):
-        return trainer(recipe, folder, world).run()
+    with open_world(recipe) as world:
+        recipe = as_begun(recipe, world) if resume else recipe
+        with RunFolder(recipe, resume, world) as folder:
+            return trainer(recipe, folder, world).run()
 
 
 def sft(recipe: SftRecipe, resume: bool = False) -> Path:
@@ -193,7 +197,7 @@ def check_length(where: str, prompt: int, texts: Sequence[int], recipe: Any) -> 
     length, packed = prompt + max(texts), prompt + sum(texts)
     if length > recipe.data.max_tokens:
         raise DataError(f"{where} has {length} tokens, data.max_tokens = {recipe.data.max_tokens}")
-    if packed > recipe.train.token_budget:
-        budget = f"train.token_budget = {recipe.train.token_budget}"
-        raise DataError(f"{where} has {packed} tokens, {budget}; raise it, or cut the row")
+    budget = recipe.train.token_budget
+    if budget != "auto" and packed > budget:
+        raise DataError(f"{where} has {packed} tokens, train.token_budget = {budget}; raise it, or cut the row")
     return length

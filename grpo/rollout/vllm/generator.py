@@ -35,6 +35,8 @@ def open_engine(
     options = EngineOptions.of(recipe, world.device, longest_prompt)
     timeout_s, load_format = recipe.vllm.sync_timeout_s, "auto" if loaded else "dummy"
     engines: list[EngineGenerator] = []
+    # What a restored checkpoint has left in torch's cache would not be free for the engine; nothing without CUDA.
+    torch.cuda.empty_cache()
     console.print("starting vLLM", highlight=False)
     try:
         world.everywhere(

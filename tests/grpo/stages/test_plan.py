@@ -103,12 +103,14 @@ def block_bytes_a_token(shape: dict, checkpointing: str) -> float:
 @pytest.mark.parametrize("path", ["cpu", "kernels"])
 def test_activations_are_those_that_the_decoder_keeps(name, checkpointing, path, monkeypatch):
     """On a GPU, too, but for the bytes of an element: the kernel's inputs and outputs, here of no kernel at all."""
-    cpu_group = (PROMPT, RESPONSE - 1, GROUP)
+    attention_of = "cpu"
     if path == "kernels":
-        cpu_group, kernel = None, lambda *arguments, **options: None
+        attention_of, kernel = "triton", lambda *arguments, **options: None
         monkeypatch.setattr(attention, "by_triton", lambda _: True)
         monkeypatch.setattr(attention, "_attention_fwd_kernel", defaultdict(lambda: kernel))
-    counted = BlockActivations.of(ModelConfig.from_dict(SHAPES[name]), checkpointing, 4, cpu_group).kept
+    counted = BlockActivations.of(
+        ModelConfig.from_dict(SHAPES[name]), checkpointing, 4, attention_of, (PROMPT, RESPONSE - 1, GROUP)
+    ).kept
     # A pack's copy of the weights of QK norm is less than a thousandth.
     assert block_bytes_a_token(SHAPES[name], checkpointing) == pytest.approx(counted, rel=1e-3)
 
@@ -249,7 +251,9 @@ def test_the_parts_that_a_recipe_adds():
     with_kl = seven_b(loss={"kl_coef": 0.01})
     assert with_kl.memory["loss"]["reference (shard)"] == 2 * base.num_params / 8
     assert with_kl.seconds["score"] > 0
-    assert seven_b(train={"mini_batches": 4}).seconds["score"] == pytest.approx(0.75 * with_kl.seconds["score"])
+    # Less full packs are more, and each copies the gathered weights.
+    scored = seven_b(train={"mini_batches": 4}).seconds["score"] / with_kl.seconds["score"]
+    assert 0.75 <= scored < 0.76
     assert seven_b(train={"epochs": 2}).seconds["train"] == 2 * base.seconds["train"]
     kept = seven_b(train={"reshard_after_forward": False}).memory
     assert kept["loss"]["gathered weights"] == pytest.approx(2 * base.num_params)
@@ -296,7 +300,7 @@ def test_what_does_not_fit_is_refused_with_what_is_largest(sections, largest):
 
 
 def test_a_budget_below_the_longest_completion_is_refused():
-    with pytest.raises(RecipeError, match="token_budget = 8192 is below a prompt and its longest completion, 8447"):
+    with pytest.raises(RecipeError, match=r"8192 is below the longest prompt and completion together, 256 \+ 8192 - 1"):
         seven_b(train={"token_budget": 8192})
 
 
@@ -353,7 +357,7 @@ def test_the_command(tmp_path, capsys):
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["lengths"] == {"prompt": 256, "response": 256, "longest": 1024}
-    assert set(found["memory"]) == {"loss", "backward", "rollout"}
+    assert set(found["memory"]) == {"loss", "backward", "prefill", "rollout"}
     assert main([*command, "--memory", "20"]) == 2
     assert "20.0 GB are there" in capsys.readouterr().err
 
