@@ -88,6 +88,8 @@ def open_generator(
         name, _ = auto_generator(world.device)
     if name == "native":
         budget = recipe.train.token_budget if isinstance(recipe, Recipe) else PREFILL_TOKENS
+        if budget == "auto":  # outside of a run, which has settled it
+            budget = PREFILL_TOKENS
         if loaded:
             return NativeGenerator(policy.model, policy.stop_token_ids, prefill_tokens=budget)
         dtype = resolve_dtype(recipe.model.dtype, world.device)

@@ -319,7 +319,7 @@ class Costs(TrainCosts):
 
     def micro_batches(self, token_budget: int) -> int:
         """Of an update."""
-        return math.ceil(self.tokens / self.train.mini_batches / token_budget)
+        return math.ceil(self.tokens / self.recipe.train.mini_batches / token_budget)
 
     def work(self, blocks: float, attention: float, head: float, passes: float) -> float:
         """Seconds of a rank's share of a step: products, as multiples of a forward pass', and `passes` over memory, in
@@ -333,7 +333,7 @@ class Costs(TrainCosts):
 
     def seconds(self, token_budget: int) -> dict[str, float]:
         """Of a step, by phase, with micro-batches of `token_budget`."""
-        train, moved = self.train, self.itemsize * self.size.total
+        train, moved = self.recipe.train, self.itemsize * self.size.total
         micro_batches = train.mini_batches * self.micro_batches(token_budget)
         over = BlockPasses.of(self.config, self.itemsize)
         copied_s = self.size.total / self.memory_rate  # a byte of each weight

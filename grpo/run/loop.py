@@ -28,7 +28,7 @@ from flashgrpo.model.sharding import is_finite
 
 _MOST_SKIPPED = 3
 
-_R = TypeVar("_R", Recipe, SftRecipe, RewardModelRecipe)
+_R = TypeVar("_R", bound=Recipe | SftRecipe | RewardModelRecipe)
 
 
 class RunLoop(abc.ABC):
