@@ -10,13 +10,11 @@ from contextlib import ExitStack, closing
 from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
 
-from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SamplingRecipe
 from flashgrpo.grpo.rollout.native import PREFILL_TOKENS, NativeGenerator, splitmix64
 from flashgrpo.grpo.rollout.sync import DecoderSource
-from flashgrpo.grpo.rollout.vllm.launch import require_vllm
+from flashgrpo.grpo.rollout.vllm.launch import auto_generator
 from flashgrpo.grpo.run.ledger import begun_with
 from flashgrpo.grpo.run.machines import resolve_dtype
 from flashgrpo.grpo.run.policy import Policy, open_sharded_model, warn_beyond_context
@@ -49,16 +47,6 @@ class Generator(Protocol):
     def close(self) -> None:
         """End what runs for it."""
         ...
-
-
-def auto_generator(device: torch.device) -> tuple[str, str]:
-    """The rollout.generator that "auto" stands for on a device, and why."""
-    if device.type != "cuda":
-        return "native", "the device is a CPU"
-    try:
-        return "vllm", f"vLLM {require_vllm(on_gpu=True)} is installed"
-    except RecipeError as error:
-        return "native", str(error)
 
 
 def settle_generator(recipe: _R, world: World, resume: bool = False) -> _R:

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.rewards.rules import check_names
+from flashgrpo.grpo.rollout.vllm.launch import auto_generator
 from flashgrpo.grpo.run.costs import (
     ATTENTION_SHARE,
     ENGINE_STEP_S,
@@ -88,6 +90,9 @@ def plan_recipe(
     if response is not None and not 1 <= response <= longest:
         raise RecipeError(f"--response-tokens {response:g}: wanted a mean of 1 to rollout.max_new_tokens = {longest}")
     lengths = Lengths.assumed(recipe, prompt, response)
+    if recipe.rollout.generator == "auto":
+        name, _ = auto_generator(torch.device("cuda"))
+        recipe = dataclasses.replace(recipe, rollout=dataclasses.replace(recipe.rollout, generator=name))
     return plan(recipe, read_config(recipe.model.path), machine, num_gpus, lengths)
 
 
@@ -165,7 +170,8 @@ def print_plan(found: Plan) -> None:
         f"{found.largest_token_budget:,}.\n"
         f"Fastest that fits: activation_checkpointing = {fastest.activation_checkpointing} and a token budget of up to "
         f"{fastest.largest_token_budget:,}, {fastest.step_s:,.1f} s a step.\n"
-        f"Generator: {found.generator}. A rollout has {found.sequences:,} sequences a GPU; of the full "
+        f"Generator: {found.generator} (auto: by what is installed here). A rollout has {found.sequences:,} sequences "
+        f"a GPU; of the full "
         f"{lengths.longest:,} tokens {found.largest_sequences:,} would fit at once.\n"
         f"A step takes {step_s:,.1f} s: {shares};\n{found.micro_batches:,} micro-batches an update on every GPU, "
         f"{found.tokens_per_s_per_gpu:,.0f} sampled tokens/s/GPU, training at {found.mfu:.0%} of the peak FLOP/s.\n"

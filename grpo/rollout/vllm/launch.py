@@ -58,6 +58,16 @@ def require_vllm(on_gpu: bool = False) -> str:
     raise RecipeError(f"rollout.generator needs {wanted}; it is not installed")
 
 
+def auto_generator(device: torch.device) -> tuple[str, str]:
+    """The rollout.generator that "auto" stands for on a device, and why."""
+    if device.type != "cuda":
+        return "native", "the device is a CPU"
+    try:
+        return "vllm", f"vLLM {require_vllm(on_gpu=True)} is installed"
+    except RecipeError as error:
+        return "native", str(error)
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """An engine for one recipe."""

@@ -39,7 +39,7 @@ def command(*arguments: str) -> tuple[int, str]:
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         code = main(["train", *(argument.format(rank=os.environ["RANK"]) for argument in arguments)])
     lines = errors.getvalue().splitlines(keepends=True)
-    return code, "".join(line for line in lines if not line.startswith("loading "))
+    return code, "".join(line for line in lines if not line.startswith(("generator: ", "loading ")))
 
 
 def commands(*each: list[str]) -> list[tuple[int, str]]:
