@@ -35,6 +35,7 @@ class RunLoop(abc.ABC):
     """A subclass calls `open_learner` once it knows its number of steps, and says what a step is."""
 
     title: str
+    recipe: Any  # of the subclass' kind
 
     def __init__(self, recipe: Recipe | SftRecipe | RewardModelRecipe, folder: RunFolder, world: World):
         self.folder, self.world, self.settings = folder, world, recipe.train
@@ -79,6 +80,13 @@ class RunLoop(abc.ABC):
             settle_budget(costs, recipe.train.token_budget, 1)
         hold_reserve(world.device, costs.reserve, grows=costs.generator != "vllm")
 
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of a micro-batch, once `settle_budget` has been asked."""
+        budget = self.recipe.train.token_budget
+        assert budget != "auto"
+        return budget
+
     def settle_budget(self, recipe: _R, costs: TrainCosts, needed: int) -> _R:
         """The recipe with a number for train.token_budget, which becomes that of the run's folder; the longest sequence
         has `needed` tokens. Raises RecipeError where a GPU does not hold it.
@@ -88,7 +96,6 @@ class RunLoop(abc.ABC):
         if wanted == "auto":
             why = "what a CPU's caches like" if costs.machine.is_cpu else "the most that fit"
             console.print(f"train.token_budget = {budget} (auto: {why})", highlight=False)
-        self.token_budget: int = budget
         self.folder.recipe = settled = _with_budget(recipe, budget)
         return settled
 

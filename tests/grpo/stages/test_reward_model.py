@@ -121,7 +121,7 @@ def test_loss_and_gradients_are_those_of_float64_on_single_sequences(recipe, sco
     recipe = changed(changed(recipe, "train", objective=objective), "data", held_out=0)
     with open_world(recipe) as world, RunFolder(recipe, resume=False, world=world) as folder:
         trainer = RewardModelTrainer(recipe, folder, world)
-        trainer.token_budget = token_budget
+        trainer.recipe = changed(recipe, "train", token_budget=token_budget)
         scoring = RewardModel(str(scoring_path), "cpu", 64, "").model
         trainer.policy.model.load_state_dict(scoring.state_dict())  # its head is not 0
         batches, signs = trainer._pack(trainer._groups(trainer.rows)), trainer._shared(trainer.rows)
