@@ -45,7 +45,7 @@ def time_steps(settings: SimpleNamespace) -> dict[str, Any]:
         "rewards": {"functions": ["flashgrpo.bench.peer_trl:even_words"]},
         "rollout": {"prompts_per_step": settings.num_prompts, **sizes},
         "loss": {"preset": "grpo", "kl_coef": 0.0},
-        "train": {"steps": settings.steps, "token_budget": 1200},
+        "train": {"steps": settings.steps},
     }
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(training, "Trainer", TimedTrainer):
         output = {"run": {"output": str(Path(folder) / "run"), "device": "cpu"}}

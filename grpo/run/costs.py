@@ -239,9 +239,19 @@ class Costs(TrainCosts):
         self.sampled_bytes = config.vocab_size * (self.itemsize + 16)
 
         # A rank's share of a step: whole groups that it samples; packed tokens, query-key pairs and targets.
-        self.groups_a_rank = -(-rollout.prompts_per_step // num_gpus)
+        self.num_engines, self.gpus_an_engine = self._samplers()
+        self.groups_a_rank = -(-rollout.prompts_per_step // self.num_engines)
         groups = rollout.prompts_per_step / num_gpus
         self.tokens, self.pairs, self.targets = (count * groups for count in packed)
+
+    def _samplers(self) -> tuple[int, int]:
+        """Who share the prompts of a step, and the GPUs of each; a server at an address is taken for one."""
+        vllm = self.recipe.vllm
+        if self.generator != "vllm_server":
+            return self.num_gpus, 1
+        if vllm.devices:
+            return len(vllm.devices), len(vllm.devices[0].split(","))
+        return len(vllm.servers), 1
 
     def memory(self, token_budget: int) -> dict[str, Parts]:
         """As TrainCosts', and the moments of sampling."""
@@ -292,7 +302,8 @@ class Costs(TrainCosts):
     @property
     def cache_bytes(self) -> float:
         """Room for keys and values in an engine: what its weights leave, unless the recipe has it."""
-        return self.recipe.vllm.kv_cache_gb * 1e9 or self.engine_bytes - self.itemsize * self.size.total
+        given, weights = self.recipe.vllm.kv_cache_gb * 1e9, self.itemsize * self.size.total
+        return given or self.gpus_an_engine * self.engine_bytes - weights
 
     def rollout_peak(self) -> tuple[float, float]:
         """Rows and room a row of the native generator's cache, which doubles for all rows at once, at its largest."""
@@ -369,12 +380,18 @@ class Costs(TrainCosts):
         live = rows * alive
         # A prompt is read once for its group, as long as one of its completions lives.
         read = live * t + prompts * (1 - (1 - alive) ** size)
-        read_s = (weights + self.kv_bytes * read) / self.memory_rate
-        compute_s = self.flops.forward(live, live * (t + lengths.prompt), live) / self.product_rate
+        read_s = (weights + self.kv_bytes * read) / self.memory_rate / self.gpus_an_engine
+        product_rate = self.product_rate * self.gpus_an_engine
+        compute_s = self.flops.forward(live, live * (t + lengths.prompt), live) / product_rate
         is_native = self.generator not in ("vllm", "vllm_server")
         host_s = config.num_layers * DECODE_OPERATORS * OPERATOR_S if is_native else ENGINE_STEP_S
         slowest_s = np.maximum(np.maximum(read_s, compute_s), host_s)
-        return prefill / self.product_rate + width * float(slowest_s.sum())
+        return prefill / product_rate + width * float(slowest_s.sum())
+
+    def step_s(self, seconds: dict[str, float]) -> float:
+        """Of a step whose phases take so long; sampling may go on while the step before trains."""
+        others = sum(seconds.values()) - seconds["generate"]
+        return max(seconds["generate"], others) if self.recipe.rollout.overlap else seconds["generate"] + others
 
 
 def check_budget(token_budget: int, longest_prompt: int, longest_completion: int) -> int:

@@ -64,6 +64,7 @@ def demo(recipe_file: str, output: Path, seed: int) -> None:
         f"--run.output={output / 'cold_start'}",
         f"--run.seed={seed}",
         f"--run.device={recipe.run.device}",
+        f"--train.token_budget={recipe.train.token_budget}",
     ]
     sft(load_recipe(SftRecipe, "recipes/sft.toml", overrides))
     train(recipe)

@@ -61,6 +61,7 @@ class Plan:
     largest_sequences: int  # of full length, whose keys and values fit at once
     micro_batches: int  # of an update, on a GPU
     seconds: dict[str, float]  # of a step, by phase
+    step_s: float
     tokens_per_s_per_gpu: float  # sampled, over the whole step
     mfu: float  # of the training phase, nothing recomputed counted
     generator: str
@@ -107,12 +108,10 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
         check_budget(wanted, math.ceil(lengths.prompt), lengths.longest)
     budget = settle_budget(run, wanted, lengths.needed)
     memory, seconds = run.memory(budget), run.seconds(budget)
-    rollout = memory["rollout"]
-    room = (
-        run.cache_bytes
-        if run.generator == "vllm"
-        else machine.memory - sum(rollout.values()) + rollout.get("KV cache", 0)
-    )
+    room = run.cache_bytes
+    if run.generator not in ("vllm", "vllm_server"):
+        unused = machine.memory - sum(memory["rollout"].values())
+        room = memory["rollout"]["KV cache"] + unused / (1 + run.loss_share)
     sampled = recipe.rollout.prompts_per_step * recipe.rollout.group_size * lengths.response
     useful = 3 * recipe.train.epochs * run.flops.forward(run.tokens, run.pairs, run.targets)
     return Plan(
@@ -127,7 +126,8 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
         largest_sequences=int(room / run.kv_bytes / (lengths.longest + lengths.prompt / recipe.rollout.group_size)),
         micro_batches=run.micro_batches(budget),
         seconds=seconds,
-        tokens_per_s_per_gpu=sampled / num_gpus / sum(seconds.values()),
+        step_s=run.step_s(seconds),
+        tokens_per_s_per_gpu=sampled / num_gpus / run.step_s(seconds),
         mfu=useful / seconds["train"] / run.peak_flops,
         generator=run.generator,
         fastest=min(_settings(recipe, config, machine, num_gpus, lengths), key=lambda setting: setting.step_s),
@@ -142,7 +142,7 @@ def _settings(
         model = dataclasses.replace(recipe.model, activation_checkpointing=checkpointing)
         run = Costs(dataclasses.replace(recipe, model=model), config, machine, num_gpus, lengths)
         if (budget := run.choose_budget(lengths.needed)) <= run.largest_budget():
-            yield Setting(checkpointing, budget, sum(run.seconds(budget).values()))
+            yield Setting(checkpointing, budget, run.step_s(run.seconds(budget)))
 
 
 def print_plan(found: Plan) -> None:
@@ -162,7 +162,7 @@ def print_plan(found: Plan) -> None:
     sizes = (f"[bold]{size / 1e9:,.2f}[/bold]" if size == max(totals) else f"{size / 1e9:,.2f}" for size in totals)
     table.add_row(f"of {found.available / 1e9:,.0f}", *sizes)
     console.print(table)
-    step_s, fastest = sum(found.seconds.values()), found.fastest
+    step_s, fastest = found.step_s, found.fastest
     shares = ", ".join(f"{phase} {s:,.1f} s ({s / step_s:.0%})" for phase, s in found.seconds.items())
     lengths = found.lengths
     console.print(

@@ -135,7 +135,7 @@ def test_an_engine_does_not_pay_for_eager_operators():
 
 
 def test_a_start_that_vllm_would_refuse_is_refused():
-    """7B on 2 H100s: 45.7 GB of state, 7.6 of a reference and half a card, which vLLM found out after minutes of loading."""
+    """7B on 2 H100s: 45.7 GB of state, 7.6 of a reference and half a card, which vLLM found out after minutes."""
     run = costs_of(num_gpus=2, gpu="h100", rollout={"generator": "vllm"})
     with pytest.raises(RecipeError, match=r"needed \(rollout\).*largest are vLLM \(vllm.memory_share\) 41.0 GB"):
         settle_budget(run, "auto", 1279)
@@ -216,3 +216,14 @@ def test_a_run_refuses_what_does_not_fit_in_the_words_of_plan(recipe, monkeypatc
     file.write_text(recipe_to_toml(auto))
     assert main(["plan", str(file), "--gpu", "h100"]) == 2
     assert str(refusal.value) in " ".join(capsys.readouterr().err.split())
+
+
+def test_sampling_ahead_hides_behind_training():
+    servers = {"generator": "vllm_server", "max_new_tokens": 512}
+    together, apart = (
+        costs_of(rollout=servers | {"overlap": ahead}, vllm={"devices": ["4,5", "6,7"]}) for ahead in (True, False)
+    )
+    seconds = together.seconds(8192)
+    assert apart.step_s(seconds) == pytest.approx(sum(seconds.values()))
+    assert together.step_s(seconds) == max(seconds["generate"], sum(seconds.values()) - seconds["generate"])
+    assert (together.num_engines, together.gpus_an_engine) == (2, 2)
