@@ -46,7 +46,7 @@ _PIECE = 16_384
 
 
 @triton.jit
-def _load_rows(
+def load_rows(
     ptr, stride, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
     """[ROWS, BLOCK_D] with 0 in the columns from HEAD_DIM on and, if MASKED, in the rows from num_rows on."""
@@ -116,7 +116,7 @@ def _attention_fwd_kernel(
     out_stride = num_heads * HEAD_DIM
     k_ptr += kv_offset
     v_ptr += kv_offset
-    q = _load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -127,7 +127,7 @@ def _attention_fwd_kernel(
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key
-            k = _load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if MASKED:
                 visible = key + tl.arange(0, BLOCK_N)[None, :] <= tl.where(in_prefix, prefix_stop - 1, rows)[:, None]
@@ -138,7 +138,7 @@ def _attention_fwd_kernel(
             rescale = tl.exp2(row_max * log2_scale - base)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             row_max = new_max
-            v = _load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     row_sum = tl.where(own_start < 0, 1.0, row_sum)  # of rows in no segment acc is 0
     _store_rows(out_ptr + out_offset, acc / row_sum[:, None], out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -161,12 +161,12 @@ def _attention_bwd_dq_kernel(
     out_stride = num_heads * HEAD_DIM
     k_ptr += kv_offset
     v_ptr += kv_offset
-    d_out = _load_rows(d_out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    out = _load_rows(out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    d_out = load_rows(d_out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    out = load_rows(out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta_ptr + head.to(tl.int64) * total_tokens + rows, delta, mask=rows < stop)
     lse = tl.load(lse_ptr + head.to(tl.int64) * total_tokens + rows, mask=rows < stop, other=float("inf"))
-    q = _load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     log2_scale = scale * _LOG2_E
     for MASKED in tl.static_range(2):
@@ -175,8 +175,8 @@ def _attention_bwd_dq_kernel(
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key
-            k = _load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-            v = _load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             p = tl.exp2(scores * log2_scale - lse[:, None])
             if MASKED:
@@ -202,8 +202,8 @@ def _attention_bwd_dkv_kernel(
         return
     k_ptr += start.to(tl.int64) * k_stride + kv_head * HEAD_DIM
     v_ptr += start.to(tl.int64) * v_stride + kv_head * HEAD_DIM
-    k = _load_rows(k_ptr, k_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = _load_rows(v_ptr, v_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    k = load_rows(k_ptr, k_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v_ptr, v_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     log2_scale = scale * _LOG2_E
@@ -213,9 +213,9 @@ def _attention_bwd_dkv_kernel(
     for _ in range(num_blocks * group_size):
         left = query_stop - query
         q_offset = query.to(tl.int64) * q_stride + head * HEAD_DIM
-        q = _load_rows(q_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        q = load_rows(q_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         out_offset = (query.to(tl.int64) * num_heads + head) * HEAD_DIM
-        d_out = _load_rows(d_out_ptr + out_offset, num_heads * HEAD_DIM, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        d_out = load_rows(d_out_ptr + out_offset, num_heads * HEAD_DIM, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         row = head.to(tl.int64) * total_tokens + query
         lse = tl.load(lse_ptr + row + columns, mask=columns < left, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
@@ -255,7 +255,7 @@ def _attention_bwd_sum_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for piece in range(num_pieces):
         offset = ((slot + piece).to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N * HEAD_DIM
-        total += _load_rows(pieces_ptr + offset, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+        total += load_rows(pieces_ptr + offset, HEAD_DIM, BLOCK_N, BLOCK_N, HEAD_DIM, BLOCK_D, False)
     out_ptr += (start.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
     _store_rows(out_ptr, total, num_kv_heads * HEAD_DIM, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D)
 

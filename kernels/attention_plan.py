@@ -36,12 +36,23 @@ TILES = {
 }
 
 
+def block_of(head_dim: int) -> int:
+    """The next power of two, which a tile has as columns."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def architecture(q: Tensor) -> str:
+    """What a table of tiles has for q's device and dtype."""
+    if not q.is_cuda or q.dtype == torch.float32:
+        return "fp32"
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(q.device)[0], "sm_80")
+
+
 def tile_options(q: Tensor) -> list[dict[str, Any]]:
     """What each of the three kernels is compiled with, for q's device, dtype and head_dim."""
-    block_d, arch = 1 << (q.shape[2] - 1).bit_length(), "fp32"
-    if q.is_cuda and q.dtype != torch.float32:
-        nvidia = {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(q.device)[0], "sm_80")
-        arch = "gfx942" if torch.version.hip else nvidia
+    block_d, arch = block_of(q.shape[2]), architecture(q)
     tiles = TILES[arch, max(64, block_d) if q.is_cuda else 64]
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     shared = {"HEAD_DIM": q.shape[2], "BLOCK_D": block_d} | ({"matrix_instr_nonkdim": 16} if torch.version.hip else {})
