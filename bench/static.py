@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction, MockTensor, create_function_from_sig
 
 from flashgrpo.bench.timing import ROOT, Row, markdown, option_parser, publish
 from flashgrpo.grpo.run.progress import console
-from flashgrpo.kernels import attention, attention_plan, logprob, loss_triton
+from flashgrpo.kernels import attention, attention_plan, decode_attention, logprob, loss_triton
 from flashgrpo.kernels.loss_config import LossInputs
 
 RESULTS = ROOT / "bench" / "results" / "static.json"
@@ -36,18 +36,21 @@ _MATRIX = re.compile(r"[HQ]GMMA|HMMA|UTC\w*MMA|v_mfma")
 _LOAD = re.compile(r"\b(LDG|LDGSTS|UTMALDG)\.|\b(global|buffer)_load_")
 _WIDE = re.compile(r"\bLDG\w*\..*\.128|\bUTMALDG|(global|buffer)_load_dwordx4")
 _SPILL, _END = re.compile(r"\b(LDL|STL|scratch_load|scratch_store)"), re.compile(r"\bEXIT\b|s_endpgm")
+_HEADS = 6  # of queries, of a kv head: those of Qwen2.5-1.5B
 _POINTERS = {
-    torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits x",
-    torch.int32: "tiles_ptr target_cu_seqlens",
+    torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits x "
+    "prompt_k_ptr prompt_v_ptr own_k_ptr own_v_ptr",
+    torch.int32: "tiles_ptr target_cu_seqlens first_row prompt_start prompt_length group place length",
     torch.int64: "targets sequence_ids sources",
     torch.int8: "live",
-    torch.float32: "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks log_totals loss "
-    "d_logprobs d_entropies rewards old_logprobs ref_logprobs behavior_logprobs partials metrics token_advantages "
-    "token_lengths denominator_tensor factors",
+    torch.float32: "sums_ptr lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks "
+    "log_totals loss d_logprobs d_entropies rewards old_logprobs ref_logprobs behavior_logprobs partials metrics "
+    "token_advantages token_lengths denominator_tensor factors",
 }
 _COUNTS = (
     "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n "
-    "num_sequences num_blocks first_row num_rows num_rewards width"
+    "num_sequences num_blocks first_row num_rows num_rewards width "
+    "room num_groups tiles prompt_splits own_splits"
 )
 ARGUMENTS: dict[str, Any] = dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
 for _dtype, _names in _POINTERS.items():
@@ -92,6 +95,20 @@ def launches(target: str) -> Iterator[Launch]:
             yield Launch(kernel, target, dim, options | dict(zip(names, tile, strict=True)))
         options |= zip(names[1:], tiles[2][1:], strict=True)
         yield Launch(attention._attention_bwd_sum_kernel, target, dim, options)
+    for dim in (64, 128, 256):
+        block_m, block_n, num_warps, num_stages = decode_attention.TILES[target, dim]
+        shared = {"HEADS": _HEADS, "HEAD_DIM": dim, "BLOCK_D": dim, "SPLIT": decode_attention.SPLIT}
+        options = {
+            "BLOCK_M": block_m,
+            "OWN_M": 16,
+            "BLOCK_N": block_n,
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+        }
+        options |= {"matrix_instr_nonkdim": 16} if target == "gfx942" else {}
+        yield Launch(decode_attention._decode_split_kernel, target, dim, shared | options)
+        options = {"BLOCK_H": attention_plan.block_of(_HEADS), "num_warps": decode_attention.SUM_WARPS}
+        yield Launch(decode_attention._decode_sum_kernel, target, dim, shared | options)
     row = {"BLOCK": logprob.BLOCK, "num_warps": logprob.NUM_WARPS}
     yield Launch(logprob._logprob_fwd_kernel, target, None, row | {"SLICE": logprob.SLICE})
     yield Launch(logprob._logprob_bwd_kernel, target, None, row)

@@ -39,7 +39,7 @@ from flashgrpo.kernels.common import accumulation_dtype, by_triton, check_index,
 
 # Keys of one program. A multiple of every BLOCK_N; another number gives other bits.
 SPLIT = 256
-_SUM_WARPS = 4
+SUM_WARPS = 4
 _LOG2_E = tl.constexpr(math.log2(math.e))
 # By architecture and head_dim rounded up: queries of a group in a tile, keys in a block, warps, stages.
 TILES = {
@@ -47,14 +47,14 @@ TILES = {
     ("fp32", 128): (32, 32, 4, 1),
     ("fp32", 256): (16, 32, 4, 1),
     ("sm_80", 64): (64, 64, 4, 3),
-    ("sm_80", 128): (64, 64, 4, 2),
-    ("sm_80", 256): (64, 32, 4, 2),
+    ("sm_80", 128): (32, 32, 4, 4),
+    ("sm_80", 256): (64, 32, 8, 2),
     ("sm_90", 64): (64, 64, 4, 3),
-    ("sm_90", 128): (64, 64, 4, 3),
-    ("sm_90", 256): (64, 32, 4, 3),
+    ("sm_90", 128): (64, 32, 4, 4),
+    ("sm_90", 256): (64, 32, 8, 3),
     ("sm_100", 64): (64, 64, 4, 3),
-    ("sm_100", 128): (64, 64, 4, 3),
-    ("sm_100", 256): (64, 32, 4, 3),
+    ("sm_100", 128): (64, 32, 4, 4),
+    ("sm_100", 256): (64, 32, 8, 3),
     ("gfx942", 64): (64, 64, 4, 1),
     ("gfx942", 128): (64, 64, 4, 1),
     ("gfx942", 256): (64, 32, 4, 1),
@@ -283,9 +283,17 @@ def decode_attention(
     scale = float(q.shape[2] ** -0.5) if scale is None else scale
     if not by_triton(q):
         return _torch_decode_attention(q, k, v, prompts, own, rows, scale)
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"q has head_dim {q.shape[2]}; wanted one of {HEAD_DIMS}")
+    return _by_kernels(q, k, v, prompts, own, rows, scale)
+
+
+def _by_kernels(
+    q: Tensor, k: Tensor, v: Tensor, prompts: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], rows: DecodeRows,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """`decode_attention`, its arguments checked."""
     num_rows, num_heads, head_dim = q.shape
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"q has head_dim {head_dim}; wanted one of {HEAD_DIMS}")
     (_, room, num_kv_heads, _), num_groups = own[0].shape, rows.prompt_start.shape[0]
     options = tile_options(q, num_kv_heads)
     prompt_splits, own_splits = -(-rows.longest_prompt // SPLIT), -(-room // SPLIT)
@@ -306,7 +314,7 @@ def decode_attention(
     launch(
         _decode_sum_kernel, (num_rows * num_kv_heads,), sums, lse, out,
         rows.prompt_length, rows.group, rows.length, room, num_kv_heads, prompt_splits, own_splits,
-        BLOCK_H=block_of(options["HEADS"]), num_warps=_SUM_WARPS, **shared,
+        BLOCK_H=block_of(options["HEADS"]), num_warps=SUM_WARPS, **shared,
     )  # fmt: skip
     return out
 

@@ -15,7 +15,8 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from flashgrpo.bench.static import RESULTS, TARGETS, compile_row, launches
-from flashgrpo.kernels import attention
+from flashgrpo.kernels import attention, decode_attention
+from flashgrpo.kernels.decode_attention import DecodeRows
 from flashgrpo.kernels.logprob import TritonRows
 from flashgrpo.kernels.loss_config import LossConfig, LossInputs
 from flashgrpo.kernels.loss_triton import RowLoss, live_rows, loss_of_logprobs, scale_rows
@@ -32,6 +33,7 @@ WORST = [
     ("_attention_bwd_dq_kernel", 128),
     ("_attention_bwd_dkv_kernel", 128),
     ("_attention_bwd_dkv_kernel", 256),
+    ("_decode_split_kernel", 128),
     *((kernel, None) for kernel in (*ROW_KERNELS, "_grpo_loss_kernel")),
 ]
 
@@ -59,6 +61,8 @@ def test_a_chip_runs_every_kernel(target):
     # A tile that the best instruction does not take falls back to one of half its rate, or to none.
     products = {key: [*row["tensor_core"]] for key, row in rows.items() if key[0] in MATMULS}
     assert products == {(name, target, dim): [MATRIX_INSTRUCTION[target]] for dim in (64, 128, 256) for name in MATMULS}
+    for dim in (64, 128, 256):
+        assert MATRIX_INSTRUCTION[target] in rows["_decode_split_kernel", target, dim]["tensor_core"]
     if target.startswith("sm_"):
         assert {key: row for key, row in rows.items() if row["hot_loop_spills"]} == {}
     # With narrower loads the row kernels are bound by their instructions, not by memory.
@@ -86,7 +90,7 @@ def products(kernel):
 
     That is a set of names of arguments, special registers, and "load" for what was read from memory.
     """
-    launch = find_launch(kernel, 128 if "attention" in kernel else None)
+    launch = find_launch(kernel, 128 if re.search("attention|decode", kernel) else None)
     _, signature, *_ = launch.specialise()
     arguments = []
     for name, kind in signature.items():  # a tuple's entries are arguments of their own
@@ -131,6 +135,9 @@ def products(kernel):
         *((kernel, "load", "num_heads") for kernel in MATMULS),
         *((kernel, "ctaid.x", "total_tokens") for kernel in MATMULS),
         ("_attention_bwd_sum_kernel", "load", "num_kv_heads"),
+        *(("_decode_split_kernel", "load", name) for name in ("q_stride", "room")),
+        *(("_decode_split_kernel", "ctaid.x", name) for name in ("k_stride", "v_stride", "own_splits")),
+        ("_decode_sum_kernel", "ctaid.x", "own_splits"),
     ],
 )
 def test_row_offsets_are_computed_in_64_bits(kernel, row, stride):
@@ -193,6 +200,12 @@ def test_sizes_do_not_recompile(compiled_keys):
         cu_seqlens = draw_cu_seqlens(rng, total)
         out, _ = attention._attention_fwd(q, kv, kv, cu_seqlens, None, None, rng.choice([1.0, 0.125]))
         out.sum().backward()
+
+        q, k = torch.zeros(n, kv_heads * 4, 64), torch.zeros(n, kv_heads, 64)  # the ratio is a model's own
+        prompts, own = [(x, x) for x in (kv, torch.zeros(n, rng.randint(1, 200), kv_heads, 64))]
+        index = torch.zeros(n, dtype=torch.int32)
+        decode_rows = DecodeRows(torch.zeros(n + 1, dtype=torch.int32), *[index] * 5, rng.randint(1, 90), total)
+        decode_attention._by_kernels(q, k, k, prompts, own, decode_rows, rng.choice([1.0, 0.125]))
     # A vocabulary, and with it the rows' stride, of 1, a multiple of 16, and any other.
     expected = {kernel: 3 if re.search("logprob|row", kernel) else 1 for kernel in defined_kernels()}
     expected["_scale_kernel"] = 3
