@@ -43,7 +43,8 @@ _POINTERS = {
     torch.int32: "tiles_ptr target_cu_seqlens first_row prompt_start prompt_length group place length",
     torch.int64: "targets sequence_ids sources",
     torch.int8: "live",
-    torch.float32: "sums_ptr lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks "
+    torch.float32: "acc_ptr sums_ptr peaks_ptr "
+    "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks "
     "log_totals loss d_logprobs d_entropies rewards old_logprobs ref_logprobs behavior_logprobs partials metrics "
     "token_advantages token_lengths denominator_tensor factors",
 }

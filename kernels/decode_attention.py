@@ -16,7 +16,7 @@ What a step must read, predicted, in bytes a layer, with 2 bytes an element:
 
 At P 1,024, R 1,024, G 16 that is 17 keys a row in place of 32 of repeated prompts, of a thousand
 each. Queries that need more than one tile read a prompt again, from L2: the tiles of a split are
-neighbours. Splits are written and read again as fp32: 8 (head_dim + 1) a query head and split, which
+neighbours. Splits are written and read again as fp32: 8 (head_dim + 2) a query head and split, which
 is 8 heads_per_kv_head / (4 SPLIT) of what was read, 2.3% at 3 and 5.5% at 7. Of a row's matrix
 products 16 rows are computed where heads_per_kv_head are wanted: 16 FLOPs a byte, far below a GPU's
 balance (200 on an H100), so bytes decide. No GPU has run it yet.
@@ -107,9 +107,9 @@ def _attend(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where(key + tl.arange(0, BLOCK_N)[None, :] < num_keys, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        base = tl.where(new_max == float("-inf"), 0.0, new_max * log2_scale)
-        p = tl.exp2(scores * log2_scale - base[:, None])
-        rescale = tl.exp2(row_max * log2_scale - base)
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2((scores - base[:, None]) * log2_scale)
+        rescale = tl.exp2((row_max - base) * log2_scale)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max = new_max
         v = load_rows(v_ptr + offset, stride, num_keys - key, BLOCK_N, HEAD_DIM, BLOCK_D, True)
@@ -119,16 +119,15 @@ def _attend(
 
 @triton.jit
 def _store_split(
-    sums_ptr, lse_ptr, acc, row_sum, row_max, log2_scale, row, head, inside, split, num_splits, num_heads,
+    acc_ptr, sums_ptr, peaks_ptr, acc, row_sum, row_max, row, head, inside, split, num_splits, num_heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A split's output and log2-sum-exp; -inf where it has no weight at all."""
+    """What `_attend` returns, by row, split and head."""
     place = (row.to(tl.int64) * num_splits + split) * num_heads + head
-    row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
     columns = tl.arange(0, BLOCK_D)[None, :]
-    pointers = sums_ptr + place[:, None] * HEAD_DIM + columns
-    tl.store(pointers, acc / row_sum[:, None], mask=inside[:, None] & (columns < HEAD_DIM))
-    tl.store(lse_ptr + place, row_max * log2_scale + tl.log2(row_sum), mask=inside)
+    tl.store(acc_ptr + place[:, None] * HEAD_DIM + columns, acc, mask=inside[:, None] & (columns < HEAD_DIM))
+    tl.store(sums_ptr + place, row_sum, mask=inside)
+    tl.store(peaks_ptr + place, row_max, mask=inside)
 
 
 @triton.jit(
@@ -137,7 +136,7 @@ def _store_split(
     ]
 )  # fmt: skip
 def _decode_split_kernel(
-    q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, own_k_ptr, own_v_ptr, sums_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, own_k_ptr, own_v_ptr, acc_ptr, sums_ptr, peaks_ptr,
     first_row, prompt_start, prompt_length, place, length,
     scale, q_stride, k_stride, v_stride, room, num_kv_heads, num_groups, tiles, prompt_splits, own_splits,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -170,7 +169,7 @@ def _decode_split_kernel(
                 BLOCK_M, HEAD_DIM, BLOCK_D, BLOCK_N,
             )  # fmt: skip
             _store_split(
-                sums_ptr, lse_ptr, acc, row_sum, row_max, log2_scale, row, head, inside, split, num_splits, num_heads,
+                acc_ptr, sums_ptr, peaks_ptr, acc, row_sum, row_max, row, head, inside, split, num_splits, num_heads,
                 HEAD_DIM, BLOCK_D,
             )  # fmt: skip
     else:
@@ -201,21 +200,22 @@ def _decode_split_kernel(
                 tl.store(own_v_ptr + end + columns, v, mask=wanted)
                 score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
                 new_max = tl.maximum(row_max, score)
-                base = tl.where(new_max == float("-inf"), 0.0, new_max * log2_scale)
-                p = tl.exp2(score * log2_scale - base)
-                rescale = tl.exp2(row_max * log2_scale - base)
+                base = tl.where(new_max == float("-inf"), 0.0, new_max)
+                p = tl.exp2((score - base) * log2_scale)
+                rescale = tl.exp2((row_max - base) * log2_scale)
                 row_sum = row_sum * rescale + p
                 row_max = new_max
                 acc = acc * rescale[:, None] + p[:, None] * v.to(tl.float32)[None, :]
             _store_split(
-                sums_ptr, lse_ptr, acc, row_sum, row_max, log2_scale, row, head, inside, prompt_splits + split,
+                acc_ptr, sums_ptr, peaks_ptr, acc, row_sum, row_max, row, head, inside, prompt_splits + split,
                 num_splits, num_heads, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["room", "num_kv_heads", "prompt_splits", "own_splits"])
 def _decode_sum_kernel(
-    sums_ptr, lse_ptr, out_ptr, prompt_length, group, length, room, num_kv_heads, prompt_splits, own_splits,
+    acc_ptr, sums_ptr, peaks_ptr, out_ptr, prompt_length, group, length,
+    scale, room, num_kv_heads, prompt_splits, own_splits,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits of a row's queries of one kv head, the prompt's first, in the order of their keys."""
@@ -228,6 +228,7 @@ def _decode_sum_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     mask = inside[:, None] & (columns < HEAD_DIM)
     num_heads = num_kv_heads * HEADS
+    log2_scale = scale * _LOG2_E
     first = row.to(tl.int64) * (prompt_splits + own_splits)
     acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
@@ -235,14 +236,14 @@ def _decode_sum_kernel(
     for i in range(of_prompt + of_own):
         split = tl.where(i < of_prompt, i, prompt_splits + i - of_prompt)
         places = (first + split) * num_heads + kv_head * HEADS + heads
-        lse = tl.load(lse_ptr + places, mask=inside, other=float("-inf"))
-        new_peak = tl.maximum(peak, lse)
+        split_peak = tl.load(peaks_ptr + places, mask=inside, other=float("-inf"))
+        new_peak = tl.maximum(peak, split_peak)
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(lse - base)
-        rescale = tl.exp2(peak - base)
-        values = tl.load(sums_ptr + places[:, None] * HEAD_DIM + columns, mask=mask, other=0.0)
-        acc = acc * rescale[:, None] + weight[:, None] * values
-        total = total * rescale + weight
+        weight = tl.exp2((split_peak - base) * log2_scale)
+        rescale = tl.exp2((peak - base) * log2_scale)
+        split_acc = tl.load(acc_ptr + places[:, None] * HEAD_DIM + columns, mask=mask, other=0.0)
+        acc = acc * rescale[:, None] + weight[:, None] * split_acc
+        total = total * rescale + weight * tl.load(sums_ptr + places, mask=inside, other=0.0)
         peak = new_peak
     out = acc / tl.where(inside, total, 1.0)[:, None]
     pointers = out_ptr + (row.to(tl.int64) * num_heads + kv_head * HEADS + heads)[:, None] * HEAD_DIM + columns
@@ -299,12 +300,12 @@ def _by_kernels(
     prompt_splits, own_splits = -(-rows.longest_prompt // SPLIT), -(-room // SPLIT)
     tiles = -(-rows.widest * options["HEADS"] // options["BLOCK_M"])
     num_splits = prompt_splits + own_splits
-    sums = q.new_empty(num_rows, num_splits, num_heads, head_dim, dtype=torch.float32)
-    lse = q.new_empty(num_rows, num_splits, num_heads, dtype=torch.float32)
+    acc = q.new_empty(num_rows, num_splits, num_heads, head_dim, dtype=torch.float32)
+    sums, peaks = q.new_empty(2, num_rows, num_splits, num_heads, dtype=torch.float32)
     q, k, v = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (q, k, v))
     programs = (num_groups * prompt_splits * tiles + num_rows * own_splits) * num_kv_heads
     launch(
-        _decode_split_kernel, (programs,), q, k, v, *prompts, *own, sums, lse,
+        _decode_split_kernel, (programs,), q, k, v, *prompts, *own, acc, sums, peaks,
         rows.first_row, rows.prompt_start, rows.prompt_length, rows.place, rows.length,
         scale, q.stride(0), k.stride(0), v.stride(0), room, num_kv_heads, num_groups, tiles, prompt_splits, own_splits,
         **options,
@@ -312,8 +313,8 @@ def _by_kernels(
     out = q.new_empty(num_rows, num_heads, head_dim)
     shared = {name: options[name] for name in ("HEADS", "HEAD_DIM", "BLOCK_D", "SPLIT")}
     launch(
-        _decode_sum_kernel, (num_rows * num_kv_heads,), sums, lse, out,
-        rows.prompt_length, rows.group, rows.length, room, num_kv_heads, prompt_splits, own_splits,
+        _decode_sum_kernel, (num_rows * num_kv_heads,), acc, sums, peaks, out,
+        rows.prompt_length, rows.group, rows.length, scale, room, num_kv_heads, prompt_splits, own_splits,
         BLOCK_H=block_of(options["HEADS"]), num_warps=SUM_WARPS, **shared,
     )  # fmt: skip
     return out

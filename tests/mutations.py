@@ -90,9 +90,9 @@ FAULTS = {
         ("the last split of own keys left out", "// SPLIT + 1", "// SPLIT", "as_accurate and 32-dtype2"),
         ("the last split of a prompt left out", "tl.cdiv(tl.load(prompt_length + tl.load(group + row)), SPLIT)",
          "(tl.load(prompt_length + tl.load(group + row)) // SPLIT)", "as_accurate and 32-dtype2"),
-        ("splits added without their weights", "weight[:, None] * values", "values", "as_accurate and 32-dtype2"),
+        ("splits added without their weights", "weight[:, None] * split_acc", "split_acc", "as_accurate and 32-dtype2"),
         ("splits not rescaled", "acc * rescale[:, None] + weight", "acc + weight", "as_accurate and 32-dtype2"),
-        ("a split without weight is NaN", 'tl.where(row_max == float("-inf"), 1.0, row_sum)', "row_sum + 0.0",
+        ("a split without weight is NaN", 'tl.where(new_peak == float("-inf"), 0.0, new_peak)', "new_peak",
          "minus_infinite"),
     ],
     ("grpo_loss", "linear_grpo_triton"): [

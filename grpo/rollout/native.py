@@ -8,7 +8,6 @@ eighth of it is idle, and so do the prompts of finished groups. It runs without 
 pages: it is the default where vLLM is not installed, and the reference that vLLM is tested against.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
@@ -17,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashgrpo.grpo.rollout.kv_cache import IDLE_SHARE, open_cache, to_device
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.model.cpu import PackedWeights, product
 from flashgrpo.model.decoder import Decoder, huggingface_views
 
-_CACHE_STEP = 64
-_IDLE_SHARE = 1 / 8
 _DRAWN_AHEAD = 64  # positions whose random numbers go to the device at once
 PREFILL_TOKENS = 16_384  # of prompts in one pass, where no recipe says otherwise
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -108,19 +106,13 @@ class _DecodingBatch:
         self.rows = np.arange(num_rows)  # live rows, in cache order
         self.done = np.zeros(num_rows, dtype=bool)  # by cache place
         self.group_of_row = np.repeat(np.arange(len(requests)), counts)
-        self.groups = np.arange(len(requests))  # those with a place in the prompts' cache, ascending
-        self.shared = set(counts) != {1}
-        lengths = [len(request.prompt_ids) for request in requests]
-        self.prompt_lengths = torch.tensor(lengths, device=self.device)
-        self.own_start = 0 if self.shared else max(lengths)  # where `own_cache` has completions
-        self.prompt_cache: list[tuple[Tensor, Tensor]] = []
-        self.own_cache: list[tuple[Tensor, Tensor]] = []
+        prompts = [request.prompt_ids for request in requests]
+        self.cache = open_cache(model, [*map(len, prompts)], self.group_of_row, sampling.max_new_tokens)
         self.position = 0  # tokens that the live rows have been given beyond their prompts
-        self._place_rows()
         # They do not change during a call, so that they are brought into the CPU's layout once, not at every step.
         self.weights = PackedWeights(model, num_rows)
-        hidden = self._prefill([request.prompt_ids for request in requests], prefill_tokens)
-        self.hidden = hidden.index_select(0, self.group_of_place)
+        hidden = self._prefill(prompts, prefill_tokens)
+        self.hidden = hidden.index_select(0, to_device(self.group_of_row, self.device))
 
     def rollouts_of(self, index: int, weight_version: int) -> list[Rollout]:
         """Every completion of request `index`."""
@@ -169,89 +161,38 @@ class _DecodingBatch:
                 self.rows = self.rows[:0]
                 return complete
             tokens = self._drop_idle_rows(tokens)
-        positions = self.prompt_lengths.index_select(0, self.group_of_place) + (self.position - 1)
+        positions = self.cache.prepare()
         with self.weights:
-            self.hidden = self.model.run(tokens, positions, self._decode_attention)
+            self.hidden = self.model.run(tokens, positions, self.cache.attend)
+        self.cache.advance()
         return complete
 
     def _draw_uniforms(self) -> Tensor:
         """Numbers in [0, 1) for the next positions, each from its row's seed and its position: [rows, 64] float64."""
         positions = np.arange(self.position, self.position + _DRAWN_AHEAD, dtype=np.uint64)
         bits = splitmix64(self.seeds[self.rows, None] ^ splitmix64(positions))
-        return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).to(self.device)
+        return to_device((bits >> np.uint64(11)) * 2.0**-53, self.device)
 
     def _drop_idle_rows(self, tokens: Tensor) -> Tensor:
         # In steps: on a CPU every number of rows that a product meets costs memory for good (see model/cpu.py).
         step = max(1, len(self.seeds) // 16)
         spare = self.done & (np.cumsum(self.done) > -np.count_nonzero(~self.done) % step)
-        if spare.sum() < max(1, _IDLE_SHARE * len(self.rows)):
+        if spare.sum() < max(1, IDLE_SHARE * len(self.rows)):
             return tokens
-        kept = ~spare
-        keep = torch.from_numpy(np.flatnonzero(kept)).to(self.device)
-        self.rows, self.done = self.rows[kept], self.done[kept]
-        written = self.own_start + self.position - 1
-        for layer, (k, v) in enumerate(self.own_cache):
-            # Layer by layer, so that no more than one is there twice.
-            room = k.shape[2]
-            self.own_cache[layer] = _moved(k, written, room, keep), _moved(v, written, room, keep)
+        keep = np.flatnonzero(~spare)
+        self.rows, self.done = self.rows[keep], self.done[keep]
+        self.cache.keep(keep)
+        keep = to_device(keep, self.device)
         self.uniforms = self.uniforms.index_select(0, keep)
-        self._drop_finished_groups()
-        self._place_rows()
         return tokens.index_select(0, keep)
-
-    def _drop_finished_groups(self) -> None:
-        kept = np.unique(self.group_of_row[self.rows])
-        if len(self.groups) - len(kept) < _IDLE_SHARE * len(self.groups):  # all layers' prompts are copied
-            return
-        keep = np.searchsorted(self.groups, kept)
-        num_kv_heads = self.model.config.num_kv_heads
-        rows = (keep[:, None] * num_kv_heads + np.arange(num_kv_heads)).ravel()
-        heads = torch.from_numpy(rows).to(self.device)
-        self.groups = kept
-        self.prompt_cache = [(k.index_select(0, heads), v.index_select(0, heads)) for k, v in self.prompt_cache]
-        self.prompt_bias = self.prompt_bias.index_select(0, heads)
-        self.prompt_lengths = self.prompt_lengths.index_select(0, torch.from_numpy(keep).to(self.device))
-
-    def _place_rows(self) -> None:
-        """Lay the live rows of each group side by side in a grid [groups, width]: a prompt's keys are read by group."""
-        groups = np.searchsorted(self.groups, self.group_of_row[self.rows])  # places in the prompts' cache
-        num_groups = len(self.groups)
-        counts = np.bincount(groups, minlength=num_groups)
-        within = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.grid_width = int(counts.max(initial=0))
-        slots = groups * self.grid_width + within
-        row_of_slot = np.zeros(num_groups * self.grid_width, dtype=np.int64)
-        row_of_slot[slots] = np.arange(len(groups))
-        self.group_of_place = torch.from_numpy(groups).to(self.device)
-        self.slots = torch.from_numpy(slots).to(self.device)
-        self.row_of_slot = torch.from_numpy(row_of_slot).to(self.device)
 
     def _prefill(self, prompts: list[list[int]], prefill_tokens: int) -> Tensor:
         """Run every prompt once, keep its keys and values; returns its last hidden state, [requests, hidden_size]."""
-        longest = max(map(len, prompts))
-        inside = torch.arange(longest, device=self.device) < self.prompt_lengths[:, None]
-        bias = torch.zeros_like(inside, dtype=self.dtype).masked_fill(~inside, float("-inf"))
-        if not self.shared:
-            bias = F.pad(bias, (0, self.sampling.max_new_tokens))
-        self.prompt_bias = bias.repeat_interleave(self.model.config.num_kv_heads, dim=0)[:, None]
-        self._make_prompt_caches(len(prompts), longest)
         first, hidden = 0, []
         for chunk in whole_chunks(prompts, prefill_tokens):
             hidden.append(self._prefill_chunk(first, chunk))
             first += len(chunk)
         return torch.cat(hidden)
-
-    def _make_prompt_caches(self, num_prompts: int, longest: int) -> None:
-        """Zeros: past a prompt's end they are read with a weight of 0, which a NaN would survive."""
-        config = self.model.config
-        shape = num_prompts, config.num_kv_heads, longest, config.head_dim
-        zeros = functools.partial(torch.zeros, dtype=self.dtype, device=self.device)
-        for _ in range(config.num_layers):
-            if self.shared:
-                keys = zeros(shape[0] * shape[1], shape[3], longest)
-                self.prompt_cache.append((keys, zeros(shape[0] * shape[1], longest, shape[3])))
-            else:
-                self.own_cache.append((zeros(shape), zeros(shape)))
 
     def _prefill_chunk(self, first: int, prompts: list[list[int]]) -> Tensor:
         """`_prefill` of the requests from `first` on, in one pass."""
@@ -261,77 +202,15 @@ class _DecodingBatch:
         padding = [0] * (self.model.padded_tokens(sum(lengths)) - sum(lengths))
         input_ids = torch.tensor([*chain.from_iterable(prompts), *padding], device=self.device)
         positions = torch.tensor([*chain.from_iterable(map(range, lengths)), *padding], device=self.device)
-        longest, num_kv_heads = max(lengths), self.model.config.num_kv_heads
-        requests = slice(first, first + len(prompts))
-        heads = slice(requests.start * num_kv_heads, requests.stop * num_kv_heads)
-        columns = torch.arange(longest, device=self.device)
-        places = (cu_seqlens[:-1, None].long() + columns).where(columns < self.prompt_lengths[requests, None], 0)
+        store = self.cache.store(first, lengths)
+        backend, longest = self.model.attention_backend, max(lengths)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # [requests, num_kv_heads, longest, head_dim]
-            keys, values = k[places].transpose(1, 2), v[places].transpose(1, 2)
-            if self.shared:  # [requests * num_kv_heads, head_dim, longest] and [.., longest, head_dim]
-                prompt_keys, prompt_values = self.prompt_cache[layer]
-                prompt_keys[heads, :, :longest] = keys.transpose(2, 3).flatten(0, 1)
-                prompt_values[heads, :longest] = values.flatten(0, 1)
-            else:
-                own_keys, own_values = self.own_cache[layer]
-                own_keys[requests, :, :longest] = keys
-                own_values[requests, :, :longest] = values
-            return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest, backend=self.model.attention_backend)
+            store(layer, k, v)
+            return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest, backend=backend)
 
         hidden = self.model.run(input_ids, positions, attend)
         return hidden.index_select(0, cu_seqlens[1:].long() - 1)
-
-    def _decode_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One query a row against its prompt's keys, shared by the group, and its own: one softmax over both."""
-        rows, num_heads, head_dim = q.shape
-        keys, values = self._append(layer, k, v)
-        q = (q * head_dim**-0.5).view(len(keys), -1, head_dim)  # [rows * num_kv_heads, heads of one kv head, head_dim]
-        if not self.shared:
-            scores = torch.baddbmm(self.prompt_bias[..., : keys.shape[1]], q, keys.transpose(1, 2))
-            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-            return torch.bmm(weights, values).view(rows, num_heads, head_dim)
-
-        prompt_keys, prompt_values = self.prompt_cache[layer]
-        longest = prompt_keys.shape[2]
-        shared = torch.baddbmm(self.prompt_bias, self._by_group(q), prompt_keys)
-        scores = torch.cat([self._by_row(shared, q.shape[1]), torch.bmm(q, keys.transpose(1, 2))], dim=-1)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        shared = torch.bmm(self._by_group(weights[..., :longest]), prompt_values)
-        out = torch.baddbmm(self._by_row(shared, q.shape[1]), weights[..., longest:], values)
-        return out.view(rows, num_heads, head_dim)
-
-    def _by_group(self, x: Tensor) -> Tensor:
-        """[rows * num_kv_heads, n, d] -> [groups * num_kv_heads, width * n, d], whatever in the slots without a row."""
-        num_kv_heads, n, d = x.shape[0] // len(self.rows), *x.shape[1:]
-        grid = x.reshape(len(self.rows), -1).index_select(0, self.row_of_slot)
-        grid = grid.view(len(self.groups), self.grid_width, num_kv_heads, n, d).transpose(1, 2)
-        return grid.reshape(len(self.groups) * num_kv_heads, self.grid_width * n, d)
-
-    def _by_row(self, x: Tensor, n: int) -> Tensor:
-        """[groups * num_kv_heads, width * n, d] -> [rows * num_kv_heads, n, d]."""
-        num_kv_heads, d = x.shape[0] // len(self.groups), x.shape[2]
-        grid = x.view(len(self.groups), num_kv_heads, self.grid_width, n, d).transpose(1, 2)
-        rows = grid.reshape(len(self.row_of_slot), -1).index_select(0, self.slots)
-        return rows.view(len(self.rows) * num_kv_heads, n, d)
-
-    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the rows' newest keys and values; returns all, [rows * num_kv_heads, cached tokens, head_dim] each."""
-        if layer == len(self.own_cache):
-            shape = (k.shape[0], k.shape[1], 0, k.shape[2])
-            self.own_cache.append((k.new_empty(shape), v.new_empty(shape)))
-        (keys, values), filled = self.own_cache[layer], self.own_start + self.position
-        room = keys.shape[2]
-        if room < filled:
-            # Twice as much each time: copies stay a constant share of the work, and nothing is held for lengths that
-            # no completion reaches.
-            room = min(max(2 * room, _CACHE_STEP), self.own_start + self.sampling.max_new_tokens)
-            keys, values = _moved(keys, filled - 1, room), _moved(values, filled - 1, room)
-            self.own_cache[layer] = keys, values
-        keys.select(2, filled - 1).copy_(k)
-        values.select(2, filled - 1).copy_(v)
-        return keys.flatten(0, 1)[:, :filled], values.flatten(0, 1)[:, :filled]
 
 
 def whole_chunks(prompts: Sequence[list[int]], most_tokens: int) -> Iterator[list[list[int]]]:
@@ -401,12 +280,3 @@ def _truncate(sorted_probs: Tensor, sampling: Sampling) -> Tensor:
         sorted_probs = sorted_probs.masked_fill(before >= sampling.top_p, 0)
         sorted_probs = sorted_probs / sorted_probs.sum(dim=-1, keepdim=True)
     return sorted_probs
-
-
-def _moved(cache: Tensor, written: int, room: int, keep: Tensor | None = None) -> Tensor:
-    """The first `written` tokens of all rows, or of those in `keep`, in a cache with room for `room` tokens."""
-    rows = cache.shape[0] if keep is None else len(keep)
-    moved = cache.new_empty(rows, cache.shape[1], room, cache.shape[3])
-    filled = cache[:, :, :written]
-    moved[:, :, :written] = filled if keep is None else filled.index_select(0, keep)
-    return moved
