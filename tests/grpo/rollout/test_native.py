@@ -7,7 +7,9 @@ from torch.overrides import TorchFunctionMode
 
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
+from flashgrpo.grpo.rollout import native
 from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
+from flashgrpo.grpo.rollout.kv_cache import KernelCache
 from flashgrpo.grpo.rollout.native import NativeGenerator, sample_tokens
 from flashgrpo.grpo.run.policy import open_policy
 from flashgrpo.grpo.run.world import open_world
@@ -149,6 +151,53 @@ def test_a_pass_of_prompts_is_as_long_as_a_micro_batch(recipe_values):
         policy = open_policy(recipe.model, world.device)
         for loaded in (True, False):
             assert open_generator(recipe, policy, world, 8, loaded).prefill_tokens == recipe.train.token_budget == 256
+
+
+def use_kernel_cache(monkeypatch):
+    """What CUDA takes; here `decode_attention` is its torch twin."""
+    caches = []
+
+    def open_cache(model, *arguments):
+        weight = model.lm_head_weight
+        caches.append(KernelCache(model.config, weight.dtype, weight.device, *arguments))
+        return caches[-1]
+
+    monkeypatch.setattr(native, "open_cache", open_cache)
+    return caches
+
+
+@pytest.mark.parametrize("sizes", [[4, 1, 3, 2, 4], [1] * 6], ids=["groups", "single completions"])
+def test_both_caches_make_the_same_samples(model, sizes, monkeypatch):
+    """While the kernel's grows, and rows and groups leave in between."""
+    asked = [
+        Request(request.group, request.prompt_ids, request.seeds[:size])
+        for request, size in zip(requests(len(sizes), 4, seed=5), sizes, strict=True)
+    ]
+    by_torch = generate(model, asked, Sampling(300))
+    caches = use_kernel_cache(monkeypatch)
+    ours = generate(model, asked, Sampling(300))
+    assert caches[0].room >= 256
+    assert len(caches[0].place) < sum(sizes)
+    for index, group in by_torch.items():
+        for a, b in zip(group, ours[index], strict=True):
+            assert a.completion_ids.tolist() == b.completion_ids.tolist()
+            np.testing.assert_allclose(a.behavior_logprobs, b.behavior_logprobs, atol=1e-4)
+
+
+def test_the_kernels_cache_has_one_shape_for_128_steps_and_copies_only_when_it_grows(model, monkeypatch):
+    caches, seen = use_kernel_cache(monkeypatch), []
+    attend = KernelCache.attend
+
+    def watched(self, layer, *qkv):
+        seen.append((self.own[layer][0].data_ptr(), self.own[layer][0].shape[1]))
+        return attend(self, layer, *qkv)
+
+    monkeypatch.setattr(KernelCache, "attend", watched)
+    list(NativeGenerator(model, []).generate(requests(2, 2), Sampling(300)))
+    steps = seen[:: model.config.num_layers]
+    assert [room for _, room in steps] == [128] * 128 + [256] * 128 + [384] * 43
+    assert len({pointer for pointer, _ in steps}) == 3
+    assert [keys.shape[0] for keys, _ in caches[0].prompts] == [sum(len(r.prompt_ids) for r in requests(2, 2))] * 3
 
 
 def test_samples_of_a_group_differ_and_repeat_with_their_seeds(model):
