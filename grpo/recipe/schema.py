@@ -210,6 +210,8 @@ class SamplingSection:
     """Nucleus sampling: smallest set of tokens with at least this probability."""
     top_k: _Count = 0
     """Sample among the k likeliest tokens; 0: all."""
+    cuda_graphs: _Bool = False
+    """native on CUDA: replay each decoding step as a CUDA graph; no GPU has run it yet."""
 
     @property
     def is_truncated(self) -> bool:

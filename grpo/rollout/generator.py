@@ -78,11 +78,11 @@ def open_generator(
         budget = recipe.train.token_budget if isinstance(recipe, Recipe) else PREFILL_TOKENS
         if budget == "auto":  # outside of a run, which has settled it
             budget = PREFILL_TOKENS
+        options = policy.stop_token_ids, world.device, budget, recipe.rollout.cuda_graphs
         if loaded:
-            return NativeGenerator(policy.model, policy.stop_token_ids, prefill_tokens=budget)
+            return NativeGenerator(policy.model, *options)
         dtype = resolve_dtype(recipe.model.dtype, world.device)
-        empty = empty_decoder(policy.model.config, dtype, world.device)
-        own = NativeGenerator(empty, policy.stop_token_ids, world.device, budget)
+        own = NativeGenerator(empty_decoder(policy.model.config, dtype, world.device), *options)
         own.model.attention_backend = recipe.model.attention_backend
         own.free_weights()
         return own

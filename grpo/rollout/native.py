@@ -4,8 +4,9 @@ A prompt's keys and values are computed once and read by all of its completions;
 keeps only its own. Where every prompt has one completion, it keeps the prompt's before its own:
 half the products. One decoding step of `rows` live completions reads the weights once, so its cost
 on a CPU is 2 N FLOPs a row and on a GPU the N weights' bytes. Finished rows leave the batch once an
-eighth of it is idle, and so do the prompts of finished groups. It runs without CUDA graphs and
-pages: it is the default where vLLM is not installed, and the reference that vLLM is tested against.
+eighth of it is idle, and so do the prompts of finished groups. A step waits for the device once,
+when its tokens are copied to the host. `auto` takes this generator where vLLM is not installed, and
+it is the reference that vLLM is tested against.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashgrpo.grpo.rollout.kv_cache import IDLE_SHARE, open_cache, to_device
+from flashgrpo.grpo.rollout.graph import GraphedRun
+from flashgrpo.grpo.rollout.kv_cache import IDLE_SHARE, KernelCache, open_cache, to_device
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.kernels.attention import packed_attention
@@ -32,7 +34,7 @@ class NativeGenerator:
     """Samples from `model` as it stands when `generate` is called; `weight_version` is stamped on the rollouts.
 
     Prompts are run in passes of at most `prefill_tokens`, a longer one alone: what a pass holds is no more than that
-    of a training micro-batch, however many prompts there are.
+    of a training micro-batch, however many prompts there are. `cuda_graphs` is rollout.cuda_graphs.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class NativeGenerator:
         stop_token_ids: list[int],
         device: torch.device | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
+        cuda_graphs: bool = False,
     ):
         self.model = model
         self.stop_token_ids = stop_token_ids
         self.device = device or model.lm_head_weight.device
         self.prefill_tokens = prefill_tokens
+        self.cuda_graphs = cuda_graphs
         self.weight_version = 0
 
     def load_weights(self, source: DecoderSource, version: int) -> None:
@@ -71,7 +75,7 @@ class NativeGenerator:
         if not requests:
             return
         with torch.inference_mode():
-            batch = _DecodingBatch(self.model, requests, sampling, self.stop_token_ids, self.prefill_tokens)
+            batch = _DecodingBatch(self, requests, sampling)
         while len(batch.rows):
             # Not around the `yield`: what the caller does with a group is no inference.
             with torch.inference_mode():
@@ -83,21 +87,14 @@ class NativeGenerator:
 class _DecodingBatch:
     """State of one call. A row is a completion; live rows sit in the first `len(self.rows)` places of the caches."""
 
-    def __init__(
-        self,
-        model: Decoder,
-        requests: list[Request],
-        sampling: Sampling,
-        stop_token_ids: list[int],
-        prefill_tokens: int,
-    ):
+    def __init__(self, generator: NativeGenerator, requests: list[Request], sampling: Sampling):
+        model = generator.model
         self.model, self.requests, self.sampling = model, requests, sampling
-        weight = model.lm_head_weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device = model.lm_head_weight.device
         counts = [len(request.seeds) for request in requests]
         num_rows = sum(counts)
         self.seeds = np.concatenate([request.seeds for request in requests]).astype(np.uint64)
-        self.stop_token_ids = np.array(stop_token_ids, dtype=np.int64)
+        self.stop_token_ids = np.array(generator.stop_token_ids, dtype=np.int64)
         self.tokens = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.int64)
         self.logprobs = np.zeros((2, num_rows, sampling.max_new_tokens), dtype=np.float32)
         self.lengths = np.zeros(num_rows, dtype=np.int64)
@@ -108,10 +105,13 @@ class _DecodingBatch:
         self.group_of_row = np.repeat(np.arange(len(requests)), counts)
         prompts = [request.prompt_ids for request in requests]
         self.cache = open_cache(model, [*map(len, prompts)], self.group_of_row, sampling.max_new_tokens)
+        self.graphed = None
+        if generator.cuda_graphs and isinstance(self.cache, KernelCache):
+            self.graphed = GraphedRun(model, self.cache)
         self.position = 0  # tokens that the live rows have been given beyond their prompts
         # They do not change during a call, so that they are brought into the CPU's layout once, not at every step.
         self.weights = PackedWeights(model, num_rows)
-        hidden = self._prefill(prompts, prefill_tokens)
+        hidden = self._prefill(prompts, generator.prefill_tokens)
         self.hidden = hidden.index_select(0, to_device(self.group_of_row, self.device))
 
     def rollouts_of(self, index: int, weight_version: int) -> list[Rollout]:
@@ -163,7 +163,10 @@ class _DecodingBatch:
             tokens = self._drop_idle_rows(tokens)
         positions = self.cache.prepare()
         with self.weights:
-            self.hidden = self.model.run(tokens, positions, self.cache.attend)
+            if self.graphed:
+                self.hidden = self.graphed(tokens, positions)
+            else:
+                self.hidden = self.model.run(tokens, positions, self.cache.attend)
         self.cache.advance()
         return complete
 

@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
-from flashgrpo.grpo.rollout import native
+from flashgrpo.grpo.rollout import graph, native
 from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
 from flashgrpo.grpo.rollout.kv_cache import KernelCache
 from flashgrpo.grpo.rollout.native import NativeGenerator, sample_tokens
@@ -198,6 +198,33 @@ def test_the_kernels_cache_has_one_shape_for_128_steps_and_copies_only_when_it_g
     assert [room for _, room in steps] == [128] * 128 + [256] * 128 + [384] * 43
     assert len({pointer for pointer, _ in steps}) == 3
     assert [keys.shape[0] for keys, _ in caches[0].prompts] == [sum(len(r.prompt_ids) for r in requests(2, 2))] * 3
+
+
+def test_replayed_steps_make_the_same_samples(model, monkeypatch):
+    """With a graph that runs its work again, where CUDA would replay its kernels; capturing one runs nothing."""
+    captured, replayed = [], []
+
+    def capture(work):
+        result = torch.full((len(caches[-1].place), model.config.hidden_size), torch.nan)
+        captured.append(caches[-1].rows)
+
+        def replay():
+            replayed.append(caches[-1].rows)
+            result.copy_(work())
+
+        return replay, result
+
+    asked = requests(6, 4)
+    caches = use_kernel_cache(monkeypatch)
+    plain = generate(model, asked, Sampling(150))
+    monkeypatch.setattr(graph, "capture", capture)
+    for group in NativeGenerator(model, [STOP], cuda_graphs=True).generate(asked, Sampling(150)):
+        for a, b in zip(group, plain[group[0].group], strict=True):
+            assert a.completion_ids.tolist() == b.completion_ids.tolist()
+            assert a.behavior_logprobs.tolist() == b.behavior_logprobs.tolist()
+    assert 4 < len(captured) < 20  # rows left, and the cache grew
+    assert len(replayed) > 100
+    assert {id(rows) for rows in replayed} == {id(rows) for rows in captured}
 
 
 def test_samples_of_a_group_differ_and_repeat_with_their_seeds(model):
