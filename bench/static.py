@@ -40,7 +40,7 @@ _HEADS = 6  # of queries, of a kv head: those of Qwen2.5-1.5B
 _POINTERS = {
     torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits x "
     "prompt_k_ptr prompt_v_ptr own_k_ptr own_v_ptr",
-    torch.int32: "tiles_ptr target_cu_seqlens first_row prompt_start prompt_length group place length",
+    torch.int32: "tiles_ptr target_cu_seqlens first_rows prompt_start prompt_length group place length",
     torch.int64: "targets sequence_ids sources",
     torch.int8: "live",
     torch.float32: "acc_ptr sums_ptr peaks_ptr "

@@ -137,7 +137,7 @@ def _store_split(
 )  # fmt: skip
 def _decode_split_kernel(
     q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, own_k_ptr, own_v_ptr, acc_ptr, sums_ptr, peaks_ptr,
-    first_row, prompt_start, prompt_length, place, length,
+    first_rows, prompt_start, prompt_length, place, length,
     scale, q_stride, k_stride, v_stride, room, num_kv_heads, num_groups, tiles, prompt_splits, own_splits,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, OWN_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
@@ -157,7 +157,7 @@ def _decode_split_kernel(
         split = program // (tiles * num_kv_heads)
         group = split // prompt_splits
         split = split % prompt_splits
-        first, last = tl.load(first_row + group), tl.load(first_row + group + 1)
+        first, last = tl.load(first_rows + group), tl.load(first_rows + group + 1)
         num_keys = tl.minimum(tl.load(prompt_length + group) - split * SPLIT, SPLIT)
         if (num_keys > 0) & (query < (last - first) * HEADS):
             q, row, head, inside = _load_queries(
