@@ -17,7 +17,9 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from flashgrpo.kernels import attention, logprob, loss_triton
+from flashgrpo.kernels import decode_attention as decode_attention_module
 from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.kernels.decode_attention import DecodeRows, decode_attention
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, grpo_loss, logits_grpo_loss, merge_stats
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
@@ -29,7 +31,7 @@ SMALL = [[70, 40, 3], [33, 0, 90]]
 LARGE = [[128, *[1024] * 24], [3000, *range(100, 1300, 50)]]
 FUNCTIONS = [
     "packed_attention", "gather_logprobs", "group_advantages", "grpo_loss", "logits_grpo_loss", "linear_logprobs",
-    "linear_grpo_loss", "grpo_loss of sequences", "linear_grpo_loss of sequences",
+    "linear_grpo_loss", "grpo_loss of sequences", "linear_grpo_loss of sequences", "decode_attention",
 ]  # fmt: skip
 WAITS = "linear_grpo_loss", "linear_grpo_loss of sequences"  # for the number of live rows, as it says
 has_60_gb = torch.cuda.is_available() and torch.cuda.mem_get_info()[1] > 60e9
@@ -84,8 +86,27 @@ def make_calls(device, families, vocab=9001, dtype=torch.bfloat16):
         (loss(linear_grpo_loss, grpo, targets), head),
         (loss(grpo_loss, gspo), logprobs),
         (loss(linear_grpo_loss, gspo, targets), head),
+        (decoding(families, noise, device), []),
     ]
     return dict(zip(FUNCTIONS, functions, strict=True))
+
+
+def decoding(families, noise, device):
+    """A step after each family's prompt and completions, which have 0 to 299 tokens."""
+
+    def index(values):
+        return torch.tensor([*values], dtype=torch.int32, device=device)
+
+    sizes, prompts = [len(family) - 1 for family in families], [family[0] for family in families]
+    lengths = [n % 300 for _, *completions in families for n in completions]
+    rows = DecodeRows(
+        index([0, *accumulate(sizes)]), index([0, *accumulate(prompts)][:-1]), index(prompts),
+        index(group for group, size in enumerate(sizes) for _ in range(size)), index(range(len(lengths))),
+        index(lengths), max(sizes), max(prompts),
+    )  # fmt: skip
+    shared, own = (noise(2, sum(prompts), 2, 64), noise(2, len(lengths), 384, 2, 64))
+    q, k, v = (noise(len(lengths), heads, 64) for heads in (4, 2, 2))
+    return lambda: [decode_attention(q, k, v, (shared[0], shared[1]), (own[0], own[1]), rows)]
 
 
 def run(function, leaves, upstream=None):
@@ -165,7 +186,9 @@ def test_no_batch_compiles_a_kernel_again(device, monkeypatch):
     """Heads, vocabulary and configuration are a model's own; all that changes from batch to batch does so here."""
     compiled, first, rng = [], [], random.Random(0)
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, repr, **_: compiled.append(repr))
-    for kernel in (x for module in (attention, logprob, loss_triton) for x in vars(module).values()):
+    for kernel in (
+        x for module in (attention, decode_attention_module, logprob, loss_triton) for x in vars(module).values()
+    ):
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
     for batch in range(1 + RUNS):
@@ -178,7 +201,7 @@ def test_no_batch_compiles_a_kernel_again(device, monkeypatch):
     assert compiled == first
 
 
-@every_function
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "decode_attention"])
 def test_one_graph_without_a_break(name, device):
     torch.compiler.reset()
     function, leaves = make_calls(device, SMALL)[name]

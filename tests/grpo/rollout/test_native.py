@@ -1,5 +1,10 @@
 """The embedded generator: right distribution, right log-probs, the same samples whatever is generated beside them."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -182,6 +187,45 @@ def test_both_caches_make_the_same_samples(model, sizes, monkeypatch):
         for a, b in zip(group, ours[index], strict=True):
             assert a.completion_ids.tolist() == b.completion_ids.tolist()
             np.testing.assert_allclose(a.behavior_logprobs, b.behavior_logprobs, atol=1e-4)
+
+
+IN_THE_INTERPRETER = """
+import json
+
+import numpy as np
+from flashgrpo.grpo.rollout.kv_cache import KernelCache
+from flashgrpo.grpo.rollout.native import NativeGenerator, _DecodingBatch
+from flashgrpo.grpo.types import Request, Sampling
+from flashgrpo.model.checkpoint import init_decoder
+from flashgrpo.model.config import ModelConfig
+
+model = init_decoder(ModelConfig.from_dict({config}), seed=0)
+asked = [Request(i, [5 + i] * (4 + i), np.arange(3, dtype=np.uint64) + i) for i in range(2)]
+generator = NativeGenerator(model, [3])
+assert {is_kernel} == isinstance(_DecodingBatch(generator, asked, Sampling(1)).cache, KernelCache)
+for group in sorted(generator.generate(asked, Sampling(10)), key=lambda group: group[0].group):
+    for rollout in group:
+        print(json.dumps([rollout.completion_ids.tolist(), rollout.behavior_logprobs.tolist()]))
+"""
+
+
+def test_the_kernels_sample_what_torch_samples():
+    """The whole generator once by its kernels, in Triton's interpreter, and once by torch's operators."""
+    config = {
+        "model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2,
+    }  # fmt: skip
+    by_torch, ours = [], []
+    for interpreted, samples in (("0", by_torch), ("1", ours)):
+        code = IN_THE_INTERPRETER.format(config=config, is_kernel=interpreted == "1")
+        env = os.environ | {"TRITON_INTERPRET": interpreted}
+        ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert not ran.returncode, ran.stderr
+        samples += map(json.loads, ran.stdout.splitlines())
+    assert len(by_torch) == 6
+    for (tokens, logprobs), (our_tokens, our_logprobs) in zip(by_torch, ours, strict=True):
+        assert our_tokens == tokens
+        np.testing.assert_allclose(our_logprobs, logprobs, atol=1e-5)
 
 
 def test_the_kernels_cache_has_one_shape_for_128_steps_and_copies_only_when_it_grows(model, monkeypatch):
