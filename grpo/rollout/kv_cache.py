@@ -1,8 +1,9 @@
 """Keys and values of the tokens that the native generator has run: prompts once a group, completions a row.
 
-`TorchCache` is what a CPU takes and what the other is tested against; `KernelCache` is for CUDA. A
-row is a completion, and the rows of a group stand side by side. All rows begin together, so that
-each has as many keys of its own.
+`KernelCache` is for CUDA. `TorchCache` is what a CPU takes, what a head_dim without a kernel or
+attention_backend = "torch" falls back to, and what the other is tested against. A row is a
+completion, and the rows of a group stand side by side. All rows begin together, so that each has as
+many keys of its own.
 """
 
 import functools
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashgrpo.kernels.attention import HEAD_DIMS
 from flashgrpo.kernels.common import by_triton
 from flashgrpo.kernels.decode_attention import DecodeRows, decode_attention
 from flashgrpo.model.config import ModelConfig
@@ -55,7 +57,8 @@ class KVCache(Protocol):
 def open_cache(model: Decoder, prompt_lengths: list[int], group_of_row: np.ndarray, max_new_tokens: int) -> KVCache:
     """An empty cache for a model's dtype and device; rows of a group stand side by side, groups ascend."""
     weight = model.lm_head_weight
-    kind = KernelCache if by_triton(weight) and model.attention_backend != "torch" else TorchCache
+    has_kernel = by_triton(weight) and model.config.head_dim in HEAD_DIMS
+    kind = KernelCache if has_kernel and model.attention_backend != "torch" else TorchCache
     return kind(model.config, weight.dtype, weight.device, prompt_lengths, group_of_row, max_new_tokens)
 
 

@@ -1,12 +1,11 @@
 """The embedded generator: the trainer's own weights, one KV cache, the whole batch at once.
 
 A prompt's keys and values are computed once and read by all of its completions; each completion
-keeps only its own. Where every prompt has one completion, it keeps the prompt's before its own:
-half the products. One decoding step of `rows` live completions reads the weights once, so its cost
-on a CPU is 2 N FLOPs a row and on a GPU the N weights' bytes. Finished rows leave the batch once an
-eighth of it is idle, and so do the prompts of finished groups. A step waits for the device once,
-when its tokens are copied to the host. `auto` takes this generator where vLLM is not installed, and
-it is the reference that vLLM is tested against.
+keeps only its own (kv_cache.py). One decoding step of `rows` live completions reads the weights
+once, so its cost on a CPU is 2 N FLOPs a row and on a GPU the N weights' bytes. Finished rows leave
+the batch once an eighth of it is idle, and so do the prompts of finished groups. A step waits for
+the device once, when its tokens are copied to the host. `auto` takes this generator where vLLM is
+not installed, and it is the reference that vLLM is tested against.
 """
 
 from collections.abc import Iterator, Sequence
