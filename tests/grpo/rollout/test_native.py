@@ -1,9 +1,11 @@
 """The embedded generator: right distribution, right log-probs, the same samples whatever is generated beside them."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
-from flashgrpo.grpo.rollout import graph, native
+from flashgrpo.grpo.rollout import graph, kv_cache, native
 from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
-from flashgrpo.grpo.rollout.kv_cache import KernelCache
+from flashgrpo.grpo.rollout.kv_cache import KernelCache, TorchCache
 from flashgrpo.grpo.rollout.native import NativeGenerator, sample_tokens
 from flashgrpo.grpo.run.policy import open_policy
 from flashgrpo.grpo.run.world import open_world
@@ -187,6 +189,22 @@ def test_both_caches_make_the_same_samples(model, sizes, monkeypatch):
         for a, b in zip(group, ours[index], strict=True):
             assert a.completion_ids.tolist() == b.completion_ids.tolist()
             np.testing.assert_allclose(a.behavior_logprobs, b.behavior_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "backend", "kind"),
+    [
+        (16, "triton", KernelCache),
+        (16, "flash_attn", KernelCache),
+        (16, "torch", TorchCache),
+        (24, "triton", TorchCache),
+    ],
+)
+def test_what_no_kernel_takes_is_left_to_torch(model, head_dim, backend, kind, monkeypatch):
+    monkeypatch.setattr(kv_cache, "by_triton", lambda x: True)
+    config = dataclasses.replace(model.config, head_dim=head_dim)
+    decoder = SimpleNamespace(config=config, attention_backend=backend, lm_head_weight=model.lm_head_weight)
+    assert type(kv_cache.open_cache(decoder, [3], np.zeros(2, int), 5)) is kind
 
 
 IN_THE_INTERPRETER = """
