@@ -41,8 +41,8 @@ LINK_SHARE = 0.7  # of link bandwidth in collectives: assumed
 IMBALANCE = 1.08  # slowest rank's work over the mean: what packing promises
 # Bytes a weight that FSDP moves in the GPU's own memory for one gathering, and for one reduction: counted.
 GATHER_BYTES, REDUCE_BYTES = 4, 16
-DECODE_OPERATORS = 54  # of the native generator, a layer and step: counted
-OPERATOR_S = 5e-6  # host time of an eager operator, which CUDA graphs would save: assumed
+DECODE_KERNELS = 17  # of the native generator, a layer and step: counted on a fake GPU
+KERNEL_S = 10e-6  # host time of one, which CUDA graphs would save: assumed
 ENGINE_STEP_S = 1.5e-3  # host time of a step of vLLM's, whose kernels are in CUDA graphs: assumed
 # Of a process' tensors, lost between them: simulated on recorded steps, with segments that grow and with fixed ones.
 GROWING_LOSS, FIXED_LOSS = 0.1, 0.2
@@ -307,9 +307,12 @@ class Costs(TrainCosts):
 
     def rollout_peak(self) -> tuple[float, float]:
         """Rows and room a row of the native generator's cache, which doubles for all rows at once, at its largest."""
-        rooms = np.minimum(64 << np.arange(self.lengths.longest.bit_length()), self.lengths.longest)
+        first = 64 if self.machine.is_cpu else 128
+        longest = self.lengths.longest if self.machine.is_cpu else -(-self.lengths.longest // first) * first
+        rooms = np.minimum(first << np.arange(longest.bit_length()), longest)
         # No room is made before the last is full, and an eighth of the rows may be idle.
-        alive = np.minimum(self.lengths.alive(rooms / 2) * 8 / 7, 1.0)
+        filled = np.minimum(rooms / 2, self.lengths.longest)
+        alive = np.minimum(self.lengths.alive(filled) * 8 / 7, 1.0)
         alive[0] = 1.0
         rows = alive * self.groups_a_rank * self.recipe.rollout.group_size
         worst = np.argmax(rows * (rooms + self.sampled_bytes / self.kv_bytes))
@@ -384,7 +387,7 @@ class Costs(TrainCosts):
         product_rate = self.product_rate * self.gpus_an_engine
         compute_s = self.flops.forward(live, live * (t + lengths.prompt), live) / product_rate
         is_native = self.generator not in ("vllm", "vllm_server")
-        host_s = config.num_layers * DECODE_OPERATORS * OPERATOR_S if is_native else ENGINE_STEP_S
+        host_s = config.num_layers * DECODE_KERNELS * KERNEL_S if is_native else ENGINE_STEP_S
         slowest_s = np.maximum(np.maximum(read_s, compute_s), host_s)
         return prefill / product_rate + width * float(slowest_s.sum())
 

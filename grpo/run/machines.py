@@ -51,13 +51,14 @@ def hold_reserve(device: torch.device, reserve: float, grows: bool) -> None:
     """Leave `reserve` bytes of a GPU to what torch's allocator knows nothing of: NCCL, cuBLAS, a sleeping engine.
 
     `grows`: with segments that grow, between which less is lost, unless the user has set the allocator's options. To
-    be called before anything is allocated.
+    be called before anything is loaded.
     """
     if device.type != "cuda":
         return
-    if grows and not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
-        # Not by the environment: it would be an engine's, too, and torch may have read it.
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        # Not by the environment: it would be an engine's, too, and torch may have read it. Another stage of a pipeline
+        # may want the other.
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{grows}")
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(max(0.0, 1 - reserve / total), device)
 

@@ -55,7 +55,9 @@ class SupervisedTrainer(RunLoop, Generic[Row]):
         config = self.policy.model.config
         self.flops = ModelFlops.of(config)
         self.rows, self.held_out = self._load()
-        longest = max(group.num_tokens for group in self._groups([*self.rows, *self.held_out]))
+        groups = self._groups([*self.rows, *self.held_out])
+        # With the last token of each text, which is not fed: as `check_length` counts.
+        longest = max(group.num_tokens + len(group.completions) for group in groups)
         costs = TrainCosts(recipe, config, self.machine, world.size)
         self.recipe = self.settle_budget(recipe, costs, longest)
         self.steps_per_epoch = -(-len(self.rows) // recipe.train.batch_size)

@@ -4,12 +4,14 @@ import dataclasses
 import re
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from flashgrpo.grpo.recipe.load import recipe_to_toml
 from flashgrpo.grpo.rollout.generator import auto_generator, settle_generator
+from flashgrpo.grpo.rollout.vllm import generator as vllm_generator
 from flashgrpo.grpo.run.folder import newest_checkpoint
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.train import train
@@ -81,3 +83,14 @@ def test_what_was_chosen_stands_in_the_run(recipe, capsys):
     assert "generator: native (as when the run began)" in told
     assert "rollout.generator" not in told  # it has not changed
     assert newest_checkpoint(recipe.run.output) == Path(recipe.run.output) / "checkpoints" / "step_4"
+
+
+def test_an_engine_finds_what_a_restored_checkpoint_had_in_torchs_cache(recipe, monkeypatch):
+    """It must be free when vLLM starts, which was refused on resume alone."""
+    done = []
+    monkeypatch.setattr(vllm_generator, "require_vllm", lambda **_: "0.32.0")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(vllm_generator, "EngineGenerator", lambda *_: done.append("started"))
+    with open_world(recipe) as world:
+        vllm_generator.open_engine(recipe, SimpleNamespace(stop_token_ids=[]), world, 8, loaded=False)
+    assert done == ["emptied", "started"]

@@ -48,9 +48,8 @@ def test_what_is_lost_between_tensors_grows_with_them(generator, share):
 
 
 def test_the_largest_budget_leaves_what_the_allocator_loses():
-    """206k tokens of 7B with full checkpointing were said to fit 8 H200s, at 131 GB of tensors."""
+    """131 GB of tensors were said to fit an H200, of which an allocator would have had to find 144 to 157."""
     run = costs_of(model={"path": "none", "activation_checkpointing": "full"})
-    assert max(map(total, run.memory(206_000).values())) > MACHINES["h200"].memory
     largest = run.largest_budget()
     worst = max(run.memory(largest).values(), key=total)
     assert 1.1 * (total(worst) - worst["lost between tensors"] - worst["reserve"]) + worst["reserve"] <= 141e9
@@ -87,7 +86,7 @@ def test_the_users_own_settings_of_the_allocator_stay(gpu, monkeypatch, name):
 def test_segments_for_cuda_ipc_do_not_grow(gpu):
     run = costs_of(rollout={"generator": "vllm"})
     hold_reserve(CUDA, run.reserve, grows=run.generator != "vllm")
-    assert gpu == {"share": pytest.approx((80e9 - 3e9 - ASLEEP) / 80e9)}
+    assert gpu == {"settings": "expandable_segments:False", "share": pytest.approx((80e9 - 3e9 - ASLEEP) / 80e9)}
 
 
 # A2, B12: prefill, flash-attn.
@@ -129,8 +128,8 @@ def test_servers_take_nothing_here():
     assert {*run.memory(8192)["rollout"]} == {*run.state(), "weights on their way", "lost between tensors", "reserve"}
 
 
-def test_an_engine_does_not_pay_for_eager_operators():
-    seconds = {name: costs_of(rollout={"generator": name}).generate_s() for name in ("vllm", "native")}
+def test_an_engine_does_not_pay_for_launches():
+    seconds = {name: costs_of("Qwen2.5-1.5B", rollout={"generator": name}).generate_s() for name in ("vllm", "native")}
     assert seconds["vllm"] < seconds["native"] / 1.5
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.learn.balance import plan_packs
-from flashgrpo.grpo.recipe.load import SftRecipe, build_recipe
+from flashgrpo.grpo.recipe.load import SftRecipe, build_recipe, load_recipe
 from flashgrpo.grpo.recipe.schema import ModelSection
+from flashgrpo.grpo.run import costs
 from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.run.policy import open_policy
 from flashgrpo.grpo.stages.sft import SftTrainer, load_examples, sft
@@ -84,6 +85,18 @@ def test_loss_falls_and_the_model_answers(recipe):
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(model).config.model_type == "qwen3"
+
+
+def test_a_budget_that_is_left_open_holds_the_longest_row_and_stays(recipe, monkeypatch):
+    monkeypatch.setattr(costs, "CPU_BUDGET", 4)
+    recipe = changed(recipe, "train", token_budget="auto", epochs=1)
+    sft(recipe)
+    stored = Path(recipe.run.output) / "recipe.toml"
+    found = load_recipe(SftRecipe, stored).train.token_budget
+    assert 4 < found < 64
+    monkeypatch.setattr(costs, "CPU_BUDGET", 999)
+    sft(changed(recipe, "train", epochs=2), resume=True)
+    assert load_recipe(SftRecipe, stored).train.token_budget == found
 
 
 def test_every_example_is_seen_once_an_epoch(recipe, monkeypatch):
