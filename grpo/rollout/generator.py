@@ -58,7 +58,8 @@ def settle_generator(recipe: _R, world: World, resume: bool = False) -> _R:
     why = "as when the run began"
     if name not in ("native", "vllm"):
         name, why = world.on_main(lambda: auto_generator(world.device))
-    console.print(f"generator: {name} ({why})", markup=False, highlight=False, soft_wrap=True)
+    if world.device.type == "cuda":  # a CPU's run has no choice
+        console.print(f"generator: {name} ({why})", markup=False, highlight=False, soft_wrap=True)
     return dataclasses.replace(recipe, rollout=dataclasses.replace(recipe.rollout, generator=name))
 
 

@@ -126,7 +126,10 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
                 torch.cuda.set_device(device)
             # Objects and what is on the host go through gloo, so that nothing of theirs waits for the device.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            # With a device NCCL makes its communicators here, and those of subgroups in `_mesh`, where without one it
+            # would wait for the first collective: by then torch's cache has the memory that they need.
+            own = device if device.type == "cuda" else None
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=own)
             _compare_recipes(recipe, size)
             shard_ranks = getattr(getattr(recipe, "train", None), "shard_ranks", 0)  # of what is trained
             mesh = _mesh(device, size, shard_ranks or size, limit)

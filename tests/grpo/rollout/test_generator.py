@@ -76,12 +76,9 @@ def test_what_was_chosen_stands_in_the_run(recipe, capsys):
     assert recipe.rollout.generator == "auto"
     short = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=2))
     train(short)
-    assert "generator: native (the device is a CPU)" in capsys.readouterr().err
     assert 'generator = "native"' in (Path(recipe.run.output) / "recipe.toml").read_text()
     train(recipe, resume=True)
-    told = capsys.readouterr().err
-    assert "generator: native (as when the run began)" in told
-    assert "rollout.generator" not in told  # it has not changed
+    assert "generator" not in capsys.readouterr().err  # it has not changed
     assert newest_checkpoint(recipe.run.output) == Path(recipe.run.output) / "checkpoints" / "step_4"
 
 

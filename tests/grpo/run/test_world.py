@@ -1,6 +1,7 @@
 """What goes wrong on one rank ends all of them, soon, with one clear error; Ctrl-C stops them at the same step."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 import torch.distributed as dist
 
 import ranks
@@ -281,3 +283,24 @@ def test_two_nodes_go_on_without_a_rank_that_died_until_ctrl_c(recipe_file, cust
     steps = [row["step"] for row in read_rows(rows)]
     assert steps == [*range(1, len(steps) + 1)]
     assert json.loads((newest / "state.json").read_text())["step"] == len(steps) >= 6
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
+def test_nccl_is_given_the_device_when_the_group_is_made(device, backend, recipe, monkeypatch):
+    """It makes its communicators then, and those of subgroups with them: later the memory is torch's."""
+
+    class Called(Exception):
+        pass
+
+    def init(*arguments, **options):
+        raise Called(arguments, options["device_id"])
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr("flashgrpo.grpo.run.world.resolve_device", torch.device)
+    monkeypatch.setattr("torch.distributed.init_process_group", init)
+    here = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, device=device))
+    with pytest.raises(Called) as caught, open_world(here):
+        pass
+    own = torch.device("cuda", 3) if device == "cuda" else None
+    assert caught.value.args == ((backend,), own)
