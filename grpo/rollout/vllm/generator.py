@@ -17,7 +17,7 @@ from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RunInputError
 from flashgrpo.grpo.recipe.load import SamplingRecipe
 from flashgrpo.grpo.rollout.sync import DecoderSource, check_digests, shared_memory_parts, weight_shapes
 from flashgrpo.grpo.rollout.vllm.answers import DIGESTS, NOTHING, SERVED_MODELS
-from flashgrpo.grpo.rollout.vllm.launch import API_KEY, EngineOptions, OwnServers, check_length, require_vllm
+from flashgrpo.grpo.rollout.vllm.launch import API_KEY, EngineOptions, OwnServers, check_gpu, check_length, require_vllm
 from flashgrpo.grpo.rollout.vllm.nccl import NcclSender
 from flashgrpo.grpo.rollout.vllm.servers import ServerRefusal, VllmServers
 from flashgrpo.grpo.run.child import Child, own_environment
@@ -37,6 +37,7 @@ def open_engine(
     engines: list[EngineGenerator] = []
     # What a restored checkpoint has left in torch's cache would not be free for the engine; nothing without CUDA.
     torch.cuda.empty_cache()
+    world.everywhere(lambda: check_gpu(options, world.device))  # of all ranks, before the first engine loads
     console.print("starting vLLM", highlight=False)
     try:
         world.everywhere(
@@ -111,9 +112,11 @@ class EngineGenerator:
         with source.shared_pass(version, "vLLM", with_digests=is_first):
             if is_first:
                 self._call("expect_weights")
+            self._free_cache()  # the engine takes the memory of its weights back
             self._call("start_weight_update")
             for part in vllm_engine().ipc_parts(source) if self.on_gpu else shared_memory_parts(source):
                 self._call("update_weights", part)
+            self._free_cache()  # and that of its keys and values
             self._call("finish_weight_update", version)
             if is_first:
                 check_digests(source.digests or {}, self._call("weight_digests"))
@@ -145,8 +148,12 @@ class EngineGenerator:
         """End the process."""
         self.child.close()
 
+    def _free_cache(self) -> None:
+        """Give back what torch keeps for itself; not in between, where it is used again for each part."""
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
     def _call(self, method: str, *arguments: Any) -> Any:
-        torch.cuda.empty_cache()  # the engine takes its memory back; nothing without CUDA
         return self.child.call(method, *arguments, timeout_s=self.timeout_s)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import importlib.metadata
 import ipaddress
 import json
+import math
 import os
 import secrets
 import signal
@@ -130,6 +131,36 @@ class EngineOptions:
             else:
                 command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
         return command
+
+
+def check_gpu(options: EngineOptions, device: torch.device) -> None:
+    """Before an engine loads anything beside this process on its GPU. Raises RecipeError where less is free than vLLM
+    wants to find, by its own arithmetic (`request_memory`), which would end it minutes later; warns of an allocator
+    that is slow to share with it.
+    """
+    if device.type != "cuda":
+        return
+    share = options.engine_arguments()["gpu_memory_utilization"]
+    free, total = torch.cuda.mem_get_info(device)
+    wanted = math.ceil(total * share)
+    if free < wanted:
+        largest = math.floor(100 * free / total) / 100
+        raise RecipeError(
+            f"vLLM wants vllm.memory_share = {share:g} of the {total / 1e9:.1f} GB of {device} free when it starts, "
+            f"{wanted / 1e9:.1f} GB, and found {free / 1e9:.1f} GB: beside this process, which keeps "
+            f"{torch.cuda.memory_reserved(device) / 1e9:.1f} GB, it could have {largest:g} at most; lower it, end what "
+            "else runs there, shard over more GPUs, or sample with rollout.generator = native"
+        )
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(name, "").lower():
+            console.print(
+                f"{name} has expandable_segments: weights go to the engine by CUDA IPC, which opens such memory "
+                "slowly, and in a container without ptrace not at all; take it out where syncs are slow or fail",
+                style="yellow",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def check_length(max_model_len: int, longest_prompt: int, recipe: SamplingRecipe) -> None:

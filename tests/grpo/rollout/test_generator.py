@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.load import recipe_to_toml
+from flashgrpo.grpo.recipe.schema import VllmSection
 from flashgrpo.grpo.rollout.generator import auto_generator, settle_generator
 from flashgrpo.grpo.rollout.vllm import generator as vllm_generator
+from flashgrpo.grpo.rollout.vllm.launch import EngineOptions, check_gpu
 from flashgrpo.grpo.run.folder import newest_checkpoint
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.train import train
@@ -87,7 +90,48 @@ def test_an_engine_finds_what_a_restored_checkpoint_had_in_torchs_cache(recipe, 
     done = []
     monkeypatch.setattr(vllm_generator, "require_vllm", lambda **_: "0.32.0")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(vllm_generator, "check_gpu", lambda *_: done.append("asked"))
     monkeypatch.setattr(vllm_generator, "EngineGenerator", lambda *_: done.append("started"))
     with open_world(recipe) as world:
         vllm_generator.open_engine(recipe, SimpleNamespace(stop_token_ids=[]), world, 8, loaded=False)
-    assert done == ["emptied", "started"]
+    assert done == ["emptied", "asked", "started"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(free, total) in GB: what a card says."""
+
+    def make(free: float, total: float) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * 1e9), int(total * 1e9)))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 45_200_000_000)
+
+    return make
+
+
+def options(**vllm) -> EngineOptions:
+    return EngineOptions("model", "bfloat16", True, 64, 0, VllmSection(**vllm))
+
+
+def test_an_engine_that_would_not_find_its_memory_is_refused_before_it_loads(gpu):
+    """A 7B's trainer on two H100s, and half a card for vLLM."""
+    gpu(free=33.3, total=80)
+    message = (
+        r"memory_share = 0\.5 of the 80\.0 GB of cuda:0 free .*, 40\.0 GB, and found 33\.3 GB: .* keeps 45\.2 GB, "
+        r"it could have 0\.41 at most; lower it"
+    )
+    with pytest.raises(RecipeError, match=message):
+        check_gpu(options(), CUDA)
+    check_gpu(options(memory_share=0.41), CUDA)
+    with pytest.raises(RecipeError, match=r"memory_share = 0\.6 of"):  # what vLLM is told in the end
+        check_gpu(options(memory_share=0.1, options={"gpu_memory_utilization": 0.6}), CUDA)
+    check_gpu(options(), CPU)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_an_allocator_that_cuda_ipc_is_slow_with_is_told(name, gpu, monkeypatch, capsys):
+    gpu(free=79, total=80)
+    check_gpu(options(), CUDA)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(name, "max_split_size_mb:512,expandable_segments:True")
+    check_gpu(options(), CUDA)
+    assert capsys.readouterr().err.startswith(f"{name} has expandable_segments: weights go to the engine by CUDA IPC")
