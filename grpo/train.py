@@ -332,7 +332,10 @@ class Trainer(RunLoop):
         elif not off <= alarm:  # NaN, too
             fault = f"{off:.3g} off the trainer's on average (train.mismatch_alarm = {alarm})"
         if fault:
-            console.print(f"[yellow]step {self.step}: the sampler's log-probs are {fault}[/yellow]")
+            # On GPUs vLLM samples by code that its CPU build, which is tested, does not have (docs/vllm.md).
+            is_untested = self.device.type == "cuda" and self.recipe.rollout.generator.startswith("vllm")
+            hint = "; does VLLM_USE_V2_MODEL_RUNNER=0 mend it?" if is_untested and self.step == 1 else ""
+            console.print(f"[yellow]step {self.step}: the sampler's log-probs are {fault}{hint}[/yellow]")
 
         has_signal = metrics["grad_norm"] != 0 and metrics["groups/dead"] < 1
         self._steps_without_signal = 0 if has_signal else self._steps_without_signal + 1

@@ -15,6 +15,8 @@
 set -euo pipefail
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900 # seconds for a last checkpoint after a signal; torch before 2.13 gives 30
+# The network that the nodes meet over, where it is not the one that a host's name leads to: a start that hangs.
+# export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0
 source .venv/bin/activate
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 goes_on=

@@ -1,6 +1,7 @@
 """One update is the same on any number of ranks, micro-batches and copies of the model, to the last bits of fp32."""
 
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from flashgrpo.grpo.learn.learner import Learner, packed_loss
 from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.run.policy import open_sharded_model
-from flashgrpo.grpo.run.world import open_world
+from flashgrpo.grpo.run.world import World, open_world
+from flashgrpo.grpo.sampling import gather_groups
+from flashgrpo.grpo.types import Rollout, ScoredGroup, Scores
 from flashgrpo.model.sharding import full_tensors
 from runs import changed
 
@@ -206,3 +209,49 @@ def test_any_rollouts_on_any_layout(recipes, drawn, seed):
     ((expected, *parts),) = ranks.run(updates, 1, recipes["tied"], [[[groups]], *alone], rewards)
     for rank in ranks.run(updates, len(layout), recipes["tied"], [layout], rewards):
         assert_equal(rank[0], expected, summed=sum(norm for _, _, norm in parts))
+
+
+def gathered(recipe: Recipe) -> tuple[list[ScoredGroup], list[ScoredGroup], int, dict[str, int]]:
+    """This rank's groups, all ranks', this rank's tokens, and the bytes that it has sent of them by their kind."""
+    sent = {"arrays": 0, "pickled": 0}
+
+    class CountingWorld(World):
+        def gather(self, value):
+            sent["pickled"] += len(pickle.dumps(value))
+            return super().gather(value)
+
+        def gather_array(self, values):
+            sent["arrays"] += values.nbytes
+            return super().gather_array(values)
+
+    with open_world(recipe) as world:
+        own = [scored_group(number) for number in range(world.rank, 9, world.size)]
+        counting = CountingWorld(world.rank, world.size, world.device, world.mesh)
+        everyones = gather_groups(own, counting)
+    tokens = sum(len(rollout.completion_ids) for group in own for rollout in group.rollouts)
+    return own, everyones, tokens, sent
+
+
+def scored_group(number: int) -> ScoredGroup:
+    rng = np.random.default_rng(number)
+    prompt, rollouts = rng.integers(0, 152_000, 40).tolist(), []
+    for length in rng.integers(1, 4000, GROUP_SIZE):
+        ids, logprobs = rng.integers(0, 152_000, length), -rng.random(length, np.float32)
+        rollouts.append(Rollout(prompt, ids, logprobs, "stop", number, ((3, int(length)),), reflections=number))
+    return ScoredGroup(rollouts, Scores(rng.random(GROUP_SIZE), {"accuracy": [1.0] * GROUP_SIZE}))
+
+
+def test_completions_travel_between_ranks_in_8_bytes_a_token(recipe):
+    """As int32 and fp32; what is pickled of them does not grow with their length. Ranks may have unequal shares."""
+    told = ranks.run(gathered, 2, recipe)
+    for own, everyones, tokens, sent in told:
+        assert sent["arrays"] == 8 * tokens
+        assert sent["pickled"] < 250 * GROUP_SIZE * len(own)
+        wanted = [scored_group(number) for number in (0, 2, 4, 6, 8, 1, 3, 5, 7)]
+        for group, other in zip(everyones, wanted, strict=True):
+            assert np.array_equal(group.scores.rewards, other.scores.rewards)
+            for rollout, sampled in zip(group.rollouts, other.rollouts, strict=True):
+                for name, value in vars(sampled).items():
+                    found = getattr(rollout, name)
+                    assert np.array_equal(found, value) if isinstance(value, np.ndarray) else found == value
+                    assert getattr(found, "dtype", None) == getattr(value, "dtype", None)

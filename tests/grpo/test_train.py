@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from flashgrpo.grpo.run.folder import RunFolder, read_rows
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.sampling import Sampler
-from flashgrpo.grpo.train import train
+from flashgrpo.grpo.train import Trainer, train
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.checkpoint import CheckpointError
 from runs import assert_same_run, changed, checkpoint_of, rows_of
@@ -363,6 +365,23 @@ def test_log_probs_that_are_not_the_trainers_raise_an_alarm(recipe, options, off
     if not told:
         assert "the sampler's log-probs are" not in said
         assert row["mismatch/max"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("device", "generator", "step", "is_told"),
+    [("cuda", "vllm", 1, True), ("cuda", "vllm", 2, False), ("cuda", "native", 1, False), ("cpu", "vllm", 1, False)],
+)
+def test_log_probs_of_vllms_that_are_off_on_a_gpu_may_be_its_model_runners(
+    device, generator, step, is_told, recipe, capsys
+):
+    """On a CPU, where it is tested, vLLM has another one."""
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.recipe, trainer.device = changed(recipe, "rollout", generator=generator), torch.device(device)
+    trainer.step, trainer._steps_without_signal = step, 0
+    trainer._warn(SimpleNamespace(rollouts=[]), {"mismatch/mean": 0.2, "grad_norm": 1.0, "groups/dead": 0.0})
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"step {step}: the sampler's log-probs are 0.2 off the trainer's" in said
+    assert ("does VLLM_USE_V2_MODEL_RUNNER=0 mend it?" in said) == is_told
 
 
 def test_where_log_probs_cannot_be_compared_the_run_says_so(recipe, monkeypatch, capsys):

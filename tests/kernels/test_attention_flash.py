@@ -108,3 +108,110 @@ def test_flash_attn_that_is_not_installed_is_named(monkeypatch):
     q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
     with pytest.raises(ImportError, match=r"pip install .flash-attn"):
         packed_attention(q, q, q, torch.tensor([0, 4]), backend="flash_attn")
+
+
+# The two functions of flash-attn 2.8.3's extension that a call ends in, their arguments in order:
+# https://github.com/Dao-AILab/flash-attention/blob/v2.8.3/csrc/flash_attn/flash_api.cpp
+TENSOR, MAYBE, NONE = torch.Tensor, (torch.Tensor, type(None)), type(None)
+VARLEN_FWD = {
+    **dict(q=TENSOR, k=TENSOR, v=TENSOR, out_=MAYBE, cu_seqlens_q=TENSOR, cu_seqlens_k=TENSOR, seqused_k=MAYBE),
+    **dict(leftpad_k_=MAYBE, block_table_=MAYBE, alibi_slopes_=MAYBE, max_seqlen_q=int, max_seqlen_k=int),
+    **dict(p_dropout=float, softmax_scale=float, zero_tensors=bool, is_causal=bool, window_size_left=int),
+    **dict(window_size_right=int, softcap=float, return_softmax=bool, gen_=NONE),
+}
+VARLEN_BWD = {
+    **dict(dout=TENSOR, q=TENSOR, k=TENSOR, v=TENSOR, out=TENSOR, softmax_lse=TENSOR, dq_=MAYBE, dk_=MAYBE, dv_=MAYBE),
+    **dict(cu_seqlens_q=TENSOR, cu_seqlens_k=TENSOR, alibi_slopes_=MAYBE, max_seqlen_q=int, max_seqlen_k=int),
+    **dict(p_dropout=float, softmax_scale=float, zero_tensors=bool, is_causal=bool, window_size_left=int),
+    **dict(window_size_right=int, softcap=float, deterministic=bool, gen_=NONE, rng_state=MAYBE),
+}
+
+
+def checked(wanted: dict, given: list) -> SimpleNamespace:
+    """The arguments by name, after what pybind11 and the function's own TORCH_CHECKs say of them."""
+    assert len(given) == len(wanted)
+    for (name, kind), value in zip(wanted.items(), given, strict=True):
+        assert isinstance(value, kind), f"{name} is {value!r}"
+        assert kind is bool or type(value) is not bool, f"{name} is {value!r}"
+    found = SimpleNamespace(**dict(zip(wanted, given, strict=True)))
+    (total_q, heads, head_dim), (total_k, kv_heads, _) = found.q.shape, found.k.shape
+    assert found.q.dtype in (torch.bfloat16, torch.float16)
+    assert head_dim % 8 == 0
+    assert head_dim <= 256
+    assert heads % kv_heads == 0
+    for name in ("q", "k", "v", "out", "dout", "dq_", "dk_", "dv_"):
+        if (x := getattr(found, name, None)) is not None:
+            rows = (total_k, kv_heads) if name[:2] in ("k", "v", "dk", "dv") else (total_q, heads)
+            assert (x.dtype, x.stride(-1), x.shape) == (found.q.dtype, 1, (*rows, head_dim)), name
+    for offsets, longest, total in (
+        (found.cu_seqlens_q, found.max_seqlen_q, total_q),
+        (found.cu_seqlens_k, found.max_seqlen_k, total_k),
+    ):
+        assert offsets.dtype == torch.int32
+        assert offsets.is_contiguous()
+        assert offsets.shape == found.cu_seqlens_q.shape
+        assert (offsets[0], offsets[-1]) == (0, total)
+        assert longest >= offsets.diff().max()
+    return found
+
+
+class FlashAttnVarlenFunc(torch.autograd.Function):
+    """flash-attn's, of flash_attn_interface.py: what it passes on, and where from."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, window, softcap, deterministic):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        options = [dropout, scale, False, causal, *window, softcap]
+        checked(VARLEN_FWD, [q, k, v, None, cu_q, cu_k, *[None] * 4, max_q, max_k, *options, False, None])
+        with torch.enable_grad():
+            ctx.inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            offsets = cu_q, cu_k, max_q, max_k
+            ctx.out = varlen(*ctx.inputs, *offsets, softmax_scale=scale, causal=causal, deterministic=deterministic)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        ctx.rest = lse, offsets, options, deterministic
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        (d_out,) = gradients
+        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        lse, (cu_q, cu_k, max_q, max_k), options, deterministic = ctx.rest
+        tensors = [*ctx.inputs, ctx.out, lse, *map(torch.empty_like, ctx.inputs), cu_q, cu_k, None]
+        state = torch.empty(2, dtype=torch.int64)
+        checked(VARLEN_BWD, [d_out, *tensors, max_q, max_k, *options, deterministic, None, state])
+        return *torch.autograd.grad(ctx.out, ctx.inputs, d_out), *[None] * 10
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+    causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+    return_attn_probs=False, block_table=None,
+):  # fmt: skip
+    """flash-attn's, by its own signature."""
+    assert (alibi_slopes, return_attn_probs, block_table) == (None, False, None)
+    offsets = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    options = dropout_p, softmax_scale, causal, window_size, softcap, deterministic
+    return FlashAttnVarlenFunc.apply(q, k, v, *offsets, *options)
+
+
+@pytest.mark.parametrize("d_out_is", ["whole", "of every other head", "transposed"])
+@pytest.mark.parametrize(("lengths", "prefix"), [FAMILIES, EMPTY_PROMPT, ([1, 1, 1], [-1, 0, 0])])
+def test_what_flash_attns_extension_is_given(lengths, prefix, d_out_is, monkeypatch):
+    """In number, order, type and layout as its C++ says, also where v is a part of a joint projection."""
+    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    total = sum(lengths)
+    joint = torch.randn(total, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = joint.split([4, 2, 2], dim=1)
+    assert not v.is_contiguous()
+    offsets = torch.tensor([0, *accumulate(lengths)])
+    out = packed_attention(q, k, v, offsets, torch.tensor(prefix), max_seqlen=max(lengths), backend="flash_attn")
+    d_out = {
+        "whole": torch.randn(total, 4, 8),
+        "of every other head": torch.randn(total, 8, 8)[:, ::2],
+        "transposed": torch.randn(8, 4, total).T,
+    }[d_out_is]
+    (d_joint,) = torch.autograd.grad(out, joint, d_out.bfloat16())
+    assert d_joint.isfinite().all()
+    assert d_joint.any()
+    assert (len(VARLEN_FWD), len(VARLEN_BWD)) == (21, 24)
