@@ -4,7 +4,7 @@ import socket
 import threading
 import urllib.parse
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import torch
@@ -14,10 +14,30 @@ from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.rollout.vllm.servers import VllmServers
 
 
+class _Receivers:
+    """The servers, as vLLM's end of a transfer asks for them; what they refuse is told at once."""
+
+    def __init__(self, servers: VllmServers):
+        self.init_weight_transfer_engine = servers.init_weight_transfer_engine
+        self.start_weight_update = servers.start_weight_update
+        self.finish_weight_update = servers.finish_weight_update
+        self._update_weights = servers.update_weights
+        self.refused: Future[Any] = Future()
+
+    def update_weights(self, update_info: Any) -> None:
+        """Beside the broadcast, which would wait for the workers of a server that has given up."""
+        try:
+            self._update_weights(update_info)
+        except Exception as error:
+            self.refused.set_exception(error)
+            raise
+
+
 class NcclSender:
     """Rank 0's end of a group with the servers that live when it is made, and have told of their workers.
 
-    NCCL waits for ever: what takes longer than `timeout_s` is left behind, and the group with it.
+    NCCL waits for ever: what takes longer than `timeout_s`, or a server refuses meanwhile, is left behind, and the
+    group with it.
     """
 
     def __init__(
@@ -25,9 +45,10 @@ class NcclSender:
     ):
         self.device, self.timeout_s = device, timeout_s
         self._group: Any = None
+        self._receivers = _Receivers(servers)
         address, port = _own_address(servers.urls)
         world_size = 1 + servers.num_workers
-        self._group = self._in_time(lambda: engine.open_nccl(servers, source, address, port, world_size))
+        self._group = self._in_time(lambda: engine.open_nccl(self._receivers, source, address, port, world_size))
 
     def send(self, source: DecoderSource) -> None:
         """All weights, in one update of the servers'."""
@@ -51,11 +72,15 @@ class NcclSender:
                 outcome.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
-        if wait([outcome], self.timeout_s).done:
+        refused = self._receivers.refused
+        wait([outcome, refused], self.timeout_s, FIRST_COMPLETED)
+        if outcome.done():
             return outcome.result()
         if self._group is not None:
             self.close()
             wait([outcome], self.timeout_s)  # it is still iterating the weights
+        if refused.done():
+            return refused.result()
         raise GeneratorFailure(f"the servers had not done their part over NCCL within {self.timeout_s:g} s")
 
 

@@ -191,6 +191,24 @@ def test_a_server_that_stops_in_the_middle_is_given_up(servers, network, bucket)
     assert made.weight_version == -1
 
 
+def test_a_server_that_refuses_in_the_middle_is_not_waited_for(servers, network, bucket, monkeypatch):
+    """Its reason is told, though the trainer waits in NCCL for workers that will take no more."""
+    bucket(SMALL)
+    _, source = model_and_source(tied=False)
+    made, (worker,) = servers(1)  # with 20 s
+
+    def load_weights(_, weights):
+        if "model.layers.1" in weights[0][0]:
+            raise ValueError("no such layer")
+
+    monkeypatch.setattr(type(worker.model), "load_weights", load_weights)
+    start = time.monotonic()
+    with pytest.raises(SyncError, match=r"answered 500: ValueError: no such layer"):
+        made.load_weights(source, 1)
+    assert time.monotonic() - start < 10
+    assert network.aborted == [0]
+
+
 def test_an_engine_that_stops_in_the_middle_is_given_up(engine, bucket):
     bucket(SMALL)
     _, source = model_and_source(tied=False)
