@@ -132,12 +132,7 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=own)
             _compare_recipes(recipe, size)
             shard_ranks = getattr(getattr(recipe, "train", None), "shard_ranks", 0)  # of what is trained
-            mesh = _mesh(device, size, shard_ranks or size, limit)
-            if device.type == "cuda" and size > 1:
-                # NCCL takes its buffers at a group's first collective: now, not when torch holds the rest of the card.
-                for group in mesh.get_all_groups():
-                    dist.all_reduce(torch.zeros(1, device=device), group=group)
-            yield World(rank, size, device, mesh)
+            yield World(rank, size, device, _mesh(device, size, shard_ranks or size, limit))
     except Exception as error:  # whatever it is, it is raised again below, once it is known which ranks tell it
         is_lost = misses_a_rank(error)
         if is_lost:
