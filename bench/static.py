@@ -26,19 +26,21 @@ from triton.runtime.jit import JITFunction, MockTensor, create_function_from_sig
 
 from flashgrpo.bench.timing import ROOT, Row, markdown, option_parser, publish
 from flashgrpo.grpo.run.progress import console
-from flashgrpo.kernels import attention, attention_plan, decode_attention, logprob, loss_triton
+from flashgrpo.kernels import attention, attention_plan, decode_attention, elementwise, logprob, loss_triton
 from flashgrpo.kernels.loss_config import LossInputs
 
 RESULTS = ROOT / "bench" / "results" / "static.json"
 TARGETS = {f"sm_{x}": GPUTarget("cuda", x, 32) for x in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
+HEADS, HIDDEN_SIZE = 36, 4096  # of a decoder of 7 or 8 billion weights
 _MATRIX = re.compile(r"[HQ]GMMA|HMMA|UTC\w*MMA|v_mfma")
 _LOAD = re.compile(r"\b(LDG|LDGSTS|UTMALDG)\.|\b(global|buffer)_load_")
 _WIDE = re.compile(r"\bLDG\w*\..*\.128|\bUTMALDG|(global|buffer)_load_dwordx4")
 _SPILL, _END = re.compile(r"\b(LDL|STL|scratch_load|scratch_store)"), re.compile(r"\bEXIT\b|s_endpgm")
 _HEADS = 6  # of queries, of a kv head: those of Qwen2.5-1.5B
 _POINTERS = {
-    torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits x "
+    torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits x residual weight normed "
+    "summed d_normed d_summed d_x q_weight k_weight qkv out d_q d_k d_v d_qkv gate_up product d_product "
     "prompt_k_ptr prompt_v_ptr own_k_ptr own_v_ptr",
     torch.int32: "tiles_ptr target_cu_seqlens first_rows prompt_start prompt_length group place length",
     torch.int64: "targets sequence_ids sources",
@@ -46,11 +48,12 @@ _POINTERS = {
     torch.float32: "acc_ptr sums_ptr peaks_ptr "
     "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks "
     "log_totals loss d_logprobs d_entropies rewards old_logprobs ref_logprobs behavior_logprobs partials metrics "
-    "token_advantages token_lengths denominator_tensor factors",
+    "token_advantages token_lengths denominator_tensor factors cos sin",
 }
 _COUNTS = (
     "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n "
-    "num_sequences num_blocks first_row num_rows num_rewards width "
+    "num_sequences num_blocks first_row num_rows num_rewards width rows_each num_partials "
+    "qkv_stride out_stride "
     "room num_groups tiles prompt_splits own_splits"
 )
 ARGUMENTS: dict[str, Any] = dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
@@ -121,6 +124,18 @@ def launches(target: str) -> Iterator[Launch]:
     yield Launch(loss_triton._advantage_kernel, target, None, row)
     yield Launch(loss_triton._grpo_loss_kernel, target, None, row)
     yield Launch(loss_triton._sum_blocks_kernel, target, None, {"ROWS": loss_triton._ROWS})
+    for dim in (64, 128):
+        options = elementwise.rope_options(HEADS, dim)
+        yield Launch(elementwise._rope_fwd_kernel, target, dim, options)
+        yield Launch(elementwise._rope_bwd_kernel, target, dim, options)
+    row = elementwise.row_options(HIDDEN_SIZE)
+    yield Launch(elementwise._rms_norm_fwd_kernel, target, None, row)
+    yield Launch(elementwise._rms_norm_bwd_kernel, target, None, row)
+    row = {"ROWS": elementwise.SUM_ROWS, "COLUMNS": elementwise.SUM_COLUMNS}
+    yield Launch(elementwise._sum_partials_kernel, target, None, row)
+    row = {"BLOCK": elementwise.SWIGLU_BLOCK}
+    yield Launch(elementwise._swiglu_fwd_kernel, target, None, row)
+    yield Launch(elementwise._swiglu_bwd_kernel, target, None, row)
 
 
 def _read(assembly: Any) -> tuple[list[str], list[str], list[tuple[int, int]]]:

@@ -88,33 +88,36 @@ class BlockActivations:
         prompt, own, size = group or (1.0, 0.0, 1)
         tokens = prompt + size * own
         keys = (prompt + size * (prompt + own)) / tokens  # with copies, a token of the pack
-        working = itemsize * 5 * mlp + 2 * hidden  # in the MLP
-        if attention == "triton":  # q and k after RoPE, and v, which else is part of the product
-            inputs = itemsize * (q + kv + (0 if config.qk_norm else kv))
-        elif attention == "flash":
-            inputs = itemsize * (q + 2 * keys * kv)
+        joint = itemsize * (q + 2 * kv)
+        norms = 0.0
+        # In the MLP: d_product, in whose place the kernel puts the product. The twin has d_gate_up and that beside it.
+        working = itemsize * mlp * (4 if attention == "cpu" else 1) + 2 * hidden
+        if attention == "cpu":  # copies with their indices, a mask of floats, and the output in order
+            mask = size * own * (prompt + own) / tokens
+            inputs = itemsize * (q + 2 * keys * kv + mask + q) + 8 * (1 + keys + 1)
+            norms = 2 * 4 + (4 * (config.num_heads + config.num_kv_heads) + joint if config.qk_norm else 0)
+        else:  # q and k in the place of the product, which has v, or beside it
+            inputs = joint + (itemsize * (q + kv) if config.qk_norm else 0)
+        if attention == "flash":
+            inputs += itemsize * 2 * keys * kv
             # flash_api.cpp: dq in fp32 with 128 more rows a sequence, and dk and dv for every head of q; then their
             # sums over a prompt's copies in fp32.
             padded = 4 * (1 + 128 * (size + 1) / tokens) * q
             attending = itemsize * 2 * q + padded + itemsize * 2 * keys * (q + kv) + 4 * keys * kv
             working = max(working, attending)
-        else:  # copies with their indices, a mask of floats, and the output in order
-            mask = size * own * (prompt + own) / tokens
-            inputs = itemsize * (q + 2 * keys * kv + mask + q) + 8 * (1 + keys + 1)
-        normed = 4 * (config.num_heads + config.num_kv_heads) + itemsize * (q + 2 * kv) if config.qk_norm else 0
-        everything = 4 * hidden + 2 * 4 + normed + inputs + attended + itemsize * 2 * mlp
+        everything = 4 * hidden + norms + inputs + attended + itemsize * 2 * mlp
         kept = {"none": everything, "selective": 3 * hidden + products + attended, "full": hidden}[checkpointing]
-        reused = attended + itemsize * 2 * mlp + (itemsize * (q + 2 * kv) if config.qk_norm else 0)
+        # What a recomputed block has of what is kept: on a GPU at least v.
+        of_product = joint if config.qk_norm else 0 if attention == "cpu" else itemsize * kv
+        reused = attended + itemsize * 2 * mlp + of_product
         recomputed = {"none": 0, "selective": everything - hidden - reused, "full": everything - hidden}[checkpointing]
         return cls(kept, recomputed, working)
 
 
 @dataclass(frozen=True)
 class BlockPasses:
-    """Bytes a token that a block's elementwise operators on a GPU read and write, products and attention left out.
-
-    Counted in passes over a token's row, by its width: SwiGLU's over intermediate_size; those of norms, residuals and
-    RoPE over hidden_size, which stands for q's, k's and v's, too; QK norm's over q and k.
+    """Bytes a token that a block's elementwise work on a GPU reads and writes, products and attention left out: the
+    passes that kernels/elementwise.py counts.
     """
 
     forward: float
@@ -124,8 +127,9 @@ class BlockPasses:
     def of(cls, config: ModelConfig, itemsize: int) -> "BlockPasses":
         """Those of model/decoder.py for tensors of `itemsize` bytes."""
         hidden, mlp = itemsize * config.hidden_size, itemsize * config.intermediate_size
-        qk = itemsize * (config.q_size + config.kv_size) * config.qk_norm
-        return cls(forward=18 * hidden + 5 * mlp + 6 * qk, backward=60 * hidden + 18 * mlp + 19 * qk)
+        qk, kv = itemsize * (config.q_size + config.kv_size), itemsize * config.kv_size
+        forward = 9 * hidden + 2 * qk + 3 * mlp
+        return cls(forward, backward=8 * hidden + (3 if config.qk_norm else 2) * qk + 2 * kv + 6 * mlp)
 
 
 @functools.cache

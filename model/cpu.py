@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashgrpo.kernels.common import backward_once
-from flashgrpo.model.decoder import KEPT_OPERATORS, MLP, Decoder, SelfAttention
+from flashgrpo.kernels.elementwise_torch import apply_rope
+from flashgrpo.model.decoder import KEPT_OPERATORS, MLP, Decoder, RMSNorm, SelfAttention
 from flashgrpo.model.threads import Threads
 
 # Read at MKL's first product. Without it the bits of a product of few rows depend on the number of threads, and a run
@@ -61,21 +62,24 @@ class Linear(nn.Linear):
         return product(input, self.weight, self.bias)
 
 
-class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` through `rms_norm`."""
-
-    eps: float  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+class CPURMSNorm(RMSNorm):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        summed = x if residual is None else residual + x
+        return rms_norm(summed, self.weight, self.eps), summed
 
 
 class _SelfAttention(SelfAttention):
-    def norm_heads(self, qk: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm) -> Tensor:
+    def rotate(self, qkv: Tensor, cos: Tensor, sin: Tensor, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
         """One norm of all heads: operators cost more here than copies."""
-        assert q_norm.eps is not None
-        weights = q_norm.weight.expand(self.num_heads, -1), k_norm.weight.expand(self.num_kv_heads, -1)
-        return rms_norm(qk, torch.cat(weights), q_norm.eps)
+        heads = self.num_heads, self.num_kv_heads
+        qk, v = qkv.split((sum(heads), self.num_kv_heads), dim=1)
+        if norm := self.qk_norm:
+            weights = norm.q_weight.expand(self.num_heads, -1), norm.k_weight.expand(self.num_kv_heads, -1)
+            qk = rms_norm(qk, torch.cat(weights), norm.eps)
+        else:
+            v = v.contiguous()  # a view would keep q and k for the backward pass, too
+        q, k = apply_rope(qk, cos, sin).split(heads, dim=1)
+        return q, k, v
 
 
 def product(
@@ -209,7 +213,7 @@ _ON_CPU: dict[type, type] = {
     Decoder: _Decoder,
     nn.Embedding: _Embedding,
     nn.Linear: Linear,
-    nn.RMSNorm: RMSNorm,
+    RMSNorm: CPURMSNorm,
     SelfAttention: _SelfAttention,
     MLP: CPUMLP,
 }

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.common import accumulation_dtype, backward_once
+from flashgrpo.kernels.elementwise import QKNorm, rms_norm, rope, swiglu, swiglu_backward
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.config import ModelConfig
-from flashgrpo.model.rope import apply_rope, rotary_cos_sin
+from flashgrpo.model.rope import rotary_cos_sin
 
 # (layer index, q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim]) -> [n, num_heads, head_dim];
 # q and k come after QK norm and RoPE
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
         hidden = self.model.embed_tokens(input_ids)
         for index, block in enumerate(self.model.layers):
             hidden = block(hidden, cos, sin, attend, index, self.activation_checkpointing)
-        return self.model.norm(hidden)
+        return self.model.norm(hidden)[0]
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compiles each block of `forward`, for any number of tokens; parameter names stay. Meant for CUDA."""
@@ -143,7 +144,18 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """The norm of x, or of x added to the residual stream, and that stream for what follows."""
+
+    eps: float  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Block(nn.Module):
@@ -151,9 +163,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -169,14 +181,19 @@ class Block(nn.Module):
             return self.transform(hidden, cos, sin, attend, index)
         recompute = functools.partial(checkpoint, self.transform, use_reentrant=False, preserve_rng_state=False)
         if checkpointing == "selective":
-            return recompute(hidden, cos, sin, attend, index, context_fn=_keep_products)
+            return recompute(hidden, cos, sin, attend, index, overwrite=False, context_fn=_keep_products)
         if checkpointing != "full":
             raise ValueError(f"activation_checkpointing is {checkpointing!r}; wanted none, selective or full")
         return recompute(hidden, cos, sin, attend, index)
 
-    def transform(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attend, index)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def transform(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int, overwrite: bool = True
+    ) -> Tensor:
+        """`overwrite` lets RoPE take the place of the product that it turns; a checkpoint that keeps that does not."""
+        normed, hidden = self.input_layernorm(hidden)
+        attended = self.self_attn(normed, cos, sin, attend, index, overwrite)
+        normed, hidden = self.post_attention_layernorm(attended, hidden)
+        return hidden + self.mlp(normed)
 
 
 class SelfAttention(nn.Module):
@@ -188,25 +205,29 @@ class SelfAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int) -> Tensor:
-        heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv_proj(hidden).unflatten(1, (sum(heads) + self.num_kv_heads, -1))
-        qk, v = qkv.split((sum(heads), self.num_kv_heads), dim=1)
-        if self.q_norm is None or self.k_norm is None:
-            v = v.contiguous()  # a view would keep q and k for the backward pass, too
-        else:
-            qk = self.norm_heads(qk, self.q_norm, self.k_norm)
-        q, k = apply_rope(qk, cos, sin).split(heads, dim=1)
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, index: int, overwrite: bool = True
+    ) -> Tensor:
+        num_heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = self.qkv_proj(hidden).unflatten(1, (num_heads, -1))
+        q, k, v = self.rotate(qkv, cos, sin, overwrite)
         return self.o_proj(attend(index, q, k, v).flatten(1))
 
-    def norm_heads(
+    def rotate(
         self,
-        qk: Tensor,  # [n, num_heads + num_kv_heads, head_dim]
-        q_norm: nn.RMSNorm,
-        k_norm: nn.RMSNorm,
-    ) -> Tensor:
-        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
-        return torch.cat((q_norm(q), k_norm(k)), dim=1)
+        qkv: Tensor,  # [n, num_heads + 2 * num_kv_heads, head_dim]
+        cos: Tensor,
+        sin: Tensor,
+        overwrite: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return rope(qkv, cos, sin, self.num_heads, self.qk_norm, overwrite=overwrite)
+
+    @property
+    def qk_norm(self) -> QKNorm | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        assert self.q_norm.eps is not None
+        return QKNorm(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -221,8 +242,7 @@ class SwiGLU(torch.autograd.Function):
         gate_up = product(x, gate_up_weight)
         ctx.save_for_backward(x, gate_up, gate_up_weight, down_weight)
         ctx.product = product
-        gate, up = gate_up.chunk(2, dim=1)
-        return product(F.silu(gate).mul_(up), down_weight)
+        return product(swiglu(gate_up), down_weight)
 
     @staticmethod
     @backward_once
@@ -230,12 +250,9 @@ class SwiGLU(torch.autograd.Function):
         (d_out,) = grad_outputs
         x, gate_up, gate_up_weight, down_weight = ctx.saved_tensors
         product = ctx.product
-        gate, up = gate_up.chunk(2, dim=1)
-        silu = F.silu(gate)
-        d_down_weight = product(d_out.T, (silu * up).T)
-        d_product = product(d_out, down_weight.T)
-        d_up = silu.mul_(d_product)
-        d_gate_up = torch.cat((torch.ops.aten.silu_backward(d_product.mul_(up), gate), d_up), dim=1)
+        d_gate_up, activated = swiglu_backward(gate_up, product(d_out, down_weight.T))
+        d_down_weight = product(d_out.T, activated.T)
+        del activated
         return product(d_gate_up, gate_up_weight.T), product(d_gate_up.T, x.T), d_down_weight, None
 
 
@@ -251,8 +268,7 @@ class MLP(nn.Module):
         weights = self.gate_up_proj.weight, self.down_proj.weight
         if torch.is_grad_enabled():
             return SwiGLU.apply(hidden, *weights, self.product)
-        gate, up = self.product(hidden, weights[0]).chunk(2, dim=1)
-        return self.product(F.silu(gate).mul_(up), weights[1])
+        return self.product(swiglu(self.product(hidden, weights[0])), weights[1])
 
 
 # What selective checkpointing keeps: products and attention, flash-attn's too. model/cpu.py adds its product.

@@ -28,15 +28,6 @@ def rotary_cos_sin(
     return (cos, sin) if rope.scale == 1 else (cos * rope.scale, sin * rope.scale)
 
 
-def apply_rope(
-    x: Tensor,  # [n, num_heads, head_dim]
-    cos: Tensor,  # [n, 1, head_dim]
-    sin: Tensor,  # [n, 1, head_dim]
-) -> Tensor:
-    """x rotated, in x's dtype; computed in fp32 or better and rounded once."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
-
-
 @functools.cache
 def _signed_frequencies(rope: Rope, device: torch.device) -> Tensor:
     """Minus the frequencies, then the frequencies, [head_dim]; cached, so that no step copies it to the device."""

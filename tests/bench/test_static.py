@@ -15,7 +15,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from flashgrpo.bench.static import RESULTS, TARGETS, compile_row, launches
-from flashgrpo.kernels import attention, decode_attention
+from flashgrpo.kernels import attention, decode_attention, elementwise
 from flashgrpo.kernels.decode_attention import DecodeRows
 from flashgrpo.kernels.logprob import TritonRows
 from flashgrpo.kernels.loss_config import LossConfig, LossInputs
@@ -27,6 +27,17 @@ ROWS = {(row["kernel"], row["target"], row["head_dim"]): row for row in RECORDED
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 MATMULS = ("_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel")
+ELEMENTWISE = (
+    ("_rope_fwd_kernel", 64),
+    ("_rope_fwd_kernel", 128),
+    ("_rope_bwd_kernel", 64),
+    ("_rope_bwd_kernel", 128),
+    ("_rms_norm_fwd_kernel", None),
+    ("_rms_norm_bwd_kernel", None),
+    ("_sum_partials_kernel", None),
+    ("_swiglu_fwd_kernel", None),
+    ("_swiglu_bwd_kernel", None),
+)
 ROW_KERNELS = ("_logprob_fwd_kernel", "_logprob_bwd_kernel", "_row_loss_kernel")
 WORST = [
     ("_attention_fwd_kernel", 128),
@@ -35,6 +46,9 @@ WORST = [
     ("_attention_bwd_dkv_kernel", 256),
     ("_decode_split_kernel", 128),
     *((kernel, None) for kernel in (*ROW_KERNELS, "_grpo_loss_kernel")),
+    ("_rope_bwd_kernel", 128),
+    ("_rms_norm_bwd_kernel", None),
+    ("_swiglu_bwd_kernel", None),
 ]
 
 
@@ -70,6 +84,11 @@ def test_a_chip_runs_every_kernel(target):
     assert forward["global_loads"] == forward["global_loads_16_byte"] > 0
     assert backward["global_loads_16_byte"] == forward["global_loads_16_byte"]
     assert fused["global_loads"] == fused["global_loads_16_byte"] == forward["global_loads"]
+    for key in ELEMENTWISE:
+        row = rows[key[0], target, key[1]]
+        if target.startswith("sm_"):
+            assert row["global_loads"] == row["global_loads_16_byte"] > 0, key
+        assert not row["stack_bytes"], key
 
 
 @pytest.mark.skipif(triton.__version__ != RECORDED["triton"], reason="figures are those of another Triton")
@@ -90,7 +109,7 @@ def products(kernel):
 
     That is a set of names of arguments, special registers, and "load" for what was read from memory.
     """
-    launch = find_launch(kernel, 128 if re.search("attention|decode", kernel) else None)
+    launch = find_launch(kernel, 128 if re.search("attention|decode|rope", kernel) else None)
     _, signature, *_ = launch.specialise()
     arguments = []
     for name, kind in signature.items():  # a tuple's entries are arguments of their own
@@ -131,6 +150,12 @@ def products(kernel):
         ("_row_loss_kernel", "ctaid.x", "d_row_stride"),
         ("_move_rows_kernel", "ctaid.x", "row_stride"),
         ("_scale_kernel", "ctaid.x", "row_stride"),
+        ("_rms_norm_fwd_kernel", "ctaid.x", "width"),
+        ("_rms_norm_bwd_kernel", "ctaid.x", "width"),
+        ("_swiglu_fwd_kernel", "ctaid.x", "width"),
+        ("_swiglu_bwd_kernel", "ctaid.x", "width"),
+        *(("_rope_fwd_kernel", "ctaid.x", f"{name}_stride") for name in ("qkv", "out")),
+        *(("_rope_bwd_kernel", "ctaid.x", f"{name}_stride") for name in ("qkv", "q", "k", "v")),
         *((kernel, "load", f"{name}_stride") for kernel in MATMULS for name in "qkv"),
         *((kernel, "load", "num_heads") for kernel in MATMULS),
         *((kernel, "ctaid.x", "total_tokens") for kernel in MATMULS),
@@ -192,6 +217,17 @@ def test_sizes_do_not_recompile(compiled_keys):
         RowLoss(inputs, values, rng.random()).take(logits, 0, logits)
         live_rows(logits, (torch.arange(n) % 2).to(torch.int8), n // 2)
         scale_rows(logits, values[0])
+
+        # Only the number of rows changes in a run; 600 rows are more than there are partial sums.
+        n = rng.choice([1, 16, rng.randint(1, 600)])
+        x, qkv, table = torch.zeros(n, 48), torch.zeros(n, 8, 16), torch.zeros(n, 1, 16)
+        elementwise._rms_norm_fwd(x, x, x[0], 1e-6)
+        elementwise._rms_norm_bwd(x, x, x, x[0], 1e-6)
+        norm = elementwise.QKNorm(qkv[0, 0], qkv[0, 0], 1e-6)
+        elementwise._rope(qkv, table, table, *norm, 4, rng.choice([False, True]))
+        elementwise._rope_bwd(qkv[:, :4], qkv[:, 4:6], qkv[:, 6:], table, table, [qkv, *norm[:2]], 1e-6)
+        product = elementwise._swiglu_fwd(x)
+        elementwise._swiglu_bwd(x, product)
 
         total = rng.choice([rng.randint(1, 700), 16 * rng.randint(1, 40)])
         kv_heads, ratio = rng.choice([1, 2, 8]), rng.choice([1, 4, 16])

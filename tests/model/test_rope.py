@@ -5,7 +5,8 @@ import torch
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from flashgrpo.model.rope import apply_rope, rotary_cos_sin
+from flashgrpo.kernels.elementwise_torch import apply_rope
+from flashgrpo.model.rope import rotary_cos_sin
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}

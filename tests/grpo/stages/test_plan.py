@@ -3,11 +3,13 @@
 import ast
 import ctypes
 import dataclasses
+import functools
 import gc
 import json
 import os
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,10 +33,11 @@ from flashgrpo.grpo.run.progress import Clock
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.stages.plan import plan, plan_recipe
 from flashgrpo.grpo.train import Trainer
-from flashgrpo.kernels import attention
+from flashgrpo.kernels import attention, elementwise
 from flashgrpo.model.checkpoint import init_decoder, save_checkpoint
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.cost import BlockActivations, ModelSize
+from flashgrpo.model.decoder import Decoder
 
 SHAPE = {
     "model_type": "qwen3", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
@@ -78,11 +81,11 @@ def make_batch(prompt: int, response: int, group: int, num_groups: int, vocab_si
     return build_batch(groups)
 
 
-def block_bytes_a_token(shape: dict, checkpointing: str) -> float:
+def block_bytes_a_token(shape: dict, checkpointing: str, make_decoder: Callable[[ModelConfig], Decoder]) -> float:
     """Of one more block: what a forward pass has allocated and not freed, saved by autograd or by checkpointing."""
     found = []
     for num_layers in (1, 3):
-        model = init_decoder(ModelConfig.from_dict(shape | {"num_hidden_layers": num_layers}), seed=0)
+        model = make_decoder(ModelConfig.from_dict(shape | {"num_hidden_layers": num_layers}))
         model.activation_checkpointing = checkpointing
         batch = make_batch(PROMPT, RESPONSE, GROUP, NUM_GROUPS, shape["vocab_size"])
         model(batch)  # caches
@@ -103,17 +106,19 @@ def block_bytes_a_token(shape: dict, checkpointing: str) -> float:
 @pytest.mark.parametrize("name", ["qwen3", "llama", "biases"])
 @pytest.mark.parametrize("path", ["cpu", "kernels"])
 def test_activations_are_those_that_the_decoder_keeps(name, checkpointing, path, monkeypatch):
-    """On a GPU, too, but for the bytes of an element: the kernel's inputs and outputs, here of no kernel at all."""
-    attention_of = "cpu"
+    """On a GPU, too, but for the bytes of an element: the kernels' inputs and outputs, here of no kernel at all."""
+    attention_of, make_decoder = "cpu", functools.partial(init_decoder, seed=0)
     if path == "kernels":
-        attention_of, kernel = "triton", lambda *arguments, **options: None
-        monkeypatch.setattr(attention, "by_triton", lambda _: True)
+        attention_of, make_decoder, kernel = "triton", Decoder, lambda *arguments, **options: None
+        for module in (attention, elementwise):
+            monkeypatch.setattr(module, "by_triton", lambda _: True)
         monkeypatch.setattr(attention, "_attention_fwd_kernel", defaultdict(lambda: kernel))
+        monkeypatch.setattr(elementwise, "launch", kernel)
     counted = BlockActivations.of(
         ModelConfig.from_dict(SHAPES[name]), checkpointing, 4, attention_of, (PROMPT, RESPONSE - 1, GROUP)
     ).kept
     # A pack's copy of the weights of QK norm is less than a thousandth.
-    assert block_bytes_a_token(SHAPES[name], checkpointing) == pytest.approx(counted, rel=1e-3)
+    assert block_bytes_a_token(SHAPES[name], checkpointing, make_decoder) == pytest.approx(counted, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", SHAPES)
