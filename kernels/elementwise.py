@@ -29,6 +29,8 @@ atomics. The ideas are Liger Kernel's (Hsu et al., arXiv 2410.10989: norms and S
 passes overwrite or recompute) and vLLM's fused_add_rms_norm and fused_qk_norm_rope.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -155,10 +157,11 @@ def _rope_bwd_kernel(
     inside = (heads < num_heads + 2 * num_kv_heads)[:, None] & in_half
     offsets = (heads * (2 * HALF))[:, None] + columns[None, :]
     k_start, v_start = num_heads * (2 * HALF), (num_heads + num_kv_heads) * (2 * HALF)
+    d_low_weight = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    d_high_weight = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    low_weight, high_weight = d_low_weight, d_high_weight
     if q_weight is not None:
         low_weight, high_weight = _head_weights(q_weight, k_weight, is_q, columns, HALF)
-        d_low_weight = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-        d_high_weight = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     first = program * rows_each
     token = first.to(tl.int64)
     for _ in range(first, tl.minimum(first + rows_each, n)):
@@ -268,8 +271,8 @@ def rope(
         return elementwise_torch.rope(qkv, cos, sin, num_heads, norm)
     needed = torch.is_grad_enabled() and norm is not None
     overwrite = overwrite and not needed and not torch.compiler.is_compiling()
-    arguments = qkv, cos, sin, *(norm or (None, None, 0.0)), num_heads, overwrite
-    return _Rope.apply(*arguments) if torch.is_grad_enabled() else _rope(*arguments)
+    rotate = _Rope.apply if torch.is_grad_enabled() else _rope
+    return rotate(qkv, cos, sin, *(norm or (None, None, 0.0)), num_heads, overwrite)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -367,7 +370,7 @@ def _sum_partials(partials: Tensor, like: Tensor) -> Tensor:
     return out
 
 
-def row_options(width: int) -> dict[str, int]:
+def row_options(width: int) -> dict[str, Any]:
     """A whole row in a program's registers, 16 elements a thread."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
@@ -411,7 +414,7 @@ def _(d_normed, d_summed, x, weight, eps):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def rope_options(num_heads: int, head_dim: int) -> dict[str, int]:
+def rope_options(num_heads: int, head_dim: int) -> dict[str, Any]:
     """Heads of a program, and the padded half of one."""
     block_d = triton.next_power_of_2(head_dim // 2)
     block_h = min(triton.next_power_of_2(num_heads), max(1, HEADS_BLOCK // block_d))

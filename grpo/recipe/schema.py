@@ -59,7 +59,7 @@ class ModelSection:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes instead of keeping: nothing, all but matrix products, or whole blocks."""
     compile: _Bool = False
-    """torch.compile each block (CUDA). The kernels leave it the last sum of a block and the biases to fuse: on <= 1%."""
+    """torch.compile each block (CUDA). Beside the kernels a block's last sum is all it could fuse: about 1%."""
 
 
 @dataclass(frozen=True, config=CHECKED)
