@@ -35,7 +35,7 @@ from torch import Tensor
 
 from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton, check_index, check_temperature
 from flashgrpo.kernels.grpo_loss import Stats, WithGradients, empty_sums, implementation, named_stats, or_nothing
-from flashgrpo.kernels.logprob import softmax_rows
+from flashgrpo.kernels.logprob import ROW_STEP, softmax_rows
 from flashgrpo.kernels.loss_config import LossConfig, LossInputs
 from flashgrpo.kernels.loss_torch import is_live
 
@@ -100,9 +100,16 @@ class Head(NamedTuple):
         # all.
         if by_triton(hidden) and self.hidden.shape[0] > self.chunk_tokens > rows:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, self.chunk_tokens - rows))
+        if not by_triton(hidden):
+            return hidden.to(weight.dtype) @ weight.T
+        # Kernels read 16 bytes at a time only where each row begins at a multiple of them, whatever the vocabulary.
+        vocab = weight.shape[0]
+        logits = hidden.new_empty(len(hidden), -(-vocab // ROW_STEP) * ROW_STEP, dtype=self.logits_dtype)[:, :vocab]
         if weight.dtype != self.logits_dtype:  # on CUDA: 16-bit products are summed in fp32 anyway
-            return torch.mm(hidden, weight.T, out_dtype=self.logits_dtype)[:rows]
-        return (hidden.to(weight.dtype) @ weight.T)[:rows]
+            torch.mm(hidden, weight.T, out_dtype=self.logits_dtype, out=logits)
+        else:
+            torch.mm(hidden.to(weight.dtype), weight.T, out=logits)
+        return logits[:rows]
 
 
 class Wanted(NamedTuple):

@@ -14,7 +14,9 @@ raises.
 
 The Triton kernels give a row to a program. Its threads keep a running maximum for each 8 logits
 that they load together, so that the online softmax (Milakov and Gimelshein, arXiv 1805.02867)
-rescales once in 8 and threads meet only at the row's end. Everything is in powers of two.
+rescales once in 8 and threads meet only at the row's end. Everything is in powers of two. Where 16
+divides the stride of rows, logits are loaded and stored 16 bytes at a time, but for the vocab % 16
+at a row's end.
 """
 
 import math
@@ -31,6 +33,7 @@ from flashgrpo.kernels.logprob_torch import GatherLogprobs, RowLogprobs, row_log
 BLOCK = 16_384  # logits a program has in registers at a time
 SLICE = 8  # of them a thread has in a row: 16 bytes of bf16
 NUM_WARPS = 16
+ROW_STEP = tl.constexpr(16)  # Triton knows of a stride or a width whether this divides it, and of nothing less
 _LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 # Times a probability that has underflowed to 0 this is 0, where -inf would give NaN.
@@ -54,25 +57,37 @@ def _accumulate(x, scale, peak, total, moment, SLICE: tl.constexpr):
 
 
 @triton.jit
+def whole_steps(width):
+    """What of a row is accessed 16 bytes at a time under a mask, and the columns of the rest, of which few are left."""
+    whole = width // ROW_STEP * ROW_STEP
+    return whole, whole + tl.arange(0, ROW_STEP)
+
+
+@triton.jit
 def row_softmax(row, vocab, scale, BLOCK: tl.constexpr, SLICE: tl.constexpr):
     """(largest logit, log2 of the sum of 2^z, mean of z) of the row at pointer `row`, with z as in `_accumulate`."""
     columns = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK // SLICE], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK // SLICE], tl.float32)
     moment = tl.zeros([BLOCK // SLICE], tl.float32)
-    whole = vocab // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    whole, rest = whole_steps(vocab)
+    blocks = vocab // BLOCK * BLOCK
+    for start in range(0, blocks, BLOCK):
         x = tl.load(row + start + columns).to(tl.float32)
         peak, total, moment = _accumulate(x, scale, peak, total, moment, SLICE)
-    if whole < vocab:
-        x = tl.load(row + whole + columns, mask=whole + columns < vocab, other=float("-inf")).to(tl.float32)
+    if blocks < whole:
+        x = tl.load(row + blocks + columns, mask=blocks + columns < whole, other=float("-inf")).to(tl.float32)
         peak, total, moment = _accumulate(x, scale, peak, total, moment, SLICE)
-    highest = tl.max(peak, 0)
+    x = tl.load(row + rest, mask=rest < vocab, other=float("-inf")).to(tl.float32)
+    highest = tl.maximum(tl.max(peak, 0), tl.max(x, 0))
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     rise = tl.maximum((peak - highest) * scale, _NEVER)
     fade = tl.exp2(rise)
-    row_total = tl.sum(fade * total, 0)
-    return highest, tl.log2(row_total), tl.sum(fade * (moment + total * rise), 0) / row_total
+    z = (x - highest) * scale
+    powers = tl.exp2(z)
+    row_total = tl.sum(fade * total, 0) + tl.sum(powers, 0)
+    row_moment = tl.sum(fade * (moment + total * rise), 0) + tl.sum(powers * tl.maximum(z, _NEVER), 0)
+    return highest, tl.log2(row_total), row_moment / row_total
 
 
 @triton.jit
@@ -100,7 +115,18 @@ def row_gradient(x, columns, target, vocab, peak, log_total, entropy, to_target,
     return (tl.where(columns == target, to_target, 0.0) - tl.exp2(log_p) * slope) * (scale / _LOG2_E)
 
 
-# vocab is specialised: accesses under `columns < vocab` are 16 bytes wide only if 8 is known to divide it.
+@triton.jit
+def write_gradient(
+    row, d_row, columns, stop, target, vocab, peak, log_total, entropy, to_target, d_entropy, scale, is_live
+):  # fmt: skip
+    """d_logits of the columns below `stop`; zeros of a row that is not live, which is not read."""
+    gradient = tl.zeros(columns.shape, tl.float32)
+    if is_live:
+        x = tl.load(row + columns, mask=columns < stop, other=float("-inf")).to(tl.float32)
+        gradient = row_gradient(x, columns, target, vocab, peak, log_total, entropy, to_target, d_entropy, scale)
+    tl.store(d_row + columns, gradient, mask=columns < stop)
+
+
 @triton.jit
 def _logprob_fwd_kernel(
     logits, targets, logprobs, entropies, peaks, log_totals, vocab, row_stride, scale,
@@ -125,22 +151,22 @@ def _logprob_bwd_kernel(
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(targets + n)
-    d_logits += n * d_row_stride + columns
-    if target == -100:
-        tl.store(d_logits, tl.zeros([BLOCK], tl.float32), mask=columns < vocab)
-    else:
-        x = tl.load(logits + n * row_stride + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-        to_target = 0.0
-        if d_logprobs is not None:
-            to_target = tl.load(d_logprobs + n)
-        d_entropy = None
-        if d_entropies is not None:
-            d_entropy = tl.load(d_entropies + n)
-        gradient = row_gradient(
-            x, columns, target, vocab, tl.load(peaks + n), tl.load(log_totals + n), tl.load(entropies + n), to_target,
-            d_entropy, scale,
-        )  # fmt: skip
-        tl.store(d_logits, gradient, mask=columns < vocab)
+    to_target = 0.0
+    if d_logprobs is not None:
+        to_target = tl.load(d_logprobs + n)
+    d_entropy = None
+    if d_entropies is not None:
+        d_entropy = tl.load(d_entropies + n)
+    row, d_row, is_live = logits + n * row_stride, d_logits + n * d_row_stride, target != -100
+    peak, log_total, entropy = tl.load(peaks + n), tl.load(log_totals + n), tl.load(entropies + n)
+    whole, rest = whole_steps(vocab)
+    write_gradient(
+        row, d_row, columns, whole, target, vocab, peak, log_total, entropy, to_target, d_entropy, scale, is_live
+    )
+    if (whole < vocab) & (tl.program_id(1) == 0):
+        write_gradient(
+            row, d_row, rest, vocab, target, vocab, peak, log_total, entropy, to_target, d_entropy, scale, is_live
+        )
 
 
 def gather_logprobs(

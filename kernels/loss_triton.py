@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flashgrpo.kernels import logprob
 from flashgrpo.kernels.common import launch, tl, triton
-from flashgrpo.kernels.logprob import row_gradient, row_logprob
+from flashgrpo.kernels.logprob import row_logprob, whole_steps, write_gradient
 from flashgrpo.kernels.loss_config import METRICS, LossInputs
 from flashgrpo.kernels.loss_torch import Loss
 
@@ -333,14 +333,17 @@ def _row_loss_kernel(
         if inputs.entropy_coef is not None:
             d_bonus = d_entropy / denominator
         d_row = d_logits + n * d_row_stride
+        whole, rest = whole_steps(vocab)
+        if whole < vocab:
+            write_gradient(
+                row, d_row, rest, vocab, target, vocab, peak, log_total, entropy, d_logprob, d_bonus, scale, is_live
+            )
         last = (vocab - 1) // BLOCK * BLOCK
         for back in range(0, vocab, BLOCK):
             columns = last - back + tl.arange(0, BLOCK)
-            gradient = tl.zeros([BLOCK], tl.float32)
-            if is_live:
-                x = tl.load(row + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-                gradient = row_gradient(x, columns, target, vocab, peak, log_total, entropy, d_logprob, d_bonus, scale)
-            tl.store(d_row + columns, gradient, mask=columns < vocab)
+            write_gradient(
+                row, d_row, columns, whole, target, vocab, peak, log_total, entropy, d_logprob, d_bonus, scale, is_live
+            )
 
 
 @triton.jit
@@ -349,10 +352,13 @@ def _move_rows_kernel(x, sources, width, row_stride, BLOCK: tl.constexpr):
     source = tl.load(sources + n)
     columns = tl.arange(0, BLOCK)
     if source != n:
-        for start in range(0, width, BLOCK):
-            inside = start + columns < width
+        whole, rest = whole_steps(width)
+        for start in range(0, whole, BLOCK):
+            inside = start + columns < whole
             moved = tl.load(x + source * row_stride + start + columns, mask=inside)
             tl.store(x + n * row_stride + start + columns, moved, mask=inside)
+        moved = tl.load(x + source * row_stride + rest, mask=rest < width)
+        tl.store(x + n * row_stride + rest, moved, mask=rest < width)
 
 
 @triton.jit

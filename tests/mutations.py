@@ -26,12 +26,14 @@ ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_
 # (module, test module): (fault, text, text in its place, -k expression of the tests that should fail)
 FAULTS = {
     ("logprob", "logprob"): [
-        ("tail counts as 0", '+ columns < vocab, other=float("-inf")', "+ columns < vocab, other=0.0", "every_voc"),
+        ("tail counts as 0", '+ columns < whole, other=float("-inf")', "+ columns < whole, other=0.0", "every_voc"),
+        ("last few logits left out", "row + rest, mask=rest < vocab", "row + rest, mask=rest < 0", "every_voc"),
+        ("last few gradients left out", "if (whole < vocab) &", "if (whole > vocab) &", "every_voc"),
         ("running maximum starts at 0", '[BLOCK // SLICE], float("-inf")', "[BLOCK // SLICE], 0.0", "extreme_rows"),
         ("entropy of the wrong sign", "(log_total - mean) * LN_2", "(mean - log_total) * LN_2", "every_dtype"),
         ("entropy's gradient of the wrong sign", "slope += d_entropy", "slope -= d_entropy", "every_dtype"),
         ("1/temperature left out of d_logits", "slope) * (scale / _LOG2_E)", "slope)", "temperatures"),
-        ("d_logits is 0", "d_logits, gradient,", "d_logits, 0 * gradient,", "every_dtype"),
+        ("d_logits is 0", "d_row + columns, gradient,", "d_row + columns, 0 * gradient,", "every_dtype"),
         ("ignored target's row counted", "if target != -100", "if target != -101", "every_vocabulary"),
         ("logits overwritten unasked", "logits if ctx.inplace_backward", "logits if True", "temperatures"),
     ],

@@ -2,17 +2,17 @@
 
 Memory is counted from what the code keeps: FSDP2's shards and gathered weights, what the decoder
 saves for its backward pass, the loss's chunk of logits and fp32 gradient of the head, and what the
-generator takes of the card. It is counted at the moments that can be the worst, the first two with
+generator takes of the card. It is counted at the moments that can be the worst, the first three with
 the shards of gradients from the micro-batch before:
 
     loss       a full micro-batch is saved; the head's gradient exists twice in fp32, or once beside a chunk of logits
     backward   the same, with the last block recomputed where it is checkpointed, and in its MLP's backward pass
+    reduction  at its end: gradients of embedding and head, theirs and the first block's in fp32, and of these a shard
     prefill    native: a copy of all weights, the prompts' keys and values, one part of the prompts in an MLP
     rollout    native: that copy, the KV cache, the sampled rows' logits; vllm: its share of the card, and weights on
                their way to it; servers: these alone
 
-When embedding and head are reduced, at the end, nothing is saved any more: that is always less than
-the loss held. To a moment's tensors comes a share of them that the allocator cannot use.
+To a moment's tensors comes a share of them that the allocator cannot use.
 
 Times are a roofline: the larger of computing at a share of the machine's rate and of moving the
 bytes. The shares below are assumptions until a GPU has measured them. Not counted: rewards,
@@ -139,7 +139,7 @@ class TrainCosts:
         return {"parameters (fp32 shard)": 4 * shard, "optimizer (2 fp32 shards)": 8 * shard}
 
     def training(self, token_budget: int) -> dict[str, Parts]:
-        """The tensors of the moments `loss` and `backward`."""
+        """The tensors of the moments `loss`, `backward` and `reduction`."""
         size, config, shard = self.itemsize, self.config, self.size.total / self.shard_ranks
         rows, blocks = token_budget * self.target_share, config.num_layers
         block = BlockActivations.of(config, self.model.activation_checkpointing, size, self.attention, self.group)
@@ -165,6 +165,12 @@ class TrainCosts:
                 unsharded: gathered + (size * min(2, blocks) * self.size.block if resharded else all_blocks),
                 reduced: size * head + (size + 4) * self.size.block,
                 "activations": saved + token_budget * (block.recomputed + block.working),
+            },
+            "reduction": {
+                **trained,
+                unsharded: gathered + (0 if resharded else all_blocks),
+                reduced: (2 * size if size < 4 else size) * self.size.root
+                + (4 + 4 / self.shard_ranks) * (self.size.root + self.size.block),
             },
         }
 

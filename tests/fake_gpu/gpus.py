@@ -179,7 +179,7 @@ class Gpus:
         expected = Lengths(prompt, sum(lengths) / len(lengths), recipe.rollout.max_new_tokens)
         moments = Costs(recipe, config, MACHINES["h200"], self.world.size, expected).memory(recipe.train.token_budget)
         found = {}
-        for moment in ("loss", "backward"):
+        for moment in ("loss", "backward", "reduction"):
             parts = moments[moment].items()
             found[moment] = sum(size for name, size in parts if name not in HELD_BACK)
         return found

@@ -16,10 +16,11 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from flashgrpo.kernels import attention, logprob, loss_triton
+from flashgrpo.kernels import attention, elementwise, logprob, loss_triton
 from flashgrpo.kernels import decode_attention as decode_attention_module
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.decode_attention import DecodeRows, decode_attention
+from flashgrpo.kernels.elementwise import QKNorm, rms_norm, rope, swiglu, swiglu_backward
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, grpo_loss, logits_grpo_loss, merge_stats
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
@@ -32,6 +33,7 @@ LARGE = [[128, *[1024] * 24], [3000, *range(100, 1300, 50)]]
 FUNCTIONS = [
     "packed_attention", "gather_logprobs", "group_advantages", "grpo_loss", "logits_grpo_loss", "linear_logprobs",
     "linear_grpo_loss", "grpo_loss of sequences", "linear_grpo_loss of sequences", "decode_attention",
+    "rms_norm", "rope", "rope with norms", "swiglu",
 ]  # fmt: skip
 WAITS = "linear_grpo_loss", "linear_grpo_loss of sequences"  # for the number of live rows, as it says
 has_60_gb = torch.cuda.is_available() and torch.cuda.mem_get_info()[1] > 60e9
@@ -75,6 +77,13 @@ def make_calls(device, families, vocab=9001, dtype=torch.bfloat16):
 
     qkv, logits = [noise(total, heads, 64) for heads in (4, 2, 2)], [noise(n, vocab)]
     head, logprobs = [noise(n, 64), noise(vocab, 64) / 8], [-9 + noise(n, dtype=torch.float32)]
+    qkv_product, gate_up, table = noise(total, 8, 64), noise(total, 352), noise(total, 1, 64, dtype=torch.float32)
+    head_weights = [noise(64), noise(64)]
+
+    def rotated(x, *weights):
+        norm = QKNorm(*weights, 1e-6) if weights else None
+        return rope(x * 1, table, table, 4, norm, overwrite=True)
+
     # Copies of the offsets, so that every call makes its own tables of tiles.
     functions = [
         (lambda *x: [packed_attention(*x, cu_seqlens.clone(), prefix.clone())], qkv),
@@ -87,6 +96,10 @@ def make_calls(device, families, vocab=9001, dtype=torch.bfloat16):
         (loss(grpo_loss, gspo), logprobs),
         (loss(linear_grpo_loss, gspo, targets), head),
         (decoding(families, noise, device), []),
+        (lambda x, y, weight: rms_norm(x, weight, 1e-6, y), [noise(total, 48), noise(total, 48), noise(48)]),
+        (rotated, [qkv_product]),
+        (rotated, [qkv_product, *head_weights]),
+        (lambda: [swiglu(gate_up), *swiglu_backward(gate_up.clone(), gate_up[:, :176].clone())], []),
     ]
     return dict(zip(FUNCTIONS, functions, strict=True))
 
@@ -186,9 +199,8 @@ def test_no_batch_compiles_a_kernel_again(device, monkeypatch):
     """Heads, vocabulary and configuration are a model's own; all that changes from batch to batch does so here."""
     compiled, first, rng = [], [], random.Random(0)
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, repr, **_: compiled.append(repr))
-    for kernel in (
-        x for module in (attention, decode_attention_module, logprob, loss_triton) for x in vars(module).values()
-    ):
+    modules = attention, decode_attention_module, elementwise, logprob, loss_triton
+    for kernel in (x for module in modules for x in vars(module).values()):
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
     for batch in range(1 + RUNS):

@@ -207,3 +207,28 @@ def test_graph_captured_whole_and_double_backward_refused(device):
     assert all(map(torch.equal, *gradients))
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(loss(hidden), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("vocab", [1, 289, 304])
+def test_rows_of_a_chunk_begin_16_elements_apart_whatever_the_vocabulary(vocab, device, monkeypatch):
+    """Else kernels read two bytes at a time, and spill (tests/bench/test_static.py)."""
+    chunks, plain = [], linear_grpo.sweep
+
+    def sweep(head, step, *rest):
+        def watched(logits, rows):
+            chunks.append(logits)
+            return step(logits, rows)
+
+        return plain(head, watched, *rest)
+
+    monkeypatch.setattr(linear_grpo, "sweep", sweep)
+    hidden, weight, targets, offsets, arguments = make_case(device, vocab=vocab)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    linear_logprobs(*leaves, targets, chunk_tokens=40)[0].sum().backward()
+    loss = linear_grpo_loss(
+        *leaves, targets, offsets, LossConfig.preset("grpo"), denominator=9.0, chunk_tokens=40,
+        advantages=arguments["advantages"],
+    )  # fmt: skip
+    loss[0].backward()
+    assert len(chunks) == 9
+    assert {(x.stride(0) % 16, x.stride(1), x.shape[1]) for x in chunks} == {(0, 1, vocab)}
