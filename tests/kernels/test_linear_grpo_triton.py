@@ -226,7 +226,7 @@ def test_rows_of_a_chunk_begin_16_elements_apart_whatever_the_vocabulary(vocab, 
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     linear_logprobs(*leaves, targets, chunk_tokens=40)[0].sum().backward()
     loss = linear_grpo_loss(
-        *leaves, targets, offsets, LossConfig.preset("grpo"), denominator=9.0, chunk_tokens=40,
+        *leaves, targets, offsets, LossConfig.preset("bnpo"), denominator=9.0, chunk_tokens=40,
         advantages=arguments["advantages"],
     )  # fmt: skip
     loss[0].backward()
