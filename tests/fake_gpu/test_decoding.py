@@ -29,8 +29,8 @@ def steps(batch, times):
             batch.step()
 
 
-@pytest.mark.parametrize(("model", "most"), [("Qwen2.5-1.5B", 17), ("Llama-3.1-8B", 17), ("Qwen3-4B", 19)])
-def test_a_step_waits_once_and_a_layer_is_few_kernels(model, most):
+@pytest.mark.parametrize("model", ["Qwen2.5-1.5B", "Llama-3.1-8B", "Qwen3-4B"])
+def test_a_step_waits_once_and_a_layer_is_few_kernels(model):
     with fake_gpus() as gpus:
         batch = begin(gpus, model)
         with gpus.record() as run:
@@ -38,7 +38,7 @@ def test_a_step_waits_once_and_a_layer_is_few_kernels(model, most):
     assert run.syncs == {"native.py:step": 1}, run.syncs
     block = run.kernels_per_block["scoring"]
     assert block["triton::_decode_split_kernel"] == block["triton::_decode_sum_kernel"] == 1
-    assert block.total() <= most, block
+    assert block.total() <= 11, block
     assert not [launch for launch in run.launches if launch.misaligned]
 
 
