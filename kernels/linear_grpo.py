@@ -104,7 +104,8 @@ class Head(NamedTuple):
             return hidden.to(weight.dtype) @ weight.T
         # Kernels read 16 bytes at a time only where each row begins at a multiple of them, whatever the vocabulary.
         vocab = weight.shape[0]
-        logits = hidden.new_empty(len(hidden), -(-vocab // ROW_STEP) * ROW_STEP, dtype=self.logits_dtype)[:, :vocab]
+        width = -(-vocab // ROW_STEP.value) * ROW_STEP.value
+        logits = hidden.new_empty(len(hidden), width, dtype=self.logits_dtype)[:, :vocab]
         if weight.dtype != self.logits_dtype:  # on CUDA: 16-bit products are summed in fp32 anyway
             torch.mm(hidden, weight.T, out_dtype=self.logits_dtype, out=logits)
         else:
