@@ -41,7 +41,7 @@ LINK_SHARE = 0.7  # of link bandwidth in collectives: assumed
 IMBALANCE = 1.08  # slowest rank's work over the mean: what packing promises
 # Bytes a weight that FSDP moves in the GPU's own memory for one gathering, and for one reduction: counted.
 GATHER_BYTES, REDUCE_BYTES = 4, 16
-DECODE_KERNELS = 17  # of the native generator, a layer and step: counted on a fake GPU
+DECODE_KERNELS = 11  # of the native generator, a layer and step: counted on a fake GPU
 KERNEL_S = 10e-6  # host time of one, which CUDA graphs would save: assumed
 ENGINE_STEP_S = 1.5e-3  # host time of a step of vLLM's, whose kernels are in CUDA graphs: assumed
 # Of a process' tensors, lost between them: simulated on recorded steps, with segments that grow and with fixed ones.
