@@ -196,7 +196,7 @@ class TorchCache:
                 self.prompts.append((zeros(heads, head_dim, longest), zeros(heads, longest, head_dim)))
                 own = len(group_of_row), self.num_kv_heads, 0, head_dim
             else:
-                own = num_groups, self.num_kv_heads, longest, head_dim
+                own = num_groups, self.num_kv_heads, self._more(longest), head_dim
             self.own.append((zeros(own), zeros(own)))
 
     def store(self, first: int, lengths: list[int]) -> Store:
@@ -297,14 +297,18 @@ class TorchCache:
         rows = grid.reshape(len(self.row_of_slot), -1).index_select(0, self.slots)
         return rows.view(len(self.group) * self.num_kv_heads, n, d)
 
+    def _more(self, room: int) -> int:
+        """Twice as much each time: copies stay a constant share of the work, and nothing is held for lengths that no
+        completion reaches.
+        """
+        return min(max(2 * room, _ROOM), self.own_start + self.max_new_tokens)
+
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the rows' newest keys and values; returns all, [rows * num_kv_heads, cached tokens, head_dim] each."""
         (keys, values), filled = self.own[layer], self.own_start + self.length + 1
         room = keys.shape[2]
         if room < filled:
-            # Twice as much each time: copies stay a constant share of the work, and nothing is held for lengths that
-            # no completion reaches.
-            room = min(max(2 * room, _ROOM), self.own_start + self.max_new_tokens)
+            room = self._more(room)
             keys, values = _moved(keys, filled - 1, room), _moved(values, filled - 1, room)
             self.own[layer] = keys, values
         keys.select(2, filled - 1).copy_(k)
