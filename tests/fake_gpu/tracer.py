@@ -75,12 +75,15 @@ class DryRun:
         return max(self.peaks.values(), default=0)
 
     def misplanned(self, most: float) -> dict[str, tuple[float, float]]:
-        """GB of plan and of what was held, of the moments where plan says less, or more than `most` times it."""
+        """GB of plan and of what was held, of moments where plan says less, and of the peak where it says more than
+        `most` times it.
+        """
         packs = self.peaks["pack"] - self.at_start  # megabytes of token ids and offsets, which plan leaves out
         found = {}
         for moment, planned in {**self.planned, "peak": max(self.planned.values())}.items():
             tracked = (self.peak_bytes if moment == "peak" else self.peaks[moment]) - packs
-            if not 0.999 <= planned / tracked <= most:  # a pack's log-probs and the allocator's rounding are below that
+            is_over = moment == "peak" and planned > most * tracked
+            if planned < 0.999 * tracked or is_over:  # a pack's log-probs and the allocator's rounding are below that
                 found[moment] = planned / 1e9, tracked / 1e9
         return found
 
