@@ -267,8 +267,13 @@ def rope(
     if {cos.shape, sin.shape} != {(len(qkv), 1, qkv.shape[2])}:
         found = tuple(cos.shape), tuple(sin.shape)
         raise ValueError(f"cos and sin have shapes {found}; wanted {(len(qkv), 1, qkv.shape[2])}")
+    if norm and {norm.q_weight.shape, norm.k_weight.shape} != {qkv.shape[2:]}:
+        found = tuple(norm.q_weight.shape), tuple(norm.k_weight.shape)
+        raise ValueError(f"weights of norm have shapes {found}; wanted {tuple(qkv.shape[2:])}")
     if not by_triton(qkv):
         return elementwise_torch.rope(qkv, cos, sin, num_heads, norm)
+    qkv, cos, sin = _dense_rows(qkv), cos.contiguous(), sin.contiguous()
+    norm = norm and QKNorm(norm.q_weight.contiguous(), norm.k_weight.contiguous(), norm.eps)
     needed = torch.is_grad_enabled() and norm is not None
     overwrite = overwrite and not needed and not torch.compiler.is_compiling()
     rotate = _Rope.apply if torch.is_grad_enabled() else _rope
@@ -345,12 +350,18 @@ class _Rope(torch.autograd.Function):
 
 def _rope(qkv, cos, sin, q_weight, k_weight, eps, num_heads, overwrite) -> tuple[Tensor, Tensor, Tensor]:
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
-    if overwrite and qkv[:1].is_contiguous():
-        _rope_inplace(qkv, cos, sin, q_weight, k_weight, eps, num_heads)
+    if overwrite:  # never while compiling, and an operator that writes costs the host more than the rest of this
+        _launch_rope(qkv, qkv, cos, sin, q_weight, k_weight, eps, num_heads)
+        torch.autograd.graph.increment_version(qkv)
         qk = qkv[:, : num_heads + num_kv_heads]
     else:
         qk = _rope_fwd(qkv, cos, sin, q_weight, k_weight, eps, num_heads)
     return *qk.split((num_heads, num_kv_heads), dim=1), qkv[:, num_heads + num_kv_heads :]
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """x [n, heads, head_dim], copied unless each row is contiguous; rows may lie apart."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def _split_rows(n: int) -> tuple[int, int]:
@@ -426,8 +437,8 @@ def _launch_rope(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, q_weight, k
     options = rope_options(num_heads + num_kv_heads, qkv.shape[2])
     grid = len(qkv), -(-(num_heads + num_kv_heads) // options["BLOCK_H"])
     launch(
-        _rope_fwd_kernel, grid, out, qkv, cos.contiguous(), sin.contiguous(), q_weight, k_weight, num_heads,
-        num_kv_heads, out.stride(0), qkv.stride(0), eps, **options,
+        _rope_fwd_kernel, grid, out, qkv, cos, sin, q_weight, k_weight, num_heads, num_kv_heads, out.stride(0),
+        qkv.stride(0), eps, **options,
     )  # fmt: skip
 
 
@@ -436,7 +447,6 @@ def _rope_fwd(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, num_heads: int
 ) -> Tensor:
     """Queries and keys, [n, num_heads + num_kv_heads, head_dim]."""
-    qkv = qkv if qkv[:1].is_contiguous() else qkv.contiguous()
     qk = qkv.new_empty(len(qkv), (qkv.shape[1] + num_heads) // 2, qkv.shape[2])
     _launch_rope(qk, qkv, cos, sin, q_weight, k_weight, eps, num_heads)
     return qk
@@ -447,19 +457,12 @@ def _(qkv, cos, sin, q_weight, k_weight, eps, num_heads):
     return qkv.new_empty(qkv.shape[0], (qkv.shape[1] + num_heads) // 2, qkv.shape[2])
 
 
-@torch.library.custom_op("flashgrpo::rope_inplace", mutates_args=("qkv",))
-def _rope_inplace(
-    qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, num_heads: int
-) -> None:
-    _launch_rope(qkv, qkv, cos, sin, q_weight, k_weight, eps, num_heads)
-
-
 @torch.library.custom_op("flashgrpo::rope_bwd", mutates_args=())
 def _rope_bwd(
     d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, kept: list[Tensor], eps: float
 ) -> tuple[Tensor, Tensor]:
     """d_qkv, and with norms d_q_weight and d_k_weight [2, head_dim]; `kept` is qkv before them and their weights."""
-    d_q, d_k, d_v = (x if x[:1].is_contiguous() else x.contiguous() for x in (d_q, d_k, d_v))
+    d_q, d_k, d_v = map(_dense_rows, (d_q, d_k, d_v))
     (n, num_heads, head_dim), num_kv_heads = d_q.shape, d_k.shape[1]
     qkv, q_weight, k_weight = kept or (None, None, None)
     num_programs, rows_each = _split_rows(n) if kept else (n, 1)
@@ -468,9 +471,9 @@ def _rope_bwd(
     d_qkv = d_q.new_empty(n, num_heads + 2 * num_kv_heads, head_dim)
     partials = d_q.new_empty(num_programs * num_blocks, 2, head_dim, dtype=torch.float32) if kept else None
     launch(
-        _rope_bwd_kernel, (num_programs, num_blocks), d_qkv, partials, d_q, d_k, d_v, qkv, cos.contiguous(),
-        sin.contiguous(), q_weight, k_weight, n, rows_each, num_heads, num_kv_heads, d_q.stride(0), d_k.stride(0),
-        d_v.stride(0), 0 if qkv is None else qkv.stride(0), eps, **options,
+        _rope_bwd_kernel, (num_programs, num_blocks), d_qkv, partials, d_q, d_k, d_v, qkv, cos, sin, q_weight,
+        k_weight, n, rows_each, num_heads, num_kv_heads, d_q.stride(0), d_k.stride(0), d_v.stride(0),
+        0 if qkv is None else qkv.stride(0), eps, **options,
     )  # fmt: skip
     return d_qkv, d_q.new_empty(0) if partials is None else _sum_partials(partials, kept[1])
 

@@ -172,6 +172,7 @@ def test_rope_lies_in_the_product_where_nobody_needs_that(with_norm, device):
             q, k, v = turn(product, *weights)
         in_place = q.data_ptr() == product.data_ptr()
         assert in_place == (not (grad and with_norm))  # the norm's backward pass reads the product
+        assert product._version == in_place  # who keeps the product hears of it
         assert v.data_ptr() == product[:, 6:].data_ptr()
         wanted = dense_rope(base, cos, sin, 4, *(weights and [w * 1 for w in weights]))
         if not with_norm:
@@ -305,6 +306,18 @@ def test_tensors_of_any_stride(device, dtype, close):
     close(product, dense_swiglu(gate_up))
 
 
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_gradients_through_tensors_of_any_stride(with_norm, device, dtype, close):
+    """Of a product and norm weights that are every second element of others."""
+    (qkv, *weights), upstream, (cos, sin) = rope_case(4, (4, 2), 16, dtype, device, with_norm)
+
+    def of_pairs(function):
+        return lambda *leaves: function(*(torch.stack((x, x), -1)[..., 1] for x in leaves))
+
+    found = results(of_pairs(our_rope(cos, sin, 4)), [qkv, *weights], upstream, dtype)
+    close(found, results(lambda x, *w: dense_rope(x, cos, sin, 4, *w), [qkv, *weights], upstream, dtype))
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "rope", "rope with norms"])
 def test_graph_captured_whole_and_double_backward_refused(name, device, close):
     function, leaves, _, upstream = every_function(5, device)[name]
@@ -349,6 +362,7 @@ X, QKV, ONE = torch.zeros(3, 8), torch.zeros(3, 4, 8), torch.zeros(3, 1, 8)
         (lambda: rope(QKV[:, :, :7], ONE, ONE, 2), "an even head_dim"),
         (lambda: rope(X, ONE, ONE, 2), "qkv has shape"),
         (lambda: rope(QKV, ONE[:2], ONE[:2], 2), "cos and sin have shapes"),
+        (lambda: rope(QKV, ONE, ONE, 2, QKNorm(X[0], X[0, :7], EPS)), "weights of norm have shapes"),
         (lambda: swiglu(torch.zeros(3, 5)), "gate_up has shape"),
         (lambda: swiglu_backward(X, X), "d_product has shape"),
     ],
