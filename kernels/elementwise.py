@@ -18,7 +18,7 @@ intermediate size, a block's passes and kernels, against those of torch's operat
     SwiGLU                   18 m, 6              6 m, 1
 
 Predictions, at 4.1 TB/s (85% of an H200's) in bf16, for 16,384 rows of a block of Qwen2.5-7B:
-SwiGLU 1.4 ms in place of 3.5, all of the above 2.0 ms in place of 5.7, which is 9% of the time of a
+SwiGLU 1.4 ms in place of 3.5, all of the above 2.0 ms in place of 5.7, which is 8% of the time of a
 micro-batch. No GPU has run it yet.
 
 Everything is computed in fp32 and rounded once; torch rounds between norm and RoPE, silu and

@@ -114,6 +114,11 @@ FAULTS = {
         ("d_k_weight of the queries", "is_q if KIND == 0 else is_k", "is_q", "rope_in_every"),
         ("silu's slope of a sigmoid", "(1 + gate * (1 - sigmoid))", "(1 - sigmoid)", "swiglu and 1000"),
         ("gate and up swapped", "d_product + place, silu * up", "d_product + place, sigmoid * up", "swiglu and 1000"),
+        ("no eps under QK norm", "(low * low + high * high, 1) / (2 * HALF) + eps",
+         "(low * low + high * high, 1) / (2 * HALF)", "next_to_nothing"),
+        ("no eps in QK norm's gradient", "x_high * x_high, 1) / (2 * HALF) + eps", "x_high * x_high, 1) / (2 * HALF)",
+         "next_to_nothing"),
+        ("a second gradient from spent memory", "torch.autograd.graph.increment_version(qkv)", "pass", "nobody_needs"),
         ("product overwritten under QK norm", "overwrite and not needed and", "overwrite and", "nobody_needs"),
     ],
     ("grpo_loss", "linear_grpo_triton"): [

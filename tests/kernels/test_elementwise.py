@@ -224,6 +224,17 @@ def test_norm_of_zeros_and_of_large_values(device, dtype, close):
     close(found, wanted)
 
 
+def test_norm_of_heads_that_are_next_to_nothing(device, dtype, close):
+    """Zeros, and values whose squares are less than eps."""
+    (qkv, *weights), upstream, (cos, sin) = rope_case(3, (4, 2), 16, dtype, device, with_norm=True)
+    qkv = qkv * torch.tensor([0.0, 1e-3, 1.0], device=device, dtype=dtype)[:, None, None]
+    found = results(our_rope(cos, sin, 4), [qkv, *weights], upstream, dtype)
+    wanted = results(lambda x, *w: dense_rope(x, cos, sin, 4, *w), [qkv, *weights], upstream, dtype)
+    for token in range(3):  # of sizes of their own
+        close(*([x[token] for x in (*several[:3], several[3])] for several in (found, wanted)))
+    close(found[4:], wanted[4:])
+
+
 def every_function(n, device, dtype=torch.float32):
     """By name: a function of leaves, row tensors first, its leaves, how many of them have rows, and upstreams."""
     (weight, *norm_rows), norm_up = norm_case(n, 40, dtype, device)
