@@ -9,7 +9,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,8 @@ def why_not() -> str:
         return "torch is a GPU's build; fake GPUs are made for its CPU build"
     if _compiler() is None:
         return "there is no C++ compiler for the fake device guard; install g++"
+    if not os.access(SOURCE.parent, os.W_OK):
+        return f"the fake device guard is kept in {SOURCE.parent}, which is not writable"
     return ""
 
 
@@ -35,19 +36,18 @@ def _compiler() -> str | None:
 
 
 def build() -> Path:
-    """The compiled guard, from a folder where it waits for the next run: 6 seconds, the first time."""
+    """The compiled guard, which waits beside Python's compiled files for the next run: 6 seconds, the first time."""
     version = torch.__version__.encode() + SOURCE.read_bytes()
-    folder = Path(tempfile.gettempdir()) / f"flashgrpo_fake_gpu_{os.getuid()}"
+    folder = SOURCE.with_name("__pycache__")  # not /tmp: what is loaded from there could be anybody's
     built = folder / f"guard_{hashlib.sha256(version).hexdigest()[:16]}.so"
     if built.exists():
         return built
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / built.name
-        includes = [f"-I{TORCH}/include", f"-I{sysconfig.get_paths()['include']}"]
         libraries = [f"-L{TORCH}/lib", "-lc10", "-ltorch_cpu"]
-        command = [_compiler(), "-std=c++20", "-O0", "-fPIC", "-shared", *includes, str(SOURCE), "-o", str(made)]
-        ran = subprocess.run([*command, *libraries], capture_output=True, text=True)
+        options = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{TORCH}/include", "-o", str(made)]
+        ran = subprocess.run([_compiler(), *options, str(SOURCE), *libraries], capture_output=True, text=True)
         if ran.returncode:
             raise RuntimeError(f"{SOURCE.name} does not compile against torch {torch.__version__}:\n{ran.stderr}")
         made.replace(built)  # whole, however many processes build it at once

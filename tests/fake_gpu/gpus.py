@@ -66,13 +66,20 @@ def shape(name: str, layers: int = 0, **changes: Any) -> ModelConfig:
     return ModelConfig.from_dict(raw)
 
 
+@dataclass(frozen=True, kw_only=True)
 class FakeWorld(World):
-    """A rank of many whose others are not there: what they would say of host values is what this one says."""
+    """A rank of many whose others are not there: what they would say of host values is what this one says. That it asks
+    them is among the collectives.
+    """
+
+    tracer: Tracer
 
     def gather(self, value: Any) -> list[Any]:
+        self.tracer.run.collectives.append("gather")
         return [value] * self.size
 
     def gather_array(self, values: np.ndarray) -> list[np.ndarray]:
+        self.tracer.run.collectives.append("gather_array")
         return [values] * self.size
 
 
@@ -84,9 +91,9 @@ def fake_gpus(world: int = 1, shard_ranks: int = 0, rank: int = 0) -> Iterator["
     try:
         device = torch.device("cuda", 0)
         mesh = _mesh(device, world, shard_ranks or world, LIMIT)
-        gpus = Gpus(FakeWorld(rank, world, device, mesh), Tracer())
-        with gpus.tracer.on(), _phases_seen(gpus.tracer):
-            yield gpus
+        tracer = Tracer()
+        with tracer.on(), _phases_seen(tracer):
+            yield Gpus(FakeWorld(rank, world, device, mesh, tracer=tracer), tracer)
     finally:
         dist.destroy_process_group()
 
@@ -185,12 +192,18 @@ class Gpus:
         return found
 
     def supervised_step(
-        self, config: ModelConfig, tokens: int = 16_384, checkpointing: str = "none", *, reward_model: bool = False
+        self,
+        config: ModelConfig,
+        tokens: int = 16_384,
+        checkpointing: str = "none",
+        *,
+        reward_model: bool = False,
+        packs: int | None = None,  # over all ranks, where it is not one for each
     ) -> DryRun:
-        """The second step of SFT, or of a reward model on pairs, of a full pack a rank."""
+        """The second step of SFT, or of a reward model on pairs, of full packs."""
         kind, recipe_kind = (RewardModelTrainer, RewardModelRecipe) if reward_model else (SftTrainer, SftRecipe)
         length = 1024
-        rows = self.world.size * (tokens // (2 * length))
+        rows = (self.world.size if packs is None else packs) * (tokens // (2 * length))
         recipe = build_recipe(
             recipe_kind,
             _sections(train={"token_budget": tokens, "batch_size": rows}) | {"data": {"path": "none.jsonl"}},
