@@ -175,7 +175,8 @@ class _RecipeHelp(argparse.Action):
             if section not in groups:
                 groups[section] = parser.add_argument_group(f"[{section}]")
             default = key.default if key.default == "required" else f"default {key.default}"
-            groups[section].add_argument(f"--{key.name}", metavar=key.type, help=f"{key.meaning} ({default})")
+            meaning = f"{key.meaning} ({default})".replace("%", "%%")  # argparse formats it
+            groups[section].add_argument(f"--{key.name}", metavar=key.type, help=meaning)
         parser.print_help()
         parser.exit()
 
