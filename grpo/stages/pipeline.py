@@ -56,7 +56,8 @@ _UNUSED_COLUMNS = {  # of a reward model's data, by its objective
     "pairwise": ("completion_column", "label_column"),
     "pointwise": ("chosen_column", "rejected_column"),
 }
-_NO_MATTER = {"run", "vllm"}  # where and how fast a stage runs, not what it makes
+# Where and how fast a stage runs, not what it makes.
+_NO_MATTER = {"run", "vllm", "rollout.generator", "train.token_budget"}
 
 Values = dict[str, Any]
 
@@ -84,8 +85,16 @@ class Stage:
         """What decides what comes of it."""
         # Keys at their default are left out, so that a key that a later version adds changes no stage.
         dumped = TypeAdapter(type(self.recipe)).dump_python(self.recipe, mode="json", exclude_defaults=True)
-        made_from = {key: value for key, value in dumped.items() if key not in _NO_MATTER}
-        return {**made_from, "seed": self.recipe.run.seed}
+        return {**_what_matters(dumped), "seed": self.recipe.run.seed}
+
+
+def _what_matters(values: Values) -> Values:
+    """The values of a recipe, or of one that an older version has noted, but those of _NO_MATTER."""
+    kept = {key: value for key, value in values.items() if key not in _NO_MATTER}
+    for section, keys in kept.items():
+        if isinstance(keys, dict):
+            kept[section] = {key: value for key, value in keys.items() if f"{section}.{key}" not in _NO_MATTER}
+    return kept
 
 
 def run_pipeline(path: str | Path, overrides: Sequence[str] = (), until: str | None = None) -> Path:
@@ -302,7 +311,7 @@ def _open(stage: Stage, output: Path) -> bool:
     entry = {"recipe": stage.made_from, "inputs": identify({path: path for path in stage.inputs}, noted)}
     changes = []
     if "seconds" in known:  # a stage in progress knows itself which keys may change
-        changes += [f"recipe: {key}" for key in differing(known["recipe"], entry["recipe"])]
+        changes += [f"recipe: {key}" for key in differing(_what_matters(known["recipe"]), entry["recipe"])]
     if not stage.recipe.run.accept_changes:
         changes += [f"inputs: {path}" for path in changed(noted, entry["inputs"])]
     if changes:
