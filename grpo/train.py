@@ -119,7 +119,8 @@ class Trainer(RunLoop):
         sizes = [len(prompt.token_ids) for prompt in chain(tests, *prompts.values())]
         longest_prompt, longest = max(sizes), recipe.rollout.max_new_tokens
         config = self.policy.model.config
-        costs = Costs(recipe, config, self.machine, world.size, Lengths.assumed(recipe, sum(sizes) / len(sizes)))
+        lengths = Lengths.assumed(recipe, sum(sizes) / len(sizes))
+        costs = Costs(recipe, config, self.machine, world.size, lengths, foresees=False)
         recipe = self.recipe = self.settle_budget(recipe, costs, longest_prompt + longest - 1)
         check_budget(self.token_budget, longest_prompt, longest)
         self.flops = ModelFlops.of(config)

@@ -189,7 +189,8 @@ class TrainCosts:
         if self.machine.is_cpu:
             return 0.0
         # An engine on the same GPU is given tensors by CUDA IPC, which wants segments of a fixed size.
-        return FIXED_LOSS if self.generator == "vllm" else GROWING_LOSS
+        grow = self.machine.segments_grow and self.generator != "vllm"
+        return GROWING_LOSS if grow else FIXED_LOSS
 
     @property
     def reserve(self) -> float:
@@ -226,11 +227,23 @@ class TrainCosts:
 
 
 class Costs(TrainCosts):
-    """GRPO by a recipe on a machine: memory, and time. A generator "auto" is `native`: whoever asks has settled it."""
+    """GRPO by a recipe on a machine: memory, and time. A generator "auto" is `native`: whoever asks has settled it.
 
-    def __init__(self, recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, lengths: Lengths):
+    `foresees`: that completions become as long as `lengths` says, which a run cannot know. It must not refuse what may
+    fit: of native's cache it counts what the first tokens take.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: ModelConfig,
+        machine: Machine,
+        num_gpus: int,
+        lengths: Lengths,
+        foresees: bool = True,
+    ):
         super().__init__(recipe, config, machine, num_gpus)
-        self.recipe, self.lengths, self.flops = recipe, lengths, ModelFlops.of(config)
+        self.recipe, self.lengths, self.foresees, self.flops = recipe, lengths, foresees, ModelFlops.of(config)
         self.generator = recipe.rollout.generator
         rollout = recipe.rollout
         packed = lengths.group(rollout.group_size)
@@ -323,7 +336,7 @@ class Costs(TrainCosts):
         alive = np.minimum(self.lengths.alive(filled) * 8 / 7, 1.0)
         alive[0] = 1.0
         rows = alive * self.groups_a_rank * self.recipe.rollout.group_size
-        worst = np.argmax(rows * (rooms + self.sampled_bytes / self.kv_bytes))
+        worst = np.argmax(rows * (rooms + self.sampled_bytes / self.kv_bytes)) if self.foresees else 0
         return float(rows[worst]), float(rooms[worst])
 
     def collective_s(self, num_bytes: float) -> float:

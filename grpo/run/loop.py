@@ -71,7 +71,7 @@ class RunLoop(abc.ABC):
         self.machine = min(world.gather(machine_of(world.device)), key=lambda machine: machine.memory)
         if isinstance(recipe, Recipe):
             lengths = Lengths.assumed(recipe)
-            costs: TrainCosts = Costs(recipe, config, self.machine, world.size, lengths)
+            costs: TrainCosts = Costs(recipe, config, self.machine, world.size, lengths, foresees=False)
             settle_budget(costs, recipe.train.token_budget, lengths.needed)
             if costs.generator == "vllm" and world.device.type == "cuda":
                 world.everywhere(partial(require_free, costs, torch.cuda.mem_get_info(world.device)[0]))

@@ -23,6 +23,7 @@ class Machine:
     gpus_per_node: int = 8
     reserve: float = 3e9  # CUDA context, NCCL's buffers, cuBLAS' workspace: assumed
     is_cpu: bool = False  # counts what is kept on a CPU, in fp32
+    segments_grow: bool = True  # those of torch's allocator can, so that less is lost between tensors
 
 
 MACHINES = {  # NVIDIA's data sheets of the SXM modules; a 400 Gbit/s adapter a GPU, 200 on A100
@@ -44,7 +45,15 @@ def machine_of(device: torch.device) -> Machine:
     found = torch.cuda.get_device_properties(device)
     words = re.split(r"[ -]", found.name.lower())
     known = next((machine for name, machine in MACHINES.items() if name in words), MACHINES["h100"])
-    return dataclasses.replace(known, memory=float(found.total_memory))
+    theirs = allocator_settings()
+    grow = not torch.version.hip and all("expandable_segments:true" in text.lower() for text in theirs.values())
+    return dataclasses.replace(known, memory=float(found.total_memory), segments_grow=grow)
+
+
+def allocator_settings() -> dict[str, str]:
+    """What the user has set of torch's allocator, by the variable's name."""
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
 def hold_reserve(device: torch.device, reserve: float, grows: bool) -> None:
@@ -55,7 +64,7 @@ def hold_reserve(device: torch.device, reserve: float, grows: bool) -> None:
     """
     if device.type != "cuda":
         return
-    if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+    if not allocator_settings():
         # Not by the environment: it would be an engine's, too, and torch may have read it. Another stage of a pipeline
         # may want the other.
         torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{grows}")

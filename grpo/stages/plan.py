@@ -65,6 +65,7 @@ class Plan:
     tokens_per_s_per_gpu: float  # sampled, over the whole step
     mfu: float  # of the training phase, nothing recomputed counted
     generator: str
+    chosen_by: str  # why it is that generator, where the recipe has "auto"
     fastest: "Setting"
 
     @property
@@ -91,13 +92,16 @@ def plan_recipe(
     if response is not None and not 1 <= response <= longest:
         raise RecipeError(f"--response-tokens {response:g}: wanted a mean of 1 to rollout.max_new_tokens = {longest}")
     lengths = Lengths.assumed(recipe, prompt, response)
+    why = ""
     if recipe.rollout.generator == "auto":
-        name, _ = auto_generator(torch.device("cuda"))
+        name, why = auto_generator(torch.device("cuda"))
         recipe = dataclasses.replace(recipe, rollout=dataclasses.replace(recipe.rollout, generator=name))
-    return plan(recipe, read_config(recipe.model.path), machine, num_gpus, lengths)
+    return plan(recipe, read_config(recipe.model.path), machine, num_gpus, lengths, why)
 
 
-def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, lengths: Lengths) -> Plan:
+def plan(
+    recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, lengths: Lengths, chosen_by: str = ""
+) -> Plan:
     """What the recipe needs and how long its step takes.
 
     Raises RecipeError where it cannot fit, or the ranks of a copy do not divide the GPUs.
@@ -130,6 +134,7 @@ def plan(recipe: Recipe, config: ModelConfig, machine: Machine, num_gpus: int, l
         tokens_per_s_per_gpu=sampled / num_gpus / run.step_s(seconds),
         mfu=useful / seconds["train"] / run.peak_flops,
         generator=run.generator,
+        chosen_by=chosen_by,
         fastest=min(_settings(recipe, config, machine, num_gpus, lengths), key=lambda setting: setting.step_s),
     )
 
@@ -165,13 +170,13 @@ def print_plan(found: Plan) -> None:
     step_s, fastest = found.step_s, found.fastest
     shares = ", ".join(f"{phase} {s:,.1f} s ({s / step_s:.0%})" for phase, s in found.seconds.items())
     lengths = found.lengths
+    chosen = f" (auto, by what is installed here: {found.chosen_by})" if found.chosen_by else ""
     console.print(
         f"{found.num_params / 1e9:,.2f}B parameters. Token budget: {found.token_budget:,}; the largest that fits is "
         f"{found.largest_token_budget:,}.\n"
         f"Fastest that fits: activation_checkpointing = {fastest.activation_checkpointing} and a token budget of up to "
         f"{fastest.largest_token_budget:,}, {fastest.step_s:,.1f} s a step.\n"
-        f"Generator: {found.generator} (auto: by what is installed here). A rollout has {found.sequences:,} sequences "
-        f"a GPU; of the full "
+        f"Generator: {found.generator}{chosen}. A rollout has {found.sequences:,} sequences a GPU; of the full "
         f"{lengths.longest:,} tokens {found.largest_sequences:,} would fit at once.\n"
         f"A step takes {step_s:,.1f} s: {shares};\n{found.micro_batches:,} micro-batches an update on every GPU, "
         f"{found.tokens_per_s_per_gpu:,.0f} sampled tokens/s/GPU, training at {found.mfu:.0%} of the peak FLOP/s.\n"

@@ -29,7 +29,7 @@ from flashgrpo.grpo.errors import RecipeError, RunInputError
 from flashgrpo.grpo.recipe.load import SamplingRecipe
 from flashgrpo.grpo.recipe.schema import VllmSection
 from flashgrpo.grpo.run.child import own_environment
-from flashgrpo.grpo.run.machines import resolve_dtype
+from flashgrpo.grpo.run.machines import allocator_settings, resolve_dtype
 from flashgrpo.grpo.run.progress import console
 
 SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "nccl", "ipc"  # transports of weights; the latter are vLLM's
@@ -151,8 +151,8 @@ def check_gpu(options: EngineOptions, device: torch.device) -> None:
             f"{torch.cuda.memory_reserved(device) / 1e9:.1f} GB, it could have {largest:g} at most; lower it, end what "
             "else runs there, shard over more GPUs, or sample with rollout.generator = native"
         )
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if "expandable_segments:true" in os.environ.get(name, "").lower():
+    for name, settings in allocator_settings().items():
+        if "expandable_segments:true" in settings.lower():
             console.print(
                 f"{name} has expandable_segments: weights go to the engine by CUDA IPC, which opens such memory "
                 "slowly, and in a container without ptrace not at all; take it out where syncs are slow or fail",

@@ -55,6 +55,13 @@ def test_the_largest_budget_leaves_what_the_allocator_loses():
     assert 1.1 * (total(worst) - worst["lost between tensors"] - worst["reserve"]) + worst["reserve"] <= 141e9
 
 
+def test_segments_that_do_not_grow_lose_more():
+    run, fixed = costs_of(), costs_of()
+    fixed.machine = dataclasses.replace(run.machine, segments_grow=False)
+    lost, more = (each.memory(8192)["loss"]["lost between tensors"] for each in (run, fixed))
+    assert more == pytest.approx(2 * lost)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """An H100 that answers questions, and what was set of its allocator."""
@@ -76,11 +83,15 @@ def test_the_allocator_leaves_the_reserve(gpu):
     assert machine_of(CUDA).memory == 80e9
 
 
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_users_own_settings_of_the_allocator_stay(gpu, monkeypatch, name):
-    monkeypatch.setenv(name, "max_split_size_mb:512")
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+@pytest.mark.parametrize("settings", ["max_split_size_mb:512", "expandable_segments:True,max_split_size_mb:512"])
+def test_the_users_own_settings_of_the_allocator_stay(gpu, monkeypatch, name, settings):
+    assert machine_of(CUDA).segments_grow
+    monkeypatch.setenv(name, settings)
     hold_reserve(CUDA, 3e9, grows=True)
     assert "settings" not in gpu
+    # Nor is less lost than with segments of a fixed size, if that is what they are.
+    assert machine_of(CUDA).segments_grow == ("expandable" in settings)
 
 
 def test_segments_for_cuda_ipc_do_not_grow(gpu):
@@ -215,6 +226,24 @@ def test_a_run_refuses_what_does_not_fit_in_the_words_of_plan(recipe, monkeypatc
     file.write_text(recipe_to_toml(auto))
     assert main(["plan", str(file), "--gpu", "h100"]) == 2
     assert str(refusal.value) in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_does_not_refuse_for_completions_that_may_stay_short():
+    """Nobody knows how long they become, and no key of a recipe says it: a run that fits would not start."""
+    foreseen = costs_of(gpu="h100", rollout={"generator": "native", "prompts_per_step": 256, "max_new_tokens": 8192})
+    with pytest.raises(RecipeError, match=r"needed \(rollout\).*largest are KV cache"):
+        settle_budget(foreseen, "auto", 8447)
+    config, lengths = foreseen.config, foreseen.lengths
+    run = Costs(foreseen.recipe, config, foreseen.machine, 8, lengths, foresees=False)
+    chosen = settle_budget(run, "auto", 8447)
+    assert chosen == run.largest_budget() // 256 * 256 > 8447
+    # But that every row has a first token.
+    many = dataclasses.replace(foreseen.recipe.rollout, prompts_per_step=8192)
+    run = Costs(
+        dataclasses.replace(foreseen.recipe, rollout=many), config, foreseen.machine, 8, lengths, foresees=False
+    )
+    with pytest.raises(RecipeError, match=r"needed \(rollout\).*largest are KV cache"):
+        settle_budget(run, "auto", 8447)
 
 
 def test_sampling_ahead_hides_behind_training():

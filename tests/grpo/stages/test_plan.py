@@ -351,7 +351,8 @@ def test_faulty_arguments():
         plan_recipe(recipe, 8, response=9000)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flashgrpo.grpo.stages.plan.auto_generator", lambda device: ("native", f"{device} is bare"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(SEVEN_B))
     path = tmp_path / "recipe.toml"
@@ -361,6 +362,9 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("KV cache", "rollout", "7.62B parameters", "A prediction", "score"))
     assert len(printed.splitlines()) <= 40
+    assert "Generator: native (auto, by what is installed here: cuda is bare). A" in " ".join(printed.split())
+    assert main([*command, "--rollout.generator=vllm"]) == 0
+    assert "Generator: vllm. A" in capsys.readouterr().out
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["lengths"] == {"prompt": 256, "response": 256, "longest": 1024}
