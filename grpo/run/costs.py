@@ -170,7 +170,7 @@ class TrainCosts:
             },
             "reduction": {
                 **trained,
-                unsharded: gathered + (0 if resharded else all_blocks),
+                unsharded: gathered,  # a block's are freed after its backward pass in any case
                 reduced: (2 * size if size < 4 else size) * self.size.root
                 + (4 + 4 / self.shard_ranks) * (self.size.root + self.size.block),
             },
