@@ -177,19 +177,8 @@ class Gpus:
                 trainer.run_step(1, _Bar())
         with self.record() as run:
             trainer.run_step(1 + warm, _Bar())
-        run.planned = self._planned(recipe, config, prompt, data)
+        run.planned = planned(recipe, config, self.world.size, prompt, data)
         return run
-
-    def _planned(self, recipe: Recipe, config: ModelConfig, prompt: int, data: StepData) -> dict[str, float]:
-        """What plan counts for the moments of training, without what it holds back."""
-        lengths = [len(rollout.completion_ids) for rollout in data.rollouts]
-        expected = Lengths(prompt, sum(lengths) / len(lengths), recipe.rollout.max_new_tokens)
-        moments = Costs(recipe, config, MACHINES["h200"], self.world.size, expected).memory(recipe.train.token_budget)
-        found = {}
-        for moment in ("loss", "backward", "reduction"):
-            parts = moments[moment].items()
-            found[moment] = sum(size for name, size in parts if name not in HELD_BACK)
-        return found
 
     def supervised_step(
         self,
@@ -290,6 +279,18 @@ def step_recipe(**sections: dict[str, Any]) -> Recipe:
 
 def _sections(**sections: dict[str, Any]) -> dict[str, Any]:
     return {"model": {"path": "models/none"}, "run": {"output": "runs/none"}} | sections
+
+
+def planned(recipe: Recipe, config: ModelConfig, ranks: int, prompt: int, data: StepData) -> dict[str, float]:
+    """What plan counts for the moments of training, without what it holds back."""
+    lengths = [len(rollout.completion_ids) for rollout in data.rollouts]
+    expected = Lengths(prompt, sum(lengths) / len(lengths), recipe.rollout.max_new_tokens)
+    moments = Costs(recipe, config, MACHINES["h200"], ranks, expected).memory(recipe.train.token_budget)
+    found = {}
+    for moment in ("loss", "backward", "reduction"):
+        parts = moments[moment].items()
+        found[moment] = sum(size for name, size in parts if name not in HELD_BACK)
+    return found
 
 
 def packed_groups(tokens: int, prompt: int, response: int, group_size: int) -> int:

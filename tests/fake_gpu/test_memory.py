@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from fake_gpu.gpus import fake_gpus, shape
+from fake_gpu.gpus import fake_gpus, packed_groups, planned, shape, step_data, step_recipe
 from flashgrpo.bench.report import RESULTS
 
 TABLE = RESULTS / "memory.json"
@@ -42,6 +42,23 @@ def test_plan_counts_what_a_step_holds(row):
     if "RECORD" in os.environ:
         record(row, run)
     assert run.misplanned(most=1.06) == {}, run.misplanned(most=1.06)
+
+
+def test_the_table_is_plans():
+    """By arithmetic alone: where plan has changed, RECORD=1 FULL_DEPTH=1 pytest -n0 tests/fake_gpu/test_memory.py."""
+    table = {tuple(old[key] for key in KEYS): old["plan"] for old in json.loads(TABLE.read_text())["rows"]}
+    assert table.keys() == set(ROWS)
+    for row in ROWS:
+        model, ranks, shard_ranks, tokens, checkpointing, reshard = row
+        recipe = step_recipe(
+            rollout={"prompts_per_step": 1, "group_size": 16, "max_new_tokens": 2048},
+            train={"token_budget": tokens, "reshard_after_forward": reshard, "shard_ranks": shard_ranks},
+            model={"path": "models/none", "activation_checkpointing": checkpointing},
+            loss={"preset": "dapo"},
+        )
+        data = step_data(packed_groups(tokens, 256, 2048, 16), tokens, 256, 2048, 16)
+        found = planned(recipe, shape(model), ranks, 256, data)
+        assert table[row] == {moment: round(size) for moment, size in found.items()}, (row, found)
 
 
 def record(row, run):
