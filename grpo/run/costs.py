@@ -439,7 +439,7 @@ def settle_budget(run: TrainCosts, wanted: int | Literal["auto"], needed: int) -
     if run.machine.is_cpu:
         return token_budget
     if isinstance(run, Costs) and run.generator == "vllm":
-        _require_cache(run, needed + 1)
+        _require_cache(run, max(needed + 1, run.recipe.vllm.max_model_len))
     largest = run.largest_budget()
     if token_budget > largest:
         raise RecipeError(_refusal(run, run.memory(token_budget), largest if largest >= needed else 0))
@@ -476,6 +476,8 @@ def _refusal(run: TrainCosts, memory: dict[str, Parts], enough: int) -> str:
     largest = sorted(memory[moment].items(), key=lambda part: part[1], reverse=True)[:3]
     sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in largest)
     advice = "no token budget is small enough: make one of them smaller, or take more GPUs"
+    if ENGINE in memory[moment]:
+        advice = "lower vllm.memory_share, take more GPUs, or sample with rollout.generator = native"
     if enough:
         advice = f"--train.token_budget={enough} would be enough"
     return (

@@ -147,7 +147,10 @@ def test_an_engine_does_not_pay_for_launches():
 def test_a_start_that_vllm_would_refuse_is_refused():
     """7B on 2 H100s: 45.7 GB of state, 7.6 of a reference and half a card, which vLLM found out after minutes."""
     run = costs_of(num_gpus=2, gpu="h100", rollout={"generator": "vllm"})
-    with pytest.raises(RecipeError, match=r"needed \(rollout\).*largest are vLLM \(vllm.memory_share\) 41.0 GB"):
+    words = (
+        r"needed \(rollout\).*largest are vLLM \(vllm.memory_share\) 41.0 GB.*sample with rollout.generator = native"
+    )
+    with pytest.raises(RecipeError, match=words):
         settle_budget(run, "auto", 1279)
     free = 80e9 - 3e9
     with pytest.raises(RecipeError, match=r"vLLM wants 40.0 GB \(vllm.memory_share = 0.5 of 80.0 GB\) free.*53.3 GB"):
@@ -162,6 +165,10 @@ def test_an_engine_without_room_for_a_sequence_is_refused():
     ):
         settle_budget(run, 16_384, 9999)
     settle_budget(run, 16_384, 4000)
+    # Nor would vLLM start without room for the longest that it is told of.
+    run = costs_of(rollout={"generator": "vllm"}, vllm={"memory_share": 0.11, "max_model_len": 10_000})
+    with pytest.raises(RecipeError, match=r"a sequence of 10,000 tokens needs 0\.6"):
+        settle_budget(run, 16_384, 4000)
 
 
 # A6: the share of peak that training reaches follows from the width.
