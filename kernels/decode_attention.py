@@ -74,6 +74,9 @@ class DecodeRows(NamedTuple):
     longest_prompt: int  # or more
 
 
+_INDICES = DecodeRows._fields[:6]  # the tensors
+
+
 @triton.jit
 def _load_queries(
     ptr, stride, first_row, last_row, first_query, kv_head,
@@ -277,8 +280,8 @@ def decode_attention(
     1/sqrt(head_dim). Not differentiable. On a CPU and in float64 a torch twin of any floating dtype and
     head_dim, made for correctness.
 
-    Raises ValueError for shapes that do not fit together and a head_dim that the kernels do not have,
-    TypeError for dtypes. Starts and lengths are not checked: they are on the device.
+    Raises ValueError for shapes that do not fit together and a head_dim or scale that the kernels do
+    not have, TypeError for dtypes. Starts and lengths are not checked: they are on the device.
     """
     _check(q, k, v, prompts, own, rows)
     scale = float(q.shape[2] ** -0.5) if scale is None else scale
@@ -286,6 +289,8 @@ def decode_attention(
         return _torch_decode_attention(q, k, v, prompts, own, rows, scale)
     if q.shape[2] not in HEAD_DIMS:
         raise ValueError(f"q has head_dim {q.shape[2]}; wanted one of {HEAD_DIMS}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; wanted a finite number above 0")
     return _by_kernels(q, k, v, prompts, own, rows, scale)
 
 
@@ -297,11 +302,13 @@ def _by_kernels(
     num_rows, num_heads, head_dim = q.shape
     (_, room, num_kv_heads, _), num_groups = own[0].shape, rows.prompt_start.shape[0]
     options = tile_options(q, num_kv_heads)
+    rows = rows._replace(**{name: getattr(rows, name).contiguous() for name in _INDICES})
     prompt_splits, own_splits = -(-rows.longest_prompt // SPLIT), -(-room // SPLIT)
     tiles = -(-rows.widest * options["HEADS"] // options["BLOCK_M"])
     num_splits = prompt_splits + own_splits
     acc = q.new_empty(num_rows, num_splits, num_heads, head_dim, dtype=torch.float32)
-    sums, peaks = q.new_empty(2, num_rows, num_splits, num_heads, dtype=torch.float32)
+    # Apart: half of one tensor would begin where 16 bytes do for some numbers of rows and not for others.
+    sums, peaks = (q.new_empty(num_rows, num_splits, num_heads, dtype=torch.float32) for _ in range(2))
     q, k, v = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (q, k, v))
     programs = (num_groups * prompt_splits * tiles + num_rows * own_splits) * num_kv_heads
     launch(
@@ -330,6 +337,9 @@ def _check(
             raise TypeError(f"{name} are {tensor.dtype} and q is {q.dtype}; wanted one floating dtype")
         if tensor.device != q.device:
             raise ValueError(f"{name} are on {tensor.device} and q on {q.device}; wanted one device")
+    for name, tensor, dims in (("q", q, 3), ("own keys", own[0], 4)):
+        if tensor.dim() != dims:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {dims} dimensions")
     num_kv_heads, head_dim = own[0].shape[2:]
     wanted = {"k": (q.shape[0], num_kv_heads, head_dim), "prompt keys": (prompts[0].shape[0], num_kv_heads, head_dim)}
     wanted |= {"v": wanted["k"], "prompt values": wanted["prompt keys"], "own values": tuple(own[0].shape)}
@@ -342,10 +352,10 @@ def _check(
         if not named[name].is_contiguous():
             raise ValueError(f"{name} are not contiguous; wanted caches that are")
     num_groups = rows.prompt_start.shape[0]
-    check_index("first_row", rows.first_row, q.device, num_groups + 1)
-    check_index("prompt_length", rows.prompt_length, q.device, num_groups)
-    for name in ("group", "place", "length"):
-        check_index(name, getattr(rows, name), q.device, q.shape[0])
+    lengths = dict.fromkeys(_INDICES, q.shape[0])
+    lengths |= {"first_row": num_groups + 1, "prompt_start": num_groups, "prompt_length": num_groups}
+    for name, length in lengths.items():
+        check_index(name, getattr(rows, name), q.device, length)
 
 
 def _torch_decode_attention(

@@ -156,6 +156,26 @@ def test_scores_far_below_and_far_above_zero(sign, device, as_accurate, short_sp
     as_accurate(run(step), plain(step, torch.float32), plain(step, torch.float64))
 
 
+def test_no_number_of_rows_moves_a_pointer_off_its_alignment(monkeypatch):
+    """Triton compiles a kernel anew for pointers that 16 does not divide: in the middle of a run, as rows leave."""
+    pointers = []
+
+    def launch(kernel, grid, *arguments, **options):
+        pointers.extend(x.data_ptr() for x in arguments if isinstance(x, Tensor))
+
+    monkeypatch.setattr(module, "launch", launch)
+    step = make(torch.device("cpu"), [(300, [3])], num_heads=7, num_kv_heads=1)
+    module._by_kernels(*step, 0.1)
+    assert len(pointers) == 22
+    assert not [pointer for pointer in pointers if pointer % 16]
+
+
+def test_indices_that_are_columns_of_a_table(device):
+    step = make(device)
+    columns = [torch.stack((x, x + 5), dim=1)[:, 0] for x in step.rows[:6]]
+    assert torch.equal(run(step._replace(rows=DecodeRows(*columns, *step.rows[6:]))), run(step))
+
+
 def test_a_scale_of_its_own(device, as_accurate):
     step = make(device, GROUPS[:2])
     as_accurate(run(step, scale=0.3), plain(step, torch.float32, 0.3), plain(step, torch.float64, 0.3))
@@ -232,11 +252,19 @@ def test_arguments_that_do_not_fit_are_named(device):
         decode_attention(*step._replace(q=step.q[:, :3]))
     with pytest.raises(ValueError, match="own keys are not contiguous"):
         decode_attention(*step._replace(own=tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in step.own)))
+    with pytest.raises(ValueError, match=r"q has shape \(10, 128\); wanted 3 dimensions"):
+        decode_attention(*step._replace(q=step.q.flatten(1)))
+    with pytest.raises(ValueError, match=r"own keys has shape \(11, 100, 64\); wanted 4 dimensions"):
+        decode_attention(*step._replace(own=tuple(x.flatten(2) for x in step.own)))
     with pytest.raises(ValueError, match=r"place has shape \(9,\); wanted \[10\]"):
         decode_attention(*step._replace(rows=step.rows._replace(place=step.rows.place[1:])))
+    with pytest.raises(TypeError, match=r"prompt_start is torch\.float32; wanted int32 or int64"):
+        decode_attention(*step._replace(rows=step.rows._replace(prompt_start=step.rows.prompt_start.float())))
 
 
 @pytest.mark.kernels
-def test_a_head_dim_that_no_kernel_has_is_named(device):
+def test_what_no_kernel_has_is_named(device):
     with pytest.raises(ValueError, match="head_dim 48; wanted one of"):
         run(make(device, GROUPS[:1], head_dim=48))
+    with pytest.raises(ValueError, match=r"scale is -0\.1; wanted a finite number above 0"):
+        run(make(device, GROUPS[:1]), scale=-0.1)
