@@ -14,12 +14,13 @@ What a step must read, predicted, in bytes a layer, with 2 bytes an element:
 
     4 head_dim num_kv_heads (sum of prompts + sum of own keys), each prompt once a group
 
-At P 1,024, R 1,024, G 16 that is 17 keys a row in place of 32 of repeated prompts, of a thousand
-each. Queries that need more than one tile read a prompt again, from L2: the tiles of a split are
-neighbours. Splits are written and read again as fp32: 8 (head_dim + 2) a query head and split, which
-is 8 heads_per_kv_head / (4 SPLIT) of what was read, 2.3% at 3 and 5.5% at 7. Of a row's matrix
-products 16 rows are computed where heads_per_kv_head are wanted: 16 FLOPs a byte, far below a GPU's
-balance (200 on an H100), so bytes decide. No GPU has run it yet.
+At P 1,024, R 1,024, G 16 that is 17 x 1,024 keys a group in place of the 32 x 1,024 of repeated
+prompts. Queries that need more than one tile read a prompt again, from L2: the tiles of a split are
+neighbours. Splits are written and read again as fp32: 8 (head_dim + 2) a row, query head and split,
+those of a shared prompt, too. Of a row's own keys that is 2 heads_per_kv_head / SPLIT of what was
+read; of all keys of that group 4.5% at 3 heads and 10% at 7. Of a row's matrix products 16 rows are
+computed where heads_per_kv_head are wanted: 16 FLOPs a byte, far below a GPU's balance (200 on an
+H100), so bytes decide. No GPU has run it yet.
 
 Sources: Dao et al., Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html, for the
 splits; Juravsky et al., Hydragen, arXiv 2402.05099, and Ye et al., Cascade Inference,

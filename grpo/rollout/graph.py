@@ -2,7 +2,8 @@
 
 A graph is of fixed shapes and addresses. They last until the cache grows, every 128 steps or more,
 or rows leave, an eighth at a time; the cache then tells the kernels anew where its rows are. What
-changes from step to step (tokens, positions, lengths, keys) changes in place, on the device.
+changes from step to step (tokens, positions, lengths, keys) changes in place, on the device. Before
+a capture torch waits for the device and gives its unused memory back.
 """
 
 from collections.abc import Callable

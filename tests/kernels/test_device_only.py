@@ -1,4 +1,4 @@
-"""What only a GPU can show: sizes past 2^31, races, waits for the device, recompilation, reads out of bounds.
+"""What only a GPU can show: sizes past 2^31, races, waits for the device, recompilation, reads out of bounds, graphs.
 
 As a script, which compute-sanitizer watches, it calls every public function once. `pack_padded` is left out: the size
 of what it returns depends on values, so it waits for the device by nature.
@@ -11,11 +11,14 @@ import subprocess
 import sys
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from flashgrpo.grpo.rollout.native import NativeGenerator
+from flashgrpo.grpo.types import Request, Sampling
 from flashgrpo.kernels import attention, elementwise, logprob, loss_triton
 from flashgrpo.kernels import decode_attention as decode_attention_module
 from flashgrpo.kernels.attention import packed_attention
@@ -24,6 +27,8 @@ from flashgrpo.kernels.elementwise import QKNorm, rms_norm, rope, swiglu, swiglu
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages, grpo_loss, logits_grpo_loss, merge_stats
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
+from flashgrpo.model.config import ModelConfig
+from flashgrpo.model.decoder import Decoder
 
 RUNS, ROWS, VOCAB = 1000, 70_000, 32_000
 # Lengths of a prompt and its completions, by family. The first large one has its queries cut into pieces, the second
@@ -220,6 +225,29 @@ def test_one_graph_without_a_break(name, device):
     compiled = run(torch.compile(function, fullgraph=True), leaves)
     for x, y in zip(compiled, run(function, leaves), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_decoding_by_kernels_and_by_graphs_samples_what_torch_does(device):
+    """While the cache grows and rows leave. In fp32, whose rounding is too small to draw another token."""
+    torch.manual_seed(0)
+    config = {
+        "model_type": "qwen3", "vocab_size": 61, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    }  # fmt: skip
+    model = Decoder(ModelConfig.from_dict(config)).to(device)
+    asked = [Request(i, [5 + i] * (4 + i), np.arange(3, dtype=np.uint64) + 3 * i) for i in range(6)]
+
+    def generate(backend, cuda_graphs=False):
+        model.attention_backend = backend
+        groups = NativeGenerator(model, [3], cuda_graphs=cuda_graphs).generate(asked, Sampling(150))
+        return [rollout for group in sorted(groups, key=lambda group: group[0].group) for rollout in group]
+
+    by_torch = generate("torch")
+    assert len({len(rollout.completion_ids) for rollout in by_torch}) > 3
+    for ours in (generate("triton"), generate("triton", cuda_graphs=True)):
+        for a, b in zip(ours, by_torch, strict=True):
+            assert a.completion_ids.tolist() == b.completion_ids.tolist()
+            np.testing.assert_allclose(a.behavior_logprobs, b.behavior_logprobs, atol=1e-4)
 
 
 def test_a_second_use_of_overwritten_logits_is_refused(device):
