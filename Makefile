@@ -99,7 +99,7 @@ gpu:
 	echo "results and logs: $(RESULTS)"; \
 	exit $$failed
 
-# Faults planted in the kernels, each of which must fail a test; two minutes.
+# Faults planted in the kernels, each of which must fail a test; three minutes.
 mutations: setup
 	$(BIN)/python tests/mutations.py
 
