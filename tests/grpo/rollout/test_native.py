@@ -152,12 +152,14 @@ def test_prompts_are_run_in_passes_of_whole_prompts(model, group_size, monkeypat
             np.testing.assert_allclose(a.behavior_logprobs, b.behavior_logprobs, atol=1e-5)
 
 
-def test_a_pass_of_prompts_is_as_long_as_a_micro_batch(recipe_values):
+@pytest.mark.parametrize("loaded", [True, False])
+def test_passes_of_prompts_and_graphs_are_the_recipes(recipe_values, loaded):
+    recipe_values["rollout"]["cuda_graphs"] = True
     recipe = build_recipe(Recipe, recipe_values)
     with open_world(recipe) as world:
-        policy = open_policy(recipe.model, world.device)
-        for loaded in (True, False):
-            assert open_generator(recipe, policy, world, 8, loaded).prefill_tokens == recipe.train.token_budget == 256
+        generator = open_generator(recipe, open_policy(recipe.model, world.device), world, 8, loaded)
+    assert generator.prefill_tokens == recipe.train.token_budget == 256
+    assert generator.cuda_graphs
 
 
 def use_kernel_cache(monkeypatch):
