@@ -271,7 +271,7 @@ class OptimizerSection:
     """Free a block's gathered weights after the forward pass and gather them again for the backward."""
     token_budget: Annotated[int | Literal["auto"], PlainValidator(_budget)] = "auto"
     """Most tokens of one micro-batch. auto: on CUDA the most that fit, by the arithmetic of `flashgrpo plan`; on a CPU
-    what its caches like; noted in the run's recipe.toml."""
+    1,200, or what the longest sequence needs; noted in the run's recipe.toml."""
     checkpoint_every: _Count = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: _Positive = 2

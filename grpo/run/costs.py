@@ -47,7 +47,7 @@ ENGINE_STEP_S = 1.5e-3  # host time of a step of vLLM's, whose kernels are in CU
 # Of a process' tensors, lost between them: simulated on recorded steps, with segments that grow and with fixed ones.
 GROWING_LOSS, FIXED_LOSS = 0.1, 0.2
 ASLEEP = 1e9  # bytes that a sleeping engine's process keeps, 0.5 to 1 GB: assumed
-CPU_BUDGET = 1200  # tokens of a pack that a CPU's caches like: measured, docs/performance.md
+CPU_BUDGET = 1200  # tokens of a pack on a CPU: more took more memory and no less time
 
 ENGINE = "vLLM (vllm.memory_share)"
 _BUCKET_BYTES = 256 << 20  # of a weight sync, where no tensor is larger
@@ -218,8 +218,8 @@ class TrainCosts:
         return bisect.bisect_left(range(1, 1 << 40), True, key=is_over)
 
     def choose_budget(self, needed: int) -> int:
-        """What train.token_budget = "auto" is where the longest sequence has `needed` tokens: on a CPU what its caches
-        like, else the largest that fits, or `needed`, which then does not.
+        """What train.token_budget = "auto" is where the longest sequence has `needed` tokens: on a CPU CPU_BUDGET, or
+        `needed`; else the largest that fits, or `needed`, which then does not.
         """
         if self.machine.is_cpu:
             return max(needed, CPU_BUDGET)

@@ -94,7 +94,7 @@ class RunLoop(abc.ABC):
         wanted = recipe.train.token_budget
         budget = settle_budget(costs, wanted, needed)
         if wanted == "auto":
-            why = "what a CPU's caches like" if costs.machine.is_cpu else "the most that fit"
+            why = "enough for a CPU" if costs.machine.is_cpu else "the most that fit"
             console.print(f"train.token_budget = {budget} (auto: {why})", highlight=False)
         self.folder.recipe = settled = _with_budget(recipe, budget)
         return settled

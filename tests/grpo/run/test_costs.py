@@ -203,7 +203,7 @@ def test_auto_on_a_cpu_is_noted_and_kept_by_a_resume(recipe, capsys, monkeypatch
     """Also where the machine, or what is measured of it, has become another one."""
     auto = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, token_budget="auto", steps=1))
     train(auto)
-    assert f"train.token_budget = {CPU_BUDGET} (auto: what a CPU's caches like)" in capsys.readouterr().err
+    assert f"train.token_budget = {CPU_BUDGET} (auto: enough for a CPU)" in capsys.readouterr().err
     stored = f"{auto.run.output}/recipe.toml"
     assert load_recipe(Recipe, stored).train.token_budget == CPU_BUDGET
     monkeypatch.setattr(costs, "CPU_BUDGET", 64)
