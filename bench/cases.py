@@ -34,7 +34,7 @@ CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 _LOGITS_STD = 4.0
 _GROUP = 8
 _GATE_TOKENS = 128
-# From hidden states on a GPU the gate takes more rows than `linear_grpo` does at once, so that it sees chunks.
+# From hidden states on a GPU the gate takes more rows than `linear_grpo` does at once, so that it sees two chunks.
 _GATE_CHUNKED = 6144 + 128
 _WANTED = {
     "attention": ("q", "k", "v"),

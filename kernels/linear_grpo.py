@@ -16,14 +16,16 @@ advantage times a ratio above 65,504 overflows.
 
 Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row:
 with r rows a chunk that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at
-6,144. So on CUDA r is 6,144 rows of 16-bit or 3,072 of fp32 logits, which also is what 5% of full
-fp32 logits hold for 64k targets; on a CPU it is as many as have their fp32 logits in 2 MiB of
-cache, and at least 256.
+6,144. So on CUDA r is at most 6,144 rows of 16-bit or 3,072 of fp32 logits, which also is what 5%
+of full fp32 logits hold for 64k targets; on a CPU it is at most as many as have their fp32 logits
+in 2 MiB of cache, or 256. Chunks are as few as that allows and equal, to a multiple of 128 rows:
+8,192 are 2 of 4,096, 9,000 are 4,608 and 4,392, and none is computed that is not there.
 
-Both functions make log-probs by the same GEMM and `logprob.row_logprob`, so with equal chunks they
-agree bit for bit, and autocast changes neither. Not done here: vocabulary-parallel heads, a bias,
-logit soft-capping. Sources: Wijmans et al., Cut Your Losses, arXiv 2411.09009; Hsu et al., Liger
-Kernel, arXiv 2410.10989.
+Both functions make log-probs by the same GEMM and `logprob.row_logprob` in chunks that follow from
+n, so on one pack they agree bit for bit. The library may sum a product of another shape in another
+order: across packs of different n log-probs agree to rounding. Autocast changes neither. Not done
+here: vocabulary-parallel heads, a bias, logit soft-capping. Sources: Wijmans et al., Cut Your
+Losses, arXiv 2411.09009; Hsu et al., Liger Kernel, arXiv 2410.10989.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,6 +44,7 @@ from flashgrpo.kernels.loss_torch import is_live
 _CPU_CACHE = 2 << 20  # bytes
 _MIN_CPU_CHUNK = 256
 _CUDA_CHUNK_BYTES = 12_288  # of one column of logits
+_CHUNK_STEP = 128  # rows of a product's tile
 _COMPACT_BELOW = 0.9
 # A chunk's logits, whose memory it may use up, and their rows -> their gradient, None where nobody needs it; and which
 # of the chunk's rows it has, None for all.
@@ -84,7 +87,8 @@ class Head(NamedTuple):
         if logits_dtype not in allowed:
             raise ValueError(f"logits_dtype is {logits_dtype}; wanted one of {', '.join(map(str, allowed))}")
         if chunk_tokens is None:
-            chunk_tokens = default_chunk_tokens(weight.shape[0], logits_dtype.itemsize, hidden.is_cuda)
+            most = most_chunk_tokens(weight.shape[0], logits_dtype.itemsize, hidden.is_cuda)
+            chunk_tokens = default_chunk_tokens(hidden.shape[0], most)
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}; wanted 1 or above")
         return cls(hidden, weight, targets.contiguous(), temperature, chunk_tokens, logits_dtype)
@@ -95,11 +99,6 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:  # [rows, vocab]
         """Those of a chunk of rows."""
-        rows = hidden.shape[0]
-        # The library chooses a product's order of summation by its shape, so the last of several chunks is as long as
-        # all.
-        if by_triton(hidden) and self.hidden.shape[0] > self.chunk_tokens > rows:
-            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, self.chunk_tokens - rows))
         if not by_triton(hidden):
             return hidden.to(weight.dtype) @ weight.T
         # Kernels read 16 bytes at a time only where each row begins at a multiple of them, whatever the vocabulary.
@@ -110,7 +109,7 @@ class Head(NamedTuple):
             torch.mm(hidden, weight.T, out_dtype=self.logits_dtype, out=logits)
         else:
             torch.mm(hidden.to(weight.dtype), weight.T, out=logits)
-        return logits[:rows]
+        return logits
 
 
 class Wanted(NamedTuple):
@@ -134,7 +133,7 @@ def linear_logprobs(
 
     Both are fp32 (float64 for float64) and differentiable once; the backward pass computes the
     logits again. Targets as in `gather_logprobs`. `logits_dtype` is hidden's dtype (None) or
-    torch.float32, `chunk_tokens` the number of rows whose logits exist at once.
+    torch.float32, `chunk_tokens` the number of rows whose logits exist at once; by default it follows from n.
 
     Raises ValueError for shapes that do not fit together, a temperature that is not above 0, fewer than one token a
     chunk and another logits_dtype; TypeError for wrong dtypes.
@@ -189,9 +188,17 @@ def linear_grpo_loss(
     return loss, named_stats(metrics, inputs, logprobs, entropies)
 
 
-def default_chunk_tokens(vocab_size: int, itemsize: int, on_cuda: bool) -> int:
-    """Rows whose logits, of `itemsize` bytes each, exist at once."""
-    return _CUDA_CHUNK_BYTES // itemsize if on_cuda else max(_MIN_CPU_CHUNK, _CPU_CACHE // (4 * vocab_size))
+def most_chunk_tokens(vocab_size: int, itemsize: int, on_cuda: bool) -> int:
+    """Rows whose logits, of `itemsize` bytes each, exist at once at most; a multiple of _CHUNK_STEP."""
+    if on_cuda:
+        return _CUDA_CHUNK_BYTES // itemsize
+    return max(_MIN_CPU_CHUNK, _CPU_CACHE // (4 * vocab_size * _CHUNK_STEP) * _CHUNK_STEP)
+
+
+def default_chunk_tokens(num_rows: int, most: int) -> int:
+    """Rows of a chunk, the last of which may be shorter: few and equal chunks, to a multiple of _CHUNK_STEP."""
+    num_chunks = max(1, -(-num_rows // most))
+    return max(1, -(-num_rows // (num_chunks * _CHUNK_STEP))) * _CHUNK_STEP
 
 
 @dataclass(frozen=True)

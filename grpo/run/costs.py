@@ -29,7 +29,7 @@ import numpy as np
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.load import Recipe, RewardModelRecipe, SftRecipe
 from flashgrpo.grpo.run.machines import Machine
-from flashgrpo.kernels.linear_grpo import default_chunk_tokens
+from flashgrpo.kernels.linear_grpo import most_chunk_tokens
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.cost import Attention, BlockActivations, BlockPasses, ModelFlops, ModelSize
 
@@ -148,7 +148,7 @@ class TrainCosts:
         saved = token_budget * (blocks * block.kept + outside)
         gathered, resharded = size * self.size.root, self.train.reshard_after_forward
         all_blocks, head = size * blocks * self.size.block, self.size.head
-        chunk = min(rows, default_chunk_tokens(config.vocab_size, size, not self.machine.is_cpu))
+        chunk = min(rows, most_chunk_tokens(config.vocab_size, size, not self.machine.is_cpu))
         logits = 0 if config.is_reward_model else chunk * config.vocab_size * size * (3 if self.machine.is_cpu else 1)
         # Scaled into the weight's type; on a CPU by way of fp32.
         scaled = 8 * head + (size * head if size < 4 else 0) if self.machine.is_cpu else (4 + size) * head

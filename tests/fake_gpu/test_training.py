@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fake_gpu.gpus import fake_gpus, shape
-from flashgrpo.kernels.linear_grpo import default_chunk_tokens
+from flashgrpo.kernels.linear_grpo import most_chunk_tokens
 
 RECORDED = Path(__file__).with_name("kernels.json")
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B", "Qwen3-4B")
@@ -44,7 +44,7 @@ def step(model, sharding, checkpointing, loss, **options):
 
 
 def chunks(targets):
-    return -(-targets // default_chunk_tokens(1, 2, True))
+    return -(-targets // most_chunk_tokens(1, 2, True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)

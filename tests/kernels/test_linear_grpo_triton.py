@@ -5,7 +5,7 @@ import torch
 
 from flashgrpo.kernels import linear_grpo
 from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
-from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
+from flashgrpo.kernels.linear_grpo import default_chunk_tokens, linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
 
 pytestmark = pytest.mark.kernels
@@ -232,3 +232,13 @@ def test_rows_of_a_chunk_begin_16_elements_apart_whatever_the_vocabulary(vocab, 
     loss[0].backward()
     assert len(chunks) == 9
     assert {(x.stride(0) % 16, x.stride(1), x.shape[1]) for x in chunks} == {(0, 1, vocab)}
+
+
+def test_default_chunks_are_few_and_equal():
+    for num_rows in (0, 1, 128, 129, 6144, 6145, 8192, 9000, 65_536, 288_769):
+        chunk = default_chunk_tokens(num_rows, 6144)
+        assert chunk % 128 == 0 < chunk <= 6144
+        few, rest = -(-num_rows // 6144), num_rows % chunk or chunk
+        assert -(-num_rows // chunk) in (few - 1, few)
+        assert chunk - num_rows / max(few, 1) < 128 or num_rows == 0
+        assert few < 2 or chunk - rest < 128 * few
