@@ -56,11 +56,11 @@ _COUNTS = (
     "qkv_stride out_stride "
     "room num_groups tiles prompt_splits own_splits"
 )
-ARGUMENTS: dict[str, Any] = dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None}
+ARGUMENTS: dict[str, Any] = dict.fromkeys(_COUNTS.split(), 16) | dict.fromkeys(("advantages", "per_token"))
 for _dtype, _names in _POINTERS.items():
     ARGUMENTS |= dict.fromkeys(_names.split(), MockTensor(_dtype))
 _FIELDS = LossInputs._fields
-_INPUTS = LossInputs._make([ARGUMENTS.get(name, 1.0) for name in _FIELDS])
+_INPUTS = LossInputs._make([ARGUMENTS.get(name, 1.0) for name in _FIELDS])._replace(token_advantages=None)
 ARGUMENTS["inputs"] = _INPUTS
 
 

@@ -1,19 +1,20 @@
 """Group advantages, clipped ratio, KL, gradient and metrics of GRPO and its relatives, from packed rewards.
 
-For token i of completion c, with advantage A_c and log-ratio l_i = logprob_i - old_i (its mean over the completion
-at `ratio_level="sequence"`), r_i = exp(min(l_i, 20)):
+For token i of completion c, with advantage A_i (A_c unless tokens have their own) and log-ratio
+l_i = logprob_i - old_i (its mean over the completion at `ratio_level="sequence"`),
+r_i = exp(min(l_i, 20)):
 
-    policy_i = -b_i A_c bound(r_i)                  clip     bound: at most 1 + clip_high where A > 0,
+    policy_i = -b_i A_i bound(r_i)                  clip     bound: at most 1 + clip_high where A > 0,
                                                              at least 1 - clip_low, at most clip_max where A < 0
-    policy_i = -b_i A_c min(r_i, 1 + clip_high) logprob_i    cispo, the ratio without gradient
+    policy_i = -b_i A_i min(r_i, 1 + clip_high) logprob_i    cispo, the ratio without gradient
     kl_i     = k1, k2 or k3 of d_i = ref_i - logprob_i       -d, d^2 / 2, exp(d) - d - 1
     loss     = sum_i w_i (policy_i + kl_coef kl_i - entropy_coef entropy_i) / denominator
 
 w_i is 1 / tokens of c for `sequence_mean` and 1 otherwise; b_i is the detached weight p_old /
-p_behavior. The gradient by logprob_i is w_i (-b_i A_c r_i + kl_coef dkl_i) / denominator while r_i
-is within its bounds, bounds included. At sequence level it is the same expression, since the tokens
-of a completion share ratio, weight and advantage. d_i is bounded to [-100, 100], for k3 to [-100,
-20], and has no gradient beyond.
+p_behavior. The gradient by logprob_i is w_i (-b_i A_i r_i + kl_coef dkl_i) / denominator while r_i
+is within its bounds, bounds included, also at sequence level: where the tokens of a completion share
+weight and advantage that is GSPO's, and where they do not, GSPO-token's. d_i is bounded to [-100,
+100], for k3 to [-100, 20], and has no gradient beyond.
 
 All shapes are [num_targets] but rewards and offsets; a token costs at most 16 bytes read and 4 written. Nothing here
 reads a device tensor on the host. Bounds on offsets are checked on the CPU only.
@@ -31,13 +32,14 @@ from torch import Tensor
 from flashgrpo.kernels import loss_torch, loss_triton
 from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton
 from flashgrpo.kernels.logprob import check_logits, gather_logprobs
-from flashgrpo.kernels.loss_config import METRICS, LossConfig, LossInputs
+from flashgrpo.kernels.loss_config import METRICS, PER_TOKEN, LossConfig, LossInputs
 from flashgrpo.kernels.loss_torch import group_advantages
 
-__all__ = ["LossConfig", "group_advantages", "grpo_loss", "logits_grpo_loss", "merge_stats", "pack_padded"]
+__all__ = [
+    "LossConfig", "denominator_of", "group_advantages", "grpo_loss", "logits_grpo_loss", "merge_stats", "pack_padded"
+]  # fmt: skip
 
 Stats = dict[str, Tensor]
-_PER_TOKEN_STATS = ("logprobs", "entropies")
 
 
 def grpo_loss(
@@ -48,25 +50,28 @@ def grpo_loss(
     denominator: float | Tensor,
     rewards: Tensor | None = None,  # [num_groups, group_size]
     sequence_ids: Tensor | None = None,  # [num_completions], entries of rewards.flatten()
-    advantages: Tensor | None = None,  # [num_completions]
+    advantages: Tensor | None = None,  # [num_completions] or [num_targets]
     old_logprobs: Tensor | None = None,  # [num_targets]
     ref_logprobs: Tensor | None = None,  # [num_targets]
     behavior_logprobs: Tensor | None = None,  # [num_targets]
+    per_token: bool = False,
 ) -> tuple[Tensor, Stats]:
     """The policy loss, a scalar that is differentiable once by `logprobs`, and its metrics.
 
     Advantages come from `rewards` (then `sequence_ids` says whose completion is whose, by default
-    in order) or as they are. A completion whose advantage is NaN takes no part in anything. Without
-    `old_logprobs` the step is exactly on-policy: every ratio is 1, with the ratio's gradient.
+    in order) or as they are: one of a completion, or else one of a token (PPO's by GAE, rewards of
+    steps, distillation); of equally many they are the completions'. What has a NaN advantage takes
+    no part in anything. Without `old_logprobs` the step is exactly on-policy: every ratio is 1, with
+    the ratio's gradient.
 
-    `denominator` is what the sum is divided by: of the whole optimizer update, over its
-    micro-batches and ranks, the number of completions for `sequence_mean`, of their tokens for
-    `token_mean`, and completions times the longest length allowed for `constant`. It is a number,
-    or a 0-d tensor on the device, which torch.compile does not compile again for.
+    `denominator` is what the sum is divided by, see `denominator_of`. It is a number, or a 0-d
+    tensor on the device, which torch.compile does not compile again for.
 
     Metrics are fp32 scalars on the device, means over the tokens that count: num_tokens,
     ratio_mean, ratio_max, clip_low_fraction, clip_high_fraction, live_fraction (gradient not 0), kl
-    with a reference, and behavior_mismatch_mean and _max with behavior log-probs. `merge_stats`
+    with a reference, and behavior_mismatch_mean and _max with behavior log-probs. `per_token` adds
+    ratios, losses (w_i times what is summed, so that their sum over the denominator is the loss) and
+    kls with a reference, [num_targets] each and 0 where a token does not count. `merge_stats`
     combines calls.
 
     Raises ValueError for both or neither of rewards and advantages, a coefficient whose log-probs
@@ -80,8 +85,8 @@ def grpo_loss(
     if not logprobs.is_floating_point():
         raise TypeError(f"logprobs is {logprobs.dtype}; wanted a floating dtype")
     inputs = LossInputs.of(
-        logprobs, config, target_cu_seqlens, denominator, targets=None, rewards=rewards, sequence_ids=sequence_ids,
-        advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        logprobs, config, target_cu_seqlens, denominator, per_token, targets=None, rewards=rewards,
+        sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         behavior_logprobs=behavior_logprobs,
     )  # fmt: skip
     return _loss(logprobs, None, inputs)
@@ -96,10 +101,11 @@ def logits_grpo_loss(
     denominator: float | Tensor,
     rewards: Tensor | None = None,  # [num_groups, group_size]
     sequence_ids: Tensor | None = None,  # [num_completions], entries of rewards.flatten()
-    advantages: Tensor | None = None,  # [num_completions]
+    advantages: Tensor | None = None,  # [num_completions] or [num_targets]
     old_logprobs: Tensor | None = None,  # [num_targets]
     ref_logprobs: Tensor | None = None,  # [num_targets]
     behavior_logprobs: Tensor | None = None,  # [num_targets]
+    per_token: bool = False,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Stats]:
     """`grpo_loss` of the log-probs of `targets` under softmax(logits / temperature), with the entropy bonus.
@@ -112,9 +118,9 @@ def logits_grpo_loss(
     """
     check_logits(logits, targets, temperature)
     inputs = LossInputs.of(
-        logits.new_empty(targets.shape), config, target_cu_seqlens, denominator, targets=targets, rewards=rewards,
-        sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        behavior_logprobs=behavior_logprobs,
+        logits.new_empty(targets.shape), config, target_cu_seqlens, denominator, per_token, targets=targets,
+        rewards=rewards, sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs, behavior_logprobs=behavior_logprobs,
     )  # fmt: skip
     # A compiled function does not ask again whether its logits are a leaf.
     keep = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
@@ -131,11 +137,46 @@ def logits_grpo_loss(
         d_logits = None
         if needed:
             d_logits = logits.detach() if in_place else logits.new_empty(logits.shape)
-        loss, metrics, *per_token = _logits_loss_op(
+        loss, metrics, *of_tokens = _logits_loss_op(
             logits.detach(), d_logits, inputs.tensors, inputs.numbers, temperature
         )
     loss = WithGradients.apply(loss, logits, None, d_logits, None, None, in_place)
-    return loss, named_stats(metrics, inputs, *per_token)
+    return loss, named_stats(metrics, inputs, *of_tokens)
+
+
+def denominator_of(
+    config: LossConfig,
+    completion_mask: Tensor,  # [num_completions, max_length] bool or integer, or [num_completions], their tokens
+    *,
+    max_length: int | None = None,
+    micro_batches: float = 1,
+    update_tokens: float | Tensor | None = None,
+) -> float | Tensor:
+    """What the losses divide by, by `config.aggregate`; 1 at least.
+
+    | aggregate | denominator | TRL's loss_type |
+    | --- | --- | --- |
+    | sequence_mean | completions | grpo, sapo |
+    | token_mean | tokens of these completions | bnpo |
+    | token_mean | `update_tokens`: those of the whole update | dapo, cispo |
+    | constant | completions * `max_length`, the longest allowed | dr_grpo; with a max_length of 1 luspo |
+
+    Completions are those of the whole optimizer update, or an equal part of it: `micro_batches` says
+    how many such parts there are, where their gradients are summed. Ranks whose gradients are summed
+    are parts too; where they are averaged, as by DDP, they are not, and `update_tokens` is a rank's share.
+
+    Raises ValueError for a `constant` without max_length, and for `update_tokens` where tokens do not count.
+    """
+    if config.aggregate == "token_mean":
+        tokens = completion_mask.sum() * micro_batches if update_tokens is None else update_tokens
+        return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1.0)
+    if update_tokens is not None:
+        raise ValueError(f"update_tokens is {update_tokens}, which aggregate {config.aggregate!r} has no use for")
+    if config.aggregate == "constant":
+        if max_length is None:
+            raise ValueError("max_length is None; aggregate 'constant' needs the longest completion that is allowed")
+        micro_batches *= max_length
+    return max(completion_mask.shape[0] * micro_batches, 1.0)
 
 
 def pack_padded(
@@ -158,18 +199,20 @@ def pack_padded(
 def named_stats(
     metrics: Tensor,  # [len(METRICS)]
     inputs: LossInputs,
+    per_token: Tensor,  # [len(PER_TOKEN), num_targets], or without rows
     logprobs: Tensor,  # [num_targets]
     entropies: Tensor | None,  # [num_targets]
 ) -> Stats:
-    """Those of the metrics that the inputs define; where there are entropies, also what is reported of each token."""
+    """What the inputs define of the metrics, and of what is told of each token."""
     absent = {"loss"}
     if inputs.ref_logprobs is None:
-        absent.add("kl")
+        absent |= {"kl", "kls"}
     if inputs.behavior_logprobs is None:
         absent |= {"behavior_mismatch_mean", "behavior_mismatch_max"}
     if entropies is None:
         absent.add("entropy")
-    stats = {name: value for name, value in zip(METRICS, metrics, strict=True) if name not in absent}
+    names, values = METRICS + PER_TOKEN[: len(per_token)], [*metrics, *per_token]
+    stats = {name: value for name, value in zip(names, values, strict=True) if name not in absent}
     if entropies is not None:
         stats |= {"logprobs": logprobs.detach(), "entropies": entropies.detach()}
     return stats
@@ -191,7 +234,7 @@ def merge_stats(stats: Sequence[Stats]) -> Stats:
     merged: Stats = {}
     for key in stats[0]:
         values = [call[key] for call in stats]
-        if key in _PER_TOKEN_STATS:
+        if values[0].dim():  # of tokens
             merged[key] = torch.cat(values)
         elif key == "num_tokens":
             merged[key] = total
@@ -236,8 +279,8 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _loss(logprobs: Tensor, entropies: Tensor | None, inputs: LossInputs) -> tuple[Tensor, Stats]:
     with torch.no_grad():
         make = _logprobs_loss_op if by_triton(logprobs) else _logprobs_loss
-        loss, metrics, d_logprobs, d_entropies = make(logprobs, entropies, inputs.tensors, inputs.numbers)
-    stats = named_stats(metrics, inputs, logprobs, entropies)
+        loss, metrics, per_token, d_logprobs, d_entropies = make(logprobs, entropies, inputs.tensors, inputs.numbers)
+    stats = named_stats(metrics, inputs, per_token, logprobs, entropies)
     if not inputs.entropy_coef:
         entropies = d_entropies = None
     return WithGradients.apply(loss, logprobs, entropies, d_logprobs, d_entropies, inputs.divisor, False), stats
@@ -253,17 +296,19 @@ def or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-def empty_sums(like: Tensor) -> tuple[Tensor, Tensor]:
-    """For an operator's fake: a loss and its metrics."""
-    return like.new_empty((), dtype=accumulation_dtype(like.dtype)), like.new_empty(len(METRICS), dtype=torch.float32)
+def empty_sums(like: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """For an operator's fake: a loss, its metrics, and what is asked for of tokens; `like` is [num_targets, ...]."""
+    wide = accumulation_dtype(like.dtype)
+    per_token = like.new_empty(len(PER_TOKEN) if inputs.per_token else 0, like.shape[0], dtype=wide)
+    return like.new_empty((), dtype=wide), like.new_empty(len(METRICS), dtype=torch.float32), per_token
 
 
 def _logprobs_loss(
     logprobs: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], numbers: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, gradients by log-prob and by entropy), the gradients before the denominator."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, per_token, gradients by log-prob and by entropy), the gradients before the denominator."""
     made = implementation(logprobs).loss_of_logprobs(logprobs, entropies, LossInputs._make((*tensors, *numbers)))
-    return *made[:3], or_nothing(made.d_entropies, logprobs)
+    return *made[:4], or_nothing(made.d_entropies, logprobs)
 
 
 _logprobs_loss_op = torch.library.custom_op("flashgrpo::grpo_loss", _logprobs_loss, mutates_args=())
@@ -272,16 +317,17 @@ _logprobs_loss_op = torch.library.custom_op("flashgrpo::grpo_loss", _logprobs_lo
 @_logprobs_loss_op.register_fake
 def _(logprobs, entropies, tensors, numbers):
     d_logprobs = logprobs.new_empty(logprobs.shape, dtype=accumulation_dtype(logprobs.dtype))
-    bonus = LossInputs._make((*tensors, *numbers)).entropy_coef
-    return *empty_sums(logprobs), d_logprobs, torch.empty_like(d_logprobs) if bonus else logprobs.new_empty(0)
+    inputs = LossInputs._make((*tensors, *numbers))
+    d_entropies = torch.empty_like(d_logprobs) if inputs.entropy_coef else logprobs.new_empty(0)
+    return *empty_sums(logprobs, inputs), d_logprobs, d_entropies
 
 
 @torch.library.custom_op("flashgrpo::logits_grpo_loss", mutates_args=("d_logits",))
 def _logits_loss_op(
     logits: Tensor, d_logits: Tensor | None, tensors: Sequence[Tensor | None], numbers: Sequence[float],
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics, logprobs, entropies), and the gradient in d_logits, which may be the logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics, per_token, logprobs, entropies), and the gradient in d_logits, which may be the logits."""
     inputs = LossInputs._make((*tensors, *numbers))
     rows = loss_triton.RowLoss(inputs, logits, temperature)
     rows.take(logits, 0, d_logits)
@@ -291,7 +337,7 @@ def _logits_loss_op(
 @_logits_loss_op.register_fake
 def _(logits, d_logits, tensors, numbers, temperature):
     logprobs = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return *empty_sums(logits), logprobs, torch.empty_like(logprobs)
+    return *empty_sums(logits, LossInputs._make((*tensors, *numbers))), logprobs, torch.empty_like(logprobs)
 
 
 @torch.library.custom_op("flashgrpo::scale_rows", mutates_args=("x",))

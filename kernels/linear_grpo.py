@@ -151,10 +151,11 @@ def linear_grpo_loss(
     denominator: float | Tensor,
     rewards: Tensor | None = None,  # [num_groups, group_size]
     sequence_ids: Tensor | None = None,  # [num_completions], entries of rewards.flatten()
-    advantages: Tensor | None = None,  # [num_completions]
+    advantages: Tensor | None = None,  # [num_completions] or [num_targets]
     old_logprobs: Tensor | None = None,  # [num_targets]
     ref_logprobs: Tensor | None = None,  # [num_targets]
     behavior_logprobs: Tensor | None = None,  # [num_targets]
+    per_token: bool = False,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -172,7 +173,7 @@ def linear_grpo_loss(
     """
     head = Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
     inputs = LossInputs.of(
-        head.per_target(), config, target_cu_seqlens, denominator, targets=targets, rewards=rewards,
+        head.per_target(), config, target_cu_seqlens, denominator, per_token, targets=targets, rewards=rewards,
         sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         behavior_logprobs=behavior_logprobs,
     )  # fmt: skip
@@ -180,12 +181,12 @@ def linear_grpo_loss(
     wanted = Wanted(*needed, compact=not torch.compiler.is_compiling())
     with torch.no_grad():
         make = _linear_loss_op if by_triton(hidden) else _linear_loss
-        loss, metrics, logprobs, entropies, d_hidden, d_weight = make(
+        loss, metrics, *of_tokens, d_hidden, d_weight = make(
             hidden, lm_head_weight, inputs.tensors, inputs.numbers, *head[3:], wanted
         )
     gradients = d_hidden if wanted.d_hidden else None, d_weight if wanted.d_weight else None
     loss = WithGradients.apply(loss, hidden, lm_head_weight, *gradients, inputs.divisor, False)
-    return loss, named_stats(metrics, inputs, logprobs, entropies)
+    return loss, named_stats(metrics, inputs, *of_tokens)
 
 
 def most_chunk_tokens(vocab_size: int, itemsize: int, on_cuda: bool) -> int:
@@ -301,15 +302,15 @@ def recompute(
 def _linear_loss(
     hidden: Tensor, weight: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float],
     temperature: float, chunk_tokens: int, logits_dtype: torch.dtype, wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics, logprobs, entropies, d_hidden, d_weight), the gradients before the denominator."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics, per_token, logprobs, entropies, d_hidden, d_weight), the gradients before the denominator."""
     inputs, by = LossInputs._make((*tensors, *numbers)), implementation(hidden)
     assert inputs.targets is not None
     head = Head(hidden, weight, inputs.targets, temperature, chunk_tokens, logits_dtype)
     if inputs.at_sequence_level:
         logprobs, entropies = score(head)
         made = by.loss_of_logprobs(logprobs, entropies, inputs)
-        gradients, sums = recompute(head, made.d_logprobs, made.d_entropies, Wanted(*wanted)), made[:2]
+        gradients, sums = recompute(head, made.d_logprobs, made.d_entropies, Wanted(*wanted)), made[:3]
     else:
         # The denominator comes after the GEMMs: 1e-6 of it would be 0 in fp16.
         loss = by.RowLoss(inputs.undivided(), hidden, temperature)
@@ -340,7 +341,12 @@ _linear_loss_op = torch.library.custom_op("flashgrpo::linear_grpo_loss", _linear
 def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype, wanted):
     head = Head(hidden, weight, tensors[0], temperature, chunk_tokens, logits_dtype)
     gradients = Gradients.zeros(head, Wanted(*wanted))
-    return *empty_sums(hidden), head.per_target(), head.per_target(), *gradients.or_nothing(hidden)
+    return (
+        *empty_sums(hidden, LossInputs._make((*tensors, *numbers))),
+        head.per_target(),
+        head.per_target(),
+        *gradients.or_nothing(hidden),
+    )
 
 
 @torch.library.custom_op("flashgrpo::linear_logprobs", mutates_args=())

@@ -29,6 +29,8 @@ METRICS = (
     "loss", "num_tokens", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "live_fraction", "kl",
     "behavior_mismatch_mean", "behavior_mismatch_max", "entropy",
 )  # fmt: skip
+# What is told of each token where that is asked for, in this order.
+PER_TOKEN = ("ratios", "kls", "losses")
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class LossInputs(NamedTuple):
     rewards: Tensor | None  # [num_groups, group_size]
     sequence_ids: Tensor | None  # [num_completions]
     advantages: Tensor | None  # [num_completions]
+    token_advantages: Tensor | None  # [num_targets], in place of those
     old_logprobs: Tensor | None  # [num_targets], and so the next two
     ref_logprobs: Tensor | None
     behavior_logprobs: Tensor | None
@@ -140,6 +143,7 @@ class LossInputs(NamedTuple):
     over_tokens: float
     has_cap: float
     mask_behavior: float
+    per_token: float
 
     @classmethod
     def of(
@@ -148,6 +152,7 @@ class LossInputs(NamedTuple):
         config: LossConfig,
         target_cu_seqlens: Tensor,
         denominator: float | Tensor,
+        per_token: bool = False,
         **tensors: Tensor | None,
     ) -> "LossInputs":
         """Of the arguments of a public function, `tensors` by name. Raises as `grpo_loss` says."""
@@ -155,11 +160,15 @@ class LossInputs(NamedTuple):
         _check_denominator(denominator, like)
         _check_offsets(target_cu_seqlens, like)
         _check_tensors(tensors, like)
-        _check_rewards(tensors["rewards"], tensors["sequence_ids"], tensors["advantages"], len(target_cu_seqlens) - 1)
+        num_completions = len(target_cu_seqlens) - 1
+        _check_rewards(tensors["rewards"], tensors["sequence_ids"], tensors["advantages"], num_completions, len(like))
         by_tensor = isinstance(denominator, Tensor)
         given = {name: None if x is None else x.detach().contiguous() for name, x in tensors.items()}
         if (rewards := given["rewards"]) is not None:  # often bools, and masked lanes of an integer load hold no NaN
             given["rewards"] = rewards.to(accumulation_dtype(rewards.dtype))
+        given["token_advantages"] = None
+        if (advantages := given["advantages"]) is not None and len(advantages) != num_completions:
+            given |= {"advantages": None, "token_advantages": advantages}
         return cls(
             **given,
             target_cu_seqlens=target_cu_seqlens.contiguous(),
@@ -181,6 +190,7 @@ class LossInputs(NamedTuple):
             over_tokens=float(config.aggregate != "sequence_mean"),
             has_cap=float(config.behavior_cap is not None),
             mask_behavior=float(config.behavior_mode == "mask"),
+            per_token=float(per_token),
         )
 
     @property
@@ -248,15 +258,19 @@ def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:
 
 
 def _check_rewards(
-    rewards: Tensor | None, sequence_ids: Tensor | None, advantages: Tensor | None, num_completions: int
-) -> None:
+    rewards: Tensor | None, sequence_ids: Tensor | None, advantages: Tensor | None, num_completions: int,
+    num_targets: int,
+) -> None:  # fmt: skip
     if (rewards is None) == (advantages is None):
         raise ValueError(f"{'neither' if rewards is None else 'both'} of rewards and advantages given; wanted one")
     if advantages is not None:
         if sequence_ids is not None:
             raise ValueError("sequence_ids says where rewards belong; leave it out with advantages")
-        if advantages.shape != (num_completions,):
-            raise ValueError(f"advantages has shape {tuple(advantages.shape)}; wanted [{num_completions}]")
+        if advantages.shape not in ((num_completions,), (num_targets,)):
+            raise ValueError(
+                f"advantages has shape {tuple(advantages.shape)}; wanted [{num_completions}], one a completion, or "
+                f"[{num_targets}], one a target"
+            )
     elif rewards is not None:
         if rewards.dim() != 2:
             raise ValueError(f"rewards has shape {tuple(rewards.shape)}; wanted [num_groups, group_size]")

@@ -28,6 +28,7 @@ class Loss(NamedTuple):
 
     loss: Tensor  # 0-d
     metrics: Tensor  # [len(METRICS)] fp32
+    per_token: Tensor  # [len(PER_TOKEN), num_targets]; no rows unless asked for
     d_logprobs: Tensor  # [num_targets]
     d_entropies: Tensor | None  # [num_targets], with an entropy bonus
 
@@ -77,8 +78,8 @@ class RowLoss:
         self.live[rows] = is_live(d_logprobs, d_entropies)
         return found.gradients(targets, d_logprobs, d_entropies, self.temperature)
 
-    def result(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:  # 0-d, [len(METRICS)]
-        """The loss over the denominator of `inputs`, and the metrics, when all rows have been taken."""
+    def result(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss over the denominator of `inputs`, and the rest as in `summed`, when all rows have been taken."""
         columns = zip(*self.taken or [token_losses(self.logprobs, self.tokens)], strict=True)
         terms = TokenLoss._make(None if column[0] is None else torch.cat(column) for column in columns)
         return summed(terms, self.entropies, self.tokens, inputs)
@@ -128,8 +129,11 @@ class TokenInputs(NamedTuple):
             advantages = group_advantages(inputs.rewards, scale=scale, eps=inputs.eps).flatten()
             if inputs.sequence_ids is not None:
                 advantages = advantages.index_select(0, inputs.sequence_ids)
-        assert advantages is not None
-        advantages = advantages.to(dtype).index_select(0, sequence)
+        if inputs.token_advantages is not None:
+            advantages = inputs.token_advantages.to(dtype)
+        else:
+            assert advantages is not None
+            advantages = advantages.to(dtype).index_select(0, sequence)
         counted = ~advantages.isnan()
         if inputs.targets is not None:
             counted &= inputs.targets != IGNORE_TARGET
@@ -210,8 +214,8 @@ def summed(
     entropies: Tensor | None,  # [num_targets]
     tokens: TokenInputs,
     inputs: LossInputs,
-) -> tuple[Tensor, Tensor]:  # 0-d, [len(METRICS)]
-    """The scalar that is minimised, and the metrics; 0 for those that the inputs do not define."""
+) -> tuple[Tensor, Tensor, Tensor]:  # 0-d, [len(METRICS)], [len(PER_TOKEN) or 0, num_targets]
+    """The scalar that is minimised, the metrics and what is told of each token; 0 for what the inputs do not define."""
     loss, d_entropies, counted, advantages = terms.loss, tokens.d_entropies, tokens.counted, tokens.advantages
     if d_entropies is not None and entropies is not None:
         loss = loss + d_entropies * torch.where(counted, entropies, 0)
@@ -244,7 +248,9 @@ def summed(
     if entropies is not None:
         found["entropy"] = torch.where(counted, entropies, 0).sum() / divisor
     metrics = torch.stack([found.get(name, nothing).to(loss.dtype) for name in METRICS])
-    return loss.sum() / inputs.divisor, metrics.float()
+    kl = torch.zeros_like(loss) if terms.kl is None else terms.kl
+    per_token = torch.stack((ratio, kl, loss)) if inputs.per_token else loss.new_empty(0, len(loss))
+    return loss.sum() / inputs.divisor, metrics.float(), per_token
 
 
 def segment_sum(

@@ -25,7 +25,7 @@ from torch import Tensor
 from flashgrpo.kernels import logprob
 from flashgrpo.kernels.common import launch, tl, triton
 from flashgrpo.kernels.logprob import row_logprob, whole_steps, write_gradient
-from flashgrpo.kernels.loss_config import METRICS, LossInputs
+from flashgrpo.kernels.loss_config import METRICS, PER_TOKEN, LossInputs
 from flashgrpo.kernels.loss_torch import Loss
 
 BLOCK = 512  # tokens of a program
@@ -138,24 +138,27 @@ def _completions_of(
     for sequence in range(_sequence_of(inputs.target_cu_seqlens, num_sequences, start), last + 1):
         begin, end = tl.load(inputs.target_cu_seqlens + sequence), tl.load(inputs.target_cu_seqlens + sequence + 1)
         mine = (rows >= begin) & (rows < end)
+        own = float("nan")
         if inputs.advantages is not None:
             own = tl.load(inputs.advantages + sequence).to(tl.float32)
-        else:
+        elif inputs.rewards is not None:
             slot = sequence
             if inputs.sequence_ids is not None:
                 slot = tl.load(inputs.sequence_ids + sequence)
-            own = float("nan")
             if (slot >= 0) & (slot < num_rewards):
                 own = _group_advantage(inputs.rewards, slot, group_size, inputs.by_deviation, inputs.eps, GROUP_BLOCK)
         advantage = tl.where(mine, own, advantage)
         count, total, total_mismatch = (end - begin).to(tl.float32), 0.0, 0.0
-        if (inputs.targets is not None) | (at_sequence_level != 0):
+        if (inputs.targets is not None) | (inputs.token_advantages is not None) | (at_sequence_level != 0):
             count = 0.0
             for piece in range(begin, end, BLOCK):
                 tokens = piece + tl.arange(0, BLOCK)
                 valid = tokens < end
                 if inputs.targets is not None:
                     valid = valid & (tl.load(inputs.targets + tokens, mask=valid, other=-100) != -100)
+                if inputs.token_advantages is not None:
+                    each = tl.load(inputs.token_advantages + tokens, mask=valid, other=0.0)
+                    valid = valid & (each == each)
                 count += tl.sum(valid.to(tl.float32), 0)
                 if at_sequence_level != 0:
                     new = tl.load(logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
@@ -172,6 +175,8 @@ def _completions_of(
             if inputs.old_logprobs is not None:
                 log_ratio = tl.where(mine, total / count, log_ratio)
             log_weight = tl.where(mine, total_mismatch / count, log_weight)
+    if inputs.token_advantages is not None:
+        advantage = tl.load(inputs.token_advantages + rows, mask=rows < stop, other=float("nan")).to(tl.float32)
     if inputs.targets is not None:
         ignored = tl.load(inputs.targets + rows, mask=rows < stop, other=-100) == -100
         advantage = tl.where(ignored, float("nan"), advantage)
@@ -194,8 +199,9 @@ def _log_ratio_and_mismatch(rows, inside, logprob, inputs):
 
 @triton.jit
 def _loss_of_tokens(
-    rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, sums, num_blocks, entropy_coef, inputs
-):
+    rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, sums, num_blocks, per_token, n,
+    entropy_coef, inputs,
+):  # fmt: skip
     """The gradients of the loss by log-prob and by entropy; the block's sums go to `sums`."""
     counted = advantage == advantage
     advantage = tl.where(counted, advantage, 0.0)
@@ -216,21 +222,27 @@ def _loss_of_tokens(
     if inputs.ref_logprobs is not None:
         reference = tl.load(inputs.ref_logprobs + rows, mask=counted, other=0.0).to(tl.float32)
         kl, d_kl = _kl_and_gradient(reference - logprob, inputs.kl_estimator)
+        kl = tl.where(counted, kl, 0.0)
         loss += tl.where(inputs.kl_coef != 0, inputs.kl_coef * kl, 0.0)
         slope += tl.where(inputs.kl_coef != 0, inputs.kl_coef * d_kl, 0.0)
     bonus = -entropy_coef * weight
     loss, slope = weight * loss + bonus * entropy, weight * slope
     live = (slope != 0) | (bonus != 0)
+    counted_ratio = tl.where(counted, ratio, 0.0)
+    if per_token is not None:
+        tl.store(per_token + rows, counted_ratio, mask=rows < n)
+        tl.store(per_token + n + rows, kl, mask=rows < n)
+        tl.store(per_token + 2 * n + rows, loss, mask=rows < n)
 
     # In the order of METRICS.
     tl.store(sums, tl.sum(loss, 0))
     tl.store(sums + num_blocks, tl.sum(counted.to(tl.float32), 0))
-    tl.store(sums + 2 * num_blocks, tl.sum(tl.where(counted, ratio, 0.0), 0))
-    tl.store(sums + _RATIO_MAX * num_blocks, _largest(tl.where(counted, ratio, 0.0)))
+    tl.store(sums + 2 * num_blocks, tl.sum(counted_ratio, 0))
+    tl.store(sums + _RATIO_MAX * num_blocks, _largest(counted_ratio))
     tl.store(sums + 4 * num_blocks, tl.sum(((ratio < 1 - inputs.clip_low) & (advantage < 0)).to(tl.float32), 0))
     tl.store(sums + 5 * num_blocks, tl.sum(((ratio > 1 + inputs.clip_high) & (advantage > 0)).to(tl.float32), 0))
     tl.store(sums + 6 * num_blocks, tl.sum(live.to(tl.float32), 0))
-    tl.store(sums + 7 * num_blocks, tl.sum(tl.where(counted, kl, 0.0), 0))
+    tl.store(sums + 7 * num_blocks, tl.sum(kl, 0))
     tl.store(sums + 8 * num_blocks, tl.sum(mismatch, 0))
     tl.store(sums + _MISMATCH_MAX * num_blocks, _largest(mismatch))
     tl.store(sums + 10 * num_blocks, tl.sum(entropy, 0))
@@ -239,8 +251,8 @@ def _loss_of_tokens(
 
 @triton.jit(do_not_specialize=["n", "num_sequences", "num_rewards", "group_size", "num_blocks"])
 def _grpo_loss_kernel(
-    logprobs, entropies, d_logprobs, d_entropies, partials, n, num_sequences, num_rewards, group_size, num_blocks,
-    inputs, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    logprobs, entropies, d_logprobs, d_entropies, partials, per_token, n, num_sequences, num_rewards, group_size,
+    num_blocks, inputs, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     start = block * BLOCK
@@ -257,7 +269,7 @@ def _grpo_loss_kernel(
     )  # fmt: skip
     slope, bonus = _loss_of_tokens(
         rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, partials + block, num_blocks,
-        inputs.entropy_coef, inputs,
+        per_token, n, inputs.entropy_coef, inputs,
     )  # fmt: skip
     tl.store(d_logprobs + rows, slope, mask=inside)
     if d_entropies is not None:
@@ -302,8 +314,8 @@ def _advantage_kernel(
 
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
 def _row_loss_kernel(
-    logits, d_logits, token_advantages, token_lengths, logprobs, entropies, live, partials, first_row, num_rows, vocab,
-    row_stride, d_row_stride, scale, inputs, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    logits, d_logits, token_advantages, token_lengths, logprobs, entropies, live, partials, per_token, first_row,
+    num_rows, vocab, row_stride, d_row_stride, scale, inputs, BLOCK: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """d_logits may be the logits, whose first row is that of token `first_row`. An entropy_coef of None is 0."""
     n = tl.program_id(0).to(tl.int64)
@@ -321,7 +333,8 @@ def _row_loss_kernel(
         coefficient = inputs.entropy_coef
     slope, bonus = _loss_of_tokens(
         one, tl.full([1], logprob, tl.float32), tl.full([1], entropy, tl.float32), log_ratio, mismatch, mismatch,
-        tl.load(token_advantages + one), tl.load(token_lengths + one), partials + token, num_rows, coefficient, inputs,
+        tl.load(token_advantages + one), tl.load(token_lengths + one), partials + token, num_rows, per_token, num_rows,
+        coefficient, inputs,
     )  # fmt: skip
     d_logprob, d_entropy = tl.sum(slope, 0), tl.sum(bonus, 0)
     is_live = (d_logprob != 0) | (d_entropy != 0)
@@ -381,11 +394,17 @@ def loss_of_logprobs(
     d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
     d_entropies = torch.empty_like(d_logprobs) if inputs.entropy_coef else None
     partials = d_logprobs.new_empty(len(METRICS), -(-n // BLOCK))
+    per_token = _room_per_token(d_logprobs, inputs)
     launch(
         _grpo_loss_kernel, partials.shape[1:], logprobs.contiguous(), entropies, d_logprobs, d_entropies, partials,
-        n, *_counts(inputs), partials.shape[1], inputs, BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
+        per_token if inputs.per_token else None, n, *_counts(inputs), partials.shape[1], inputs,
+        BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
     )  # fmt: skip
-    return Loss(*_sums(partials, inputs), d_logprobs, d_entropies)
+    return Loss(*_sums(partials, inputs), per_token, d_logprobs, d_entropies)
+
+
+def _room_per_token(like: Tensor, inputs: LossInputs) -> Tensor:
+    return like.new_empty(len(PER_TOKEN) if inputs.per_token else 0, like.shape[0], dtype=torch.float32)
 
 
 def _counts(inputs: LossInputs) -> tuple[int, int, int]:
@@ -416,6 +435,7 @@ class RowLoss:
         )
         self.live = like.new_empty(n, dtype=torch.int8)
         self.partials = like.new_empty(len(METRICS), n, dtype=torch.float32)
+        self.per_token = _room_per_token(self.logprobs, inputs)
         # Without a bonus the kernel leaves the entropy's gradient out.
         self.inputs = inputs._replace(entropy_coef=inputs.entropy_coef or None)
         self.scale = math.log2(math.e) / temperature
@@ -434,14 +454,15 @@ class RowLoss:
         rows, vocab = logits.shape
         launch(
             _row_loss_kernel, (rows,), logits, d_logits, self.advantages, self.lengths, self.logprobs, self.entropies,
-            self.live, self.partials, first_row, self.partials.shape[1], vocab, logits.stride(0),
+            self.live, self.partials, self.per_token if self.inputs.per_token else None, first_row,
+            self.partials.shape[1], vocab, logits.stride(0),
             0 if d_logits is None else d_logits.stride(0), self.scale, self.inputs,
             BLOCK=logprob.BLOCK, SLICE=logprob.SLICE, num_warps=logprob.NUM_WARPS,
         )  # fmt: skip
         return d_logits
 
-    def result(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-        return _sums(self.partials, inputs)
+    def result(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+        return *_sums(self.partials, inputs), self.per_token
 
 
 def live_rows(

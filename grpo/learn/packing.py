@@ -14,7 +14,7 @@ import torch
 
 from flashgrpo.grpo.errors import PackingError
 from flashgrpo.grpo.types import Rollout
-from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages
+from flashgrpo.kernels.grpo_loss import LossConfig, denominator_of, group_advantages
 from flashgrpo.model.batch import PackedBatch
 
 _MAX_DEVIATION = 1e15  # of a reward in fp32; 1e-4, which is added to the standard deviation, is nothing beside it
@@ -174,12 +174,9 @@ def loss_denominator(
 
     Every completion with a reward counts, those of dead groups included, so that leaving them out changes nothing.
     """
-    counted = int((~np.isnan(rewards)).sum())
-    if config.aggregate == "constant":
-        counted *= max_new_tokens
-    elif config.aggregate == "token_mean":
-        counted = sum(len(completion.token_ids) for group in groups for completion in group.completions)
-    return float(max(counted, 1))
+    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+    without_tokens = int((~np.isnan(rewards)).sum()) - len(lengths)  # masked for their length
+    return float(denominator_of(config, torch.tensor(lengths + [0] * without_tokens), max_length=max_new_tokens))
 
 
 def _split(group: Group, token_budget: int) -> list[Group]:

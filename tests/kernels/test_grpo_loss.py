@@ -1,5 +1,6 @@
 """Losses from log-probs and from logits against the papers' formulas, differentiated by autograd."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from flashgrpo.kernels.grpo_loss import (
     LossConfig,
+    denominator_of,
     group_advantages,
     grpo_loss,
     logits_grpo_loss,
@@ -53,32 +55,38 @@ def make_case(device, dtype, spans=SPANS):
 
 def naive(config, logprobs, entropies, offsets, ignored, denominator, advantages=None, rewards=None, sequence_ids=None,
           old_logprobs=None, ref_logprobs=None, behavior_logprobs=None):  # fmt: skip
-    """The loss, and the metrics of `grpo_loss`, in float64."""
+    """The loss, the metrics of `grpo_loss`, and ratio, KL and loss of each token, in float64."""
     if rewards is not None:
         relative = rewards - rewards[:, :1]  # equal rewards deviate by exactly 0
         deviation = relative - relative.nanmean(1, keepdim=True)
         spread = (deviation.square().nansum(1, keepdim=True) / (rewards.isfinite().sum(1, keepdim=True) - 1)).sqrt()
         advantages = deviation / (spread + 1e-4) if config.advantage_scale == "std" else deviation
         advantages = advantages.flatten()[sequence_ids]
-    total, seen = logprobs.new_zeros(()), []
-    for start, stop, advantage in zip(offsets[:-1], offsets[1:], advantages, strict=True):
+    total, seen, per_token = logprobs.new_zeros(()), [], logprobs.new_zeros(3, len(logprobs))
+    of_tokens = len(advantages) == len(logprobs)
+    if not of_tokens:
+        advantages = advantages.repeat_interleave(offsets.diff())
+    for start, stop in itertools.pairwise(offsets):
         rows = torch.arange(start, stop, device=logprobs.device)
-        rows = rows[~ignored[start:stop]]
-        if advantage.isnan() or not len(rows):
+        rows = rows[~ignored[rows] & ~advantages[rows].isnan()]
+        if not len(rows):
             continue
+        advantage = advantages[rows]
         new = logprobs[rows]
         old = new.detach() if old_logprobs is None else old_logprobs[rows]
         mismatch = torch.zeros_like(old) if behavior_logprobs is None else old - behavior_logprobs[rows]
         ratio, weight = (new - old).exp(), mismatch.detach().exp()
         if config.ratio_level == "sequence":
             ratio, weight = (x.log().mean().exp().expand(len(rows)) for x in (ratio, weight))
+            if of_tokens:  # GSPO-token: the value is the sequence's, the gradient the token's
+                ratio = ratio.detach() * (new - new.detach()).exp()
         if config.objective == "cispo":
             policy = -ratio.detach().clamp(max=1 + config.clip_high) * advantage * new
         else:
             bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
             policy = -torch.minimum(ratio * advantage, bounded * advantage)
-            if config.clip_max is not None and advantage < 0:
-                policy = policy.clamp(max=-config.clip_max * advantage)
+            if config.clip_max is not None:
+                policy = torch.where(advantage < 0, policy.minimum(-config.clip_max * advantage), policy)
         if config.behavior_cap is not None:
             inside = (weight >= config.behavior_floor) & (weight <= config.behavior_cap)
             policy = policy * (
@@ -87,7 +95,9 @@ def naive(config, logprobs, entropies, offsets, ignored, denominator, advantages
         d = torch.zeros_like(new) if ref_logprobs is None else ref_logprobs[rows] - new
         kl = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[config.kl_estimator]
         loss = policy + config.kl_coef * kl - config.entropy_coef * entropies[rows]
-        total = total + (loss.mean() if config.aggregate == "sequence_mean" else loss.sum())
+        loss = loss / len(rows) if config.aggregate == "sequence_mean" else loss
+        total = total + loss.sum()
+        per_token[:, rows] = torch.stack((ratio, kl, loss)).detach()
         low, high = (ratio < 1 - config.clip_low) & (advantage < 0), (ratio > 1 + config.clip_high) & (advantage > 0)
         live = torch.autograd.grad(loss.sum(), logprobs, retain_graph=True)[0][rows] != 0
         seen.append(
@@ -99,7 +109,7 @@ def naive(config, logprobs, entropies, offsets, ignored, denominator, advantages
     stats |= {} if ref_logprobs is None else {"kl": kl.mean()}
     if behavior_logprobs is not None:
         stats |= {"behavior_mismatch_mean": mismatch.mean(), "behavior_mismatch_max": mismatch.max()}
-    return total / denominator, stats | {"entropy": entropy.mean()}
+    return total / denominator, stats | {"entropy": entropy.mean()}, per_token
 
 
 def wide(given):
@@ -117,7 +127,7 @@ def test_every_method(name, on_policy, device, dtype, close, poisoned):
     leaf, exact = logprobs.requires_grad_(), logprobs.detach().double().requires_grad_()
     loss, stats = grpo_loss(leaf, offsets, config, denominator=37.0, **given)
     nothing = torch.zeros_like(exact)
-    expected, metrics = naive(config, exact, nothing, offsets, nothing > 0, 37.0, **wide(given))
+    expected, metrics, _ = naive(config, exact, nothing, offsets, nothing > 0, 37.0, **wide(given))
     close(loss, expected, "loss")
     gradient, (expected,) = torch.autograd.grad(3 * loss, leaf)[0], torch.autograd.grad(3 * expected, exact)
     assert gradient.abs().max() > 1e-5
@@ -136,14 +146,16 @@ def test_from_logits_with_ignored_targets_and_the_entropy_bonus(name, entropy_co
     targets, logits = torch.randint(0, 40, (sum(FEW),), device=device), torch.randn(sum(FEW), 40, device=device)
     targets[3::4] = -100
     leaf, exact = logits.to(dtype).requires_grad_(), logits.double().requires_grad_()
-    loss, stats = logits_grpo_loss(leaf, targets, offsets, config, denominator=37.0, temperature=0.8, **given)
+    options = {"denominator": 37.0, "temperature": 0.8, "per_token": True}
+    loss, stats = logits_grpo_loss(leaf, targets, offsets, config, **options, **given)
     log_p, ignored = torch.log_softmax(exact / 0.8, 1), targets == -100
     logprobs = torch.where(ignored, 0, log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0])
     entropies = torch.where(ignored, 0, -(log_p.exp() * log_p).sum(1))
-    expected, metrics = naive(config, logprobs, entropies, offsets, ignored, 37.0, **wide(given))
+    expected, metrics, per_token = naive(config, logprobs, entropies, offsets, ignored, 37.0, **wide(given))
     close(loss, expected, "loss")
     close(torch.autograd.grad(2 * loss, leaf), torch.autograd.grad(2 * expected, exact), "gradient")
-    close([stats.pop("logprobs"), stats.pop("entropies")], [logprobs, entropies], "per token")
+    expected = [*per_token, logprobs, entropies]
+    close([stats.pop(name) for name in ("ratios", "kls", "losses", "logprobs", "entropies")], expected, "per token")
     assert [*stats] == [*metrics]
     for key, value in stats.items():
         torch.testing.assert_close(value, metrics[key].float(), rtol=1e-4, atol=1e-5, msg=key, check_device=False)
@@ -165,21 +177,25 @@ def test_gradcheck_from_logits():
     assert torch.autograd.gradcheck(loss, logits)
 
 
+@pytest.mark.parametrize("of_tokens", [False, True])
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
-def test_own_advantages_and_a_denominator_on_the_device(name, device, dtype, close, poisoned):
+def test_own_advantages_and_a_denominator_on_the_device(name, of_tokens, device, dtype, close, poisoned):
     config = LossConfig.preset(name, kl_coef=0.1)
     logprobs, offsets, given = make_case(device, dtype)
     del given["rewards"], given["sequence_ids"]
-    given["advantages"] = torch.randn(len(SPANS), device=device, dtype=dtype)
+    given["advantages"] = torch.randn(sum(SPANS) if of_tokens else len(SPANS), device=device, dtype=dtype)
     given["advantages"][[1, 7]] = float("nan")
+    if of_tokens:
+        given["advantages"][logprobs.isnan()] = float("nan")
     leaf, exact = logprobs.requires_grad_(), logprobs.detach().double().requires_grad_()
     nothing = torch.zeros_like(exact)
-    expected, _ = naive(config, exact, nothing, offsets, nothing > 0, 37.0, **wide(given))
+    expected, _, per_token = naive(config, exact, nothing, offsets, nothing > 0, 37.0, **wide(given))
     results = []
     for denominator in (37.0, torch.tensor(37.0, device=device, dtype=torch.float64)):
-        loss, _ = grpo_loss(leaf, offsets, config, denominator=denominator, **given)
+        loss, stats = grpo_loss(leaf, offsets, config, denominator=denominator, per_token=True, **given)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
         close(results[-1], [expected, *torch.autograd.grad(expected, exact, retain_graph=True)])
+        close([stats[name] for name in ("ratios", "kls", "losses")], [*per_token], "per token")
     for x, y in zip(*results, strict=True):
         assert x.dtype == dtype
         assert torch.equal(x, y)
@@ -363,12 +379,12 @@ def test_merged_metrics_equal_those_of_one_call(device, dtype):
         own = torch.tensor(offsets[first : last + 1], device=device) - start
         return logits_grpo_loss(
             logits[start:stop], targets[start:stop], own, config, denominator=1, advantages=advantages[first:last],
-            **{key: x[start:stop] for key, x in given.items()},
+            per_token=True, **{key: x[start:stop] for key, x in given.items()},
         )[1]  # fmt: skip
 
     whole, parts = stats_of(0, 5), [stats_of(0, 2), stats_of(2, 4), stats_of(4, 5)]
     merged = merge_stats(parts)
-    assert merged.keys() == whole.keys() >= {"entropy", "logprobs", "entropies"}
+    assert merged.keys() == whole.keys() >= {"entropy", "logprobs", "entropies", "ratios", "kls", "losses"}
     for key, value in whole.items():
         torch.testing.assert_close(merged[key], value)
     with pytest.raises(ValueError, match="at least one"):
@@ -485,6 +501,25 @@ def test_padded_tensors_of_other_trainers():
         pack_padded(mask[0])
     with pytest.raises(TypeError, match="float32"):
         pack_padded(mask.float())
+
+
+@pytest.mark.twin
+def test_denominators_by_name():
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    for counted in (mask, mask.bool(), mask.sum(1)):
+        found = {
+            name: denominator_of(LossConfig.preset(name), counted, max_length=8) for name in ("r1", "bnpo", "dr_grpo")
+        }
+        assert found == {"r1": 4, "bnpo": 6, "dr_grpo": 32}
+    dapo, constant = LossConfig.preset("dapo"), LossConfig.preset("dr_grpo")
+    assert denominator_of(dapo, mask, micro_batches=3) == 18
+    assert denominator_of(dapo, mask, micro_batches=3, update_tokens=torch.tensor(40)) == 40
+    assert denominator_of(LossConfig(), mask, micro_batches=3) == 12
+    assert [denominator_of(x, mask[:0], max_length=8) for x in (LossConfig(), dapo, constant)] == [1, 1, 1]
+    with pytest.raises(ValueError, match="max_length is None"):
+        denominator_of(constant, mask)
+    with pytest.raises(ValueError, match="update_tokens is 40, which aggregate 'sequence_mean'"):
+        denominator_of(LossConfig(), mask, update_tokens=40)
 
 
 LP, CU, A = torch.zeros(3), torch.tensor([0, 1, 3]), torch.zeros(2)
