@@ -56,7 +56,7 @@ _COUNTS = (
     "qkv_stride out_stride "
     "room num_groups tiles prompt_splits own_splits"
 )
-ARGUMENTS: dict[str, Any] = dict.fromkeys(_COUNTS.split(), 16) | dict.fromkeys(("advantages", "per_token"))
+ARGUMENTS: dict[str, Any] = dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None, "per_token": None}
 for _dtype, _names in _POINTERS.items():
     ARGUMENTS |= dict.fromkeys(_names.split(), MockTensor(_dtype))
 _FIELDS = LossInputs._fields

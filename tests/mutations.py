@@ -49,7 +49,7 @@ FAULTS = {
         ("ids beyond the rewards counted", 'own = float("nan")', "own = 0.0", "beyond_the_rewards"),
         ("NaN advantages counted", "counted = advantage == advantage", "counted = length == length", "own_advantages"),
         ("NaN advantages of tokens counted in lengths", "valid & (each == each)", "valid", "own_advantages and True"),
-        ("losses of tokens before their weight", "+ 2 * n + rows, loss,", "+ 2 * n + rows, loss / weight,", "own_advantages"),
+        ("losses of tokens without weights", "+ 2 * n + rows, loss,", "+ 2 * n + rows, loss / weight,", "own_advantages"),
         ("sequence mean over ignored targets", "(valid.to(", "((tokens < end).to(", "ignored_targets"),
         ("sequence mean without its division", "1.0, 1.0 / length", "1.0, 1.0", "own_advantages"),
         ("ignored targets counted", "other=-100) == -100", "other=-100) == -101", "ignored"),
