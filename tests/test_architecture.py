@@ -101,6 +101,13 @@ def test_files_fit_one_sitting():
     assert {name: n for name, n in lengths.items() if n > 600} == {}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_need_the_kernels_alone(path):
+    ours = {module for module in imported_modules(path) if module.startswith("flashgrpo")}
+    assert ours
+    assert all(module.startswith("flashgrpo.kernels.") for module in ours)
+
+
 def test_folders_are_not_packages():
     assert [folder for folder in FOLDERS if (ROOT / folder / "__init__.py").exists()] == []
 

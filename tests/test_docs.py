@@ -78,7 +78,7 @@ def test_every_page_is_in_the_list_of_the_readme():
 def test_files_that_are_named_exist(page):
     """Those of the project, in backticks or, in the README, in the tree of its rooms."""
     text = page.read_text()
-    for path in re.findall(r"`((?:\.ci|bench|grpo|kernels|model|recipes|tests)/[\w./]*)`", text):
+    for path in re.findall(r"`((?:\.ci|bench|examples|grpo|kernels|model|recipes|tests)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
 
 

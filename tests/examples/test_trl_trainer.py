@@ -1,0 +1,31 @@
+"""TRL's trainer with our loss, in TRL's own environment, which `make test` makes."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TRL_PYTHON = ROOT / ".venv-trl/bin/python"
+
+
+@pytest.mark.skipif(not TRL_PYTHON.exists(), reason="TRL has no environment: make .venv-trl/.done")
+def test_loss_gradients_and_runs_are_those_of_trl(tmp_path):
+    paths = f"{ROOT / '.types'}:{ROOT / 'examples'}"
+    program = [TRL_PYTHON, "-P", ROOT / "tests/examples/trl_grid.py", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["grid"]) >= 25
+    bounds = {name: (1e-6, 1e-6) for name in found["grid"]}
+    bounds["autocast"] = (2e-3, 2e-2)  # TRL's head is in bf16 then
+    assert [name for name, pair in found["grid"].items() if not all(map(float.__le__, pair, bounds[name]))] == []
+    for movement, log in found["runs"].values():
+        assert movement <= 1e-5
+        assert log <= 1e-2
+    assert "loss_type='vespo'" in found["refused"]["vespo"]
+    assert "entropy bonus" in found["refused"]["entropy bonus"]
