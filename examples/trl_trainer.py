@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-from flashgrpo.kernels.grpo_loss import LossConfig, pack_padded
+from flashgrpo.kernels.grpo_loss import LossConfig, denominator_of, pack_padded
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.loss_config import Aggregate
 
@@ -96,15 +96,19 @@ class FlashGRPOTrainer(GRPOTrainer):
         )
 
     def _denominator(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | float:
-        """What TRL divides the sum over a micro-batch by."""
         is_training, loss_type = self.model.training, self.args.loss_type
         micro_batches = self.current_gradient_accumulation_steps if is_training else 1
-        if loss_type in ("dapo", "cispo"):  # tokens of the whole rollout, of which an update has a part
-            share = micro_batches / self.args.steps_per_generation if is_training else 1
-            return inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * share
-        if loss_type == "bnpo":
-            return mask.sum().clamp(min=1) * float(micro_batches)
-        return float(len(mask) * micro_batches * (self.max_completion_length if loss_type == "dr_grpo" else 1))
+        update_tokens = None
+        if loss_type in ("dapo", "cispo"):  # TRL counts the tokens of a rollout, of which an update has a part
+            updates = self.args.steps_per_generation / micro_batches if is_training else 1
+            update_tokens = inputs["num_items_in_batch"] / updates / self.accelerator.num_processes
+        return denominator_of(
+            self.loss_config,
+            mask,
+            max_length=1 if loss_type == "luspo" else self.max_completion_length,
+            micro_batches=micro_batches,
+            update_tokens=update_tokens,
+        )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if found := [key for key in IMAGES if inputs.get(key) is not None]:
@@ -117,9 +121,9 @@ class FlashGRPOTrainer(GRPOTrainer):
             padded = inputs.get(name)
             return None if padded is None else padded.flatten()[rows]
 
-        advantages = inputs["advantages"]
-        if (weight := inputs.get("importance_sampling_ratio")) is not None:
-            advantages = advantages * weight.squeeze(1)
+        # TRL's correction for the sampler, a weight [num_completions, 1] or one a token, is one of the advantages.
+        advantages = inputs["advantages"][:, None] * inputs.get("importance_sampling_ratio", 1)
+        advantages = advantages.squeeze(1) if advantages.shape[1] == 1 else advantages.flatten()[rows]
 
         def head(hidden: Tensor, lm_head_weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return linear_grpo_loss(

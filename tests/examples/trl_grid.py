@@ -25,7 +25,8 @@ class Setting(NamedTuple):
 
 
 TOOLS = ("old_per_token_logps", "tool_mask")
-VLLM = ("old_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio")
+VLLM = ("old_per_token_logps", "importance_sampling_ratio")
+VLLM_BY_TOKEN = ("old_per_token_logps", "importance_sampling_ratio of tokens")
 SEQUENCE = {"importance_sampling_level": "sequence"}
 UNCORRECTED = {"use_bias_correction_kl": False}
 GRID = {
@@ -53,6 +54,9 @@ GRID = {
     "temperature": Setting({"temperature": 0.7}),
     "vllm": Setting({}, VLLM),
     "grpo, vllm": Setting({"loss_type": "grpo"}, VLLM),
+    "gspo, vllm": Setting({"loss_type": "grpo", **SEQUENCE}, VLLM),
+    "vllm by token": Setting({}, VLLM_BY_TOKEN),
+    "grpo, vllm by token": Setting({"loss_type": "grpo"}, VLLM_BY_TOKEN),
     "autocast": Setting({"bf16": True}),
 }
 # Whole runs of two rollouts, with plain SGD, whose steps are as near to each other as its gradients.
@@ -109,8 +113,8 @@ def batch() -> dict[str, torch.Tensor]:
         "num_items_in_batch": torch.tensor(171.0),
         "ref_per_token_logps": logprobs(),
         "old_per_token_logps": logprobs(),
-        "sampling_per_token_logps": logprobs(),
         "importance_sampling_ratio": torch.tensor([1.2, 0.0, 0.8, 1.0, 2.5, 0.4])[:, None],
+        "importance_sampling_ratio of tokens": logprobs().exp() * VOCAB,
         "tool_mask": tool_mask.long(),
     }
 
@@ -143,11 +147,11 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 
 def loss_and_gradients(kind: type, folder: str, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     trainer = trainer_of(kind, folder, **setting.config)
-    trainer.use_vllm = "importance_sampling_ratio" in setting.given
+    trainer.use_vllm = setting.given in (VLLM, VLLM_BY_TOKEN)
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer.model.train(setting.is_training)
-    optional = {*TOOLS, *VLLM} - {*setting.given}
-    inputs = {name: x for name, x in batch().items() if name not in optional}
+    dropped = {*TOOLS, *VLLM, *VLLM_BY_TOKEN} - {*setting.given}
+    inputs = {name.removesuffix(" of tokens"): x for name, x in batch().items() if name not in dropped}
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
