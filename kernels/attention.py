@@ -29,20 +29,19 @@ arXiv 2402.05099, here with one softmax over both parts.
 # pyright: reportGeneralTypeIssues=false
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashgrpo.kernels import attention_plan as plan
-from flashgrpo.kernels.attention_flash import check_flash, flash_attention
+from flashgrpo.kernels.attention_flash import check_flash, flash_attention, gathered_keys
 from flashgrpo.kernels.attention_torch import check_tensors, segments_on_host, torch_attention
 from flashgrpo.kernels.common import backward_once, by_triton, check_index, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 BACKENDS = ("triton", "torch", "flash_attn")
 _LOG2_E = tl.constexpr(math.log2(math.e))
-# The queries of a prompt's keys are cut into pieces of this many, if the prompt has at most SPLIT_TILES tiles of keys.
-_PIECE = 16_384
 
 
 @triton.jit
@@ -266,10 +265,8 @@ def _with_rows(*tensors: Tensor) -> list[Tensor]:
 
 
 @torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
-def _attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, max_seqlen: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out as q; lse [num_heads, total_tokens] fp32, of base 2."""
+def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """out as q; lse [num_heads, total_tokens] fp32, of base 2. `tiles` are those of `attention_tiles`."""
     q, k, v = _with_rows(q, k, v)
     total_tokens, num_heads, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
@@ -278,17 +275,14 @@ def _attention_fwd(
     sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // k.shape[1])
     options, _, _ = plan.tile_options(q)
     with torch.cuda.device_of(q):
-        tiles = plan.cached(plan.query_tiles, cu_seqlens, prefix, total_tokens, options["BLOCK_M"])
-        _attention_fwd_kernel[(tiles.shape[0] * num_heads,)](q, k, v, out, lse, tiles, scale, *sizes, **options)
+        _attention_fwd_kernel[(tiles[0].shape[0] * num_heads,)](q, k, v, out, lse, tiles[0], scale, *sizes, **options)
     return out, lse
 
 
 @torch.library.custom_op("flashgrpo::packed_attention_backward", mutates_args=())
-def _attention_bwd(
-    d_out: Tensor, saved: Sequence[Tensor], prefix: Tensor | None, max_seqlen: int | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`saved` is q, k, v, cu_seqlens, and what the forward operator has returned."""
-    q, k, v, cu_seqlens, out, lse = saved
+def _attention_bwd(d_out: Tensor, saved: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`saved` is q, k, v, what the forward operator has returned, and its tiles."""
+    q, k, v, out, lse, _, query_tiles, key_tiles, slots = saved
     d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)
     (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
@@ -296,22 +290,19 @@ def _attention_bwd(
         return dq, dk.zero_(), dv.zero_()
     sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // num_kv_heads)
     _, options, key_options = plan.tile_options(q)
-    block = key_options["BLOCK_N"]
-    split_tiles = min(plan.SPLIT_TILES, (total_tokens if max_seqlen is None else max_seqlen) // block + 1)
-    num_slots = 2 * total_tokens // _PIECE * split_tiles if total_tokens > _PIECE else 0
-    pieces = q.new_empty(2, num_slots, num_kv_heads, block, head_dim, dtype=torch.float32)
+    pieces = q.new_empty(2, len(slots), num_kv_heads, key_options["BLOCK_N"], head_dim, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        tiles = plan.cached(plan.query_tiles, cu_seqlens, prefix, total_tokens, options["BLOCK_M"])
-        _attention_bwd_dq_kernel[(tiles.shape[0] * num_heads,)](
-            q, k, v, out, d_out, lse, delta, dq, tiles, scale, *sizes, **options
+        _attention_bwd_dq_kernel[(len(query_tiles) * num_heads,)](
+            q, k, v, out, d_out, lse, delta, dq, query_tiles, scale, *sizes, **options
         )
-        tiles, slots = plan.cached(plan.key_tiles, cu_seqlens, prefix, total_tokens, block, _PIECE, num_slots)
-        _attention_bwd_dkv_kernel[(tiles.shape[0] * num_kv_heads,)](
-            q, k, v, d_out, lse, delta, dk, dv, pieces[0], pieces[1], tiles, scale, *sizes, **key_options
+        _attention_bwd_dkv_kernel[(len(key_tiles) * num_kv_heads,)](
+            q, k, v, d_out, lse, delta, dk, dv, pieces[0], pieces[1], key_tiles, scale, *sizes, **key_options
         )
         del key_options["BLOCK_M"]
-        for i, total in enumerate((dk, dv) if num_slots else ()):
-            _attention_bwd_sum_kernel[(num_slots * num_kv_heads,)](pieces[i], total, slots, num_kv_heads, **key_options)
+        for i, total in enumerate((dk, dv) if len(slots) else ()):
+            _attention_bwd_sum_kernel[(len(slots) * num_kv_heads,)](
+                pieces[i], total, slots, num_kv_heads, **key_options
+            )
     return dq, dk, dv
 
 
@@ -326,17 +317,99 @@ def _(d_out, saved, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, prefix, *ctx.options = inputs
-    ctx.save_for_backward(prefix, q, k, v, cu_seqlens, *output)
+    q, k, v, tiles, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *tiles)
 
 
 @backward_once
 def _backward(ctx, d_out, _):
-    prefix, *saved = ctx.saved_tensors
-    return *_attention_bwd(d_out, saved, prefix, *ctx.options), *(None,) * 4
+    return *_attention_bwd(d_out, ctx.saved_tensors, ctx.scale), [None] * (len(ctx.saved_tensors) - 5), None
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_save)
+
+
+class AttentionPlan(NamedTuple):
+    """Where the queries of a batch find their keys: what `plan_attention` returns and `planned_attention` takes."""
+
+    backend: str  # "torch" also where "triton" means the twin
+    shape: tuple[int, int, int, int]  # total_tokens, num_heads, num_kv_heads and head_dim of q, k and v
+    dtype: torch.dtype
+    keys: Any  # the kernels' tables of tiles, flash-attn's gathered keys or the twin's segments
+
+
+def plan_attention(
+    cu_seqlens: Tensor,  # [num_segments + 1] int32 or int64
+    prefix: Tensor | None,  # [num_segments] int32 or int64
+    total_tokens: int,
+    heads: tuple[int, int, int],  # num_heads, num_kv_heads, head_dim
+    dtype: torch.dtype,
+    *,
+    max_seqlen: int | None = None,
+    backend: str = "triton",
+) -> AttentionPlan:
+    """What `packed_attention` makes of the offsets, for all layers of a pass; none of them reads the offsets again.
+
+    A model makes it before its blocks, outside of what it compiles, checkpoints or captures; inside works too. Without
+    gradients, as in torch.no_grad(), it serves forward passes alone and takes a third of the launches. On a GPU,
+    offsets and prefixes out of order stop the device by an assertion, and nothing waits but flash-attn's plan.
+
+    Raises what `packed_attention` says of offsets, prefix, backend, head_dim and dtype.
+    """
+    num_heads, _, head_dim = heads
+    like = cu_seqlens.new_empty(0, num_heads, head_dim, dtype=dtype)
+    check_index("cu_seqlens", cu_seqlens, like.device)
+    if prefix is not None:
+        check_index("prefix", prefix, like.device, cu_seqlens.shape[0] - 1)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
+    if backend == "triton" and not by_triton(like):
+        backend = "torch"
+    if backend == "torch":
+        keys = segments_on_host(cu_seqlens, prefix, total_tokens, max_seqlen)
+        return AttentionPlan(backend, (total_tokens, *heads), dtype, keys)
+    if like.is_cpu and not torch.compiler.is_compiling():
+        segments_on_host(cu_seqlens, prefix, total_tokens, max_seqlen, in_order=True)
+    if backend == "flash_attn":
+        check_flash(like)
+    elif head_dim not in HEAD_DIMS:
+        raise ValueError(f"q has head_dim {head_dim}; wanted one of {HEAD_DIMS}, or backend='torch'")
+    elif dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"q is {dtype}; wanted bfloat16, float16 or float32, or backend='torch'")
+    if backend == "flash_attn":
+        keys = gathered_keys(cu_seqlens, prefix, total_tokens)
+    else:
+        forward, backward, key_options = plan.tile_options(like)
+        blocks = [forward["BLOCK_M"]]
+        if torch.is_grad_enabled():
+            blocks += [backward["BLOCK_M"], key_options["BLOCK_M"], key_options["BLOCK_N"]]
+        keys = plan.attention_tiles(cu_seqlens, prefix, total_tokens, heads[:2], blocks)
+    return AttentionPlan(backend, (total_tokens, *heads), dtype, keys)
+
+
+def planned_attention(
+    q: Tensor,  # [total_tokens, num_heads, head_dim]
+    k: Tensor,  # [total_tokens, num_kv_heads, head_dim]
+    v: Tensor,  # [total_tokens, num_kv_heads, head_dim]
+    batch: AttentionPlan,
+    *,
+    scale: float | None = None,
+) -> Tensor:  # [total_tokens, num_heads, head_dim]
+    """`packed_attention` by a plan. Raises ValueError for q, k and v, or a scale, that it does not fit."""
+    check_tensors(q, k, v)
+    found = (q.shape[0], q.shape[1], k.shape[1], q.shape[2])
+    if found != batch.shape or q.dtype != batch.dtype:
+        raise ValueError(f"tokens, heads, kv heads, head_dim are {found} of {q.dtype}; the plan is of {batch[1:3]}")
+    if batch.backend == "torch":
+        return torch_attention(q, k, v, batch.keys, scale)
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale}; wanted a finite number above 0, or backend='torch'")
+    scale = float(q.shape[2] ** -0.5) if scale is None else scale
+    if batch.backend == "flash_attn":
+        return flash_attention(q, k, v, batch.keys, scale)
+    if len(batch.keys) == 1 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("the plan was made without gradients, and q, k or v wants one: make it where they are on")
+    return _attention_fwd(q, k, v, batch.keys, scale)[0]
 
 
 def packed_attention(
@@ -359,7 +432,8 @@ def packed_attention(
     `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64;
     under "torch" a prefix may stand anywhere; "flash_attn" is described in attention_flash.py.
-    Tensors whose rows are not contiguous are copied.
+    Tensors whose rows are not contiguous are copied. The layers of a model share the work on the
+    offsets by `plan_attention`.
 
     Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim, scale or,
     by flash-attn, dtype that the kernels do not have, and, where offsets are on the CPU or the twin
@@ -368,24 +442,8 @@ def packed_attention(
     installed.
     """
     check_tensors(q, k, v)
-    check_index("cu_seqlens", cu_seqlens, q.device)
-    if prefix is not None:
-        check_index("prefix", prefix, q.device, cu_seqlens.shape[0] - 1)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
-    if backend == "torch" or (backend == "triton" and not by_triton(q)):
-        return torch_attention(q, k, v, cu_seqlens, prefix, max_seqlen, scale)
-    if q.is_cpu and not torch.compiler.is_compiling():
-        segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen, in_order=True)
-    if backend == "flash_attn":
-        check_flash(q)
-    elif q.shape[2] not in HEAD_DIMS:
-        raise ValueError(f"q has head_dim {q.shape[2]}; wanted one of {HEAD_DIMS}, or backend='torch'")
-    elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"q is {q.dtype}; wanted bfloat16, float16 or float32, or backend='torch'")
-    if scale is not None and not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale is {scale}; wanted a finite number above 0, or backend='torch'")
-    scale = float(q.shape[2] ** -0.5) if scale is None else scale
-    if backend == "flash_attn" and q.numel():
-        return flash_attention(q, k, v, cu_seqlens, prefix, scale)
-    return _attention_fwd(q, k, v, cu_seqlens, prefix, max_seqlen, scale)[0]
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; wanted {q.device}")
+    heads = q.shape[1], k.shape[1], q.shape[2]
+    batch = plan_attention(cu_seqlens, prefix, q.shape[0], heads, q.dtype, max_seqlen=max_seqlen, backend=backend)
+    return planned_attention(q, k, v, batch, scale=scale)

@@ -6,8 +6,8 @@ result, with one softmax over both parts. It costs a copy of the prompt's keys a
 completion. The gather's backward pass adds the copies' gradients in the order of the pack, in fp32,
 so it is deterministic as the rest.
 
-The host waits once for a new batch, to learn how many keys there are and how long the longest sequences; a batch's
-layers share the answer. Not done: CPU tensors, fp32, CUDA graphs. Source: Dao, arXiv 2307.08691.
+The host waits once a plan, to learn how many keys there are and how long the longest sequences
+are. Not done: CPU tensors, fp32, CUDA graphs. Source: Dao, arXiv 2307.08691.
 """
 
 from importlib import import_module
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashgrpo.kernels.attention_plan import Segments, cached
+from flashgrpo.kernels.attention_plan import Segments
 from flashgrpo.kernels.common import accumulation_dtype, backward_once
 
 
-class _Keys(NamedTuple):
+class Keys(NamedTuple):
     """Where the queries of a batch find their keys."""
 
     rows: Tensor  # [num_keys] int64, of k and v; a prompt's are there once for itself and once for each completion
@@ -33,8 +33,11 @@ class _Keys(NamedTuple):
     longest_k: int
 
 
-def _gathered(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> _Keys:
+@torch.compiler.disable()  # the host waits
+def gathered_keys(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> Keys:
+    """The plan of a batch. The host waits for the number of keys, and for how long the longest sequences are."""
     segments = Segments.of(cu_seqlens, prefix, total_tokens)
+    segments.check_order(cu_seqlens, prefix, total_tokens)
     own = segments.stop - segments.start
     shared = torch.where(segments.parent < 0, 0, own[segments.parent])
     # Rows in no segment are the last sequence, which has no keys: flash-attn writes zeros, and else nothing at all.
@@ -51,7 +54,7 @@ def _gathered(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> _
     counts = torch.bincount(rows, minlength=total_tokens)
     # flash-attn lays one query a sequence out in a way of its own, hence a maximum of 2 or more.
     longest = max(2, longest_q), max(2, longest_k)
-    return _Keys(rows, rows.argsort(stable=True), counts, offsets_q, offsets_k, *longest)
+    return Keys(rows, rows.argsort(stable=True), counts, offsets_q, offsets_k, *longest)
 
 
 class _Gather(torch.autograd.Function):
@@ -82,16 +85,12 @@ def check_flash(q: Tensor) -> None:
         )
 
 
-@torch.compiler.disable()  # the host waits
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, scale: float
-) -> Tensor:  # as q
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys, scale: float) -> Tensor:  # as q
     """What `packed_attention` says, its arguments checked."""
     try:
         attend = import_module("flash_attn").flash_attn_varlen_func
     except ModuleNotFoundError as error:
         raise ImportError("backend 'flash_attn' needs flash-attn: pip install \"flash-attn>=2.8,<3\"") from error
-    keys = cached(_gathered, cu_seqlens, prefix, q.shape[0])
     k, v = (_Gather.apply(x, keys.rows, keys.order, keys.counts) for x in (k, v))
     return attend(
         q, k, v, keys.offsets_q, keys.offsets_k, keys.longest_q, keys.longest_k,

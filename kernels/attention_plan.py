@@ -1,20 +1,17 @@
 """The tiles of attention.py's kernels: their sizes, and the tables of them that the kernels walk.
 
-Tables are made on the device, once a batch, in sizes that follow from shapes.
+Tables are made on the device, in sizes that follow from shapes.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-# With more tiles of keys a prompt has enough programs, however many completions it has.
-SPLIT_TILES = 16
-_CACHED_TABLES = 12
+# A piece has this many rows of queries or more, those of all the query heads of a kv head counted.
+PIECE_ROWS = 8192
 # By architecture and head_dim rounded up: queries and keys in a tile, warps and stages of the forward pass, of d_q, and
 # of d_k with d_v. A CPU takes the first row.
 TILES = {
@@ -77,11 +74,28 @@ class Segments(NamedTuple):
         index = torch.arange(start.shape[0], device=start.device)
         return cls(start, stop, parent, index == start.shape[0] - 1)
 
+    def check_order(self, cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> None:
+        """Stops the device where offsets fall or leave the tensor, or a segment follows neither its prefix nor another
+        segment that has it. Nothing waits for that; ROCm leaves it out.
+        """
+        family = self.family()
+        begins = self.parent < 0 if prefix is None else F.pad(prefix == -1, (0, 1), value=True)
+        in_order = begins[1:] | (family[1:] == family[:-1])
+        rises = F.pad(cu_seqlens, (0, 1), value=total_tokens).diff() >= 0
+        right = torch.cat((cu_seqlens[:1] == 0, rises, begins[:1], in_order)).all()
+        torch.ops.aten._assert_async.msg(right, "cu_seqlens falls, or a segment does not follow its prefix")
+
+    def family(self) -> Tensor:
+        """The segment's prefix, or itself: rises where completions follow their prompt."""
+        return torch.where(self.parent < 0, torch.arange(self.start.shape[0], device=self.start.device), self.parent)
+
     def query_stop(self) -> Tensor:
-        """End of the queries that see a segment's keys: they begin in it. [num_segments + 1], of the last its start."""
+        """End of the queries that see a segment's keys: they begin in it. [num_segments + 1], of the last its start.
+
+        Prefixes in another order would need more than another search here: a range with a stranger in it is none.
+        """
         index = torch.arange(self.start.shape[0], device=self.start.device)
-        family = torch.where(self.parent < 0, index, self.parent)  # rises, as completions follow their prompt
-        behind = torch.searchsorted(family, index, right=True).clamp(max=index.shape[0] - 1)
+        behind = torch.searchsorted(self.family(), index, right=True).clamp(max=index.shape[0] - 1)
         return torch.where(self.parent < 0, self.start[behind], self.stop)
 
     def tiles(self, block: int, total_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,9 +114,8 @@ def _table(work: Tensor, *columns: Tensor) -> Tensor:  # [num_tiles, 5] int32
     return torch.stack(columns, 1)[order].int()
 
 
-def query_tiles(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, block: int) -> Tensor:
+def query_tiles(segments: Segments, total_tokens: int, block: int) -> Tensor:
     """Columns: first query, end of its segment, start of its segment (-1: none), start and end of the prefix."""
-    segments = Segments.of(cu_seqlens, prefix, total_tokens)
     segment, first, stop = segments.tiles(block, total_tokens)
     parent = segments.parent[segment]
     prefix_start, prefix_stop = (torch.where(parent < 0, 0, x[parent]) for x in (segments.start, segments.stop))
@@ -111,55 +124,83 @@ def query_tiles(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, bl
     return _table(work, first, stop, start, prefix_start, prefix_stop)
 
 
+def piece_lengths(segments: Segments, num_heads: int, num_kv_heads: int, block_m: int, block_n: int) -> Tensor:
+    """Into pieces of how many queries the queries of a segment's keys are cut, [num_segments + 1].
+
+    Keys of a short prompt or of few kv heads make too few programs, each too long. A segment of n keys in T tiles of
+    block_n, whose tiles meet x_1, .., x_T queries, S the most of them, may have
+
+        slots = 3 (3 n + S) / (2 num_kv_heads block_n)        pieces of        sum_t x_t / (slots - T)
+
+    queries or more; that makes sum_t ceil(x_t / piece) <= slots of them. No pack has more than `count_slots`: S is n
+    for a completion, n and all its completions for a prompt, so that 3 n + S add up to 5 tokens a token at most.
+    This is a rule of the segment and the model alone: values do not depend on the pack.
+    """
+    length, span = segments.stop - segments.start, segments.query_stop() - segments.start
+    tiles = (length + block_n - 1) // block_n
+    queries = tiles * span - tiles * (tiles - 1) // 2 * block_n
+    room = 3 * (3 * length + span) // (2 * num_kv_heads * block_n) - tiles
+    piece = torch.where(room > 0, (queries + room - 1) // room.clamp(min=1), span)
+    piece = piece.clamp(min=PIECE_ROWS // (num_heads // num_kv_heads))
+    return (piece + block_m - 1) // block_m * block_m
+
+
+def count_slots(total_tokens: int, num_kv_heads: int, block_n: int) -> int:
+    """Places for pieces in a pack: 7.5 rows of fp32 a token for d_k, and for d_v; 503 MB for 64k tokens of 128."""
+    return 15 * total_tokens // (2 * num_kv_heads * block_n)
+
+
 def key_tiles(
-    cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, block: int, piece: int, num_slots: int
+    segments: Segments, total_tokens: int, num_heads: int, num_kv_heads: int, block_m: int, block_n: int
 ) -> tuple[Tensor, Tensor]:
     """Columns: first key, end of its segment, first and end of the queries, slot of a piece (-1: the only one).
 
     The second table has a row a slot: first key, end of its segment, first slot, number of pieces; used for a tile's
-    first slot.
+    first slot. The last piece of a tile is what is left: short programs at the end fill the processors.
     """
-    segments = Segments.of(cu_seqlens, prefix, total_tokens)
-    segment, first, stop = segments.tiles(block, total_tokens)
+    segment, first, stop = segments.tiles(block_n, total_tokens)
     end = segments.query_stop()[segment]
+    piece = piece_lengths(segments, num_heads, num_kv_heads, block_m, block_n)[segment]
+    num_slots = count_slots(total_tokens, num_kv_heads, block_n)
     pieces = (end - first + piece - 1) // piece
-    is_split = (pieces > 1) & (segments.stop - segments.start <= SPLIT_TILES * block)[segment]
-    is_split &= torch.where(is_split, pieces, 0).cumsum(0) <= num_slots  # all of them, for a right max_seqlen
-    slots = torch.where(is_split, pieces, 0)
+    slots = torch.where((first < stop) & (pieces > 1), pieces, 0)
+    slots = torch.where(slots.cumsum(0) <= num_slots, slots, 0)  # all of them, unless `check_order` was left out
     used = torch.where(first < stop, slots.clamp(min=1), 0)
     last_entry, last_slot = used.cumsum(0), slots.cumsum(0)
-    entry = torch.arange(first.shape[0] + num_slots, device=cu_seqlens.device)
+    entry = torch.arange(first.shape[0] + num_slots, device=first.device)
     tile = torch.searchsorted(last_entry, entry, right=True).clamp(max=first.shape[0] - 1)
     place = entry - (last_entry - used)[tile]
-    first_slot = last_slot - slots
-    begin = first[tile] + place * piece
-    end = torch.where(is_split[tile], torch.minimum(begin + piece, end[tile]), end[tile])
+    first_slot, is_split = last_slot - slots, slots > 0
+    begin = first[tile] + place * piece[tile]
+    end = torch.where(is_split[tile], torch.minimum(begin + piece[tile], end[tile]), end[tile])
     slot = torch.where(is_split[tile], first_slot[tile] + place, -1)
     tile_stop = torch.where(place < used[tile], stop[tile], 0)
     entries = _table(torch.where(tile_stop > 0, end - begin, 0), first[tile], tile_stop, begin, end, slot)
-    slot = torch.arange(num_slots, device=cu_seqlens.device)
+    slot = torch.arange(num_slots, device=first.device)
     tile = torch.searchsorted(last_slot, slot, right=True).clamp(max=first.shape[0] - 1)
     tile_stop = torch.where(is_split[tile] & (slot == first_slot[tile]), stop[tile], 0)
     return entries, torch.stack((first[tile], tile_stop, slot, pieces[tile], slot), 1).int()
 
 
-_tables: OrderedDict[tuple, tuple[list[StorageWeakRef], Any]] = OrderedDict()
+@torch.library.custom_op("flashgrpo::attention_tiles", mutates_args=())  # one graph then serves every pack
+def attention_tiles(
+    cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, heads: Sequence[int], blocks: Sequence[int]
+) -> list[Tensor]:
+    """The query tiles of the forward pass; with four blocks also those of d_q, the key tiles, and their slots.
 
-
-def cached(build: Callable, cu_seqlens: Tensor, prefix: Tensor | None, *arguments: int | None) -> Any:
-    """build(cu_seqlens, prefix, *arguments), kept for the layers of a batch as long as the tensors do not change.
-
-    A weak reference to a storage keeps its address from being given to another one.
+    `heads` are those of q and of k, `blocks` the queries of a tile forward, and for d_q, and the queries and keys of
+    one for d_k and d_v.
     """
-    tensors = [cu_seqlens] if prefix is None else [cu_seqlens, prefix]
-    if any(x.is_inference() for x in tensors) or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return build(cu_seqlens, prefix, *arguments)
-    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if cu_seqlens.is_cuda else 0
-    storages = [StorageWeakRef(x.untyped_storage()) for x in tensors]
-    layouts = [(x.storage_offset(), x.stride(), x.shape, x.dtype, x._version) for x in tensors]
-    key = (build, stream, arguments, *(storage.cdata for storage in storages), *layouts)
-    if key not in _tables:
-        _tables[key] = storages, build(cu_seqlens, prefix, *arguments)
-        if len(_tables) > _CACHED_TABLES:
-            _tables.popitem(last=False)
-    return _tables[key][1]
+    segments = Segments.of(cu_seqlens, prefix, total_tokens)
+    segments.check_order(cu_seqlens, prefix, total_tokens)
+    tiles = [query_tiles(segments, total_tokens, block) for block in blocks[:2]]
+    return [*tiles, *key_tiles(segments, total_tokens, *heads, *blocks[2:])] if blocks[2:] else tiles
+
+
+@attention_tiles.register_fake
+def _(cu_seqlens, prefix, total_tokens, heads, blocks):
+    numbers = [total_tokens // blocks[i] + cu_seqlens.shape[0] for i in (0, 1, 3) if i < len(blocks)]
+    if blocks[2:]:
+        slots = count_slots(total_tokens, heads[1], blocks[3])
+        numbers = [*numbers[:2], numbers[2] + slots, slots]
+    return [cu_seqlens.new_empty(number, 5, dtype=torch.int32) for number in numbers]

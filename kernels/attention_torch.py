@@ -47,6 +47,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has {num_heads} heads and k has {k.shape[1]}; wanted a multiple")
 
 
+@torch.compiler.disable()  # the host waits
 def segments_on_host(
     cu_seqlens: Tensor,  # [num_segments + 1]
     prefix: Tensor | None,  # [num_segments]
@@ -105,13 +106,10 @@ def torch_attention(
     q: Tensor,  # [total_tokens, num_heads, head_dim]
     k: Tensor,  # [total_tokens, num_kv_heads, head_dim]
     v: Tensor,  # [total_tokens, num_kv_heads, head_dim]
-    cu_seqlens: Tensor,  # [num_segments + 1]
-    prefix: Tensor | None,  # [num_segments]
-    max_seqlen: int | None,
+    segments: list[Segment],
     scale: float | None,
 ) -> Tensor:  # [total_tokens, num_heads, head_dim]
-    """What `packed_attention` says, its arguments checked but for the offsets' values; prompts may stand anywhere."""
-    segments = segments_on_host(cu_seqlens, prefix, q.shape[0], max_seqlen)
+    """What `packed_attention` says, its arguments checked; prompts may stand anywhere."""
     if not segments:  # zeros that remain a function of all three
         return q.new_zeros(q.shape) + (q[:0].sum() + k[:0].sum() + v[:0].sum())
     outputs = [q.new_zeros(1, q.shape[1] * q.shape[2])]  # that of tokens in no segment, then the batches' padded rows

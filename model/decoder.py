@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.kernels.attention import AttentionPlan, plan_attention, planned_attention
 from flashgrpo.kernels.common import accumulation_dtype, backward_once
 from flashgrpo.kernels.elementwise import QKNorm, rms_norm, rope, swiglu, swiglu_backward
 from flashgrpo.model.batch import PackedBatch
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
 
     `activation_checkpointing` trades time for memory, block by block: "full" keeps each block's
     input and recomputes the rest, "selective" keeps the outputs of matrix products and attention
-    too and recomputes what is cheap. `attention_backend` is the backend of `packed_attention`.
+    too and recomputes what is cheap. `attention_backend` is the backend of `plan_attention`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -55,18 +55,26 @@ class Decoder(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Hidden states of every packed token, [total_tokens, hidden_size], after the final norm."""
 
-        def attend(_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return packed_attention(
-                q, k, v, batch.cu_seqlens, batch.prefix, max_seqlen=batch.max_seqlen, backend=self.attention_backend
-            )
-
         total_tokens = len(batch.input_ids)
         padding = self.padded_tokens(total_tokens) - total_tokens  # tokens of no segment
         ids, positions = batch.input_ids, batch.position_ids
         if padding:
             ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
+        plan = self.plan_attention(batch.cu_seqlens, batch.prefix, len(ids), batch.max_seqlen)
+
+        def attend(_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return planned_attention(q, k, v, plan)
+
         hidden = self._run(ids, positions, attend)
         return hidden[:total_tokens].clone() if padding else hidden  # FSDP wants no view
+
+    def plan_attention(
+        self, cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, max_seqlen: int
+    ) -> AttentionPlan:
+        """For all layers of a pass over packed tokens."""
+        heads = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        options = {"max_seqlen": max_seqlen, "backend": self.attention_backend}
+        return plan_attention(cu_seqlens, prefix, total_tokens, heads, self.lm_head_weight.dtype, **options)
 
     def scores(self, batch: PackedBatch) -> Tensor:
         """A reward model's score of every completion at the last token that is fed, [num_completions], fp32.

