@@ -323,7 +323,8 @@ def _save(ctx, inputs, output) -> None:
 
 @backward_once
 def _backward(ctx, d_out, _):
-    return *_attention_bwd(d_out, ctx.saved_tensors, ctx.scale), [None] * (len(ctx.saved_tensors) - 5), None
+    saved = ctx.saved_tensors  # once: a checkpoint recomputes them
+    return *_attention_bwd(d_out, saved, ctx.scale), [None] * (len(saved) - 5), None
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_save)

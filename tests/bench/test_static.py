@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from flashgrpo.bench import static
 from flashgrpo.bench.static import RESULTS, TARGETS, compile_row, launches
-from flashgrpo.kernels import attention, decode_attention, elementwise
+from flashgrpo.kernels import attention, attention_plan, decode_attention, elementwise
 from flashgrpo.kernels.decode_attention import DecodeRows
 from flashgrpo.kernels.logprob import TritonRows
 from flashgrpo.kernels.loss_config import LossConfig, LossInputs
@@ -248,7 +248,9 @@ def test_sizes_do_not_recompile(compiled_keys):
         q = torch.zeros(total, kv_heads * ratio, 64, requires_grad=True)
         kv = torch.zeros(total, kv_heads, 64)
         cu_seqlens = draw_cu_seqlens(rng, total)
-        out = attention.packed_attention(q, kv, kv, cu_seqlens, scale=rng.choice([1.0, 0.125]))
+        blocks = [64, 32, 32, 32]
+        tiles = attention_plan.attention_tiles(cu_seqlens, None, total, (kv_heads * ratio, kv_heads), blocks)
+        out, _ = attention._attention_fwd(q, kv, kv, tiles, rng.choice([1.0, 0.125]))
         out.sum().backward()
 
         q, k = torch.zeros(n, kv_heads * 4, 64), torch.zeros(n, kv_heads, 64)  # the ratio is a model's own
@@ -259,5 +261,4 @@ def test_sizes_do_not_recompile(compiled_keys):
     # A vocabulary, and with it the rows' stride, of 1, a multiple of 16, and any other.
     expected = {kernel: 3 if re.search("logprob|row", kernel) else 1 for kernel in defined_kernels()}
     expected["_scale_kernel"] = 3
-    del expected["_attention_bwd_sum_kernel"]  # below `attention._PIECE` tokens
     assert {kernel: len(keys) for kernel, keys in compiled_keys.items()} == expected
