@@ -169,9 +169,11 @@ def test_split_families_equal_whole_ones(device, monkeypatch):
     exact = dense([x.detach().double().requires_grad_() for x in qkv], d_out.double(), lengths, prefix)
     whole = run(qkv, d_out, lengths, prefix)
     monkeypatch.setattr(attention_plan, "PIECE_ROWS", 64)
-    split, again = (run(qkv, d_out, lengths, prefix) for _ in range(2))
-    for x, y in zip(split, again, strict=True):
-        assert torch.equal(x, y)
+    split = run(qkv, d_out, lengths, prefix)
+    packed = [torch.cat((torch.randn_like(x[:45]), x.detach())) for x in (*qkv, d_out)]
+    among = run([x.requires_grad_() for x in packed[:3]], packed[3], [45, *lengths], [-1, -1, -1, 2, 2, 2, 2, -1])
+    for x, y in zip(split, among, strict=True):
+        assert torch.equal(x, y[45:])
     assert not torch.equal(split[3][3:73], whole[3][3:73]), "not split"
     assert torch.equal(split[3][73:], whole[3][73:])
     assert_as_accurate_as_torch(split, dense(qkv, d_out, lengths, prefix), exact)
