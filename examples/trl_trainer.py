@@ -142,9 +142,12 @@ class FlashGRPOTrainer(GRPOTrainer):
         input_ids = torch.cat([inputs["prompt_ids"], targets], 1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         loss, stats = model(input_ids=input_ids, attention_mask=attention_mask, head=head)
+        found = [name for name in METRICS if name in stats]
+        sums = torch.stack([torch.ones_like(loss), *(stats[name] for name in found)]) * stats["num_tokens"]
+        num_tokens, *sums = self.accelerator.reduce(sums.detach(), reduction="sum").tolist()
         log = self._metrics["train" if self.model.training else "eval"]
-        for name in METRICS.keys() & stats.keys():
-            log[METRICS[name]].append(self.accelerator.gather(stats[name]).mean().item())
+        for name, total in zip(found, sums, strict=True):
+            log[METRICS[name]].append(total / max(num_tokens, 1.0))
         return loss
 
     def _get_per_token_logps_and_entropies(

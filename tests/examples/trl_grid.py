@@ -1,14 +1,17 @@
-"""examples/trl_trainer.py beside TRL's own trainer, setting by setting: loss and gradients of one batch, whole runs,
-and what is refused. test_trl_trainer.py runs it in TRL's environment. The last line on stdout is one JSON object of
-relative distances.
+"""examples/trl_trainer.py beside TRL's own trainer, setting by setting: loss and gradients of one batch, runs of two
+ranks, and what is refused. test_trl_trainer.py runs it in TRL's environment. The last line on stdout is one JSON object
+of relative distances.
 """
 
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
 import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trl_trainer import FlashGRPOTrainer
 
 VOCAB, PROMPT, COMPLETION, ROWS = 96, 5, 9, 6
+NUM_RANKS = 2
 
 
 class Setting(NamedTuple):
@@ -59,7 +63,7 @@ GRID = {
     "grpo, vllm by token": Setting({"loss_type": "grpo"}, VLLM_BY_TOKEN),
     "autocast": Setting({"bf16": True}),
 }
-# Whole runs of two rollouts, with plain SGD, whose steps are as near to each other as its gradients.
+# Whole runs of two ranks, with plain SGD, whose steps are as near to each other as its gradients.
 RUNS = {
     "a rollout twice": {
         "num_iterations": 2,
@@ -160,7 +164,14 @@ def loss_and_gradients(kind: type, folder: str, setting: Setting) -> tuple[torch
 
 def train(kind: type, folder: str, config: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The movement of the weights, and what both log, as means over the run."""
-    config = {"max_steps": 4, "learning_rate": 0.5, "lr_scheduler_type": "constant", "optim": "sgd", **config}
+    config = {
+        "max_steps": 4,
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "ddp_backend": "gloo",
+        **config,
+    }
     trainer = trainer_of(kind, folder, **config)
     start = weights(trainer.model)
     trainer.train()
@@ -177,18 +188,30 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+def compare_runs(rank: int, folder: str) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # accelerate wants them; the ranks meet by a file
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=NUM_RANKS)
+    runs = {}
+    for name, config in RUNS.items():
+        ours, theirs = (train(kind, folder, config) for kind in (FlashGRPOTrainer, trl.GRPOTrainer))
+        runs[name] = [distance(ours[0], theirs[0]), largest_part(ours[1], theirs[1])]
+    if rank == 0:
+        Path(folder, "runs.json").write_text(json.dumps(runs))
+    dist.destroy_process_group()
+
+
 def run(folder: str) -> dict[str, Any]:
     save_tiny_model(folder)
+    # Forked from here, where nothing has begun to run yet, ranks have imported all.
+    torch.multiprocessing.start_processes(compare_runs, (folder,), nprocs=NUM_RANKS, start_method="fork")
+    runs = json.loads(Path(folder, "runs.json").read_text())
     grid = {}
     for name, setting in GRID.items():
         ours, theirs = (loss_and_gradients(kind, folder, setting) for kind in (FlashGRPOTrainer, trl.GRPOTrainer))
         grid[name] = [distance(*pair) for pair in zip(ours, theirs, strict=True)]
         print(name, grid[name], flush=True)
-    runs = {}
-    for name, config in RUNS.items():
-        ours, theirs = (train(kind, folder, config) for kind in (FlashGRPOTrainer, trl.GRPOTrainer))
-        runs[name] = [distance(ours[0], theirs[0]), largest_part(ours[1], theirs[1])]
-        print(name, runs[name], flush=True)
     refused = {}
     for name, config in REFUSED.items():
         try:
