@@ -3,9 +3,9 @@
     python examples/hf_loop.py    # a tiny model from nothing, on a GPU where there is one; ten seconds on a CPU
 
 transformers samples. For training, completions are packed behind one copy of their prompt, attention goes through
-transformers' attention interface to `packed_attention`, and log-probs and loss are made of hidden states, so that at
-most a chunk of logits exists. At the end the last batch's loss and gradients are compared with those of plain torch on
-padded rows. Of flashgrpo this needs kernels/ alone.
+transformers' attention interface to flashgrpo's, and log-probs and loss are made of hidden states, so that at most a
+chunk of logits exists. At the end loss and gradients of a batch are compared with those of plain torch on padded rows.
+Of flashgrpo this needs kernels/ alone.
 """
 
 import sys
@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.kernels.attention import plan_attention, planned_attention
 from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 
@@ -87,15 +87,10 @@ def offsets(pieces: list[Tensor]) -> Tensor:
     return lengths.cumsum(0).to(DEVICE, torch.int32)
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, **of_pack) -> tuple[Tensor, None]:
-    """`packed_attention` as transformers calls it, with [1, heads, tokens, head_dim]; it hands on what the model is
-    called with.
-    """
+def attention(module, query, key, value, attention_mask, scaling=None, *, plan, **_) -> tuple[Tensor, None]:
+    """As transformers calls it, with [1, heads, tokens, head_dim], and what its model is called with: `plan`."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = packed_attention(
-        q, k, v, of_pack["cu_seqlens"], of_pack["prefix"], max_seqlen=of_pack["max_seqlen"], scale=scaling
-    )
-    return out[None], None
+    return planned_attention(q, k, v, plan, scale=scaling)[None], None
 
 
 # Under a name with "flash" in it transformers would look for a kernel of the Hub.
@@ -127,11 +122,13 @@ def reward(completion: Tensor) -> float:
 
 def predicting_rows(model: Any, pack: Pack) -> Tensor:  # [num_targets, hidden_size]
     model.set_attn_implementation("packed_grpo")
-    hidden = model.model(
-        pack.input_ids, position_ids=pack.position_ids, use_cache=False,
-        cu_seqlens=pack.cu_seqlens, prefix=pack.prefix, max_seqlen=pack.max_seqlen,
-    ).last_hidden_state  # fmt: skip
-    return hidden[0, pack.predictors]
+    config = model.config
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    plan = plan_attention(
+        pack.cu_seqlens, pack.prefix, pack.input_ids.numel(), heads, model.dtype, max_seqlen=pack.max_seqlen
+    )
+    output = model.model(pack.input_ids, position_ids=pack.position_ids, use_cache=False, plan=plan)
+    return output.last_hidden_state[0, pack.predictors]
 
 
 @torch.no_grad()
