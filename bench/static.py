@@ -48,7 +48,7 @@ _POINTERS = {
     torch.float32: "acc_ptr sums_ptr peaks_ptr "
     "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks "
     "log_totals loss d_logprobs d_entropies rewards old_logprobs ref_logprobs behavior_logprobs partials metrics "
-    "token_advantages token_lengths denominator_tensor factors cos sin",
+    "token_advantages token_lengths token_log_weights denominator_tensor factors cos sin",
 }
 _COUNTS = (
     "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n "

@@ -4,23 +4,31 @@ For token i of completion c, with advantage A_i (A_c unless tokens have their ow
 l_i = logprob_i - old_i (its mean over the completion at `ratio_level="sequence"`),
 r_i = exp(min(l_i, 20)):
 
-    policy_i = -b_i A_i bound(r_i)                  clip     bound: at most 1 + clip_high where A > 0,
-                                                             at least 1 - clip_low, at most clip_max where A < 0
+    policy_i = -b_i A_i bound(r_i)       clip: where A > 0, at most 1 + clip_high and at most clip_max; where A < 0,
+                                         at least 1 - clip_low and at most the greater of those two
     policy_i = -b_i A_i min(r_i, 1 + clip_high) logprob_i    cispo, the ratio without gradient
-    kl_i     = k1, k2 or k3 of d_i = ref_i - logprob_i       -d, d^2 / 2, exp(d) - d - 1
+    policy_i = -b_i A_i 4 / tau sigmoid(tau (r_i - 1))       sapo, tau_pos where A > 0 and tau_neg elsewhere
+    kl_i     = k1, k2 or k3 of d_i = ref_i - logprob_i       -d, d^2 / 2, exp(d) - d - 1; times r_i by `kl_weight`
     loss     = sum_i w_i (policy_i + kl_coef kl_i - entropy_coef entropy_i) / denominator
 
-w_i is 1 / tokens of c for `sequence_mean` and 1 otherwise; b_i is the detached weight p_old /
-p_behavior. The gradient by logprob_i is w_i (-b_i A_i r_i + kl_coef dkl_i) / denominator while r_i
-is within its bounds, bounds included, also at sequence level: where the tokens of a completion share
-weight and advantage that is GSPO's, and where they do not, GSPO-token's. d_i is bounded to [-100,
-100], for k3 to [-100, 20], and has no gradient beyond.
+w_i is 1 / tokens of c for `sequence_mean` and 1 otherwise. b_i is the detached weight p_old / p_behavior of the token,
+or by `behavior_level` their product or geometric mean over the completion; within [behavior_floor, behavior_cap], or 0
+beyond. A_i counts as 0 where the entropy is not among the `top_entropy` of all tokens of the call, and where it is
+below 0 and the completion's mean of behavior_i - logprob_i (of old_i - logprob_i without the sampler's) above
+`off_policy_threshold`.
+
+The gradient by logprob_i is w_i (-b_i A_i r_i + kl_coef dkl_i) / denominator while a clipped r_i is within its bounds,
+bounds included, also at sequence level: where the tokens of a completion share weight and advantage that is GSPO's,
+and where they do not, GSPO-token's. r_i has no gradient where l_i > 20; d_i is bounded to [-100, 100], for k3 to
+[-100, 20], and has none beyond.
 
 All shapes are [num_targets] but rewards and offsets; a token costs at most 16 bytes read and 4 written. Nothing here
 reads a device tensor on the host. Bounds on offsets are checked on the CPU only.
 
 Sources: GRPO arXiv 2402.03300, R1 2501.12948, k3 joschu.net/blog/kl-approx.html, DAPO 2503.14476, Dr. GRPO 2503.20783,
-GSPO 2507.18071, CISPO 2506.13585, dual clip 1912.09729, TIS fengyao.notion.site/off-policy-rl, IcePop 2510.18855.
+GSPO and GSPO-token 2507.18071, CISPO 2506.13585, SAPO 2511.20347, dual clip 1912.09729 and INTELLECT-2's 2505.07291,
+top_entropy 2506.01939, kl_weight and off_policy_threshold DeepSeek-V3.2 2512.02556 (equations 7 and 9), TIS and
+weights of sequences fengyao.notion.site/off-policy-rl, IcePop 2510.18855; names and defaults also of TRL's GRPOConfig.
 """
 
 from collections.abc import Sequence
@@ -75,11 +83,13 @@ def grpo_loss(
     combines calls.
 
     Raises ValueError for both or neither of rewards and advantages, a coefficient whose log-probs
-    are missing, entropy_coef (log-probs have no entropy), a denominator number that is not above 0,
+    are missing, entropy_coef and top_entropy (log-probs have no entropy), a denominator number that is not above 0,
     and shapes that do not fit together; TypeError for wrong dtypes.
     """
     if config.entropy_coef:
         raise ValueError(f"entropy_coef is {config.entropy_coef}; use logits_grpo_loss or linear_grpo_loss, or 0")
+    if config.top_entropy < 1:
+        raise ValueError(f"top_entropy is {config.top_entropy}; use logits_grpo_loss or linear_grpo_loss, or 1")
     if logprobs.dim() != 1:
         raise ValueError(f"logprobs has shape {tuple(logprobs.shape)}; wanted [num_targets]")
     if not logprobs.is_floating_point():
@@ -111,8 +121,8 @@ def logits_grpo_loss(
     """`grpo_loss` of the log-probs of `targets` under softmax(logits / temperature), with the entropy bonus.
 
     Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs
-    and entropies. Logits that are another operation's result hold their gradient afterwards (at
-    sequence level, in fp16 and on a CPU after the backward pass): whatever else needs them must
+    and entropies. Logits that are another operation's result hold their gradient afterwards (where
+    `config.scores_first`, in fp16 and on a CPU after the backward pass): whatever else needs them must
     come before this call. A leaf, or a view of one, keeps its values. Raises what `grpo_loss` and
     `gather_logprobs` raise.
     """
@@ -124,9 +134,9 @@ def logits_grpo_loss(
     )  # fmt: skip
     # A compiled function does not ask again whether its logits are a leaf.
     keep = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
-    # A sequence-level ratio needs all log-probs before any gradient, and fp16 would flush a gradient over a denominator
-    # to 0 before it is scaled up.
-    if not by_triton(logits) or config.ratio_level == "sequence" or logits.dtype == torch.float16:
+    # Some losses need all log-probs before any gradient, and fp16 would flush a gradient over a denominator to 0 before
+    # it is scaled up.
+    if not by_triton(logits) or inputs.scores_first or logits.dtype == torch.float16:
         logprobs, entropies = gather_logprobs(logits, targets, temperature=temperature, inplace_backward=not keep)
         return _loss(logprobs, entropies, inputs)
     if logits.stride(1) != 1:

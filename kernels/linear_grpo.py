@@ -8,11 +8,12 @@ For n rows, hidden size H and vocabulary V, chunk by chunk:
     d_weight += d_logits^T @ hidden_chunk       2 n V H, in fp32
 
 `linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H
-FLOPs against 8 n V H for what recomputes them. A sequence-level ratio needs all log-probs before
-any gradient, so it costs 8 n V H. Beyond its inputs it holds d_hidden [n, H], d_weight [V, H] in
-fp32 and one chunk of logits, which the kernels turn into their gradient in place (in torch three
-chunks, in fp32). Gradients pass through the logits' dtype before the denominator: in fp16 an
-advantage times a ratio above 65,504 overflows.
+FLOPs against 8 n V H for what recomputes them. A loss that needs all log-probs before any gradient
+(`LossConfig.scores_first`: a sequence-level ratio, a mask by completions or entropies) costs 8 n V
+H. Beyond its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and one chunk of logits,
+which the kernels turn into their gradient in place (in torch three chunks, in fp32). Gradients pass
+through the logits' dtype before the denominator: in fp16 an advantage times a ratio above 65,504
+overflows.
 
 Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row:
 with r rows a chunk that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at
@@ -307,7 +308,7 @@ def _linear_loss(
     inputs, by = LossInputs._make((*tensors, *numbers)), implementation(hidden)
     assert inputs.targets is not None
     head = Head(hidden, weight, inputs.targets, temperature, chunk_tokens, logits_dtype)
-    if inputs.at_sequence_level:
+    if inputs.scores_first:
         logprobs, entropies = score(head)
         made = by.loss_of_logprobs(logprobs, entropies, inputs)
         gradients, sums = recompute(head, made.d_logprobs, made.d_entropies, Wanted(*wanted)), made[:3]

@@ -13,11 +13,13 @@ from torch import Tensor
 from flashgrpo.kernels.common import accumulation_dtype, check_index
 
 RatioLevel = Literal["token", "sequence"]
-Objective = Literal["clip", "cispo"]
+Objective = Literal["clip", "cispo", "sapo"]
 KLEstimator = Literal["k1", "k2", "k3"]
 Aggregate = Literal["sequence_mean", "token_mean", "constant"]
 AdvantageScale = Literal["std", "none"]
 BehaviorMode = Literal["truncate", "mask"]
+BehaviorLevel = Literal["token", "sequence", "geometric"]
+KLWeight = Literal["none", "ratio"]
 ADVANTAGE_SCALES = get_args(AdvantageScale)
 # Log-ratios above this are as good as infinite: exp of them is bounded, and without gradient.
 MAX_LOG_RATIO = 20.0
@@ -42,12 +44,22 @@ class LossConfig:
     """
 
     ratio_level: Annotated[RatioLevel, "Of each token, or the geometric mean over the completion (GSPO)."] = "token"
-    objective: Annotated[Objective, "PPO's clipped ratio, or CISPO's: the bounded ratio weighs the log-prob."] = "clip"
-    clip_low: Annotated[float, "The ratio counts down to 1 - clip_low; cispo has no lower bound."] = 0.2
+    objective: Annotated[Objective, "PPO's clipped ratio, CISPO's that weighs the log-prob, or SAPO's soft gate."] = (
+        "clip"
+    )
+    clip_low: Annotated[float, "The ratio counts down to 1 - clip_low; cispo has no lower bound, sapo no bounds."] = 0.2
     clip_high: Annotated[float, "The ratio counts up to 1 + clip_high."] = 0.2
-    clip_max: Annotated[float | None, "Bound on the ratio where the advantage is negative, above 1 + clip_high."] = None
+    clip_max: Annotated[
+        float | None, "Where the advantage is negative, up to this; if that is less, it bounds all."
+    ] = None
+    tau_pos: Annotated[float, "Temperature of sapo's gate where the advantage is positive; higher closes sooner."] = 1.0
+    tau_neg: Annotated[float, "And elsewhere."] = 1.05
+    top_entropy: Annotated[float, "Share of the tokens, those of highest entropy, that the policy learns from."] = 1.0
     kl_coef: Annotated[float, "Weight of the KL penalty; 0: no reference model."] = 0.0
     kl_estimator: Annotated[KLEstimator, "With d = ref - logprob: -d, d^2 / 2, or exp(d) - d - 1."] = "k3"
+    kl_weight: Annotated[KLWeight, "Times the ratio, the KL's gradient has no bias (DeepSeek-V3.2); or as it is."] = (
+        "none"
+    )
     entropy_coef: Annotated[float, "Weight of the entropy bonus; from logits or hidden states only."] = 0.0
     aggregate: Annotated[Aggregate, "Mean of completions' means, mean of tokens, or sum over a constant."] = (
         "sequence_mean"
@@ -56,8 +68,17 @@ class LossConfig:
     behavior_cap: Annotated[float | None, "Largest weight p_old / p_behavior; none: no correction for the sampler."] = (
         None
     )
-    behavior_floor: Annotated[float, "Smallest such weight; mask only."] = 0.0
-    behavior_mode: Annotated[BehaviorMode, "Beyond the cap the weight is cut to it (TIS), or 0 (IcePop)."] = "truncate"
+    behavior_floor: Annotated[float, "Smallest such weight."] = 0.0
+    behavior_mode: Annotated[BehaviorMode, "Beyond cap and floor the weight is cut to them (TIS), or 0 (IcePop)."] = (
+        "truncate"
+    )
+    behavior_level: Annotated[BehaviorLevel, "Of each token, or the completion's: product, or geometric mean."] = (
+        "token"
+    )
+    off_policy_threshold: Annotated[
+        float | None,
+        "Bad completions whose mean of p_behavior's log over p's is above it do not count (DeepSeek-V3.2).",
+    ] = None
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -69,15 +90,21 @@ class LossConfig:
                 raise ValueError(
                     f"{name} is {value!r}; wanted a finite number, 0 or above{', or None' * bool(choices)}"
                 )
-        if self.clip_max is not None:
-            if self.objective == "cispo":
-                raise ValueError(f"clip_max is {self.clip_max}, which objective 'cispo' does not have; leave it None")
-            if not self.clip_max > 1 + self.clip_high:
-                raise ValueError(f"clip_max is {self.clip_max}; wanted above 1 + clip_high = {1 + self.clip_high}")
-        if self.behavior_floor and self.behavior_mode == "truncate":
-            raise ValueError(f"behavior_floor is {self.behavior_floor}, which needs behavior_mode 'mask'; leave it 0")
+        if self.clip_max is not None and self.objective != "clip":
+            raise ValueError(f"clip_max is {self.clip_max}, which {self.objective!r} does not have; leave it None")
+        if not min(self.tau_pos, self.tau_neg) > 0:
+            raise ValueError(f"tau_pos is {self.tau_pos} and tau_neg {self.tau_neg}; wanted both above 0")
+        if not 0 < self.top_entropy <= 1:
+            raise ValueError(f"top_entropy is {self.top_entropy}; wanted a share above 0, at most 1")
+        if self.kl_weight == "ratio" and self.ratio_level == "sequence":
+            raise ValueError("kl_weight is 'ratio', which makes the KL unbiased with ratio_level 'token' alone")
         if self.behavior_cap is not None and not self.behavior_cap > self.behavior_floor:
             raise ValueError(f"behavior_cap is {self.behavior_cap}; wanted above behavior_floor={self.behavior_floor}")
+
+    @property
+    def scores_first(self) -> bool:
+        """Whether a gradient needs all log-probs, so that logits are made once more."""
+        return self.ratio_level == "sequence" or self.off_policy_threshold is not None or self.top_entropy < 1
 
     @classmethod
     def presets(cls) -> list[str]:
@@ -103,6 +130,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"aggregate": "constant", "advantage_scale": "none"},
     "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     "cispo": {"aggregate": "token_mean", "objective": "cispo", "clip_high": 4.0},
+    "sapo": {"objective": "sapo"},
+}
+
+
+# Of the fields that have some; under torch.compile nobody can ask.
+_CHOICES = {
+    name: get_args(hint) if get_origin(hint) is Literal else () for name, hint in get_type_hints(LossConfig).items()
 }
 
 
@@ -113,8 +147,9 @@ def _is_number(value: Any) -> bool:
 class LossInputs(NamedTuple):
     """All that a loss is told besides log-probs, checked, as both twins take it and the kernels get it whole.
 
-    The tensors have the names of the public functions' arguments. Choices are 1.0 or 0.0: Triton would compile an int
-    in. torch's operators cannot take a tuple like this: they get `tensors` and `numbers`, and put it together again.
+    The tensors have the names of the public functions' arguments. Of the configuration a choice is its place among the
+    field's, and a bound of None infinite; all are floats, as Triton would compile an int in. torch's operators cannot
+    take a tuple like this: they get `tensors` and `numbers`, and put it together again.
     """
 
     targets: Tensor | None  # [num_targets]
@@ -128,21 +163,28 @@ class LossInputs(NamedTuple):
     behavior_logprobs: Tensor | None
     denominator_tensor: Tensor | None  # 0-d; None: the number that follows
     denominator: float
-    eps: float
-    by_deviation: float
-    at_sequence_level: float
+    # LossConfig's, by their names.
+    ratio_level: float
+    objective: float  # 0 clip, 1 cispo, 2 sapo
     clip_low: float
     clip_high: float
     clip_max: float
+    tau_pos: float
+    tau_neg: float
+    top_entropy: float
     kl_coef: float
-    kl_estimator: float  # 1, 2 or 3
+    kl_estimator: float  # 0 k1, 1 k2, 2 k3
+    kl_weight: float
     entropy_coef: float | None
+    aggregate: float
+    advantage_scale: float
     behavior_cap: float
     behavior_floor: float
-    cispo: float
-    over_tokens: float
-    has_cap: float
-    mask_behavior: float
+    behavior_mode: float
+    behavior_level: float  # 0 token, 1 sequence, 2 geometric
+    off_policy_threshold: float
+    eps: float  # added to a standard deviation
+    scores_first: float
     per_token: float
 
     @classmethod
@@ -169,27 +211,26 @@ class LossInputs(NamedTuple):
         given["token_advantages"] = None
         if (advantages := given["advantages"]) is not None and len(advantages) != num_completions:
             given |= {"advantages": None, "token_advantages": advantages}
+        numbers = {}
+        for name, choices in _CHOICES.items():
+            value = getattr(config, name)
+            numbers[name] = math.inf if value is None else float(choices.index(value) if choices else value)
+        highest = numbers["clip_max"]
+        numbers["clip_max"], numbers["clip_high"] = (
+            max(highest, 1 + numbers["clip_high"]),
+            min(highest - 1, numbers["clip_high"]),
+        )
+        weighs_completions = config.behavior_cap is not None and config.behavior_level != "token"
         return cls(
             **given,
             target_cu_seqlens=target_cu_seqlens.contiguous(),
             # A float64 one would make the loss float64.
             denominator_tensor=denominator.detach().to(accumulation_dtype(like.dtype)) if by_tensor else None,
             denominator=1.0 if by_tensor else float(denominator),
+            **numbers,
             eps=ADVANTAGE_EPS,
-            by_deviation=float(config.advantage_scale == "std"),
-            at_sequence_level=float(config.ratio_level == "sequence"),
-            clip_low=float(config.clip_low),
-            clip_high=float(config.clip_high),
-            clip_max=math.inf if config.clip_max is None else float(config.clip_max),
-            kl_coef=float(config.kl_coef),
-            kl_estimator={"k1": 1.0, "k2": 2.0, "k3": 3.0}[config.kl_estimator],
-            entropy_coef=float(config.entropy_coef),
-            behavior_cap=math.inf if config.behavior_cap is None else float(config.behavior_cap),
-            behavior_floor=float(config.behavior_floor),
-            cispo=float(config.objective == "cispo"),
-            over_tokens=float(config.aggregate != "sequence_mean"),
-            has_cap=float(config.behavior_cap is not None),
-            mask_behavior=float(config.behavior_mode == "mask"),
+            # Without old log-probs a completion's weight is by those that are to be made.
+            scores_first=float(config.scores_first or (weighs_completions and given["old_logprobs"] is None)),
             per_token=float(per_token),
         )
 

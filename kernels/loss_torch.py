@@ -5,7 +5,8 @@ gradient by the log-prob is written out, as the kernel has it, so that a chunk o
 its gradient before the next chunk's log-probs exist.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def loss_of_logprobs(
     entropies: Tensor | None,  # [num_targets]
     inputs: LossInputs,
 ) -> Loss:
-    tokens = TokenInputs.of(inputs, logprobs)
+    tokens = TokenInputs.of(of_high_entropy(inputs, logprobs, entropies), logprobs)
     terms = token_losses(logprobs, tokens)
     return Loss(*summed(terms, entropies, tokens, inputs), terms.d_logprob, tokens.d_entropies)
 
@@ -113,19 +114,20 @@ class TokenInputs(NamedTuple):
     old: Tensor | None  # None: exactly on-policy
     ref: Tensor | None
     behavior: Tensor | None
+    log_weights: Tensor | None  # of completions, old - behavior; None: those of tokens
 
     @classmethod
     def of(
         cls,
         inputs: LossInputs,
-        like: Tensor,  # [num_targets], for shape, dtype and device
+        logprobs: Tensor,  # [num_targets]; only for shape, dtype and device unless they are scored first
     ) -> "TokenInputs":
-        dtype, offsets = accumulation_dtype(like.dtype), inputs.target_cu_seqlens.long()
+        dtype, offsets = accumulation_dtype(logprobs.dtype), inputs.target_cu_seqlens.long()
         spans = offsets.diff()
-        sequence = torch.searchsorted(offsets[1:], torch.arange(like.shape[0], device=like.device), right=True)
+        sequence = torch.searchsorted(offsets[1:], torch.arange(len(logprobs), device=logprobs.device), right=True)
         advantages = inputs.advantages
         if inputs.rewards is not None:
-            scale = "std" if inputs.by_deviation else "none"
+            scale = ADVANTAGE_SCALES[int(inputs.advantage_scale)]
             advantages = group_advantages(inputs.rewards, scale=scale, eps=inputs.eps).flatten()
             if inputs.sequence_ids is not None:
                 advantages = advantages.index_select(0, inputs.sequence_ids)
@@ -138,16 +140,24 @@ class TokenInputs(NamedTuple):
         if inputs.targets is not None:
             counted &= inputs.targets != IGNORE_TARGET
 
-        def keep(x: Tensor | None) -> Tensor | None:
+        def keep(x: Any) -> Any:
             return None if x is None else torch.where(counted, x.to(dtype), 0)
 
         weights = counted.to(dtype)
         lengths = segment_sum(weights, spans)
-        if not inputs.over_tokens:
+        if inputs.aggregate == 0:
             weights = weights / lengths.clamp(min=1).index_select(0, sequence)
+        old, behavior, log_weights = keep(inputs.old_logprobs), keep(inputs.behavior_logprobs), None
+        if behavior is not None and inputs.behavior_level:
+            mismatch = (keep(logprobs) if old is None else old) - behavior
+            log_weights = _over_completions(mismatch, spans, sequence, lengths if inputs.behavior_level == 2 else None)
+        sampled = old if behavior is None else behavior
+        if sampled is not None and inputs.off_policy_threshold < math.inf:
+            drift = _over_completions(sampled - keep(logprobs), spans, sequence, lengths)
+            advantages = torch.where((advantages < 0) & (drift > inputs.off_policy_threshold), 0, advantages)
         return cls(
-            inputs, spans, lengths, sequence, counted, torch.where(counted, advantages, 0), weights,
-            keep(inputs.old_logprobs), keep(inputs.ref_logprobs), keep(inputs.behavior_logprobs),
+            inputs, spans, lengths, sequence, counted, torch.where(counted, advantages, 0), weights, old,
+            keep(inputs.ref_logprobs), behavior, log_weights,
         )  # fmt: skip
 
     @property
@@ -181,29 +191,38 @@ def token_losses(
     if tokens.old is None:
         log_ratio = torch.where(logprobs.isnan(), logprobs, 0)
     else:
-        log_ratio = _at_ratio_level(logprobs - tokens.old, tokens)
+        log_ratio = logprobs - tokens.old
+        if numbers.ratio_level:
+            log_ratio = _over_completions(log_ratio, tokens.spans, tokens.sequence, tokens.lengths)
     ratio = _bounded_exp(log_ratio)
     old = logprobs if tokens.old is None else tokens.old
     mismatch = None if tokens.behavior is None else old - tokens.behavior
     scaled_advantages = tokens.advantages
-    if numbers.has_cap and mismatch is not None:
+    if numbers.behavior_cap < math.inf and mismatch is not None:
         scaled_advantages = scaled_advantages * _behavior_weights(mismatch, tokens)
     above = ratio.clamp(max=1 + numbers.clip_high)
-    if numbers.cispo:
+    ends = log_ratio > MAX_LOG_RATIO  # the ratio's gradient
+    if numbers.objective == 2:
+        tau = torch.full_like(ratio, numbers.tau_neg).masked_fill(tokens.advantages > 0, numbers.tau_pos)
+        gate = torch.sigmoid(tau * (ratio - 1))
+        loss = -scaled_advantages * gate * 4 / tau
+        d_logprob = torch.where(ends, 0, -scaled_advantages * 4 * ratio * gate * torch.sigmoid(tau * (1 - ratio)))
+    elif numbers.objective == 1:
         d_logprob = -scaled_advantages * above
         loss = torch.where(d_logprob == 0, 0, d_logprob * logprobs)
     else:
         below = ratio.clamp(1 - numbers.clip_low, numbers.clip_max)
         bounded = torch.where(tokens.advantages < 0, below, above)
         loss = -scaled_advantages * bounded
-        beyond = (bounded < ratio) | (bounded > ratio) | (log_ratio > MAX_LOG_RATIO)
+        beyond = (bounded < ratio) | (bounded > ratio) | ends
         d_logprob = torch.where(beyond, 0, loss)
     kl = None
     if tokens.ref is not None:
         kl, d_kl = _kl_and_gradient(tokens.ref - logprobs, numbers.kl_estimator)
         if numbers.kl_coef:
-            loss = loss + numbers.kl_coef * kl
-            d_logprob = d_logprob + numbers.kl_coef * d_kl
+            weight, d_weight = (ratio, torch.where(ends, 0, ratio)) if numbers.kl_weight else (1.0, 0.0)
+            loss = loss + numbers.kl_coef * weight * kl
+            d_logprob = d_logprob + numbers.kl_coef * (weight * d_kl + d_weight * kl)
     return TokenLoss(
         tokens.weights * loss, tokens.weights * d_logprob, ratio, kl, None if mismatch is None else mismatch.abs()
     )
@@ -261,11 +280,29 @@ def segment_sum(
     return torch.segment_reduce(x, "sum", lengths=spans, unsafe=True)
 
 
-def _at_ratio_level(log_ratio: Tensor, tokens: TokenInputs) -> Tensor:
-    if not tokens.numbers.at_sequence_level:
-        return log_ratio
-    means = segment_sum(log_ratio, tokens.spans) / tokens.lengths.clamp(min=1)
-    return means.index_select(0, tokens.sequence)
+def of_high_entropy(
+    inputs: LossInputs,
+    logprobs: Tensor,  # [num_targets]
+    entropies: Tensor | None,  # [num_targets]
+) -> LossInputs:
+    """The same with an advantage of 0 where a token's entropy is below that of the `top_entropy` of tokens."""
+    if inputs.top_entropy == 1 or entropies is None or not len(entropies):
+        return inputs
+    tokens = TokenInputs.of(inputs, logprobs)
+    lowest = torch.where(tokens.counted, entropies, torch.nan).nanquantile(1 - inputs.top_entropy)
+    advantages = tokens.advantages.masked_fill(entropies < lowest, 0).masked_fill(~tokens.counted, torch.nan)
+    return inputs._replace(rewards=None, sequence_ids=None, advantages=None, token_advantages=advantages)
+
+
+def _over_completions(
+    x: Tensor,  # [num_targets], 0 where a token does not count
+    spans: Tensor,  # [num_completions]
+    sequence: Tensor,  # [num_targets]
+    lengths: Tensor | None = None,  # [num_completions]
+) -> Tensor:  # [num_targets]
+    """For each token its completion's sum, over its length where lengths are given."""
+    sums = segment_sum(x, spans)
+    return (sums if lengths is None else sums / lengths.clamp(min=1)).index_select(0, sequence)
 
 
 def _bounded_exp(log_ratio: Tensor) -> Tensor:
@@ -273,21 +310,21 @@ def _bounded_exp(log_ratio: Tensor) -> Tensor:
 
 
 def _behavior_weights(mismatch: Tensor, tokens: TokenInputs) -> Tensor:
-    weights, numbers = _bounded_exp(_at_ratio_level(mismatch, tokens)), tokens.numbers
-    if not numbers.mask_behavior:
-        return weights.clamp(max=numbers.behavior_cap)
+    numbers, weights = tokens.numbers, _bounded_exp(mismatch if tokens.log_weights is None else tokens.log_weights)
+    if not numbers.behavior_mode:
+        return weights.clamp(numbers.behavior_floor, numbers.behavior_cap)
     return torch.where((weights >= numbers.behavior_floor) & (weights <= numbers.behavior_cap), weights, 0)
 
 
 def _kl_and_gradient(
     difference: Tensor,  # [num_targets], ref - logprob
-    estimator: float,  # 1, 2 or 3
+    estimator: float,  # of k1, k2 and k3, from 0
 ) -> tuple[Tensor, Tensor]:
-    highest = MAX_LOG_RATIO if estimator == 3 else MAX_DIFFERENCE
+    highest = MAX_LOG_RATIO if estimator == 2 else MAX_DIFFERENCE
     bounded = difference.clamp(-MAX_DIFFERENCE, highest)
-    if estimator == 1:
+    if estimator == 0:
         kl, d_kl = -bounded, -torch.ones_like(bounded)
-    elif estimator == 2:
+    elif estimator == 1:
         kl, d_kl = bounded.square() / 2, bounded
     else:
         growth = bounded.expm1()

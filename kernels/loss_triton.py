@@ -26,7 +26,7 @@ from flashgrpo.kernels import logprob
 from flashgrpo.kernels.common import launch, tl, triton
 from flashgrpo.kernels.logprob import row_logprob, whole_steps, write_gradient
 from flashgrpo.kernels.loss_config import METRICS, PER_TOKEN, LossInputs
-from flashgrpo.kernels.loss_torch import Loss
+from flashgrpo.kernels.loss_torch import Loss, of_high_entropy
 
 BLOCK = 512  # tokens of a program
 GROUP_BLOCK = 128  # rewards of a group read at once
@@ -52,7 +52,7 @@ def _largest(x):
 
 
 @triton.jit
-def _group_advantage(rewards, slot, group_size, by_deviation, eps, GROUP_BLOCK: tl.constexpr):
+def _group_advantage(rewards, slot, group_size, scale, eps, GROUP_BLOCK: tl.constexpr):
     """Advantage of rewards[slot] in its group. Deviations are from a reward of the group, see `group_advantages`."""
     group = rewards + slot // group_size * group_size
     own = tl.load(rewards + slot).to(tl.float32)
@@ -75,7 +75,7 @@ def _group_advantage(rewards, slot, group_size, by_deviation, eps, GROUP_BLOCK: 
         square += tl.sum(deviation * deviation, 0)
     deviation = (own - origin) - mean
     spread = tl.sqrt(square / tl.maximum(count - 1.0, 1.0)) + eps
-    return tl.where(by_deviation != 0, deviation / spread, deviation)
+    return tl.where(scale == 0, deviation / spread, deviation)
 
 
 @triton.jit
@@ -94,25 +94,31 @@ def _sequence_of(offsets, num_sequences, row):
 @triton.jit
 def _kl_and_gradient(difference, estimator):
     """k1, k2 or k3 of ref - logprob, and its gradient by the log-prob; 0 beyond the bounds."""
-    highest = tl.where(estimator == 3, 20.0, 100.0)
+    highest = tl.where(estimator == 2, 20.0, 100.0)
     d = tl.where(difference < -100.0, -100.0, _at_most(difference, highest))
     series = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d / 5040)))))
     k3 = tl.where(tl.abs(d) < 0.3, series, tl.exp(d) - 1 - d)  # exp(d) - 1 would lose the digits of a small d
-    kl = tl.where(estimator == 1, -d, tl.where(estimator == 2, d * d / 2, k3))
-    slope = tl.where(estimator == 1, 1.0, tl.where(estimator == 2, -d, -(k3 + d)))
+    kl = tl.where(estimator == 0, -d, tl.where(estimator == 1, d * d / 2, k3))
+    slope = tl.where(estimator == 0, 1.0, tl.where(estimator == 1, -d, -(k3 + d)))
     return kl, tl.where((difference < -100.0) | (difference > highest), 0.0, slope)
 
 
 @triton.jit
 def _policy(ratio, log_ratio, logprob, advantage, weighted, inputs):
     """Loss and gradient by the log-prob of the policy term; `weighted` is the advantage times the behavior weight."""
+    ends = log_ratio > 20.0  # the ratio's gradient
     above = _at_most(ratio, 1 + inputs.clip_high)
     below = _at_most(tl.where(ratio < 1 - inputs.clip_low, 1 - inputs.clip_low, ratio), inputs.clip_max)
-    bounded = tl.where((inputs.cispo == 0) & (advantage < 0), below, above)
-    beyond = (bounded < ratio) | (bounded > ratio) | (log_ratio > 20.0)
+    bounded = tl.where((inputs.objective != 1) & (advantage < 0), below, above)
+    beyond = (bounded < ratio) | (bounded > ratio) | ends
     clipped = -weighted * bounded
-    slope = tl.where((inputs.cispo == 0) & beyond, 0.0, clipped)
-    loss = tl.where(inputs.cispo == 0, clipped, tl.where(clipped == 0, 0.0, clipped * logprob))
+    slope = tl.where((inputs.objective != 1) & beyond, 0.0, clipped)
+    loss = tl.where(inputs.objective != 1, clipped, tl.where(clipped == 0, 0.0, clipped * logprob))
+    if inputs.objective == 2:
+        tau = tl.where(advantage > 0, inputs.tau_pos, inputs.tau_neg)
+        gate = 1 / (1 + tl.exp(tau * (1 - ratio)))
+        loss = -weighted * gate * 4 / tau
+        slope = tl.where(ends, 0.0, -weighted * 4 * ratio * gate / (1 + tl.exp(tau * (ratio - 1))))
     return loss, slope
 
 
@@ -127,11 +133,15 @@ def _denominator(inputs):
 @triton.jit
 def _completions_of(
     rows, start, stop, log_ratio, log_weight, logprobs, inputs, num_sequences, num_rewards, group_size,
-    at_sequence_level, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each of the `rows` from start to stop, by its completion: the advantage (NaN: does not count), the number of
-    tokens that count, and log-ratio and log behavior weight, at sequence level their means.
+    """Of each of the `rows` from start to stop: the advantage (NaN: does not count), the number of its completion's
+    tokens that count, and log-ratio and log behavior weight: as given, or the completion's. Without `logprobs` no
+    more than old ones tell of the completion is asked for.
     """
+    sums_tokens = (inputs.ratio_level != 0) | (inputs.behavior_level != 0)
+    sums_tokens = sums_tokens | (inputs.off_policy_threshold < float("inf"))
+    drift = tl.zeros([BLOCK], tl.float32)
     advantage = tl.full([BLOCK], float("nan"), tl.float32)
     length = tl.full([BLOCK], 1.0, tl.float32)
     last = _sequence_of(inputs.target_cu_seqlens, num_sequences, stop - 1)
@@ -146,10 +156,12 @@ def _completions_of(
             if inputs.sequence_ids is not None:
                 slot = tl.load(inputs.sequence_ids + sequence)
             if (slot >= 0) & (slot < num_rewards):
-                own = _group_advantage(inputs.rewards, slot, group_size, inputs.by_deviation, inputs.eps, GROUP_BLOCK)
+                own = _group_advantage(
+                    inputs.rewards, slot, group_size, inputs.advantage_scale, inputs.eps, GROUP_BLOCK
+                )
         advantage = tl.where(mine, own, advantage)
         count, total, total_mismatch = (end - begin).to(tl.float32), 0.0, 0.0
-        if (inputs.targets is not None) | (inputs.token_advantages is not None) | (at_sequence_level != 0):
+        if (inputs.targets is not None) | (inputs.token_advantages is not None) | sums_tokens:
             count = 0.0
             for piece in range(begin, end, BLOCK):
                 tokens = piece + tl.arange(0, BLOCK)
@@ -160,10 +172,12 @@ def _completions_of(
                     each = tl.load(inputs.token_advantages + tokens, mask=valid, other=0.0)
                     valid = valid & (each == each)
                 count += tl.sum(valid.to(tl.float32), 0)
-                if at_sequence_level != 0:
-                    new = tl.load(logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
-                    was = new
+                if sums_tokens:
+                    was = tl.zeros([BLOCK], tl.float32)
+                    if logprobs is not None:
+                        was = tl.load(logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
                     if inputs.old_logprobs is not None:
+                        new = was
                         was = tl.load(inputs.old_logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
                         total += tl.sum(new - was, 0)
                     if inputs.behavior_logprobs is not None:
@@ -171,12 +185,14 @@ def _completions_of(
                         total_mismatch += tl.sum(was - sampled, 0)
         count = tl.maximum(count, 1.0)
         length = tl.where(mine, count, length)
-        if at_sequence_level != 0:
-            if inputs.old_logprobs is not None:
-                log_ratio = tl.where(mine, total / count, log_ratio)
-            log_weight = tl.where(mine, total_mismatch / count, log_weight)
+        if inputs.old_logprobs is not None:
+            log_ratio = tl.where(mine & (inputs.ratio_level != 0), total / count, log_ratio)
+        over = tl.where(inputs.behavior_level == 2, count, 1.0)
+        log_weight = tl.where(mine & (inputs.behavior_level != 0), total_mismatch / over, log_weight)
+        drift = tl.where(mine, -(total + total_mismatch) / count, drift)
     if inputs.token_advantages is not None:
         advantage = tl.load(inputs.token_advantages + rows, mask=rows < stop, other=float("nan")).to(tl.float32)
+    advantage = tl.where((advantage < 0) & (drift > inputs.off_policy_threshold), 0.0, advantage)
     if inputs.targets is not None:
         ignored = tl.load(inputs.targets + rows, mask=rows < stop, other=-100) == -100
         advantage = tl.where(ignored, float("nan"), advantage)
@@ -205,7 +221,7 @@ def _loss_of_tokens(
     """The gradients of the loss by log-prob and by entropy; the block's sums go to `sums`."""
     counted = advantage == advantage
     advantage = tl.where(counted, advantage, 0.0)
-    weight = tl.where(counted, tl.where(inputs.over_tokens != 0, 1.0, 1.0 / length), 0.0)
+    weight = tl.where(counted, tl.where(inputs.aggregate != 0, 1.0, 1.0 / length), 0.0)
     logprob = tl.where(counted, logprob, 0.0)
     entropy = tl.where(counted, entropy, 0.0)
     log_ratio = tl.where(counted, log_ratio, 0.0)
@@ -213,9 +229,10 @@ def _loss_of_tokens(
 
     behavior_weight = tl.exp(_at_most(tl.where(counted, log_weight, 0.0), 20.0))
     within = (behavior_weight >= inputs.behavior_floor) & (behavior_weight <= inputs.behavior_cap)
-    truncated, masked = _at_most(behavior_weight, inputs.behavior_cap), tl.where(within, behavior_weight, 0.0)
-    cut = tl.where(inputs.mask_behavior != 0, masked, truncated)
-    weighted = tl.where(inputs.has_cap != 0, advantage * cut, advantage)
+    raised = tl.where(behavior_weight < inputs.behavior_floor, inputs.behavior_floor, behavior_weight)
+    truncated, masked = _at_most(raised, inputs.behavior_cap), tl.where(within, behavior_weight, 0.0)
+    cut = tl.where(inputs.behavior_mode != 0, masked, truncated)
+    weighted = tl.where(inputs.behavior_cap < float("inf"), advantage * cut, advantage)
     ratio = tl.exp(_at_most(log_ratio, 20.0))
     loss, slope = _policy(ratio, log_ratio, logprob, advantage, weighted, inputs)
     kl = tl.zeros_like(logprob)
@@ -223,8 +240,10 @@ def _loss_of_tokens(
         reference = tl.load(inputs.ref_logprobs + rows, mask=counted, other=0.0).to(tl.float32)
         kl, d_kl = _kl_and_gradient(reference - logprob, inputs.kl_estimator)
         kl = tl.where(counted, kl, 0.0)
-        loss += tl.where(inputs.kl_coef != 0, inputs.kl_coef * kl, 0.0)
-        slope += tl.where(inputs.kl_coef != 0, inputs.kl_coef * d_kl, 0.0)
+        kl_weight = tl.where(inputs.kl_weight != 0, ratio, 1.0)
+        d_weight = tl.where((inputs.kl_weight != 0) & (log_ratio <= 20.0), ratio, 0.0)
+        loss += tl.where(inputs.kl_coef != 0, inputs.kl_coef * kl_weight * kl, 0.0)
+        slope += tl.where(inputs.kl_coef != 0, inputs.kl_coef * (kl_weight * d_kl + d_weight * kl), 0.0)
     bonus = -entropy_coef * weight
     loss, slope = weight * loss + bonus * entropy, weight * slope
     live = (slope != 0) | (bonus != 0)
@@ -265,7 +284,7 @@ def _grpo_loss_kernel(
     log_ratio, mismatch = _log_ratio_and_mismatch(rows, inside, logprob, inputs)
     advantage, length, log_ratio, log_weight = _completions_of(
         rows, start, tl.minimum(start + BLOCK, n), log_ratio, mismatch, logprobs, inputs, num_sequences, num_rewards,
-        group_size, inputs.at_sequence_level, BLOCK, GROUP_BLOCK,
+        group_size, BLOCK, GROUP_BLOCK,
     )  # fmt: skip
     slope, bonus = _loss_of_tokens(
         rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, partials + block, num_blocks,
@@ -298,24 +317,26 @@ def _sum_blocks_kernel(partials, loss, metrics, num_blocks, inputs, ROWS: tl.con
 
 @triton.jit(do_not_specialize=["n", "num_sequences", "num_rewards", "group_size"])
 def _advantage_kernel(
-    token_advantages, token_lengths, n, num_sequences, num_rewards, group_size, inputs,
+    token_advantages, token_lengths, token_log_weights, n, num_sequences, num_rewards, group_size, inputs,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * BLOCK
     rows = start + tl.arange(0, BLOCK)
     nothing = tl.zeros([BLOCK], tl.float32)
-    advantage, length, _, _ = _completions_of(
+    advantage, length, _, log_weight = _completions_of(
         rows, start, tl.minimum(start + BLOCK, n), nothing, nothing, None, inputs, num_sequences, num_rewards,
-        group_size, 0, BLOCK, GROUP_BLOCK,
+        group_size, BLOCK, GROUP_BLOCK,
     )  # fmt: skip
     tl.store(token_advantages + rows, advantage, mask=rows < n)
     tl.store(token_lengths + rows, length, mask=rows < n)
+    tl.store(token_log_weights + rows, log_weight, mask=rows < n)
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
 def _row_loss_kernel(
-    logits, d_logits, token_advantages, token_lengths, logprobs, entropies, live, partials, per_token, first_row,
-    num_rows, vocab, row_stride, d_row_stride, scale, inputs, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    logits, d_logits, token_advantages, token_lengths, token_log_weights, logprobs, entropies, live, partials,
+    per_token, first_row, num_rows, vocab, row_stride, d_row_stride, scale, inputs,
+    BLOCK: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """d_logits may be the logits, whose first row is that of token `first_row`. An entropy_coef of None is 0."""
     n = tl.program_id(0).to(tl.int64)
@@ -332,7 +353,8 @@ def _row_loss_kernel(
     if inputs.entropy_coef is not None:
         coefficient = inputs.entropy_coef
     slope, bonus = _loss_of_tokens(
-        one, tl.full([1], logprob, tl.float32), tl.full([1], entropy, tl.float32), log_ratio, mismatch, mismatch,
+        one, tl.full([1], logprob, tl.float32), tl.full([1], entropy, tl.float32), log_ratio, mismatch,
+        tl.where(inputs.behavior_level != 0, tl.load(token_log_weights + one), mismatch),
         tl.load(token_advantages + one), tl.load(token_lengths + one), partials + token, num_rows, per_token, num_rows,
         coefficient, inputs,
     )  # fmt: skip
@@ -390,6 +412,7 @@ def loss_of_logprobs(
     entropies: Tensor | None,  # [num_targets]
     inputs: LossInputs,
 ) -> Loss:
+    inputs = of_high_entropy(inputs, logprobs, entropies)
     n = logprobs.shape[0]
     d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
     d_entropies = torch.empty_like(d_logprobs) if inputs.entropy_coef else None
@@ -430,9 +453,7 @@ class RowLoss:
     def __init__(self, inputs: LossInputs, like: Tensor, temperature: float):
         assert inputs.targets is not None
         n = inputs.targets.shape[0]
-        self.logprobs, self.entropies, self.advantages, self.lengths = (
-            like.new_empty(n, dtype=torch.float32) for _ in range(4)
-        )
+        self.logprobs, self.entropies, *self.of_completions = (like.new_empty(n, dtype=torch.float32) for _ in range(5))
         self.live = like.new_empty(n, dtype=torch.int8)
         self.partials = like.new_empty(len(METRICS), n, dtype=torch.float32)
         self.per_token = _room_per_token(self.logprobs, inputs)
@@ -440,7 +461,7 @@ class RowLoss:
         self.inputs = inputs._replace(entropy_coef=inputs.entropy_coef or None)
         self.scale = math.log2(math.e) / temperature
         launch(
-            _advantage_kernel, (-(-n // BLOCK),), self.advantages, self.lengths, n, *_counts(inputs), inputs,
+            _advantage_kernel, (-(-n // BLOCK),), *self.of_completions, n, *_counts(inputs), inputs,
             BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
         )  # fmt: skip
 
@@ -453,7 +474,7 @@ class RowLoss:
         """The gradient is over the denominator."""
         rows, vocab = logits.shape
         launch(
-            _row_loss_kernel, (rows,), logits, d_logits, self.advantages, self.lengths, self.logprobs, self.entropies,
+            _row_loss_kernel, (rows,), logits, d_logits, *self.of_completions, self.logprobs, self.entropies,
             self.live, self.partials, self.per_token if self.inputs.per_token else None, first_row,
             self.partials.shape[1], vocab, logits.stride(0),
             0 if d_logits is None else d_logits.stride(0), self.scale, self.inputs,

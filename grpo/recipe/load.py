@@ -75,11 +75,13 @@ class Recipe:
             raise ValueError("sources.data: found the name that [data] has; choose another")
 
     def _check_off_policy(self) -> None:
-        rollout, cap = self.rollout, self.loss.behavior_cap
+        rollout, loss = self.rollout, self.loss
+        bounds = {"loss.behavior_cap": loss.behavior_cap, "loss.off_policy_threshold": loss.off_policy_threshold}
+        used = [f"{name} = {bound:g}" for name, bound in bounds.items() if bound is not None]
         if rollout.overlap and rollout.generator != "vllm_server":
             raise ValueError(f"rollout.overlap needs generator = vllm_server, found {rollout.generator}")
-        if rollout.is_truncated and (rollout.overlap or cap is not None):
-            key = "rollout.overlap" if rollout.overlap else f"loss.behavior_cap = {cap:g}"
+        if rollout.is_truncated and (rollout.overlap or used):
+            key = "rollout.overlap" if rollout.overlap else used[0]
             raise ValueError(
                 f"{key} weighs tokens by the sampler's log-probs, and with rollout.top_p = {rollout.top_p:g} and "
                 f"rollout.top_k = {rollout.top_k} those are of the tokens that were kept alone, the trainer's of all: "

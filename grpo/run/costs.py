@@ -381,7 +381,7 @@ class Costs(TrainCosts):
         again, passed = checkpointing == "full", over.forward + over.backward
         if checkpointing != "none":
             passed += over.forward
-        compute = self.work(3 + again, 4.5 + again, 3 + (self.recipe.loss.ratio_level == "sequence"), passed)
+        compute = self.work(3 + again, 4.5 + again, 3 + self.recipe.loss.scores_first, passed)
         gathers = 2 if train.reshard_after_forward else 1
         compute += micro_batches * (gathers * GATHER_BYTES + REDUCE_BYTES) * copied_s
         exchange = gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total)

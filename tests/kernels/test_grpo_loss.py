@@ -29,19 +29,31 @@ CONFIGS = {name: LossConfig.preset(name) for name in LossConfig.presets()} | {
     "masked": LossConfig(behavior_cap=1.2, behavior_floor=0.9, behavior_mode="mask", advantage_scale="none"),
     "sequence, tokens": LossConfig(ratio_level="sequence", aggregate="token_mean"),
     "sequence, cispo": LossConfig(ratio_level="sequence", objective="cispo", clip_high=0.001),
-    "sequence, masked": LossConfig.preset("gspo", behavior_cap=1.01, behavior_floor=0.9, behavior_mode="mask"),
-    "sequence, truncated": LossConfig.preset("gspo", behavior_cap=1.001, kl_coef=0.1, clip_max=1.1),
+    "sequence, masked": LossConfig.preset(
+        "gspo", behavior_cap=1.01, behavior_floor=0.99, behavior_mode="mask", behavior_level="geometric"
+    ),
+    "sequence, truncated": LossConfig.preset(
+        "gspo", behavior_cap=1.001, kl_coef=0.1, clip_max=1.1, behavior_level="geometric"
+    ),
     "cispo, truncated": LossConfig.preset("cispo", behavior_cap=1.1, kl_coef=0.01),
+    "two-sided": LossConfig(clip_max=1.05),
+    "all but half": LossConfig(clip_max=0.9, aggregate="token_mean"),
+    "sapo, sequence": LossConfig(objective="sapo", tau_pos=2.0, tau_neg=0.5, ratio_level="sequence", behavior_cap=1.1),
+    "unbiased KL": LossConfig(kl_coef=0.3, kl_weight="ratio"),
+    "unbiased k1": LossConfig(objective="sapo", kl_coef=0.3, kl_weight="ratio", kl_estimator="k1"),
+    "product, masked": LossConfig(behavior_cap=30.0, behavior_mode="mask", behavior_level="sequence"),
+    "mean, truncated": LossConfig.preset("dapo", behavior_cap=1.004, behavior_floor=0.99, behavior_level="geometric"),
+    "off-policy": LossConfig(off_policy_threshold=0.0, kl_coef=0.1, kl_weight="ratio", advantage_scale="none"),
 }
+# What is by entropies is not of log-probs alone.
+OF_LOGITS = CONFIGS | {"forking tokens": LossConfig.preset("dapo", top_entropy=0.3, kl_coef=0.1)}
 
 
 def make_case(device, dtype, spans=SPANS):
     """Log-probs, offsets, and all that a loss may be given: NaN and infinities where a reward is missing."""
     n, num = sum(spans), len(spans)
     logprobs = -3 + torch.randn(n)
-    rewards = torch.randint(0, 2, (4, 3)).float() + 0.1
-    rewards[1, 2] = float("nan")
-    rewards[2] = 0.7
+    rewards = torch.tensor([[0.1, 1.1, 0.1], [0.1, 1.1, math.nan], [1.1, 0.1, 0.7], [0.7, 0.7, 0.7]])
     given = {"rewards": rewards, "sequence_ids": torch.tensor([2, 0, 9, 4, 1, 6, 3, 5, 11])[:num]}
     for name, noise in (("old", 0.2), ("ref", 0.5), ("behavior", 0.2)):
         given[f"{name}_logprobs"] = logprobs + noise * torch.randn(n)
@@ -62,10 +74,17 @@ def naive(config, logprobs, entropies, offsets, ignored, denominator, advantages
         spread = (deviation.square().nansum(1, keepdim=True) / (rewards.isfinite().sum(1, keepdim=True) - 1)).sqrt()
         advantages = deviation / (spread + 1e-4) if config.advantage_scale == "std" else deviation
         advantages = advantages.flatten()[sequence_ids]
-    total, seen, per_token = logprobs.new_zeros(()), [], logprobs.new_zeros(3, len(logprobs))
+    total, seen, forking, per_token = (
+        logprobs.new_zeros(()),
+        [],
+        torch.ones_like(ignored),
+        logprobs.new_zeros(3, len(logprobs)),
+    )
     of_tokens = len(advantages) == len(logprobs)
     if not of_tokens:
         advantages = advantages.repeat_interleave(offsets.diff())
+    if config.top_entropy < 1:  # TRL's get_high_entropy_mask
+        forking = entropies >= torch.quantile(entropies[~ignored & ~advantages.isnan()], 1 - config.top_entropy)
     for start, stop in itertools.pairwise(offsets):
         rows = torch.arange(start, stop, device=logprobs.device)
         rows = rows[~ignored[rows] & ~advantages[rows].isnan()]
@@ -77,28 +96,43 @@ def naive(config, logprobs, entropies, offsets, ignored, denominator, advantages
         mismatch = torch.zeros_like(old) if behavior_logprobs is None else old - behavior_logprobs[rows]
         ratio, weight = (new - old).exp(), mismatch.detach().exp()
         if config.ratio_level == "sequence":
-            ratio, weight = (x.log().mean().exp().expand(len(rows)) for x in (ratio, weight))
-            if of_tokens:  # GSPO-token: the value is the sequence's, the gradient the token's
+            ratio = ratio.log().mean().exp().expand(len(rows))
+            by_tokens = config.behavior_cap is not None and config.behavior_level == "token"
+            if of_tokens or by_tokens:  # GSPO-token: the value is the sequence's, the gradient the token's
                 ratio = ratio.detach() * (new - new.detach()).exp()
+        if config.behavior_level != "token":
+            over = len(rows) if config.behavior_level == "geometric" else 1
+            weight = (mismatch.detach().sum() / over).exp().expand(len(rows))
         if config.objective == "cispo":
             policy = -ratio.detach().clamp(max=1 + config.clip_high) * advantage * new
+        elif config.objective == "sapo":  # equations 5 and 6 of the paper
+            tau = torch.where(advantage > 0, config.tau_pos, torch.full_like(ratio, config.tau_neg))
+            policy = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
         else:
             bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-            policy = -torch.minimum(ratio * advantage, bounded * advantage)
-            if config.clip_max is not None:
-                policy = torch.where(advantage < 0, policy.minimum(-config.clip_max * advantage), policy)
+            highest = math.inf if config.clip_max is None else config.clip_max  # INTELLECT-2's delta
+            policy = -torch.minimum(ratio.clamp(max=highest) * advantage, bounded * advantage)
         if config.behavior_cap is not None:
             inside = (weight >= config.behavior_floor) & (weight <= config.behavior_cap)
             policy = policy * (
-                weight * inside if config.behavior_mode == "mask" else weight.clamp(max=config.behavior_cap)
+                weight * inside
+                if config.behavior_mode == "mask"
+                else weight.clamp(config.behavior_floor, config.behavior_cap)
             )
+        kept = forking[rows]
+        if config.off_policy_threshold is not None:  # equation 9 of DeepSeek-V3.2; its old policy is the sampler
+            sampled = old if behavior_logprobs is None else behavior_logprobs[rows]
+            kept = kept & ((advantage >= 0) | ((sampled - new.detach()).mean() <= config.off_policy_threshold))
+        policy, advantage = policy * kept, advantage * kept
         d = torch.zeros_like(new) if ref_logprobs is None else ref_logprobs[rows] - new
         kl = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[config.kl_estimator]
-        loss = policy + config.kl_coef * kl - config.entropy_coef * entropies[rows]
+        weighted_kl = kl * ratio if config.kl_weight == "ratio" else kl  # equation 7 of DeepSeek-V3.2
+        loss = policy + config.kl_coef * weighted_kl - config.entropy_coef * entropies[rows]
         loss = loss / len(rows) if config.aggregate == "sequence_mean" else loss
         total = total + loss.sum()
         per_token[:, rows] = torch.stack((ratio, kl, loss)).detach()
-        low, high = (ratio < 1 - config.clip_low) & (advantage < 0), (ratio > 1 + config.clip_high) & (advantage > 0)
+        highest = min(1 + config.clip_high, math.inf if config.clip_max is None else config.clip_max)
+        low, high = (ratio < 1 - config.clip_low) & (advantage < 0), (ratio > highest) & (advantage > 0)
         live = torch.autograd.grad(loss.sum(), logprobs, retain_graph=True)[0][rows] != 0
         seen.append(
             torch.stack((ratio, low, high, live | bool(config.entropy_coef), kl, mismatch.abs(), entropies[rows]))
@@ -122,7 +156,7 @@ def test_every_method(name, on_policy, device, dtype, close, poisoned):
     config = CONFIGS[name]
     logprobs, offsets, given = make_case(device, dtype)
     unused = {"old_logprobs": on_policy, "ref_logprobs": not config.kl_coef}
-    unused["behavior_logprobs"] = config.behavior_cap is None
+    unused["behavior_logprobs"] = config.behavior_cap is None and config.off_policy_threshold is None
     given = {key: x for key, x in given.items() if not unused.get(key)}
     leaf, exact = logprobs.requires_grad_(), logprobs.detach().double().requires_grad_()
     loss, stats = grpo_loss(leaf, offsets, config, denominator=37.0, **given)
@@ -139,9 +173,15 @@ def test_every_method(name, on_policy, device, dtype, close, poisoned):
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo", "truncated"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("grpo", "dapo", "gspo", "cispo", "sapo", "truncated", "unbiased KL", "product, masked", "mean, truncated"),
+        *("off-policy", "forking tokens"),
+    ],
+)
 def test_from_logits_with_ignored_targets_and_the_entropy_bonus(name, entropy_coef, device, dtype, close, poisoned):
-    config = LossConfig(**{**vars(CONFIGS[name]), "entropy_coef": entropy_coef})
+    config = LossConfig(**{**vars(OF_LOGITS[name]), "entropy_coef": entropy_coef})
     _, offsets, given = make_case(device, dtype, FEW)
     targets, logits = torch.randint(0, 40, (sum(FEW),), device=device), torch.randn(sum(FEW), 40, device=device)
     targets[3::4] = -100
@@ -534,6 +574,7 @@ LP, CU, A = torch.zeros(3), torch.tensor([0, 1, 3]), torch.zeros(2)
         (LossConfig(kl_coef=0.1), {"advantages": A}, "needs ref_logprobs"),
         (LossConfig(behavior_cap=2.0), {"advantages": A}, "needs behavior_logprobs"),
         (LossConfig(entropy_coef=0.1), {"advantages": A}, "entropy_coef is 0.1"),
+        (LossConfig(top_entropy=0.2), {"advantages": A}, "top_entropy is 0.2"),
         (LossConfig(), {"advantages": A, "denominator": 0}, "denominator is 0"),
         (LossConfig(), {"advantages": A, "denominator": -1.0}, "denominator is -1"),
         (LossConfig(), {"advantages": A, "denominator": math.nan}, "denominator is nan"),

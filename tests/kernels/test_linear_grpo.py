@@ -19,9 +19,14 @@ OFFSETS = torch.tensor([0, 3, 3, 8, 9, 13, 15], dtype=torch.int32)
 NUM_TOKENS = 15
 ADVANTAGES = torch.tensor([1.3, 0.4, -0.8, -2.0, 0.5, 0.0], dtype=torch.float64)
 CONFIGS = {
-    **{name: LossConfig.preset(name) for name in ("grpo", "r1", "dapo", "bnpo", "dr_grpo", "gspo", "cispo")},
-    "everything": LossConfig(kl_coef=0.2, entropy_coef=0.1, behavior_cap=1.2, clip_max=2.0),
-    "everything_by_sequence": LossConfig(ratio_level="sequence", kl_coef=0.2, entropy_coef=0.1, behavior_cap=1.2),
+    **{name: LossConfig.preset(name) for name in ("grpo", "r1", "dapo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo")},
+    "everything": LossConfig(
+        kl_coef=0.2, kl_weight="ratio", entropy_coef=0.1, behavior_cap=1.2, behavior_level="geometric", clip_max=2.0
+    ),
+    "everything_by_sequence": LossConfig(
+        ratio_level="sequence", kl_coef=0.2, entropy_coef=0.1, behavior_cap=1.2, off_policy_threshold=0.05
+    ),
+    "forking_tokens": LossConfig(top_entropy=0.5, kl_coef=0.2, kl_weight="ratio", kl_estimator="k2"),
 }
 PER_TOKEN = ("old_logprobs", "ref_logprobs", "behavior_logprobs")
 
@@ -70,7 +75,7 @@ def test_equals_the_loss_of_whole_logits(name, chunk_tokens, compact_below, monk
     assert_same(actual, expected, [hidden, weight])
 
 
-@pytest.mark.parametrize("name", ["dapo", "everything", "everything_by_sequence"])
+@pytest.mark.parametrize("name", ["dapo", "sapo", "everything", "everything_by_sequence", "forking_tokens"])
 def test_gradcheck(name):
     hidden, weight, targets = make_head()
     per_token = make_per_token(hidden, weight, targets, 0.7)
