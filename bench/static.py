@@ -51,7 +51,8 @@ _POINTERS = {
     "token_advantages token_lengths token_log_weights denominator_tensor factors cos sin",
 }
 _COUNTS = (
-    "q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size vocab row_stride d_row_stride n "
+    "q_row q_head k_row k_head v_row v_head total_tokens num_heads num_kv_heads group_size "
+    "vocab row_stride d_row_stride n "
     "num_sequences num_blocks first_row num_rows num_rewards width rows_each num_partials "
     "qkv_stride out_stride "
     "room num_groups tiles prompt_splits own_splits"

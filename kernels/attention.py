@@ -70,8 +70,8 @@ def _load_tile(tiles_ptr, index):
 
 
 @triton.jit
-def _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM: tl.constexpr):
-    """A program's tile of queries, their head, where they lie in q and in out, and their kv head in a row of k or v.
+def _query_tile(tiles_ptr, q_row, q_head, num_heads, group_size, HEAD_DIM: tl.constexpr):
+    """A program's tile of queries, their head and kv head, and where they lie in q and in out.
 
     The programs of a tile's heads are neighbours, here and below.
     """
@@ -79,7 +79,7 @@ def _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM: tl.constex
     tile = _load_tile(tiles_ptr, tl.program_id(0) // num_heads)
     start = tile[0].to(tl.int64)
     out_offset = (start * num_heads + head) * HEAD_DIM
-    return tile, head, start * q_stride + head * HEAD_DIM, out_offset, head // group_size * HEAD_DIM
+    return tile, head, head // group_size, start * q_row + head.to(tl.int64) * q_head, out_offset
 
 
 @triton.jit
@@ -104,18 +104,18 @@ def _key_blocks(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.c
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr,
-    scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
+    scale, q_row, q_head, k_row, k_head, v_row, v_head, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile, head, q_offset, out_offset, kv_offset = _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM)
+    tile, head, kv_head, q_offset, out_offset = _query_tile(tiles_ptr, q_row, q_head, num_heads, group_size, HEAD_DIM)
     start, stop, own_start, _, prefix_stop = tile
     if start >= stop:
         return
     rows = start + tl.arange(0, BLOCK_M)
     out_stride = num_heads * HEAD_DIM
-    k_ptr += kv_offset
-    v_ptr += kv_offset
-    q = load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    k_ptr += kv_head.to(tl.int64) * k_head
+    v_ptr += kv_head.to(tl.int64) * v_head
+    q = load_rows(q_ptr + q_offset, q_row, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -126,7 +126,7 @@ def _attention_fwd_kernel(
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key
-            k = load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_rows(k_ptr + key.to(tl.int64) * k_row, k_row, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if MASKED:
                 visible = key + tl.arange(0, BLOCK_N)[None, :] <= tl.where(in_prefix, prefix_stop - 1, rows)[:, None]
@@ -137,7 +137,7 @@ def _attention_fwd_kernel(
             rescale = tl.exp2(row_max * log2_scale - base)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             row_max = new_max
-            v = load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_rows(v_ptr + key.to(tl.int64) * v_row, v_row, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     row_sum = tl.where(own_start < 0, 1.0, row_sum)  # of rows in no segment acc is 0
     _store_rows(out_ptr + out_offset, acc / row_sum[:, None], out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -148,24 +148,24 @@ def _attention_fwd_kernel(
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
-    scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
+    scale, q_row, q_head, k_row, k_head, v_row, v_head, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes delta = rowsum(out * d_out) too, which the other kernel needs."""
-    tile, head, q_offset, out_offset, kv_offset = _query_tile(tiles_ptr, q_stride, num_heads, group_size, HEAD_DIM)
+    tile, head, kv_head, q_offset, out_offset = _query_tile(tiles_ptr, q_row, q_head, num_heads, group_size, HEAD_DIM)
     start, stop, _, _, prefix_stop = tile
     if start >= stop:
         return
     rows = start + tl.arange(0, BLOCK_M)
     out_stride = num_heads * HEAD_DIM
-    k_ptr += kv_offset
-    v_ptr += kv_offset
+    k_ptr += kv_head.to(tl.int64) * k_head
+    v_ptr += kv_head.to(tl.int64) * v_head
     d_out = load_rows(d_out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     out = load_rows(out_ptr + out_offset, out_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta_ptr + head.to(tl.int64) * total_tokens + rows, delta, mask=rows < stop)
     lse = tl.load(lse_ptr + head.to(tl.int64) * total_tokens + rows, mask=rows < stop, other=float("inf"))
-    q = load_rows(q_ptr + q_offset, q_stride, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_rows(q_ptr + q_offset, q_row, stop - start, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     log2_scale = scale * _LOG2_E
     for MASKED in tl.static_range(2):
@@ -174,8 +174,8 @@ def _attention_bwd_dq_kernel(
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key
-            k = load_rows(k_ptr + key.to(tl.int64) * k_stride, k_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-            v = load_rows(v_ptr + key.to(tl.int64) * v_stride, v_stride, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_rows(k_ptr + key.to(tl.int64) * k_row, k_row, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_rows(v_ptr + key.to(tl.int64) * v_row, v_row, left, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             p = tl.exp2(scores * log2_scale - lse[:, None])
             if MASKED:
@@ -190,7 +190,7 @@ def _attention_bwd_dq_kernel(
 @triton.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_pieces_ptr, dv_pieces_ptr, tiles_ptr,
-    scale, q_stride, k_stride, v_stride, total_tokens, num_heads, group_size,
+    scale, q_row, q_head, k_row, k_head, v_row, v_head, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One flat loop over the kv head's query heads and blocks of queries; lse = inf past the end makes p = 0 there."""
@@ -199,10 +199,10 @@ def _attention_bwd_dkv_kernel(
     start, stop, query_start, query_stop, slot = _load_tile(tiles_ptr, tl.program_id(0) // num_kv_heads)
     if start >= stop:
         return
-    k_ptr += start.to(tl.int64) * k_stride + kv_head * HEAD_DIM
-    v_ptr += start.to(tl.int64) * v_stride + kv_head * HEAD_DIM
-    k = load_rows(k_ptr, k_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr, v_stride, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    k_ptr += start.to(tl.int64) * k_row + kv_head.to(tl.int64) * k_head
+    v_ptr += start.to(tl.int64) * v_row + kv_head.to(tl.int64) * v_head
+    k = load_rows(k_ptr, k_row, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v_ptr, v_row, stop - start, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     log2_scale = scale * _LOG2_E
@@ -211,8 +211,8 @@ def _attention_bwd_dkv_kernel(
     head, query = kv_head * group_size, query_start
     for _ in range(num_blocks * group_size):
         left = query_stop - query
-        q_offset = query.to(tl.int64) * q_stride + head * HEAD_DIM
-        q = load_rows(q_ptr + q_offset, q_stride, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        q_offset = query.to(tl.int64) * q_row + head.to(tl.int64) * q_head
+        q = load_rows(q_ptr + q_offset, q_row, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         out_offset = (query.to(tl.int64) * num_heads + head) * HEAD_DIM
         d_out = load_rows(d_out_ptr + out_offset, num_heads * HEAD_DIM, left, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         row = head.to(tl.int64) * total_tokens + query
@@ -260,8 +260,13 @@ def _attention_bwd_sum_kernel(
 
 
 def _with_rows(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, copied where a row is not contiguous."""
-    return [x if x[:1].is_contiguous() else x.contiguous() for x in tensors]
+    """The tensors, copied where the row of a head is not contiguous."""
+    return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """From row to row and from head to head of each; a head alone may say anything, and be compiled for it."""
+    return [n for x in tensors for n in (x.stride(0), x.stride(1) if x.shape[1] > 1 else x.shape[2])]
 
 
 @torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
@@ -272,7 +277,7 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], sca
     out, lse = q.new_empty(q.shape), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
     if not q.numel():
         return out, lse
-    sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // k.shape[1])
+    sizes = (*_strides(q, k, v), total_tokens, num_heads, num_heads // k.shape[1])
     options, _, _ = plan.tile_options(q)
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(tiles[0].shape[0] * num_heads,)](q, k, v, out, lse, tiles[0], scale, *sizes, **options)
@@ -283,12 +288,12 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], sca
 def _attention_bwd(d_out: Tensor, saved: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """`saved` is q, k, v, what the forward operator has returned, and its tiles."""
     q, k, v, out, lse, _, query_tiles, key_tiles, slots = saved
-    d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)
+    d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)  # its strides would cost a loop its registers
     (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    sizes = (q.stride(0), k.stride(0), v.stride(0), total_tokens, num_heads, num_heads // num_kv_heads)
+    sizes = (*_strides(q, k, v), total_tokens, num_heads, num_heads // num_kv_heads)
     _, options, key_options = plan.tile_options(q)
     pieces = q.new_empty(2, len(slots), num_kv_heads, key_options["BLOCK_N"], head_dim, dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -433,8 +438,8 @@ def packed_attention(
     `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64;
     under "torch" a prefix may stand anywhere; "flash_attn" is described in attention_flash.py.
-    Tensors whose rows are not contiguous are copied. The layers of a model share the work on the
-    offsets by `plan_attention`.
+    Views are read in place, as of [1, heads, tokens, head_dim] transposed, if head_dim is contiguous.
+    The layers of a model share the work on the offsets by `plan_attention`.
 
     Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim, scale or,
     by flash-attn, dtype that the kernels do not have, and, where offsets are on the CPU or the twin

@@ -203,25 +203,26 @@ def test_a_plan_serves_layers_whatever_becomes_of_the_offsets(wanted, device):
 
 
 @pytest.mark.parametrize("head_dim", [16, 80])
-def test_views_of_one_tensor_are_read_in_place(head_dim, device):
-    """q and k of one tensor and v of another with their row strides, as a decoder's projection and rotation leave them.
-
-    Only d_out, [heads, tokens] in memory, is copied.
+def test_views_are_read_in_place(head_dim, device):
+    """q and k of one tensor and v of another with their row strides, as a decoder's projection and rotation leave them;
+    and heads first, as transformers has them. Only d_out is copied.
     """
     (q, k, v), d_out = make_qkv(62, device, num_heads=4, num_kv_heads=2, head_dim=head_dim)
     expected = run([q, k, v], d_out, *SMALL)
     joint = torch.cat((q, k), 1).detach(), torch.cat((q, k, v), 1).detach()
-    views = [x.requires_grad_() for x in (*joint[0].split((4, 2), 1), joint[1][:, 6:])]
-    assert all(x is y for x, y in zip(attention._with_rows(*views), views, strict=True))
-    for x, y in zip(run(views, d_out.transpose(0, 1).contiguous().transpose(0, 1), *SMALL), expected, strict=True):
-        assert torch.equal(x, y)
+    *heads_first, upstream = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, d_out)]
+    for qkv in ([*joint[0].split((4, 2), 1), joint[1][:, 6:]], heads_first):
+        views = [x.requires_grad_() for x in qkv]
+        assert all(x is y for x, y in zip(attention._with_rows(*views), views, strict=True))
+        for x, y in zip(run(views, upstream, *SMALL), expected, strict=True):
+            assert torch.equal(x, y)
 
 
 def test_tensors_without_contiguous_rows_are_copied(device):
     qkv, d_out = make_qkv(62, device, num_kv_heads=2)
     expected = run(qkv, d_out, *SMALL)
-    across = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in qkv]
-    for x, y in zip(run(across, d_out, *SMALL), expected, strict=True):
+    across = [x.detach().transpose(0, 2).contiguous().transpose(0, 2) for x in (*qkv, d_out)]
+    for x, y in zip(run([x.requires_grad_() for x in across[:3]], across[3], *SMALL), expected, strict=True):
         assert torch.equal(x, y)
 
 
