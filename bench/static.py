@@ -51,7 +51,7 @@ _POINTERS = {
     "token_advantages token_lengths token_log_weights denominator_tensor factors cos sin",
 }
 _COUNTS = (
-    "q_row q_head k_row k_head v_row v_head total_tokens num_heads num_kv_heads group_size "
+    "q_row q_head k_row k_head v_row v_head q_stride k_stride v_stride total_tokens num_heads num_kv_heads group_size "
     "vocab row_stride d_row_stride n "
     "num_sequences num_blocks first_row num_rows num_rewards width rows_each num_partials "
     "qkv_stride out_stride "

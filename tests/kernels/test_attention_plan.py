@@ -126,3 +126,29 @@ def test_pieces_cover_every_query_once():
     assert sorted(slots[slots[:, 0] < slots[:, 1]][:, :4].tolist()) == sorted(map(list, numbers))
     work = (used[:, 3] - used[:, 2]).tolist()
     assert work == sorted(work, reverse=True)
+
+
+def is_stopped(check, offsets, prefix) -> bool:
+    try:
+        check(torch.tensor(offsets), prefix and torch.tensor(prefix))
+    except RuntimeError as error:
+        return "a segment does not follow its prefix" in str(error)
+    return False
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offsets_on_a_device_are_asserted_without_a_wait(compiled):
+    """The operator that stops a GPU raises on a CPU, also in a graph."""
+
+    def check(cu_seqlens, prefix):
+        attention_plan.Segments.of(cu_seqlens, prefix, 30).check_order(cu_seqlens, prefix, 30)
+        return cu_seqlens + 1
+
+    check = torch.compile(check, fullgraph=True, backend="aot_eager") if compiled else check
+    offsets = [0, 9, 9, 20, 28]
+    for prefix in (None, [-1, 0, 0, -1], [-1, -1, 1, 1], [-1, 0, -1, 2]):
+        assert not is_stopped(check, offsets, prefix)
+    for prefix in ([1, -1, 1, -1], [-1, -1, 0, 0], [-1, 0, 1, 0], [-1, 0, -2, -1], [-1, 0, 4, -1], [0, 0, 0, -1]):
+        assert is_stopped(check, offsets, prefix)
+    for wrong in ([1, 9, 9, 20, 28], [0, 9, 8, 20, 28], [0, 9, 9, 20, 31]):
+        assert is_stopped(check, wrong, None)

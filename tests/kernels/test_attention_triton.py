@@ -274,35 +274,3 @@ def test_a_prefix_elsewhere_is_refused_where_offsets_are_on_the_host(prefix):
     qkv, _ = make_qkv(62, "cpu")
     with pytest.raises(ValueError, match="wanted it behind segment"):
         packed_attention(*qkv, *index(SMALL[0], prefix, "cpu"))
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_offsets_on_a_device_are_asserted_without_a_wait(compiled):
-    """The operator that stops a GPU raises on a CPU."""
-    total_tokens = torch.tensor(30)
-
-    def check(cu_seqlens, prefix):
-        segments = attention_plan.Segments.of(cu_seqlens, prefix, 30)
-        segments.check_order(cu_seqlens, prefix, 30)
-        return total_tokens + 1
-
-    if compiled:
-        check = torch.compile(check, fullgraph=True, backend="aot_eager")
-    wrong = (
-        [1, -1, 1, -1],
-        [-1, -1, 0, 0],
-        [-1, 0, 1, 0],
-        [-1, 0, -2, -1],
-        [-1, 0, 4, -1],
-        [0, 0, 0, -1],
-        [-1, 0, -1, 1],
-    )
-    lengths = torch.tensor([0, 9, 9, 20, 28])
-    for prefix in ([-1, 0, 0, -1], [-1, -1, 1, 1], [-1, 0, -1, 2]):
-        check(lengths, torch.tensor(prefix))
-    check(lengths, None)
-    cases = [(lengths, torch.tensor(prefix)) for prefix in wrong]
-    cases += [(torch.tensor(x), None) for x in ([1, 9, 9, 20, 28], [0, 9, 8, 20, 28], [0, 9, 9, 20, 31])]
-    for offsets, prefix in cases:
-        with pytest.raises(RuntimeError, match="a segment does not follow its prefix"):
-            check(offsets, prefix)
