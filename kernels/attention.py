@@ -264,9 +264,13 @@ def _with_rows(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """From row to row and from head to head of each; a head alone may say anything, and be compiled for it."""
-    return [n for x in tensors for n in (x.stride(0), x.stride(1) if x.shape[1] > 1 else x.shape[2])]
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> list[Any]:
+    """Strides from row to row and from head to head of each; tokens, heads of q, and those to a kv head.
+
+    A single head may have any stride, for which a kernel would be compiled again.
+    """
+    strides = [n for x in (q, k, v) for n in (x.stride(0), x.stride(1) if x.shape[1] > 1 else x.shape[2])]
+    return [*strides, q.shape[0], q.shape[1], q.shape[1] // k.shape[1]]
 
 
 @torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
@@ -277,7 +281,7 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], sca
     out, lse = q.new_empty(q.shape), q.new_empty(num_heads, total_tokens, dtype=torch.float32)
     if not q.numel():
         return out, lse
-    sizes = (*_strides(q, k, v), total_tokens, num_heads, num_heads // k.shape[1])
+    sizes = _sizes(q, k, v)
     options, _, _ = plan.tile_options(q)
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(tiles[0].shape[0] * num_heads,)](q, k, v, out, lse, tiles[0], scale, *sizes, **options)
@@ -289,11 +293,11 @@ def _attention_bwd(d_out: Tensor, saved: Sequence[Tensor], scale: float) -> tupl
     """`saved` is q, k, v, what the forward operator has returned, and its tiles."""
     q, k, v, out, lse, _, query_tiles, key_tiles, slots = saved
     d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)  # its strides would cost a loop its registers
-    (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+    (_, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    sizes = (*_strides(q, k, v), total_tokens, num_heads, num_heads // num_kv_heads)
+    sizes = _sizes(q, k, v)
     _, options, key_options = plan.tile_options(q)
     pieces = q.new_empty(2, len(slots), num_kv_heads, key_options["BLOCK_N"], head_dim, dtype=torch.float32)
     with torch.cuda.device_of(q):
