@@ -113,10 +113,12 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 # TRL in an environment of its own, for examples/trl_trainer.py and as the peer of bench/cpu_step.py; a minute.
+# peft lies beside it: TRL would import it where it is timed.
 .venv-trl/.done: constraints.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 transformers
+	.venv-trl/bin/pip install --quiet --no-deps --target .venv-trl/peft peft==0.21.2
 	touch $@
 
 # That every benchmark runs, small, and that the README says what the results say; three minutes.

@@ -64,7 +64,8 @@ class FlashGRPOTrainer(GRPOTrainer):
         self.loss_config = self._loss_config()
         for model in (self.model, self.ref_model):
             if model is not None:
-                add_head(self.accelerator.unwrap_model(model))
+                model = self.accelerator.unwrap_model(model)
+                add_head(model.get_base_model() if hasattr(model, "get_base_model") else model)  # below PEFT's adapters
 
     def _loss_config(self) -> LossConfig:
         """TRL's settings as those of the loss. Raises ValueError for what it lacks."""
@@ -78,7 +79,6 @@ class FlashGRPOTrainer(GRPOTrainer):
             "an entropy bonus": settings.entropy_coef != 0 or settings.use_adaptive_entropy,
             "cast_lm_head_to_fp32": settings.cast_lm_head_to_fp32,
             "router_aux_loss_coef": self.aux_loss_enabled,
-            "a PEFT adapter": hasattr(model, "peft_config"),
             "an LM head with a bias": model.get_output_embeddings().bias is not None,
             "scaled or capped logits": any(getattr(text_config, key, None) not in (None, 1) for key in SCALES),
         }

@@ -13,7 +13,7 @@ TRL_PYTHON = ROOT / ".venv-trl/bin/python"
 
 @pytest.mark.skipif(not TRL_PYTHON.exists(), reason="TRL has no environment: make .venv-trl/.done")
 def test_loss_gradients_and_runs_are_those_of_trl(tmp_path):
-    paths = f"{ROOT / '.types'}:{ROOT / 'examples'}"
+    paths = ":".join(str(ROOT / path) for path in (".types", "examples", ".venv-trl/peft"))
     program = [TRL_PYTHON, "-P", ROOT / "tests/examples/trl_grid.py", tmp_path]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("TRITON_INTERPRET", None)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import trl
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trl_trainer import FlashGRPOTrainer
@@ -73,6 +74,7 @@ RUNS = {
         **UNCORRECTED,
     },
     "sequence ratios": {"loss_type": "grpo", "steps_per_generation": 4, "gradient_accumulation_steps": 2, **SEQUENCE},
+    "adapter": {"num_iterations": 2, "beta": 0.5, **UNCORRECTED, "peft_config": LoraConfig(target_modules=["q_proj"])},
 }
 REFUSED = {
     "vespo": {"loss_type": "vespo"},
@@ -128,9 +130,12 @@ def even_words(completions: list[str], **columns: Any) -> list[float]:
 
 
 def trainer_of(kind: type, folder: str, **config: Any) -> Any:
+    torch.manual_seed(0)  # of an adapter's weights
+    peft_config = config.pop("peft_config", None)
     config = {"bf16": False, "num_generations": 2, "per_device_train_batch_size": ROWS, **config}
     return kind(
         model=folder,
+        peft_config=peft_config,
         reward_funcs=even_words,
         args=trl.GRPOConfig(
             f"{folder}/runs", use_cpu=True, gradient_checkpointing=False, max_completion_length=COMPLETION,
