@@ -22,9 +22,11 @@ from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, Qwen3Config, Qwen3ForCausalLM
-except ImportError as error:
-    sys.exit(f"hf_loop.py needs transformers 4.53 or newer; found {transformers.__version__} ({error})")
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+    _ = PreTrainedModel.set_attn_implementation
+except (ImportError, AttributeError) as error:
+    sys.exit(f"hf_loop.py needs transformers 4.57 or newer; found {transformers.__version__} ({error})")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, PAD, END = 512, 0, 1

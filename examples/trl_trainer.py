@@ -24,6 +24,7 @@ from flashgrpo.kernels.loss_config import Aggregate
 
 AGGREGATES: dict[str, Aggregate] = {
     "grpo": "sequence_mean",
+    "sapo": "sequence_mean",
     "bnpo": "token_mean",
     "dapo": "token_mean",
     "cispo": "token_mean",
@@ -71,11 +72,15 @@ class FlashGRPOTrainer(GRPOTrainer):
         """TRL's settings as those of the loss. Raises ValueError for what it lacks."""
         settings, model = self.args, self.model
         text_config = model.config.get_text_config()
+        by_sequence = settings.importance_sampling_level == "sequence"
+        unbiased_kl = settings.beta != 0 and settings.use_bias_correction_kl
+        by_entropy = settings.top_entropy_quantile < 1
+        by_token = settings.use_vllm and settings.vllm_importance_sampling_mode.startswith("token")
         lacking = {
             f"loss_type={settings.loss_type!r}": settings.loss_type not in AGGREGATES,
-            "use_bias_correction_kl": settings.beta != 0 and settings.use_bias_correction_kl,
-            "top_entropy_quantile below 1": settings.top_entropy_quantile < 1,
-            "off_policy_mask_threshold": settings.off_policy_mask_threshold is not None,
+            "use_bias_correction_kl with ratios of sequences": by_sequence and unbiased_kl,
+            "weights of tokens with ratios of sequences": by_sequence and (by_entropy or by_token),
+            "top_entropy_quantile over several ranks": by_entropy and self.accelerator.num_processes > 1,
             "an entropy bonus": settings.entropy_coef != 0 or settings.use_adaptive_entropy,
             "cast_lm_head_to_fp32": settings.cast_lm_head_to_fp32,
             "router_aux_loss_coef": self.aux_loss_enabled,
@@ -84,14 +89,20 @@ class FlashGRPOTrainer(GRPOTrainer):
         }
         if found := [name for name, is_found in lacking.items() if is_found]:
             raise ValueError(f"flashgrpo's loss does not have {', '.join(found)}; use TRL's GRPOTrainer for it")
-        is_cispo = settings.loss_type == "cispo"
+        objective = settings.loss_type if settings.loss_type in ("cispo", "sapo") else "clip"
         return LossConfig(
             ratio_level=settings.importance_sampling_level,
-            objective="cispo" if is_cispo else "clip",
+            objective=objective,
             clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high - 1 if is_cispo else self.epsilon_high,  # TRL's bound is on the ratio itself
-            clip_max=None if is_cispo else settings.delta,
-            kl_coef=settings.beta,
+            # TRL's bound of cispo is on the ratio itself.
+            clip_high=self.epsilon_high - 1 if objective == "cispo" else self.epsilon_high,
+            clip_max=settings.delta if objective == "clip" else None,
+            tau_pos=settings.sapo_temperature_pos,
+            tau_neg=settings.sapo_temperature_neg,
+            top_entropy=settings.top_entropy_quantile,
+            off_policy_threshold=settings.off_policy_mask_threshold,
+            kl_coef=self.beta,
+            kl_weight="ratio" if unbiased_kl else "none",
             aggregate=AGGREGATES[settings.loss_type],
         )
 
@@ -121,8 +132,8 @@ class FlashGRPOTrainer(GRPOTrainer):
             padded = inputs.get(name)
             return None if padded is None else padded.flatten()[rows]
 
-        # TRL's correction for the sampler, a weight [num_completions, 1] or one a token, is one of the advantages.
-        advantages = inputs["advantages"][:, None] * inputs.get("importance_sampling_ratio", 1)
+        # Of a completion or a token, and so are TRL's weights against the sampler's mismatch.
+        advantages = inputs["advantages"].reshape(len(mask), -1) * inputs.get("importance_sampling_ratio", 1)
         advantages = advantages.squeeze(1) if advantages.shape[1] == 1 else advantages.flatten()[rows]
 
         def head(hidden: Tensor, lm_head_weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,6 +147,7 @@ class FlashGRPOTrainer(GRPOTrainer):
                 advantages=advantages,
                 old_logprobs=packed("old_per_token_logps"),
                 ref_logprobs=packed("ref_per_token_logps"),
+                behavior_logprobs=packed("sampling_per_token_logps"),
                 temperature=self.temperature,
             )
 

@@ -21,9 +21,11 @@ def test_loss_gradients_and_runs_are_those_of_trl(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["grid"]) >= 25
-    bounds = {name: (1e-6, 1e-6) for name in found["grid"]}
+    bounds = {name: (2e-6, 1e-6) for name in found["grid"]}
     bounds["autocast"] = (2e-3, 2e-2)  # TRL's head is in bf16 then
-    assert [name for name, pair in found["grid"].items() if not all(map(float.__le__, pair, bounds[name]))] == []
+    for name, (loss, gradients) in found["grid"].items():
+        assert loss <= bounds[name][0], name
+        assert gradients <= bounds[name][1], name
     for movement, log in found["runs"].values():
         assert movement <= 1e-5
         assert log <= 1e-4

@@ -32,6 +32,7 @@ class Setting(NamedTuple):
 TOOLS = ("old_per_token_logps", "tool_mask")
 VLLM = ("old_per_token_logps", "importance_sampling_ratio")
 VLLM_BY_TOKEN = ("old_per_token_logps", "importance_sampling_ratio of tokens")
+OPTIONAL = (*TOOLS, *VLLM[1:], VLLM_BY_TOKEN[-1], "sampling_per_token_logps", "advantages of tokens")
 SEQUENCE = {"importance_sampling_level": "sequence"}
 UNCORRECTED = {"use_bias_correction_kl": False}
 GRID = {
@@ -51,11 +52,22 @@ GRID = {
     "two-sided clip": Setting({"delta": 1.5}),
     "kl": Setting({"beta": 0.5, **UNCORRECTED}),
     "grpo, kl": Setting({"loss_type": "grpo", "beta": 0.5, **UNCORRECTED}),
+    "kl, unbiased": Setting({"beta": 0.5}),
+    "grpo, kl, unbiased, on-policy": Setting({"loss_type": "grpo", "beta": 0.5}, ()),
     "tools": Setting({}, TOOLS),
     "grpo, tools": Setting({"loss_type": "grpo"}, TOOLS),
     "accumulation": Setting({"gradient_accumulation_steps": 3}),
     "grpo, accumulation": Setting({"loss_type": "grpo", "gradient_accumulation_steps": 3}),
     "several updates a rollout": Setting({"gradient_accumulation_steps": 2, "steps_per_generation": 4}),
+    "sapo": Setting({"loss_type": "sapo"}),
+    "sapo, sequence ratios": Setting({"loss_type": "sapo", "sapo_temperature_neg": 2.0, **SEQUENCE}),
+    "two-sided clip below": Setting({"delta": 1.05}),
+    "high entropy": Setting({"top_entropy_quantile": 0.4}),
+    "grpo, high entropy, kl": Setting({"loss_type": "grpo", "top_entropy_quantile": 0.4, "beta": 0.5}, TOOLS),
+    "off-policy mask": Setting({"off_policy_mask_threshold": 0.05}),
+    "off-policy mask, vllm": Setting({"off_policy_mask_threshold": 0.05}, (*VLLM, "sampling_per_token_logps")),
+    "gspo, off-policy mask": Setting({"loss_type": "grpo", "off_policy_mask_threshold": 0.05, **SEQUENCE}),
+    "advantages of tokens": Setting({}, ("old_per_token_logps", "advantages of tokens")),
     "temperature": Setting({"temperature": 0.7}),
     "vllm": Setting({}, VLLM),
     "grpo, vllm": Setting({"loss_type": "grpo"}, VLLM),
@@ -69,9 +81,9 @@ RUNS = {
     "a rollout twice": {
         "num_iterations": 2,
         "epsilon": 1e-3,
+        "temperature": 0.7,
         "gradient_accumulation_steps": 2,
         "beta": 0.5,
-        **UNCORRECTED,
     },
     "sequence ratios": {"loss_type": "grpo", "steps_per_generation": 4, "gradient_accumulation_steps": 2, **SEQUENCE},
     "adapter": {"num_iterations": 2, "beta": 0.5, **UNCORRECTED, "peft_config": LoraConfig(target_modules=["q_proj"])},
@@ -105,7 +117,8 @@ def batch() -> dict[str, torch.Tensor]:
         return torch.randint(2, VOCAB, (ROWS, length), generator=generator)
 
     def logprobs() -> torch.Tensor:
-        return 0.3 * torch.randn(ROWS, COMPLETION, generator=generator) - torch.tensor(float(VOCAB)).log()
+        of_rows, of_tokens = (torch.randn(ROWS, n, generator=generator) for n in (1, COMPLETION))
+        return 0.1 * of_rows + 0.3 * of_tokens - torch.tensor(float(VOCAB)).log()
 
     columns = torch.arange(COMPLETION)
     tool_mask = ((columns < 2) | (columns > 3)).repeat(ROWS, 1)
@@ -116,9 +129,11 @@ def batch() -> dict[str, torch.Tensor]:
         "completion_ids": ids(COMPLETION),
         "completion_mask": (columns < torch.tensor([9, 4, 1, 7, 6, 9])[:, None]).long(),
         "advantages": torch.randn(ROWS, generator=generator),
+        "advantages of tokens": torch.randn(ROWS, COMPLETION, generator=generator),
         "num_items_in_batch": torch.tensor(171.0),
         "ref_per_token_logps": logprobs(),
         "old_per_token_logps": logprobs(),
+        "sampling_per_token_logps": logprobs(),
         "importance_sampling_ratio": torch.tensor([1.2, 0.0, 0.8, 1.0, 2.5, 0.4])[:, None],
         "importance_sampling_ratio of tokens": logprobs().exp() * VOCAB,
         "tool_mask": tool_mask.long(),
@@ -156,11 +171,14 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 
 def loss_and_gradients(kind: type, folder: str, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     trainer = trainer_of(kind, folder, **setting.config)
-    trainer.use_vllm = setting.given in (VLLM, VLLM_BY_TOKEN)
+    trainer.use_vllm = {VLLM[-1], VLLM_BY_TOKEN[-1]} & {*setting.given}
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer.model.train(setting.is_training)
-    dropped = {*TOOLS, *VLLM, *VLLM_BY_TOKEN} - {*setting.given}
-    inputs = {name.removesuffix(" of tokens"): x for name, x in batch().items() if name not in dropped}
+    inputs = batch()
+    for name in OPTIONAL:
+        given = inputs.pop(name)
+        if name in setting.given:
+            inputs[name.removesuffix(" of tokens")] = given
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
@@ -181,12 +199,15 @@ def train(kind: type, folder: str, config: dict[str, Any]) -> tuple[torch.Tensor
     start = weights(trainer.model)
     trainer.train()
     rows = trainer.state.log_history[:-1]  # the last one is of the whole run
-    keys = ["entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", *["kl"] * ("kl" in rows[0]), "loss", "grad_norm"]
+    keys = ["entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "loss", "grad_norm"]
+    if trainer.beta and not trainer.args.use_bias_correction_kl:  # TRL logs what it adds to the loss
+        keys.append("kl")
     return weights(trainer.model) - start, torch.tensor([[float(row[key]) for key in keys] for row in rows]).mean(0)
 
 
 def largest_part(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(((found - wanted).abs() / wanted.abs().clamp(min=1e-3)).max())
+    """Of sums whose terms are of both signs and about 1."""
+    return float(((found - wanted).abs() / wanted.abs().clamp(min=0.1)).max())
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -215,7 +236,7 @@ def run(folder: str) -> dict[str, Any]:
     grid = {}
     for name, setting in GRID.items():
         ours, theirs = (loss_and_gradients(kind, folder, setting) for kind in (FlashGRPOTrainer, trl.GRPOTrainer))
-        grid[name] = [distance(*pair) for pair in zip(ours, theirs, strict=True)]
+        grid[name] = [largest_part(ours[0], theirs[0]), distance(ours[1], theirs[1])]
         print(name, grid[name], flush=True)
     refused = {}
     for name, config in REFUSED.items():
