@@ -1,19 +1,30 @@
-"""What the Triton kernels compile to for four chips, without a GPU: registers, spills, tensor cores, shared memory.
+"""What the Triton kernels compile to for seven chips, without a GPU: registers, spills, tensor cores, shared memory.
 
     flashgrpo bench static
 
-Compiles every kernel in bf16 with its launcher's configuration for sm_80, sm_90, sm_100 and gfx942,
-reads the machine code, prints a table and writes bench/results/static.json. Hot loops are the
-innermost ones with tensor-core instructions, else the innermost one with the most 16-byte loads,
-else with the most loads, else the whole kernel. Instructions and loads are those of the shortest
-hot loop, the one without masks; spills are those of all.
+Compiles every kernel in bf16 with its launcher's configuration for each of `TARGETS`, a process a
+core, reads the machine code, prints a table and writes bench/results/static.json. A row has a list of the kernel's
+hot loops, in program order: the innermost ones with tensor-core instructions, else those with
+16-byte loads, else those with loads, else the whole kernel. Of each loop:
+
+    instructions      of a pass that takes all branches
+    shortest_pass     of a pass that has all loads and products and jumps over what else it can: the
+                      mask of a diagonal, the block of a row that has the target
+    spills            loads and stores of registers that did not fit
+    copies_in_flight  of asynchronous copies to shared memory, how many groups a pass leaves under
+                      way when it waits: with 0 it waits for what it has just asked for; None where
+                      there are none
+    global_loads      and of these `global_loads_16_byte`
+
+A row kernel's pass has 32 logits a thread, so its instructions are those of 32 logits.
 """
 
-import itertools
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +41,19 @@ from flashgrpo.kernels import attention, attention_plan, decode_attention, eleme
 from flashgrpo.kernels.loss_config import LossInputs
 
 RESULTS = ROOT / "bench" / "results" / "static.json"
-TARGETS = {f"sm_{x}": GPUTarget("cuda", x, 32) for x in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+_CAPABILITIES = {
+    f"sm_{major}{minor}": (major, minor) for major, minor in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+}
+TARGETS = {name: GPUTarget("cuda", 10 * major + minor, 32) for name, (major, minor) in _CAPABILITIES.items()}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
 HEADS, HIDDEN_SIZE = 36, 4096  # of a decoder of 7 or 8 billion weights
 _MATRIX = re.compile(r"[HQ]GMMA|HMMA|UTC\w*MMA|v_mfma")
 _LOAD = re.compile(r"\b(LDG|LDGSTS|UTMALDG)\.|\b(global|buffer)_load_")
 _WIDE = re.compile(r"\bLDG\w*\..*\.128|\bUTMALDG|(global|buffer)_load_dwordx4")
-_SPILL, _END = re.compile(r"\b(LDL|STL|scratch_load|scratch_store)"), re.compile(r"\bEXIT\b|s_endpgm")
+# A pass on Nvidia waits until so many groups of copies are under way; what never goes on to the next line.
+_WAIT, _SPILL = re.compile(r"DEPBAR\.LE SB0, 0x([0-9a-f]+)"), re.compile(r"\b(LDL|STL|scratch_load|scratch_store)")
+_ALWAYS = re.compile(r"(BRA|s_branch) [^,]+|EXIT *|s_endpgm")
 _HEADS = 6  # of queries, of a kv head: those of Qwen2.5-1.5B
 _POINTERS = {
     torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits x residual weight normed "
@@ -82,7 +99,7 @@ class Launch(NamedTuple):
         arguments = {name: given.get(name, 1.0) for name in self.kernel.arg_names}
         options = {name: value for name, value in self.options.items() if name not in arguments}
         bound, specialization, rest = bind(**arguments, **options)
-        return self.kernel._pack_args(backend, options, bound, specialization, rest)
+        return self.kernel._pack_args(backend, self.options, bound, specialization, rest)
 
     def compile(self) -> Any:
         options, *source = self.specialise()
@@ -91,17 +108,18 @@ class Launch(NamedTuple):
 
 def launches(target: str) -> Iterator[Launch]:
     """Every kernel, in the order of the table."""
+    chip = attention_plan.of_capability(_CAPABILITIES[target]) if target in _CAPABILITIES else target
     kernels = attention._attention_fwd_kernel, attention._attention_bwd_dq_kernel, attention._attention_bwd_dkv_kernel
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     for dim in (64, 128, 256):
         options = {"HEAD_DIM": dim, "BLOCK_D": dim} | ({"matrix_instr_nonkdim": 16} if target == "gfx942" else {})
-        tiles = attention_plan.TILES[target, dim]
+        tiles = attention_plan.TILES[chip, dim]
         for kernel, tile in zip(kernels, tiles, strict=True):
             yield Launch(kernel, target, dim, options | dict(zip(names, tile, strict=True)))
         options |= zip(names[1:], tiles[2][1:], strict=True)
         yield Launch(attention._attention_bwd_sum_kernel, target, dim, options)
     for dim in (64, 128, 256):
-        block_m, block_n, num_warps, num_stages = decode_attention.TILES[target, dim]
+        block_m, block_n, num_warps, num_stages = decode_attention.TILES[chip, dim]
         shared = {"HEADS": _HEADS, "HEAD_DIM": dim, "BLOCK_D": dim, "SPLIT": decode_attention.SPLIT}
         options = {
             "BLOCK_M": block_m,
@@ -155,7 +173,7 @@ def _read(assembly: Any) -> tuple[list[str], list[str], list[tuple[int, int]]]:
     code, labels = [], {}
     for label, instruction in lines:
         labels[label] = len(code)
-        code += [instruction] if instruction else []
+        code += [instruction] if instruction not in ("", "NOP") else []
     jumps = []
     for place, instruction in enumerate(code):
         if to := re.search(jump, instruction):
@@ -167,63 +185,93 @@ def _count(pattern: re.Pattern[str], code: list[str]) -> int:
     return sum(map(bool, map(pattern.search, code)))
 
 
-def _hot_loops(code: list[str], jumps: list[tuple[int, int]]) -> list[list[str]]:
-    """A loop is what a jump backwards spans.
-
-    Unless the program ends in it: that is code moved out of the way.
+def _shortest(code: list[str], jumps: list[tuple[int, int]], low: int, high: int) -> int | None:
+    """How many instructions a way forwards from `low` to `high` has: of the ways with the most loads and products the
+    shortest. None, if there is no way.
     """
-    spans = [(to, at) for at, to in jumps if to < at and not _count(_END, code[to:at])]
-    loops = []
-    for low, high in spans:
-        # Innermost: no other loop lies within.
-        inside = [span for span in spans if low <= span[0] and span[1] <= high]
-        if inside == [(low, high)] and _count(_LOAD, code[low : high + 1]):
-            loops.append(code[low : high + 1])
-    if matrix := [loop for loop in loops if _count(_MATRIX, loop)]:
-        return matrix
-    loops.sort(key=lambda loop: (_count(_WIDE, loop), _count(_LOAD, loop)))
-    return loops[-1:] or [code]
+    targets = dict(jumps)
+    steps = {low: (0, 1)}  # loads and products, negative; instructions
+    for place in range(low, high):
+        after = [targets[place]] if place in targets else []
+        if not _ALWAYS.fullmatch(code[place]):
+            after.append(place + 1)
+        for to in after if place in steps else ():
+            work, count = steps[place]
+            step = work - bool(_LOAD.search(code[place]) or _MATRIX.search(code[place])), count + 1
+            steps[to] = min(steps.get(to, step), step)
+    return steps[high][1] if high in steps else None
+
+
+def _hot_loops(code: list[str], jumps: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """First and last instruction of each. A jump backwards makes a loop, if a way leads from its target to it.
+
+    Else it leaves code that was moved out of the way.
+    """
+    ends = {to: at for at, to in sorted(jumps) if to < at and _shortest(code, jumps, to, at)}  # the last jump ends it
+    # Innermost: no other loop begins within.
+    loops = [(low, high) for low, high in sorted(ends.items()) if sum(low <= x <= high for x in ends) == 1]
+    for pattern in (_MATRIX, _WIDE, _LOAD):
+        if found := [(low, high) for low, high in loops if _count(pattern, code[low : high + 1])]:
+            return found
+    return [(0, len(code) - 1)]
 
 
 def compile_row(launch: Launch) -> Row:
     """A row of the results."""
     compiled = launch.compile()
     (registers, stack), code, jumps = _read(compiled.asm)
-    loops = _hot_loops(code, jumps)
-    loop, text = min(loops, key=len), compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    loops, text = [], compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    for low, high in _hot_loops(code, jumps):
+        loop = code[low : high + 1]
+        loops.append(
+            {
+                "instructions": len(loop),
+                "shortest_pass": _shortest(code, jumps, low, high) or len(loop),
+                "spills": _count(_SPILL, loop),
+                "copies_in_flight": min((int(x[1], 16) for x in map(_WAIT.search, loop) if x), default=None),
+                "global_loads": _count(_LOAD, loop),
+                "global_loads_16_byte": _count(_WIDE, loop),
+            }
+        )
     return {
         "kernel": launch.kernel.__name__,
         "target": launch.target,
         "head_dim": launch.head_dim,
         "registers": int(registers),
         "stack_bytes": int(stack),
-        "hot_loop_spills": sum(_count(_SPILL, x) for x in loops),
         "shared_bytes": compiled.metadata.shared,
         "tensor_core": {name: text.count(name) for name in TENSOR_CORES if name in text},
-        "global_loads": _count(_LOAD, loop),
-        "global_loads_16_byte": _count(_WIDE, loop),
-        "instructions": len(loop),
+        "loops": loops,
     }
 
 
+def _rows_of(target: str) -> list[Row]:
+    return [*map(compile_row, launches(target))]
+
+
 def table(rows: Sequence[Row]) -> list[str]:
-    """Of rows of the results; loads are a pass's through the hot loop."""
+    """Of rows of the results; what a loop has stands once a loop."""
     cells = []
     for row in rows:
         matrix = [f"{count} {name}" for name, count in row["tensor_core"].items()]
-        names = "registers", "stack_bytes", "hot_loop_spills", "shared_bytes"
-        loads = f"{row['global_loads_16_byte']} of {row['global_loads']}"
         own = f"`{row['kernel'].strip('_')}`", row["target"], str(row["head_dim"] or "")
-        numbers = [str(row[name]) for name in names]
-        cells.append([*own, *numbers, ", ".join(matrix), loads, str(row["instructions"])])
-    columns = ["kernel, in bf16", "chip", "head dim:", "registers:", "stack:", "spills:", "shared bytes:"]
-    return markdown([*columns, "matrix products", "loads of 16 bytes:", "loop:"], cells)
+        numbers = [str(row[name]) for name in ("registers", "stack_bytes", "shared_bytes")]
+        names = "spills", "copies_in_flight", "shortest_pass", "instructions"
+        of_loops = [[str(loop[name]) for loop in row["loops"]] for name in names]
+        loads = [f"{loop['global_loads_16_byte']} of {loop['global_loads']}" for loop in row["loops"]]
+        spills, copies, shortest, longest = (", ".join(x).replace("None", "") for x in of_loops)
+        cells.append(
+            [*own, *numbers, ", ".join(matrix), spills, copies.strip(", "), ", ".join(loads), shortest, longest]
+        )
+    columns = ["kernel, in bf16", "chip", "head dim:", "registers:", "stack:", "shared bytes:", "matrix products"]
+    return markdown([*columns, "spills:", "copies in flight:", "loads of 16 bytes:", "pass:", "whole loop:"], cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print and write."""
     option_parser("static", __doc__).parse_args(arguments)
-    every = [*itertools.chain(*map(launches, TARGETS))]
-    rows = [compile_row(launch) for launch in track(every, "compiling", console=console)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        chips = track(pool.map(_rows_of, TARGETS), "compiling", total=len(TARGETS), console=console)
+        rows = [row for chip in chips for row in chip]
     publish("static.json", {"triton": __version__, "rows": rows}, table(rows))
     return 0

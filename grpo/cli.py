@@ -214,7 +214,7 @@ _BENCHMARKS = {  # modules of bench/, each with a `main`
     "step": "a training step of a random model of real shape, against transformers",
     "generate": "tokens a second of each generator",
     "sync": "seconds of a weight sync to each generator",
-    "static": "what the kernels compile to for four chips; needs no GPU",
+    "static": "what the kernels compile to for seven chips; needs no GPU",
     "cpu-step": "a GRPO step on a CPU, against TRL",
     "demo-seeds": "the demo with several seeds",
     "report": "write the README's tables from the results; --check compares",

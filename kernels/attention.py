@@ -106,6 +106,7 @@ def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr,
     scale, q_row, q_head, k_row, k_head, v_row, v_head, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_stages: tl.constexpr,
 ):  # fmt: skip
     tile, head, kv_head, q_offset, out_offset = _query_tile(tiles_ptr, q_row, q_head, num_heads, group_size, HEAD_DIM)
     start, stop, own_start, _, prefix_stop = tile
@@ -120,9 +121,9 @@ def _attention_fwd_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     log2_scale = scale * _LOG2_E
-    for MASKED in tl.static_range(2):
+    for MASKED in tl.static_range(2):  # a third stage makes the masked loop, which is short, spill
         shared, own, shared_key, own_key = _key_blocks(tile, BLOCK_M, BLOCK_N, MASKED)
-        for i in range(shared + own):
+        for i in tl.range(shared + own, num_stages=min(num_stages, 2) if MASKED else num_stages):
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key
@@ -150,6 +151,7 @@ def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
     scale, q_row, q_head, k_row, k_head, v_row, v_head, total_tokens, num_heads, group_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_stages: tl.constexpr,
 ):  # fmt: skip
     """Writes delta = rowsum(out * d_out) too, which the other kernel needs."""
     tile, head, kv_head, q_offset, out_offset = _query_tile(tiles_ptr, q_row, q_head, num_heads, group_size, HEAD_DIM)
@@ -170,7 +172,7 @@ def _attention_bwd_dq_kernel(
     log2_scale = scale * _LOG2_E
     for MASKED in tl.static_range(2):
         shared, own, shared_key, own_key = _key_blocks(tile, BLOCK_M, BLOCK_N, MASKED)
-        for i in range(shared + own):
+        for i in tl.range(shared + own, num_stages=min(num_stages, 2) if MASKED else num_stages):
             in_prefix = i < shared
             key = tl.where(in_prefix, shared_key, own_key - shared * BLOCK_N) + i * BLOCK_N
             left = tl.where(in_prefix, prefix_stop, stop) - key

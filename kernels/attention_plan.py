@@ -13,29 +13,42 @@ from torch import Tensor
 # A piece has this many rows of queries or more, those of all the query heads of a kv head counted.
 PIECE_ROWS = 8192
 # By architecture and head_dim rounded up: queries and keys in a tile, warps and stages of the forward pass, of d_q, and
-# of d_k with d_v. A CPU takes the first row.
+# of d_k with d_v. With 3 stages keys arrive a whole pass ahead; with 2, behind the last product. "sm_86" fits 99 KB of
+# shared memory. A CPU takes the first row.
 TILES = {
     ("fp32", 64): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     ("fp32", 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
     ("fp32", 256): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    ("sm_80", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
-    ("sm_80", 128): ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2)),
-    ("sm_80", 256): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
-    ("sm_90", 64): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
-    ("sm_90", 128): ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
-    ("sm_90", 256): ((128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
-    ("sm_100", 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-    ("sm_100", 128): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
-    ("sm_100", 256): ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
+    ("sm_80", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
+    ("sm_80", 128): ((128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 8, 3)),
+    ("sm_80", 256): ((64, 32, 8, 3), (64, 32, 8, 3), (32, 64, 8, 3)),
+    ("sm_86", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
+    ("sm_86", 128): ((128, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
+    ("sm_86", 256): ((64, 32, 8, 2), (32, 32, 8, 3), (32, 32, 8, 3)),
+    ("sm_90", 64): ((128, 128, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3)),
+    ("sm_90", 128): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+    ("sm_90", 256): ((128, 32, 8, 3), (128, 32, 8, 3), (32, 64, 8, 3)),
+    ("sm_100", 64): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+    ("sm_100", 128): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+    ("sm_100", 256): ((128, 32, 8, 3), (128, 32, 8, 2), (32, 64, 8, 3)),
     ("gfx942", 64): ((128, 64, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1)),
     ("gfx942", 128): ((128, 64, 4, 1), (128, 32, 4, 1), (32, 128, 4, 1)),
     ("gfx942", 256): ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
 }
 
 
+# What is not here, sm_86, sm_89 and sm_120 among it, has what "sm_86" has, or more.
+_CAPABILITIES = {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+
+
 def block_of(head_dim: int) -> int:
     """The next power of two, which a tile has as columns."""
     return 1 << (head_dim - 1).bit_length()
+
+
+def of_capability(capability: tuple[int, int]) -> str:
+    """What a table of tiles has for an Nvidia chip."""
+    return _CAPABILITIES.get(capability, "sm_86")
 
 
 def architecture(q: Tensor) -> str:
@@ -44,7 +57,7 @@ def architecture(q: Tensor) -> str:
         return "fp32"
     if torch.version.hip:
         return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(q.device)[0], "sm_80")
+    return of_capability(torch.cuda.get_device_capability(q.device))
 
 
 def tile_options(q: Tensor) -> list[dict[str, Any]]:
