@@ -220,11 +220,12 @@ def _attention_bwd_dkv_kernel(
         row = head.to(tl.int64) * total_tokens + query
         lse = tl.load(lse_ptr + row + columns, mask=columns < left, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
+        dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")  # beneath it run the exponentials
         p = tl.exp2(scores * log2_scale - lse[None, :])
         if query < start + BLOCK_N:  # the diagonal
             p = tl.where(columns[None, :] >= (keys - (query - start))[:, None], p, 0.0)
+        # Loaded earlier it holds registers that the exponentials need, and spills some.
         delta = tl.load(delta_ptr + row + columns, mask=columns < left, other=0.0)
-        dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")

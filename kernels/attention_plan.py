@@ -13,31 +13,29 @@ from torch import Tensor
 # A piece has this many rows of queries or more, those of all the query heads of a kv head counted.
 PIECE_ROWS = 8192
 # By architecture and head_dim rounded up: queries and keys in a tile, warps and stages of the forward pass, of d_q, and
-# of d_k with d_v. With 3 stages keys arrive a whole pass ahead; with 2, behind the last product. "sm_86" fits 99 KB of
-# shared memory. A CPU takes the first row.
+# of d_k with d_v. With 3 stages a pass waits for what was asked for a whole pass before, with 2 only a product before.
+# A CPU takes the first row.
 TILES = {
     ("fp32", 64): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     ("fp32", 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
     ("fp32", 256): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    ("sm_80", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
+    ("sm_80", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3)),
     ("sm_80", 128): ((128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 8, 3)),
     ("sm_80", 256): ((64, 32, 8, 3), (64, 32, 8, 3), (32, 64, 8, 3)),
-    ("sm_86", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
+    ("sm_86", 64): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3)),
     ("sm_86", 128): ((128, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
     ("sm_86", 256): ((64, 32, 8, 2), (32, 32, 8, 3), (32, 32, 8, 3)),
     ("sm_90", 64): ((128, 128, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3)),
-    ("sm_90", 128): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+    ("sm_90", 128): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
     ("sm_90", 256): ((128, 32, 8, 3), (128, 32, 8, 3), (32, 64, 8, 3)),
-    ("sm_100", 64): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
-    ("sm_100", 128): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+    ("sm_100", 64): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+    ("sm_100", 128): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
     ("sm_100", 256): ((128, 32, 8, 3), (128, 32, 8, 2), (32, 64, 8, 3)),
     ("gfx942", 64): ((128, 64, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1)),
     ("gfx942", 128): ((128, 64, 4, 1), (128, 32, 4, 1), (32, 128, 4, 1)),
     ("gfx942", 256): ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
 }
-
-
-# What is not here, sm_86, sm_89 and sm_120 among it, has what "sm_86" has, or more.
+# Every other chip takes the tiles of sm_86, which fit 99 KB of shared memory: sm_86, sm_89 and sm_120 have no more.
 _CAPABILITIES = {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 
