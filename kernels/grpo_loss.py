@@ -256,15 +256,18 @@ def merge_stats(stats: Sequence[Stats]) -> Stats:
 
 
 class WithGradients(torch.autograd.Function):
-    """The loss as a function of its inputs, whose gradients were made with it: the backward pass scales them.
+    """The loss as a function of its inputs, whose gradients were made with it: the backward pass scales them by the
+    upstream gradient, over `denominator` unless that is None.
 
-    They lack the denominator; None: nothing. `in_place`: the first one lies where its input did, and is scaled there.
+    `in_place`: where they lie, by Triton, which leaves them as they are for a factor of exactly 1; so for the last
+    time, as autograd refuses what has changed. Those of another dtype than their input's are scaled into that. The
+    second is added to `main_grad` where that is given, and the second input gets none.
     """
 
     @staticmethod
-    def forward(ctx, loss, first, second, d_first, d_second, denominator, in_place):
+    def forward(ctx, loss, first, second, d_first, d_second, denominator, in_place, main_grad=None):
         ctx.save_for_backward(d_first, d_second)
-        ctx.denominator, ctx.in_place = denominator, in_place
+        ctx.denominator, ctx.in_place, ctx.main_grad = denominator, in_place, main_grad
         ctx.dtypes = first.dtype, None if second is None else second.dtype
         return loss.view_as(loss)
 
@@ -273,12 +276,15 @@ class WithGradients(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         scale = grad_outputs[0] if ctx.denominator is None else grad_outputs[0] / ctx.denominator
         gradients = list(ctx.saved_tensors)
-        if ctx.in_place:  # and so for the last time: autograd refuses what has changed
-            _scale_rows_op(gradients[0], scale)
-        else:
-            for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
-                gradients[i] = None if gradient is None else _scaled(gradient, scale, dtype)
-        return None, *gradients, *[None] * 4
+        if ctx.main_grad is not None and gradients[1] is not None:
+            torch.addcmul(ctx.main_grad, gradients[1], scale.reshape(1), out=ctx.main_grad)
+            gradients[1] = None
+        for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
+            if gradient is not None and ctx.in_place and gradient.dtype == dtype:
+                _scale_rows_op(gradient, scale)
+            elif gradient is not None:
+                gradients[i] = _scaled(gradient, scale, dtype)
+        return None, *gradients, *[None] * 5
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,23 +10,40 @@ For n rows, hidden size H and vocabulary V, chunk by chunk:
 `linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H
 FLOPs against 8 n V H for what recomputes them. A loss that needs all log-probs before any gradient
 (`LossConfig.scores_first`: a sequence-level ratio, a mask by completions or entropies) costs 8 n V
-H. Beyond its inputs it holds d_hidden [n, H], d_weight [V, H] in fp32 and one chunk of logits,
-which the kernels turn into their gradient in place (in torch three chunks, in fp32). Gradients pass
-through the logits' dtype before the denominator: in fp16 an advantage times a ratio above 65,504
-overflows.
+H. Beyond its inputs it holds d_hidden [n, H], d_weight [V, H] and one chunk of logits, which the
+kernels turn into their gradient in place (in torch three chunks, in fp32).
+
+The denominator divides the gradient by each log-prob, before d_logits is rounded, so the products
+alone round d_hidden and d_weight; an upstream gradient of exactly 1 changes and costs nothing,
+another rounds again. fp16 is divided after the products: 1e-6 would be 0. There an advantage times
+a ratio above 65,504 overflows.
+
+In bf16 at n = 4096, H = 4096, V = 128,256, in GB, and ms by 790 TFLOP/s and 4.3 TB/s; not measured:
+
+    logits              reads hidden, weight     1.08  writes logits        1.05  5.45
+    d_logits            reads logits             1.05  writes d_logits      1.05  0.49, from memory twice 0.73
+    d_hidden            reads d_logits, weight   2.10  writes d_hidden      0.03  5.45
+    d_weight            reads d_logits, hidden   1.08  writes it in bf16    1.05  5.45
+
+which is 1.03 to 1.05 times the products. With several chunks d_weight is in fp32: each but the
+first reads and writes 2.10 in its product, and the backward pass reads 2.10 and writes bf16, 1.05,
+in 0.73 ms: 1.07 to 1.10 times the products of two chunks.
 
 Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row:
-with r rows a chunk that is 306 / r of the GEMMs' time on an H200 (4.3 TB/s, 790 TFLOP/s), so 5% at
-6,144. So on CUDA r is at most 6,144 rows of 16-bit or 3,072 of fp32 logits, which also is what 5%
-of full fp32 logits hold for 64k targets; on a CPU it is at most as many as have their fp32 logits
-in 2 MiB of cache, or 256. Chunks are as few as that allows and equal, to a multiple of 128 rows:
-8,192 are 2 of 4,096, 9,000 are 4,608 and 4,392, and none is computed that is not there.
+with r rows a chunk that is 306 / r of the GEMMs' time, so 5% at 6,144. So on CUDA r is at most
+6,144 rows of 16-bit or 3,072 of fp32 logits, which also is what 5% of full fp32 logits hold for 64k
+targets; on a CPU it is at most as many as have their fp32 logits in 2 MiB of cache, or 256. Chunks
+are as few as that allows and equal, to a multiple of 128 rows: 8,192 are 2 of 4,096, 9,000 are
+4,608 and 4,392, and none is computed that is not there.
 
 Both functions make log-probs by the same GEMM and `logprob.row_logprob` in chunks that follow from
 n, so on one pack they agree bit for bit. The library may sum a product of another shape in another
-order: across packs of different n log-probs agree to rounding. Autocast changes neither. Not done
-here: vocabulary-parallel heads, a bias, logit soft-capping. Sources: Wijmans et al., Cut Your
-Losses, arXiv 2411.09009; Hsu et al., Liger Kernel, arXiv 2410.10989.
+order: across packs of different n log-probs agree to rounding. Under autocast hidden and weight are
+cast as for any product. Not done here: vocabulary-parallel heads, a bias, logit soft-capping.
+
+Sources: Wijmans et al., Cut Your Losses, arXiv 2411.09009; Hsu et al., Liger Kernel, arXiv
+2410.10989, whose backward pass also leaves what is multiplied by 1; `main_grad` of Megatron-LM,
+github.com/NVIDIA/Megatron-LM, megatron/core/tensor_parallel/layers.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,7 +89,16 @@ class Head(NamedTuple):
         chunk_tokens: int | None,
         logits_dtype: torch.dtype | None,
     ) -> "Head":
-        """Checked, and with the defaults filled in. Raises as `linear_logprobs` says."""
+        """Checked, as autocast wants them, and with the defaults filled in. Raises as `linear_logprobs` says."""
+        if hasattr(weight, "full_tensor"):
+            raise TypeError(
+                "lm_head_weight is a DTensor; wanted a whole tensor: call this inside the forward pass of the FSDP "
+                "module that holds it, or give lm_head_weight.full_tensor()"
+            )
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # as torch.amp.custom_fwd casts
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
         if hidden.dim() != 2:
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}; wanted [n, hidden_size]")
         if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or not weight.shape[0]:
@@ -94,6 +120,11 @@ class Head(NamedTuple):
             raise ValueError(f"chunk_tokens is {chunk_tokens}; wanted 1 or above")
         return cls(hidden, weight, targets.contiguous(), temperature, chunk_tokens, logits_dtype)
 
+    @property
+    def divides(self) -> bool:
+        """Whether the loss's gradient is over the denominator before its products: 1e-6 of it would be 0 in fp16."""
+        return self.weight.dtype != torch.float16
+
     def per_target(self) -> Tensor:  # [n]
         """A new tensor of log-probs, or what else there is one of for each target."""
         return self.hidden.new_empty(self.targets.shape, dtype=accumulation_dtype(self.hidden.dtype))
@@ -114,11 +145,12 @@ class Head(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients, and whether rows that have none may leave their products, which the host waits to learn."""
+    """Which gradients, and how."""
 
     d_hidden: bool
     d_weight: bool
-    compact: bool
+    compact: bool  # rows that have none may leave the products, which the host waits to learn
+    narrow: bool  # d_weight may be in the weight's dtype, where one product makes it
 
 
 def linear_logprobs(
@@ -134,10 +166,12 @@ def linear_logprobs(
 
     Both are fp32 (float64 for float64) and differentiable once; the backward pass computes the
     logits again. Targets as in `gather_logprobs`. `logits_dtype` is hidden's dtype (None) or
-    torch.float32, `chunk_tokens` the number of rows whose logits exist at once; by default it follows from n.
+    torch.float32, `chunk_tokens` the number of rows whose logits exist at once; by default it follows
+    from n. Under autocast hidden and weight, whatever their dtypes, are cast to its dtype but from
+    float64, and gradients come back in theirs.
 
     Raises ValueError for shapes that do not fit together, a temperature that is not above 0, fewer than one token a
-    chunk and another logits_dtype; TypeError for wrong dtypes.
+    chunk and another logits_dtype; TypeError for wrong dtypes, and for a DTensor, which is a part of the weight.
     """
     return _linear_logprobs_op(*Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype))
 
@@ -160,17 +194,22 @@ def linear_grpo_loss(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    main_grad: Tensor | None = None,  # [vocab, hidden_size]
 ) -> tuple[Tensor, Stats]:
     """`logits_grpo_loss` of hidden @ lm_head_weight^T, with the gradients made in the forward pass.
 
     The gradients are made only for those of hidden and lm_head_weight that require them, and wait
-    for the backward pass, which multiplies them by the upstream scalar over the denominator and
-    cannot be differentiated again. Rows whose gradient is exactly 0 leave the gradient GEMMs where
-    fewer than 90% of a chunk are live. To count them the host waits for the device once a chunk, so
-    under torch.compile all rows stay.
+    for the backward pass, which multiplies them by the upstream scalar and cannot be differentiated
+    again. The kernels do that in place, so autograd refuses a second backward pass. Rows whose
+    gradient is exactly 0 leave the gradient GEMMs where fewer than 90% of a chunk are live. To count
+    them the host waits for the device once a chunk, so under torch.compile all rows stay.
+
+    With `main_grad`, [vocab, hidden_size] in fp32 (float64 for float64), the backward pass adds the
+    weight's gradient there, in fp32, and lm_head_weight.grad gets nothing: as Megatron-LM keeps
+    gradients over micro-batches. A weight's `grad_added_to_main_grad` is the caller's to set.
 
     Loss, metrics and arguments are those of `logits_grpo_loss`, the rest as in `linear_logprobs`; raises what they
-    raise.
+    raise, and ValueError for a main_grad of another shape or dtype.
     """
     head = Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
     inputs = LossInputs.of(
@@ -178,15 +217,24 @@ def linear_grpo_loss(
         sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         behavior_logprobs=behavior_logprobs,
     )  # fmt: skip
+    if main_grad is not None:
+        wanted_dtype = accumulation_dtype(head.weight.dtype)
+        if main_grad.shape != lm_head_weight.shape or main_grad.dtype != wanted_dtype:
+            raise ValueError(
+                f"main_grad is {main_grad.dtype} {tuple(main_grad.shape)}; wanted {wanted_dtype} "
+                f"{tuple(lm_head_weight.shape)}"
+            )
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, lm_head_weight)]
-    wanted = Wanted(*needed, compact=not torch.compiler.is_compiling())
+    narrow = head.divides and main_grad is None and head.weight.dtype == lm_head_weight.dtype
+    wanted = Wanted(*needed, compact=not torch.compiler.is_compiling(), narrow=narrow)
     with torch.no_grad():
         make = _linear_loss_op if by_triton(hidden) else _linear_loss
         loss, metrics, *of_tokens, d_hidden, d_weight = make(
-            hidden, lm_head_weight, inputs.tensors, inputs.numbers, *head[3:], wanted
+            head.hidden, head.weight, inputs.tensors, inputs.numbers, *head[3:], wanted
         )
     gradients = d_hidden if wanted.d_hidden else None, d_weight if wanted.d_weight else None
-    loss = WithGradients.apply(loss, hidden, lm_head_weight, *gradients, inputs.divisor, False)
+    divisor = None if head.divides else inputs.divisor
+    loss = WithGradients.apply(loss, hidden, lm_head_weight, *gradients, divisor, by_triton(hidden), main_grad)
     return loss, named_stats(metrics, inputs, *of_tokens)
 
 
@@ -203,19 +251,23 @@ def default_chunk_tokens(num_rows: int, most: int) -> int:
     return max(1, -(-num_rows // (num_chunks * _CHUNK_STEP))) * _CHUNK_STEP
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gradients:
-    """Gradients before the denominator, None where nobody needs them."""
+    """None where nobody needs them."""
 
     d_hidden: Tensor | None  # [n, hidden_size], hidden's dtype
-    d_weight: Tensor | None  # [vocab, hidden_size], fp32 or float64
+    d_weight: Tensor | None  # [vocab, hidden_size], the weight's dtype if `narrow` and in one chunk, else fp32, float64
+    is_begun: bool = False  # d_weight has the first chunk's part
 
     @classmethod
-    def zeros(cls, head: Head, wanted: Wanted) -> "Gradients":
-        wide = accumulation_dtype(head.weight.dtype)
+    def of(cls, head: Head, wanted: Wanted) -> "Gradients":
+        """d_hidden is 0, d_weight unwritten."""
+        dtype, one_chunk = head.weight.dtype, head.hidden.shape[0] <= head.chunk_tokens
+        if not (wanted.narrow and one_chunk and by_triton(head.hidden)):
+            dtype = accumulation_dtype(dtype)
         return cls(
             d_hidden=torch.zeros_like(head.hidden) if wanted.d_hidden else None,
-            d_weight=torch.zeros_like(head.weight, dtype=wide) if wanted.d_weight else None,
+            d_weight=torch.empty_like(head.weight, dtype=dtype) if wanted.d_weight else None,
         )
 
     @property
@@ -236,10 +288,16 @@ class Gradients:
             self.d_hidden[rows] = d_logits.to(weight.dtype) @ weight
         if self.d_weight is None:
             return
-        if d_logits.is_cuda and d_logits.dtype == hidden.dtype != self.d_weight.dtype:
-            torch.addmm(self.d_weight, d_logits.T, hidden, out_dtype=self.d_weight.dtype, out=self.d_weight)
+        dtype, sums = self.d_weight.dtype, {}
+        if d_logits.is_cuda and d_logits.dtype != dtype:
+            sums["out_dtype"] = dtype
         else:
-            self.d_weight.addmm_(d_logits.T.to(self.d_weight.dtype), hidden.to(self.d_weight.dtype))
+            d_logits, hidden = d_logits.to(dtype), hidden.to(dtype)
+        if self.is_begun:
+            torch.addmm(self.d_weight, d_logits.T, hidden, out=self.d_weight, **sums)
+        else:
+            torch.mm(d_logits.T, hidden, out=self.d_weight, **sums)
+        self.is_begun = True
 
 
 def sweep(
@@ -261,8 +319,11 @@ def sweep(
             if d_logits is not None and gradients is not None:
                 if live is not None:  # of all rows, so that a chunk's begin at `start`
                     inputs, chosen = inputs[live], start + live
-                gradients.add(d_logits, inputs, weight, chosen)
+                if d_logits.shape[0]:
+                    gradients.add(d_logits, inputs, weight, chosen)
             del d_logits  # before the next chunk's are made
+    if gradients is not None and gradients.d_weight is not None and not gradients.is_begun:
+        gradients.d_weight.zero_()
 
 
 def score(head: Head) -> tuple[Tensor, Tensor]:  # [n], [n]
@@ -291,7 +352,7 @@ def recompute(
         upstream = d_logprobs[rows], None if d_entropies is None else d_entropies[rows]
         return found.gradients(head.targets[rows], *upstream, head.temperature), None
 
-    gradients, visited = Gradients.zeros(head, wanted), None
+    gradients, visited = Gradients.of(head, wanted), None
     if gradients.needed:
         if wanted.compact:
             live = is_live(d_logprobs, d_entropies).nonzero().squeeze(1)  # waits
@@ -304,23 +365,24 @@ def _linear_loss(
     hidden: Tensor, weight: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float],
     temperature: float, chunk_tokens: int, logits_dtype: torch.dtype, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics, per_token, logprobs, entropies, d_hidden, d_weight), the gradients before the denominator."""
-    inputs, by = LossInputs._make((*tensors, *numbers)), implementation(hidden)
+    """(loss, metrics, per_token, logprobs, entropies, d_hidden, d_weight), the gradients as `Head.divides` says."""
+    inputs, by, asked = LossInputs._make((*tensors, *numbers)), implementation(hidden), Wanted(*wanted)
     assert inputs.targets is not None
     head = Head(hidden, weight, inputs.targets, temperature, chunk_tokens, logits_dtype)
+    divided = inputs if head.divides else inputs.undivided()
     if inputs.scores_first:
         logprobs, entropies = score(head)
         made = by.loss_of_logprobs(logprobs, entropies, inputs)
-        gradients, sums = recompute(head, made.d_logprobs, made.d_entropies, Wanted(*wanted)), made[:3]
+        d_entropies = None if made.d_entropies is None else made.d_entropies / divided.divisor
+        gradients, sums = recompute(head, made.d_logprobs / divided.divisor, d_entropies, asked), made[:3]
     else:
-        # The denominator comes after the GEMMs: 1e-6 of it would be 0 in fp16.
-        loss = by.RowLoss(inputs.undivided(), hidden, temperature)
-        gradients, compact = Gradients.zeros(head, Wanted(*wanted)), wanted[-1]
+        loss = by.RowLoss(divided, hidden, temperature)
+        gradients = Gradients.of(head, asked)
 
         def step(logits: Tensor, rows: slice | Tensor) -> tuple[Tensor | None, Tensor | None]:
             assert isinstance(rows, slice)
             d_logits = loss.take(logits, rows.start, logits if gradients.needed else None)
-            if d_logits is None or not compact:
+            if d_logits is None or not asked.compact:
                 return d_logits, None
             # The host waits here, once in 19 TFLOP at 6,144 x 4,096 x 128k. To hide the wait behind the next chunk's
             # logits would take a second chunk of memory.
@@ -341,13 +403,8 @@ _linear_loss_op = torch.library.custom_op("flashgrpo::linear_grpo_loss", _linear
 @_linear_loss_op.register_fake
 def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype, wanted):
     head = Head(hidden, weight, tensors[0], temperature, chunk_tokens, logits_dtype)
-    gradients = Gradients.zeros(head, Wanted(*wanted))
-    return (
-        *empty_sums(hidden, LossInputs._make((*tensors, *numbers))),
-        head.per_target(),
-        head.per_target(),
-        *gradients.or_nothing(hidden),
-    )
+    gradients, sums = Gradients.of(head, Wanted(*wanted)), empty_sums(hidden, LossInputs._make((*tensors, *numbers)))
+    return *sums, head.per_target(), head.per_target(), *gradients.or_nothing(hidden)
 
 
 @torch.library.custom_op("flashgrpo::linear_logprobs", mutates_args=())
@@ -378,7 +435,7 @@ def _linear_logprobs_bwd(
 @_linear_logprobs_bwd.register_fake
 def _(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, upstream, wanted):
     head = Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype)
-    return Gradients.zeros(head, Wanted(*wanted)).or_nothing(hidden)
+    return Gradients.of(head, Wanted(*wanted)).or_nothing(hidden)
 
 
 def _keep_inputs(ctx, inputs, output):
@@ -391,7 +448,7 @@ def _keep_inputs(ctx, inputs, output):
 def _linear_logprobs_backward(ctx, *upstream):
     hidden, weight, targets = ctx.saved_tensors
     # On a GPU to count live rows would wait for the device.
-    wanted = Wanted(*ctx.needs_input_grad[:2], compact=not hidden.is_cuda)
+    wanted = Wanted(*ctx.needs_input_grad[:2], compact=not hidden.is_cuda, narrow=True)
     d_hidden, d_weight = _linear_logprobs_bwd(hidden, weight, targets, *ctx.settings, upstream, wanted)
     d_weight = d_weight.to(weight.dtype) if wanted.d_weight else None
     return d_hidden if wanted.d_hidden else None, d_weight, None, None, None, None

@@ -67,7 +67,9 @@ class RowLoss:
         first_row: int,
         d_logits: Tensor | None,  # memory for the gradient, which may be the logits; None: no gradient
     ) -> Tensor | None:  # [rows, vocab]
-        """The loss of tokens `first_row` and after; returns its gradient, which may also lie elsewhere."""
+        """The loss of tokens `first_row` and after; returns its gradient over the denominator, which may also lie
+        elsewhere.
+        """
         rows = slice(first_row, first_row + logits.shape[0])
         targets, tokens = self.targets[rows], self.tokens.rows(rows)
         found = row_logprobs(logits, targets, self.temperature, overwrite=True)
@@ -75,8 +77,10 @@ class RowLoss:
         self.taken.append(token_losses(found.logprobs, tokens))
         if d_logits is None:
             return None
-        d_logprobs, d_entropies = self.taken[-1].d_logprob, tokens.d_entropies
-        self.live[rows] = is_live(d_logprobs, d_entropies)
+        upstream, divisor = (self.taken[-1].d_logprob, tokens.d_entropies), tokens.numbers.divisor
+        self.live[rows] = is_live(*upstream)
+        d_logprobs, d_entropies = (None if x is None else x / divisor for x in upstream)
+        assert d_logprobs is not None
         return found.gradients(targets, d_logprobs, d_entropies, self.temperature)
 
     def result(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,6 +31,7 @@ from flashgrpo.kernels.loss_torch import Loss, of_high_entropy
 BLOCK = 512  # tokens of a program
 GROUP_BLOCK = 128  # rewards of a group read at once
 _ROWS = 2048  # blocks summed at once
+_SCALED = 1 << 17  # numbers, in whole rows, of a program that may have nothing to do: 4,000 for a weight of 4 x 10^8
 _RATIO_MAX, _MISMATCH_MAX = (tl.constexpr(METRICS.index(name)) for name in ("ratio_max", "behavior_mismatch_max"))
 
 
@@ -396,15 +397,17 @@ def _move_rows_kernel(x, sources, width, row_stride, BLOCK: tl.constexpr):
         tl.store(x + n * row_stride + rest, moved, mask=rest < width)
 
 
-@triton.jit
-def _scale_kernel(x, factors, width, row_stride, BLOCK: tl.constexpr):
-    factor = tl.load(factors).to(tl.float32)
+@triton.jit(do_not_specialize=["num_rows"])
+def _scale_kernel(x, factors, num_rows, width, row_stride, BLOCK: tl.constexpr):
+    factor, num_programs = tl.load(factors).to(tl.float32), tl.num_programs(0)
     row = x + tl.program_id(0).to(tl.int64) * row_stride
     columns = tl.arange(0, BLOCK)
     if factor != 1:
-        for start in range(0, width, BLOCK):
-            inside = start + columns < width
-            tl.store(row + start + columns, tl.load(row + start + columns, mask=inside) * factor, mask=inside)
+        for _ in range(tl.program_id(0), num_rows, num_programs):
+            for start in range(0, width, BLOCK):
+                inside = start + columns < width
+                tl.store(row + start + columns, tl.load(row + start + columns, mask=inside) * factor, mask=inside)
+            row += num_programs.to(tl.int64) * row_stride
 
 
 def loss_of_logprobs(
@@ -510,6 +513,8 @@ def live_rows(
 
 def scale_rows(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a 0-d tensor, without touching x where that is 1; x is contiguous along rows."""
+    num_rows, width = x.shape
     launch(
-        _scale_kernel, x.shape[:1], x, factor, x.shape[1], x.stride(0), BLOCK=logprob.BLOCK, num_warps=logprob.NUM_WARPS
-    )
+        _scale_kernel, (-(-num_rows // max(1, _SCALED // width)),), x, factor, num_rows, width, x.stride(0),
+        BLOCK=logprob.BLOCK, num_warps=logprob.NUM_WARPS,
+    )  # fmt: skip

@@ -1,11 +1,12 @@
 """What a recipe costs a GPU: arithmetic on the recipe, a model's shape and a machine's rates, for plan and for runs.
 
 Memory is counted from what the code keeps: FSDP2's shards and gathered weights, what the decoder
-saves for its backward pass, the loss's chunk of logits and fp32 gradient of the head, and what the
+saves for its backward pass, the loss's chunk of logits and gradient of the head, and what the
 generator takes of the card. It is counted at the moments that can be the worst, the first three with
 the shards of gradients from the micro-batch before:
 
-    loss       a full micro-batch is saved; the head's gradient exists twice in fp32, or once beside a chunk of logits
+    loss       a full micro-batch is saved; the head's gradient exists beside a chunk of logits, or, where several
+               chunks add up to it in fp32, a second time in the weight's type
     backward   the same, with the last block recomputed where it is checkpointed, and in its MLP's backward pass
     reduction  at its end: gradients of embedding and head, theirs and the first block's in fp32, and of these a shard
     prefill    native: a copy of all weights, the prompts' keys and values, one part of the prompts in an MLP
@@ -148,11 +149,14 @@ class TrainCosts:
         saved = token_budget * (blocks * block.kept + outside)
         gathered, resharded = size * self.size.root, self.train.reshard_after_forward
         all_blocks, head = size * blocks * self.size.block, self.size.head
-        chunk = min(rows, most_chunk_tokens(config.vocab_size, size, not self.machine.is_cpu))
-        logits = 0 if config.is_reward_model else chunk * config.vocab_size * size * (3 if self.machine.is_cpu else 1)
-        # Scaled into the weight's type; on a CPU by way of fp32.
-        scaled = 8 * head + (size * head if size < 4 else 0) if self.machine.is_cpu else (4 + size) * head
-        d_head = max(4 * head + logits, scaled)
+        most = most_chunk_tokens(config.vocab_size, size, not self.machine.is_cpu)
+        logits = 0 if config.is_reward_model else min(rows, most) * config.vocab_size * size
+        if self.machine.is_cpu:  # three in place of the logits; scaled into the weight's type, by way of fp32
+            d_head = max(4 * head + 3 * logits, 8 * head + (size * head if size < 4 else 0))
+        elif rows <= most or size == 4:  # made in the weight's type, and scaled there
+            d_head = size * head + logits
+        else:
+            d_head = max(4 * head + logits, (4 + size) * head)
         trained = {**self.state(), "gradients (fp32 shard)": 4 * shard}
         unsharded, reduced = "gathered weights", "gradients before reduction"
         return {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashgrpo.kernels import linear_grpo
+from flashgrpo.kernels import grpo_loss, linear_grpo
 from flashgrpo.kernels.grpo_loss import LossConfig, logits_grpo_loss
 from flashgrpo.kernels.linear_grpo import default_chunk_tokens, linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
@@ -32,7 +32,7 @@ def make_case(device, dtype=torch.float32, hidden_size=40, vocab=300, seed=0):
     return *move, {name: x.to(device) for name, x in arguments.items()}
 
 
-def evaluate(case, config, dtype, needed=(True, True), upstream=2.0, **options):
+def evaluate(case, config, dtype, needed=(True, True), upstream=1.0, **options):
     hidden, weight, targets, offsets, arguments = case
     leaves = [x.to(dtype, copy=True).requires_grad_(need) for x, need in zip((hidden, weight), needed, strict=True)]
     typed = {name: x.double() if dtype == torch.float64 else x for name, x in arguments.items()}
@@ -65,31 +65,45 @@ def test_equals_the_twin(config, chunk_tokens, device, poisoned):
         torch.testing.assert_close(ours[3][name].double(), value.double(), rtol=1e-4, atol=1e-5, msg=name)
 
 
-def dense(hidden, weight, targets, advantages):
-    """On-policy token-mean loss in plain torch."""
+def dense(hidden, weight, targets, advantages, denominator):
+    """On-policy sum of tokens' losses over the denominator in plain torch."""
     logprobs = torch.log_softmax(
         (hidden @ weight.T).float() if hidden.dtype != torch.float64 else hidden @ weight.T, -1
     )
     chosen = logprobs.gather(1, targets[:, None])[:, 0]
-    return -((chosen - chosen.detach()).exp() * advantages.to(chosen.dtype)).sum() / 64
+    return -((chosen - chosen.detach()).exp() * advantages.to(chosen.dtype)).sum() / denominator
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
-def test_low_precision_is_as_accurate_as_torch(dtype, logits_dtype, device, as_accurate):
+@pytest.mark.parametrize(
+    ("dtype", "denominator", "logits_dtype", "preset", "chunk_tokens"),
+    [
+        # A denominator that is no power of two rounds what it divides. In fp16 it divides what has been rounded.
+        (torch.bfloat16, 37.0, None, "bnpo", 48),
+        (torch.bfloat16, 37.0, None, "bnpo", None),
+        (torch.bfloat16, 37.0, None, "gspo", 48),
+        (torch.bfloat16, 37.0, torch.float32, "bnpo", 48),
+        (torch.float16, 64.0, None, "bnpo", 48),
+        (torch.float16, 64.0, torch.float32, "bnpo", None),
+    ],
+)
+def test_low_precision_is_as_accurate_as_torch(
+    dtype, denominator, logits_dtype, preset, chunk_tokens, device, as_accurate
+):
     hidden, weight, targets, _, _ = make_case(device, dtype, hidden_size=64)
     targets[7] = 3
     offsets = torch.arange(NUM_TARGETS + 1, device=device)
     advantages = torch.randn(NUM_TARGETS, device=device)
-    config = LossConfig.preset("bnpo")
+    config = LossConfig.preset(preset)
     gradients = []
     for function, kind in ((None, dtype), (dense, dtype), (dense, torch.float64)):
         leaves = [x.to(kind, copy=True).requires_grad_() for x in (hidden, weight)]
         if function is None:
-            options = {"advantages": advantages, "denominator": 64.0, "logits_dtype": logits_dtype, "chunk_tokens": 48}
-            loss, _ = linear_grpo_loss(*leaves, targets, offsets, config, **options)
+            loss, _ = linear_grpo_loss(
+                *leaves, targets, offsets, config, denominator=denominator, advantages=advantages,
+                logits_dtype=logits_dtype, chunk_tokens=chunk_tokens,
+            )  # fmt: skip
         else:
-            loss = function(*leaves, targets, advantages)
+            loss = function(*leaves, targets, advantages, denominator)
         gradients.append(torch.autograd.grad(loss, leaves))
     for name, *values in zip(("d_hidden", "d_weight"), *gradients, strict=True):
         as_accurate(*values, name)
@@ -105,6 +119,34 @@ def test_a_tiny_denominator_keeps_fp16_gradients(device):
     )  # fmt: skip
     (1e6 * loss).backward()
     assert (hidden.grad[: SPANS[0]].abs().sum(1) > 0).sum() == SPANS[0] - 1  # all but the ignored one
+
+
+@pytest.mark.parametrize(("dtype", "rounded_twice"), [(torch.float32, 0), (torch.bfloat16, 2**-8)])
+def test_upstream_gradients_scale_what_was_made_and_1_touches_nothing(dtype, rounded_twice, device, monkeypatch):
+    hidden, weight = (torch.randn(n, 16, device=device).to(dtype) for n in (6, 20))
+    targets, offsets = torch.arange(6, device=device), torch.tensor([0, 2, 6], device=device)
+    given = {"denominator": 7.0, "advantages": torch.tensor([1.0, -2.0], device=device)}
+
+    def gradients(upstream, chunk_tokens=None, **options):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        loss, _ = linear_grpo_loss(
+            *leaves, targets, offsets, LossConfig(), chunk_tokens=chunk_tokens, **given, **options
+        )
+        (upstream * loss).backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        return [leaf.grad for leaf in leaves]
+
+    in_chunks = gradients(1.0, 4)
+    main_grad = torch.zeros(20, 16, device=device)
+    assert gradients(3.0, 4, main_grad=main_grad)[1] is None
+    torch.testing.assert_close(main_grad, 3 * in_chunks[1].float(), rtol=2 * rounded_twice or 1e-6, atol=1e-6)
+    monkeypatch.setattr(grpo_loss, "_scaled", None)  # what makes another tensor
+    once = gradients(1.0)
+    for a, b in zip(once, in_chunks, strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * rounded_twice or 1e-5, atol=1e-6)
+    for a, b in zip(gradients(3.0), once, strict=True):
+        torch.testing.assert_close(a.float(), 3 * b.float(), rtol=rounded_twice, atol=0)
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
