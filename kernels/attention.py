@@ -14,16 +14,15 @@ products again. Forward reads q, k, v and writes out and lse; backward reads the
 writes d_q, d_k, d_v and d_out . out; lse and d_out . out are fp32 [num_heads, total_tokens].
 
 A program has one tile of one segment: queries of one head, or keys of one kv head with all their
-query heads. Torch lists the tiles, longest first, on the device and once a batch, so nothing waits.
-Since completions follow their prompt, a prompt's keys meet their queries in one causal range; of a
-short prompt with many completions that range is cut into pieces, added in fixed order. Without
-atomics, and with all ranges relative to a segment or its prompt, results are deterministic and do
-not depend on what else is in the pack.
+query heads. Torch lists the tiles, longest first, on the device and once a pass, so nothing waits.
+Since completions follow their prompt, a prompt's keys meet their queries in one causal range; where
+few tiles or few kv heads make too few programs that range is cut into pieces, added in fixed order.
+Without atomics, and with all ranges relative to a segment or its prompt, results are deterministic
+and do not depend on what else is in the pack.
 
 Not done here: dropout, sliding windows, bias, attention between completions, head_dim other than
-those in `HEAD_DIMS` (80 and 96 are computed as 128), more programs for d_k and d_v where there are
-only 1 or 2 kv heads. Sources: Dao, FlashAttention-2, arXiv 2307.08691; Juravsky et al., Hydragen,
-arXiv 2402.05099, here with one softmax over both parts.
+those in `HEAD_DIMS` (80 and 96 are computed as 128). Sources: Dao, FlashAttention-2, arXiv
+2307.08691; Juravsky et al., Hydragen, arXiv 2402.05099, here with one softmax over both parts.
 """
 
 # pyright: reportGeneralTypeIssues=false

@@ -143,9 +143,9 @@ def piece_lengths(segments: Segments, num_heads: int, num_kv_heads: int, block_m
 
         slots = 3 (3 n + S) / (2 num_kv_heads block_n)        pieces of        sum_t x_t / (slots - T)
 
-    queries or more; that makes sum_t ceil(x_t / piece) <= slots of them. No pack has more than `count_slots`: S is n
-    for a completion, n and all its completions for a prompt, so that 3 n + S add up to 5 tokens a token at most.
-    This is a rule of the segment and the model alone: values do not depend on the pack.
+    queries or more; that makes sum_t ceil(x_t / piece) <= sum_t x_t / piece + T <= slots. S is n for a completion, and
+    n with all its completions for a prompt, so that 3 n + S count no token more than 5 times: no pack has more pieces
+    than `count_slots` says. By a rule of the segment and the model alone values do not depend on the pack.
     """
     length, span = segments.stop - segments.start, segments.query_stop() - segments.start
     tiles = (length + block_n - 1) // block_n
@@ -170,27 +170,29 @@ def key_tiles(
     first slot. The last piece of a tile is what is left: short programs at the end fill the processors.
     """
     segment, first, stop = segments.tiles(block_n, total_tokens)
-    end = segments.query_stop()[segment]
-    piece = piece_lengths(segments, num_heads, num_kv_heads, block_m, block_n)[segment]
+    piece = piece_lengths(segments, num_heads, num_kv_heads, block_m, block_n)
+    end, piece = torch.stack((segments.query_stop(), piece), 1)[segment].unbind(1)
     num_slots = count_slots(total_tokens, num_kv_heads, block_n)
     pieces = (end - first + piece - 1) // piece
     slots = torch.where((first < stop) & (pieces > 1), pieces, 0)
     slots = torch.where(slots.cumsum(0) <= num_slots, slots, 0)  # all of them, unless `check_order` was left out
     used = torch.where(first < stop, slots.clamp(min=1), 0)
     last_entry, last_slot = used.cumsum(0), slots.cumsum(0)
+    tiles = torch.stack((first, stop, end, piece, slots, last_slot - slots, used, last_entry - used), 1)
     entry = torch.arange(first.shape[0] + num_slots, device=first.device)
     tile = torch.searchsorted(last_entry, entry, right=True).clamp(max=first.shape[0] - 1)
-    place = entry - (last_entry - used)[tile]
-    first_slot, is_split = last_slot - slots, slots > 0
-    begin = first[tile] + place * piece[tile]
-    end = torch.where(is_split[tile], torch.minimum(begin + piece[tile], end[tile]), end[tile])
-    slot = torch.where(is_split[tile], first_slot[tile] + place, -1)
-    tile_stop = torch.where(place < used[tile], stop[tile], 0)
-    entries = _table(torch.where(tile_stop > 0, end - begin, 0), first[tile], tile_stop, begin, end, slot)
+    first, stop, end, piece, slots, first_slot, used, first_entry = tiles[tile].unbind(1)
+    place = entry - first_entry
+    begin = first + place * piece
+    end = torch.where(slots > 0, torch.minimum(begin + piece, end), end)
+    slot = torch.where(slots > 0, first_slot + place, -1)
+    stop = torch.where(place < used, stop, 0)
+    entries = _table(torch.where(stop > 0, end - begin, 0), first, stop, begin, end, slot)
     slot = torch.arange(num_slots, device=first.device)
-    tile = torch.searchsorted(last_slot, slot, right=True).clamp(max=first.shape[0] - 1)
-    tile_stop = torch.where(is_split[tile] & (slot == first_slot[tile]), stop[tile], 0)
-    return entries, torch.stack((first[tile], tile_stop, slot, pieces[tile], slot), 1).int()
+    tile = torch.searchsorted(last_slot, slot, right=True).clamp(max=tiles.shape[0] - 1)
+    first, stop, _, _, slots, first_slot, *_ = tiles[tile].unbind(1)
+    stop = torch.where((slot == first_slot) & (slots > 0), stop, 0)
+    return entries, torch.stack((first, stop, slot, slots, slot), 1).int()
 
 
 @torch.library.custom_op("flashgrpo::attention_tiles", mutates_args=())  # one graph then serves every pack

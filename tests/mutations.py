@@ -91,7 +91,7 @@ FAULTS = {
         ("completions' tokens count as the prompt's", "3 * length + span", "4 * span", "no_pack_wants"),
         ("tiles' own pieces forgotten", "(2 * num_kv_heads * block_n) - tiles", "(2 * num_kv_heads * block_n)",
          "no_pack_wants"),
-        ("pieces overlap", "torch.minimum(begin + piece[tile], end[tile])", "end[tile]", "cover_every_query"),
+        ("pieces overlap", "torch.minimum(begin + piece, end), end)", "end, end)", "cover_every_query"),
         ("strangers between siblings", "family[1:] == family[:-1]", "family[1:] <= family[:-1]", "asserted"),
         ("offsets beyond the tensor", "value=total_tokens).diff()", "value=10**6).diff()", "asserted"),
     ],

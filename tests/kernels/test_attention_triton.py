@@ -236,12 +236,17 @@ def test_flash_attn_equals_the_kernels(device):
         assert not x[sum(lengths) :].any()
 
 
-def test_one_compiled_graph_serves_every_pack(device):
-    compiled = torch.compile(packed_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    for lengths, prefix in (SMALL, ([5, 30, 20, 9], [-1, 0, 0, -1])):
+@pytest.mark.parametrize("planned", [False, True])
+def test_one_compiled_graph_serves_every_pack(planned, device):
+    function = planned_attention if planned else packed_attention
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths, prefix in (([40, 60, 30, 25], [-1, 0, 0, -1]), SMALL):  # of the first no two sizes are one
         qkv, d_out = make_qkv(sum(lengths), device)
+        arguments, options = index(lengths, prefix, device), {"max_seqlen": max(lengths)}
+        if planned:
+            arguments = [plan_attention(*arguments, sum(lengths), (2, 1, 64), torch.float32, **options)]
         with torch._dynamo.config.patch(error_on_recompile=True):
-            out = compiled(*qkv, *index(lengths, prefix, device), max_seqlen=max(lengths))
+            out = compiled(*qkv, *arguments, **({} if planned else options))
         actual = out, *torch.autograd.grad(out, qkv, d_out)
         for x, y in zip(actual, run(qkv, d_out, lengths, prefix), strict=True):
             assert torch.equal(x, y)
