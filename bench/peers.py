@@ -240,7 +240,7 @@ def _three_gemms(inputs: Inputs) -> Callable[[], Results]:
 _ATTENTION = [
     Provider("flashgrpo", "out", _calls(_own_attention)),
     Provider("flashgrpo, prompt repeated", "out", _calls(_own_attention), is_repeated=True),
-    Provider("flash-attn 2, prompt shared", "out", _calls(functools.partial(_own_attention, backend="flash_attn"))),
+    Provider("flash-attn, prompt shared", "out", _calls(functools.partial(_own_attention, backend="flash_attn"))),
     Provider("torch SDPA", "out", _calls(_sdpa), is_repeated=True),
     Provider("torch varlen_attn", "out", _varlen, is_repeated=True),
     Provider("torch FlexAttention", "out", _flex),

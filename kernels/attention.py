@@ -389,7 +389,7 @@ def plan_attention(
     elif dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"q is {dtype}; wanted bfloat16, float16 or float32, or backend='torch'")
     if backend == "flash_attn":
-        keys = gathered_keys(cu_seqlens, prefix, total_tokens)
+        keys = gathered_keys(cu_seqlens, prefix, total_tokens, head_dim)
     else:
         forward, backward, key_options = plan.tile_options(like)
         blocks = [forward["BLOCK_M"]]
@@ -450,8 +450,8 @@ def packed_attention(
     Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim, scale or,
     by flash-attn, dtype that the kernels do not have, and, where offsets are on the CPU or the twin
     runs, for offsets that decrease or leave the tensor and a prefix that is no segment, has one
-    itself or stands elsewhere; TypeError for wrong dtypes; ImportError where flash-attn is not
-    installed.
+    itself or stands elsewhere; TypeError for wrong dtypes; ImportError where no flash-attn or
+    torch's varlen_attn has this chip and head_dim.
     """
     check_tensors(q, k, v)
     if cu_seqlens.device != q.device:

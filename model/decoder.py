@@ -279,7 +279,8 @@ class MLP(nn.Module):
         return self.product(swiglu(self.product(hidden, weights[0])), weights[1])
 
 
-# What selective checkpointing keeps: products and attention, flash-attn's too. model/cpu.py adds its product.
+# What selective checkpointing keeps: products and attention, flash-attn's too, except 4's, which is no operator.
+# model/cpu.py adds its product.
 KEPT_OPERATORS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -289,10 +290,11 @@ KEPT_OPERATORS = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 ]
+_KEPT_NAMESPACES = ("flash_attn", "flash_attn_3", "torch_attn")
 
 
 def _what_to_keep(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    kept = operator in KEPT_OPERATORS or getattr(operator, "namespace", "") == "flash_attn"
+    kept = operator in KEPT_OPERATORS or getattr(operator, "namespace", "") in _KEPT_NAMESPACES
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -95,6 +95,13 @@ FAULTS = {
         ("strangers between siblings", "family[1:] == family[:-1]", "family[1:] <= family[:-1]", "asserted"),
         ("offsets beyond the tensor", "value=total_tokens).diff()", "value=10**6).diff()", "asserted"),
     ],
+    ("attention_flash", "attention_flash"): [
+        ("a prompt's keys left out", "num_keys = shared + own", "num_keys = own", "equals_the_twin and families"),
+        ("rows in no segment asked for", "q[: keys.num_queries]", "q", "equals_the_twin and families"),
+        ("torch's varlen_attn not causal", '"window_size": (-1, 0)', '"window_size": (-1, -1)', "every_family"),
+        ("flash-attn 3 at head_dim 256", "{9: 192}", "{9: 256}", "older_family"),
+        ("the oldest family first", "in _FAMILIES.items()", "in reversed(_FAMILIES.items())", "newest_family"),
+    ],
     ("decode_attention", "decode_attention"): [
         ("running maximum starts at 0", '(ROWS,), float("-inf")', "(ROWS,), 0.0", "far_below and -1"),
         ("sum not rescaled when the maximum rises", "row_sum * rescale + tl.sum", "row_sum + tl.sum",

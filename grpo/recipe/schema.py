@@ -55,7 +55,7 @@ class ModelSection:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; bfloat16 keeps fp32 master weights. auto: bfloat16 on CUDA, float32 on a CPU."""
     attention_backend: Literal["triton", "torch", "flash_attn"] = "triton"
-    """Implementation of the packed attention; flash_attn needs CUDA, bfloat16 and the extra `flash`."""
+    """Implementation of the packed attention; flash_attn, flash-attn's or torch's, needs CUDA and bfloat16."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes instead of keeping: nothing, all but matrix products, or whole blocks."""
     compile: _Bool = False

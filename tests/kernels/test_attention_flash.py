@@ -1,17 +1,17 @@
-"""The keys that flash-attn is given, with its function computed densely on a CPU."""
+"""The keys that flash-attn of each family is given, with its function computed densely on a CPU."""
 
 import sys
+from inspect import signature
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import varlen as torch_varlen
 
 from flashgrpo.kernels import attention_flash
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.common import accumulation_dtype
-
-pytestmark = pytest.mark.twin
 
 FAMILIES = [1, 9, 0, 4, 6, 3, 5, 0, 7, 0, 2], [-1, 0, 0, -1, -1, 4, 4, 4, -1, 8, -1]
 EMPTY_PROMPT = [0, 3, 5, 4, 2], [-1, 0, -1, 2, 2]
@@ -30,9 +30,7 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, s
     for (start, stop), (first, last) in bounds:
         assert stop - start <= max_seqlen_q
         assert last - first <= max_seqlen_k
-        if first == last:
-            out[start:stop] = 0
-            continue
+        assert (first == last) <= (start == stop), "families differ in what queries without keys get"
         keys, values = (x[first:last].to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = softmax_scale * torch.einsum("qhd,khd->hqk", q[start:stop].to(wide), keys)
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + last - first - (stop - start))
@@ -40,9 +38,66 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, s
     return out.to(q.dtype) + (q[:0].sum() + k[:0].sum() + v[:0].sum())  # a function of all three also without keys
 
 
+def flash_attn_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                 causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+                 return_attn_probs=False, block_table=None):  # fmt: skip
+    return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                  softmax_scale=softmax_scale, causal=causal, deterministic=deterministic)  # fmt: skip
+
+
+def flash_attn_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+                 softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+                 window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
+                 deterministic=False, sm_margin=0, return_attn_probs=False):  # fmt: skip
+    assert seqused_q is seqused_k is qv is None
+    return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                  softmax_scale=softmax_scale, causal=causal, deterministic=deterministic)  # fmt: skip
+
+
+def flash_attn_4(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                 min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None,
+                 softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
+                 num_splits=1, pack_gqa=None, deterministic=False, score_mod=None, return_lse=False):  # fmt: skip
+    assert qv is min_seqlen_k is seqused_q is seqused_k is None
+    out = varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                 softmax_scale=softmax_scale, causal=causal, deterministic=deterministic)  # fmt: skip
+    return out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
+    assert enable_gqa
+    return varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+                  softmax_scale=scale, causal=window_size == (-1, 0), deterministic=True)  # fmt: skip
+
+
+# By the projects' sources, as attention_flash.py names them; the last is torch's own.
+FAKES = {
+    "flash-attn 4": ("flash_attn.cute", "flash_attn_varlen_func", flash_attn_4),
+    "flash-attn 3": ("flash_attn_interface", "flash_attn_varlen_func", flash_attn_3),
+    "flash-attn 2": ("flash_attn", "flash_attn_varlen_func", flash_attn_2),
+    "torch's varlen_attn": ("torch.nn.attention.varlen", "varlen_attn", varlen_attn),
+}
+
+
 @pytest.fixture
-def flash_attn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+def install(monkeypatch):
+    """Makes these families all that is installed, on a Hopper."""
+    monkeypatch.setattr(attention_flash, "_capability", lambda _: (9, 0))
+    attention_flash.flash_family.cache_clear()
+
+    def these(*names):
+        for name, (module, function, fake) in FAKES.items():
+            found = SimpleNamespace(**{function: fake}) if name in names else None
+            monkeypatch.setitem(sys.modules, module, found)
+
+    yield these
+    attention_flash.flash_family.cache_clear()
+
+
+@pytest.fixture
+def flash_attn(install):
+    install("flash-attn 2")
 
 
 def inputs(lengths, prefix, dtype, spare=0):
@@ -63,7 +118,7 @@ def inputs(lengths, prefix, dtype, spare=0):
 )  # fmt: skip
 def test_equals_the_twin(lengths, prefix, spare, flash_attn):
     qkv, d_out, offsets, prefix = inputs(lengths, prefix, torch.float64, spare)
-    keys = attention_flash.gathered_keys(offsets, prefix, len(d_out))
+    keys = attention_flash.gathered_keys(offsets, prefix, len(d_out), 8)
     out = attention_flash.flash_attention(*qkv, keys, 0.3)
     expected = packed_attention(*qkv, offsets, prefix, scale=0.3)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
@@ -88,16 +143,61 @@ def test_the_public_function_adds_gradients_in_fp32(flash_attn):
 
 def test_what_flash_attn_does_not_have_is_named():
     q, offsets = torch.zeros(4, 2, 8), torch.tensor([0, 4])
-    for x, found in ((q, "q is torch.float32"), (q.half()[..., :4], "q has head_dim 4")):
+    short, wanted = q.half()[..., :4], "wanted a GPU, or another backend"
+    for x, found in ((q, "q is torch.float32"), (short, "q has head_dim 4"), (q.half(), wanted)):
         with pytest.raises(ValueError, match=found):
             packed_attention(x, x, x, offsets, backend="flash_attn")
 
 
-def test_flash_attn_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
+@pytest.mark.parametrize("family", FAKES)
+def test_every_family_is_called_as_its_source_says(family, install):
+    install(family)
+    qkv, d_out, offsets, prefix = inputs(*FAMILIES, torch.bfloat16, 3)
+    out = packed_attention(*qkv, offsets, prefix, backend="flash_attn")
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    expected = packed_attention(*exact, offsets, prefix)
+    results = (out, *torch.autograd.grad(out, qkv, d_out))
+    for x, y in zip(results, (expected, *torch.autograd.grad(expected, exact, d_out.double())), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=0.02, atol=0.02 * y.abs().max().item())
+
+
+def test_the_signature_of_torchs_own():
+    assert [*signature(varlen_attn).parameters] == [*signature(torch_varlen.varlen_attn).parameters]
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "expected"),
+    [((8, 0), 128, 2), ((8, 6), 256, 2), ((9, 0), 128, 0), ((9, 0), 256, 0), ((10, 3), 128, 0), ((10, 0), 256, 2),
+     ((12, 0), 64, 2)],
+)  # fmt: skip
+def test_the_newest_family_of_a_chip_is_taken(capability, head_dim, expected, install, caplog):
+    install(*FAKES)
+    caplog.set_level("INFO")
+    for _ in range(2):
+        name, _ = attention_flash.flash_family(head_dim, capability)
+        assert name == [*FAKES][expected]
+    assert len(caplog.records) == 1, "said once"
+    assert name in caplog.text
+
+
+def test_an_older_family_stands_in(install):
+    install("flash-attn 3", "torch's varlen_attn")
+    assert attention_flash.flash_family(192, (9, 0))[0] == "flash-attn 3"
+    assert attention_flash.flash_family(200, (9, 0))[0] == "torch's varlen_attn"
+
+
+def test_what_was_found_and_what_to_install_is_named(install, monkeypatch):
+    """Also a package that was built for another torch, and torch's function of an older one."""
+    install()
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    older = SimpleNamespace(varlen_attn=lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal: None)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", older)
     q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
-    with pytest.raises(ImportError, match=r"pip install .flash-attn"):
+    found = "(?s)head_dim 8 on sm_90.*flash-attn 4: .*no attribute.*lacks enable_gqa: too old.*pip install .flash-attn"
+    with pytest.raises(ImportError, match=found):
         packed_attention(q, q, q, torch.tensor([0, 4]), backend="flash_attn")
+    with pytest.raises(ImportError, match=r"sm_75 .*torch's varlen_attn does not have it"):
+        attention_flash.flash_family(64, (7, 5))
 
 
 # The two functions of flash-attn 2.8.3's extension that a call ends in, their arguments in order:
@@ -186,7 +286,7 @@ def flash_attn_varlen_func(
 
 @pytest.mark.parametrize("d_out_is", ["whole", "of every other head", "transposed"])
 @pytest.mark.parametrize(("lengths", "prefix"), [FAMILIES, EMPTY_PROMPT, ([1, 1, 1], [-1, 0, 0])])
-def test_what_flash_attns_extension_is_given(lengths, prefix, d_out_is, monkeypatch):
+def test_what_flash_attns_extension_is_given(lengths, prefix, d_out_is, flash_attn, monkeypatch):
     """In number, order, type and layout as its C++ says, also where v is a part of a joint projection."""
     module = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -199,7 +299,7 @@ def test_what_flash_attns_extension_is_given(lengths, prefix, d_out_is, monkeypa
     d_out = {
         "whole": torch.randn(total, 4, 8),
         "of every other head": torch.randn(total, 8, 8)[:, ::2],
-        "transposed": torch.randn(8, 4, total).T,
+        "transposed": torch.randn(8, 4, total).permute(2, 1, 0),
     }[d_out_is]
     (d_joint,) = torch.autograd.grad(out, joint, d_out.bfloat16())
     assert d_joint.isfinite().all()

@@ -1,4 +1,3 @@
-from importlib.util import find_spec
 from itertools import accumulate
 
 import pytest
@@ -226,7 +225,7 @@ def test_tensors_without_contiguous_rows_are_copied(device):
         assert torch.equal(x, y)
 
 
-@pytest.mark.skipif(knobs.runtime.interpret or not find_spec("flash_attn"), reason="needs flash-attn and a GPU")
+@pytest.mark.skipif(knobs.runtime.interpret or not torch.cuda.is_available(), reason="needs a GPU")
 def test_flash_attn_equals_the_kernels(device):
     lengths, prefix = FAMILIES
     qkv, d_out = make_qkv(sum(lengths) + 3, device, num_heads=4, num_kv_heads=2, dtype=torch.bfloat16)
