@@ -13,7 +13,7 @@ and how long the longest sequences are. Not done: CPU tensors, fp32, CUDA graphs
 
 Sources: Dao, FlashAttention-2, arXiv 2307.08691; Shah et al., FlashAttention-3, arXiv 2407.08608;
 signatures and limits by https://github.com/Dao-AILab/flash-attention (flash_attn/flash_attn_interface.py,
-hopper/flash_attn_interface.py, hopper/flash_api.cpp, flash_attn/cute/interface.py) and by
+hopper/flash_attn_interface.py, hopper/flash_api.cpp, flash_attn/cute/interface.py and its tests), and
 https://docs.pytorch.org/docs/stable/nn.attention.varlen.html.
 """
 
@@ -36,7 +36,7 @@ _EVERY_CHIP = dict.fromkeys((8, 9, 10, 11, 12), 256)
 # The newest first: module, function, an argument that tells it from older ones, and by major compute capability the
 # largest head_dim with a deterministic backward pass.
 _FAMILIES = {
-    "flash-attn 4": ("flash_attn.cute", "flash_attn_varlen_func", "deterministic", {9: 256, 10: 128, 11: 128}),
+    "flash-attn 4": ("flash_attn.cute", "flash_attn_varlen_func", "deterministic", {9: 192, 10: 128, 11: 128}),
     "flash-attn 3": ("flash_attn_interface", "flash_attn_varlen_func", "deterministic", {9: 192}),
     "flash-attn 2": ("flash_attn", "flash_attn_varlen_func", "deterministic", _EVERY_CHIP),
     "torch's varlen_attn": ("torch.nn.attention.varlen", "varlen_attn", "enable_gqa", _EVERY_CHIP),

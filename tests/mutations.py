@@ -99,7 +99,7 @@ FAULTS = {
         ("a prompt's keys left out", "num_keys = shared + own", "num_keys = own", "equals_the_twin and families"),
         ("rows in no segment asked for", "q[: keys.num_queries]", "q", "equals_the_twin and families"),
         ("torch's varlen_attn not causal", '"window_size": (-1, 0)', '"window_size": (-1, -1)', "every_family"),
-        ("flash-attn 3 at head_dim 256", "{9: 192}", "{9: 256}", "older_family"),
+        ("flash-attn 3 at head_dim 256", "{9: 192})", "{9: 256})", "older_family"),
         ("the oldest family first", "in _FAMILIES.items()", "in reversed(_FAMILIES.items())", "newest_family"),
     ],
     ("decode_attention", "decode_attention"): [

@@ -167,7 +167,7 @@ def test_the_signature_of_torchs_own():
 
 @pytest.mark.parametrize(
     ("capability", "head_dim", "expected"),
-    [((8, 0), 128, 2), ((8, 6), 256, 2), ((9, 0), 128, 0), ((9, 0), 256, 0), ((10, 3), 128, 0), ((10, 0), 256, 2),
+    [((8, 0), 128, 2), ((8, 6), 256, 2), ((9, 0), 128, 0), ((9, 0), 256, 2), ((10, 3), 128, 0), ((10, 0), 256, 2),
      ((12, 0), 64, 2)],
 )  # fmt: skip
 def test_the_newest_family_of_a_chip_is_taken(capability, head_dim, expected, install, caplog):
