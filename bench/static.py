@@ -139,7 +139,7 @@ def launches(target: str) -> Iterator[Launch]:
     yield Launch(loss_triton._row_loss_kernel, target, None, row | no_bonus)
     yield Launch(loss_triton._move_rows_kernel, target, None, row)
     yield Launch(loss_triton._scale_kernel, target, None, row)
-    row = {"BLOCK": loss_triton.BLOCK, "GROUP_BLOCK": loss_triton.GROUP_BLOCK}
+    row = {"BLOCK": loss_triton.BLOCK, "GROUP_BLOCK": loss_triton.GROUP_BLOCK, "num_warps": loss_triton.NUM_WARPS}
     yield Launch(loss_triton._advantage_kernel, target, None, row)
     yield Launch(loss_triton._grpo_loss_kernel, target, None, row)
     yield Launch(loss_triton._sum_blocks_kernel, target, None, {"ROWS": loss_triton._ROWS})

@@ -299,7 +299,7 @@ def _loss(logprobs: Tensor, entropies: Tensor | None, inputs: LossInputs) -> tup
     stats = named_stats(metrics, inputs, per_token, logprobs, entropies)
     if not inputs.entropy_coef:
         entropies = d_entropies = None
-    return WithGradients.apply(loss, logprobs, entropies, d_logprobs, d_entropies, inputs.divisor, False), stats
+    return WithGradients.apply(loss, logprobs, entropies, d_logprobs, d_entropies, None, False), stats
 
 
 def implementation(x: Tensor) -> ModuleType:
@@ -322,7 +322,7 @@ def empty_sums(like: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor
 def _logprobs_loss(
     logprobs: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, per_token, gradients by log-prob and by entropy), the gradients before the denominator."""
+    """(loss, metrics, per_token, gradients by log-prob and by entropy)."""
     made = implementation(logprobs).loss_of_logprobs(logprobs, entropies, LossInputs._make((*tensors, *numbers)))
     return *made[:4], or_nothing(made.d_entropies, logprobs)
 

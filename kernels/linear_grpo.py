@@ -372,9 +372,9 @@ def _linear_loss(
     divided = inputs if head.divides else inputs.undivided()
     if inputs.scores_first:
         logprobs, entropies = score(head)
-        made = by.loss_of_logprobs(logprobs, entropies, inputs)
-        d_entropies = None if made.d_entropies is None else made.d_entropies / divided.divisor
-        gradients, sums = recompute(head, made.d_logprobs / divided.divisor, d_entropies, asked), made[:3]
+        made = by.loss_of_logprobs(logprobs, entropies, divided)
+        gradients = recompute(head, made.d_logprobs, made.d_entropies, asked)
+        sums = made.loss if head.divides else made.loss / inputs.divisor, made.metrics, made.per_token
     else:
         loss = by.RowLoss(divided, hidden, temperature)
         gradients = Gradients.of(head, asked)

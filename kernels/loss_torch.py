@@ -25,7 +25,7 @@ from flashgrpo.kernels.loss_config import (
 
 
 class Loss(NamedTuple):
-    """What is made of log-probs. Gradients lack the denominator."""
+    """What is made of log-probs. Loss and gradients are over the denominator."""
 
     loss: Tensor  # 0-d
     metrics: Tensor  # [len(METRICS)] fp32
@@ -41,7 +41,8 @@ def loss_of_logprobs(
 ) -> Loss:
     tokens = TokenInputs.of(of_high_entropy(inputs, logprobs, entropies), logprobs)
     terms = token_losses(logprobs, tokens)
-    return Loss(*summed(terms, entropies, tokens, inputs), terms.d_logprob, tokens.d_entropies)
+    d_entropies = None if tokens.d_entropies is None else tokens.d_entropies / inputs.divisor
+    return Loss(*summed(terms, entropies, tokens, inputs), terms.d_logprob / inputs.divisor, d_entropies)
 
 
 class RowLoss:

@@ -1,12 +1,12 @@
 # pyright: reportGeneralTypeIssues=false
 """The loss of grpo_loss.py on the device, from log-probs or from rows of logits.
 
-From log-probs it takes two launches: a program for every 512 tokens, then one for every metric. A
-program finds the completions of its tokens by bisection, and for each of them reads its group's
-rewards, and at sequence level its tokens' log-ratios: what lies apart is read again rather than
-kept in a launch of its own. A token costs at most 16 bytes read and 4 written; 64k tokens are 1.3
-MB, so the launches themselves are what takes time. Sums have a fixed order: lanes of a block, then
-blocks.
+From log-probs a program makes the loss of 1,024 tokens, and where there are more a second launch has
+one for every metric. A program counts how many completions end before its first token and its last,
+and for each between reads its group's rewards, and where that is asked for its tokens' log-ratios:
+what lies apart is read again rather than kept in a launch of its own. A token costs at most 16 bytes
+read and 4 written; 64k tokens are 1.3 MB, so the launches themselves are what takes time. Sums have
+a fixed order: lanes of a block, then blocks.
 
 From logits (`RowLoss`) a launch beforehand gives every token the advantage and the length of its
 completion. Then a program takes a row: it reads it for log-prob and entropy, makes the loss and its
@@ -28,11 +28,13 @@ from flashgrpo.kernels.logprob import row_logprob, whole_steps, write_gradient
 from flashgrpo.kernels.loss_config import METRICS, PER_TOKEN, LossInputs
 from flashgrpo.kernels.loss_torch import Loss, of_high_entropy
 
-BLOCK = 512  # tokens of a program
-GROUP_BLOCK = 128  # rewards of a group read at once
+BLOCK = 1024  # tokens of a program, and offsets read at once
+NUM_WARPS = 8
+GROUP_BLOCK = 32  # rewards of a group read at once: by each warp, so that no sum of them waits for other warps
 _ROWS = 2048  # blocks summed at once
 _SCALED = 1 << 17  # numbers, in whole rows, of a program that may have nothing to do: 4,000 for a weight of 4 x 10^8
 _RATIO_MAX, _MISMATCH_MAX = (tl.constexpr(METRICS.index(name)) for name in ("ratio_max", "behavior_mismatch_max"))
+_NUM_METRICS, _METRICS = tl.constexpr(len(METRICS)), tl.constexpr(16)  # and a power of two
 
 
 @triton.jit
@@ -54,42 +56,35 @@ def _largest(x):
 
 @triton.jit
 def _group_advantage(rewards, slot, group_size, scale, eps, GROUP_BLOCK: tl.constexpr):
-    """Advantage of rewards[slot] in its group. Deviations are from a reward of the group, see `group_advantages`."""
+    """Advantage of rewards[slot] in its group. Measured from it, equal rewards deviate by exactly 0."""
     group = rewards + slot // group_size * group_size
     own = tl.load(rewards + slot).to(tl.float32)
-    own = tl.where(_is_finite(own), own, float("nan"))
     lanes = tl.arange(0, GROUP_BLOCK)
-    first = group_size
-    for start in range(0, group_size, GROUP_BLOCK):
-        x = tl.load(group + start + lanes, mask=start + lanes < group_size, other=float("nan")).to(tl.float32)
-        first = tl.minimum(first, tl.min(tl.where(_is_finite(x), start + lanes, group_size), 0))
-    origin = tl.load(group + first, mask=first < group_size, other=0.0).to(tl.float32)
     count, total, square = 0.0, 0.0, 0.0
     for start in range(0, group_size, GROUP_BLOCK):
         x = tl.load(group + start + lanes, mask=start + lanes < group_size, other=float("nan")).to(tl.float32)
         count += tl.sum(tl.where(_is_finite(x), 1.0, 0.0), 0)
-        total += tl.sum(tl.where(_is_finite(x), x - origin, 0.0), 0)
+        total += tl.sum(tl.where(_is_finite(x), x - own, 0.0), 0)
     mean = total / tl.maximum(count, 1.0)
     for start in range(0, group_size, GROUP_BLOCK):
         x = tl.load(group + start + lanes, mask=start + lanes < group_size, other=float("nan")).to(tl.float32)
-        deviation = tl.where(_is_finite(x), (x - origin) - mean, 0.0)
+        deviation = tl.where(_is_finite(x), (x - own) - mean, 0.0)
         square += tl.sum(deviation * deviation, 0)
-    deviation = (own - origin) - mean
     spread = tl.sqrt(square / tl.maximum(count - 1.0, 1.0)) + eps
-    return tl.where(scale == 0, deviation / spread, deviation)
+    advantage = 0.0 - tl.where(scale == 0, mean / spread, mean)
+    return tl.where(_is_finite(own), advantage, float("nan"))
 
 
 @triton.jit
-def _sequence_of(offsets, num_sequences, row):
-    """The last sequence that starts at or before `row`, by bisection."""
-    low, high = 0, num_sequences - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(offsets + middle) <= row:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _sequences_of(offsets, num_sequences, first, last, LANES: tl.constexpr):
+    """The sequences of two rows, which are as many as end at or before each: all ends are read at once."""
+    before_first, before_last = 0, 0
+    for start in range(0, num_sequences, LANES):
+        sequence = start + tl.arange(0, LANES)
+        ends = tl.load(offsets + 1 + sequence, mask=sequence < num_sequences, other=0)
+        before_first += tl.sum(((sequence < num_sequences) & (ends <= first)).to(tl.int32), 0)
+        before_last += tl.sum(((sequence < num_sequences) & (ends <= last)).to(tl.int32), 0)
+    return tl.minimum(before_first, num_sequences - 1), tl.minimum(before_last, num_sequences - 1)
 
 
 @triton.jit
@@ -145,8 +140,8 @@ def _completions_of(
     drift = tl.zeros([BLOCK], tl.float32)
     advantage = tl.full([BLOCK], float("nan"), tl.float32)
     length = tl.full([BLOCK], 1.0, tl.float32)
-    last = _sequence_of(inputs.target_cu_seqlens, num_sequences, stop - 1)
-    for sequence in range(_sequence_of(inputs.target_cu_seqlens, num_sequences, start), last + 1):
+    first, last = _sequences_of(inputs.target_cu_seqlens, num_sequences, start, stop - 1, BLOCK)
+    for sequence in range(first, last + 1):
         begin, end = tl.load(inputs.target_cu_seqlens + sequence), tl.load(inputs.target_cu_seqlens + sequence + 1)
         mine = (rows >= begin) & (rows < end)
         own = float("nan")
@@ -216,10 +211,9 @@ def _log_ratio_and_mismatch(rows, inside, logprob, inputs):
 
 @triton.jit
 def _loss_of_tokens(
-    rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, sums, num_blocks, per_token, n,
-    entropy_coef, inputs,
+    rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, per_token, n, entropy_coef, inputs
 ):  # fmt: skip
-    """The gradients of the loss by log-prob and by entropy; the block's sums go to `sums`."""
+    """The gradients of the loss by log-prob and by entropy, and the block's sums, as METRICS has them."""
     counted = advantage == advantage
     advantage = tl.where(counted, advantage, 0.0)
     weight = tl.where(counted, tl.where(inputs.aggregate != 0, 1.0, 1.0 / length), 0.0)
@@ -255,25 +249,36 @@ def _loss_of_tokens(
         tl.store(per_token + 2 * n + rows, loss, mask=rows < n)
 
     # In the order of METRICS.
-    tl.store(sums, tl.sum(loss, 0))
-    tl.store(sums + num_blocks, tl.sum(counted.to(tl.float32), 0))
-    tl.store(sums + 2 * num_blocks, tl.sum(counted_ratio, 0))
-    tl.store(sums + _RATIO_MAX * num_blocks, _largest(counted_ratio))
-    tl.store(sums + 4 * num_blocks, tl.sum(((ratio < 1 - inputs.clip_low) & (advantage < 0)).to(tl.float32), 0))
-    tl.store(sums + 5 * num_blocks, tl.sum(((ratio > 1 + inputs.clip_high) & (advantage > 0)).to(tl.float32), 0))
-    tl.store(sums + 6 * num_blocks, tl.sum(live.to(tl.float32), 0))
-    tl.store(sums + 7 * num_blocks, tl.sum(kl, 0))
-    tl.store(sums + 8 * num_blocks, tl.sum(mismatch, 0))
-    tl.store(sums + _MISMATCH_MAX * num_blocks, _largest(mismatch))
-    tl.store(sums + 10 * num_blocks, tl.sum(entropy, 0))
-    return slope, bonus
+    metric = tl.arange(0, _METRICS)
+    sums = tl.where(metric == 0, tl.sum(loss, 0), tl.zeros([_METRICS], tl.float32))
+    sums = tl.where(metric == 1, tl.sum(counted.to(tl.float32), 0), sums)
+    sums = tl.where(metric == 2, tl.sum(counted_ratio, 0), sums)
+    sums = tl.where(metric == _RATIO_MAX, _largest(counted_ratio), sums)
+    sums = tl.where(metric == 4, tl.sum(((ratio < 1 - inputs.clip_low) & (advantage < 0)).to(tl.float32), 0), sums)
+    sums = tl.where(metric == 5, tl.sum(((ratio > 1 + inputs.clip_high) & (advantage > 0)).to(tl.float32), 0), sums)
+    sums = tl.where(metric == 6, tl.sum(live.to(tl.float32), 0), sums)
+    sums = tl.where(metric == 7, tl.sum(kl, 0), sums)
+    sums = tl.where(metric == 8, tl.sum(mismatch, 0), sums)
+    sums = tl.where(metric == _MISMATCH_MAX, _largest(mismatch), sums)
+    sums = tl.where(metric == 10, tl.sum(entropy, 0), sums)
+    return slope, bonus, sums
+
+
+@triton.jit
+def _report(metric, total, num_tokens, loss, metrics, inputs):
+    """Writes, of sums over all tokens, the loss over the denominator, and the metrics."""
+    is_mean = (metric != 1) & (metric != _RATIO_MAX) & (metric != _MISMATCH_MAX)
+    value = tl.where(is_mean, total / tl.maximum(num_tokens, 1.0), total)
+    tl.store(metrics + metric, value, mask=metric < _NUM_METRICS)
+    tl.store(loss + metric, total / _denominator(inputs), mask=metric == 0)
 
 
 @triton.jit(do_not_specialize=["n", "num_sequences", "num_rewards", "group_size", "num_blocks"])
 def _grpo_loss_kernel(
-    logprobs, entropies, d_logprobs, d_entropies, partials, per_token, n, num_sequences, num_rewards, group_size,
-    num_blocks, inputs, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    logprobs, entropies, d_logprobs, d_entropies, partials, loss, metrics, per_token, n, num_sequences, num_rewards,
+    group_size, num_blocks, inputs, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Gradients over the denominator; sums of several blocks go to `partials`, else to `loss` and `metrics`."""
     block = tl.program_id(0)
     start = block * BLOCK
     rows = start + tl.arange(0, BLOCK)
@@ -287,13 +292,18 @@ def _grpo_loss_kernel(
         rows, start, tl.minimum(start + BLOCK, n), log_ratio, mismatch, logprobs, inputs, num_sequences, num_rewards,
         group_size, BLOCK, GROUP_BLOCK,
     )  # fmt: skip
-    slope, bonus = _loss_of_tokens(
-        rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, partials + block, num_blocks,
-        per_token, n, inputs.entropy_coef, inputs,
+    slope, bonus, sums = _loss_of_tokens(
+        rows, logprob, entropy, log_ratio, mismatch, log_weight, advantage, length, per_token, n, inputs.entropy_coef,
+        inputs,
     )  # fmt: skip
-    tl.store(d_logprobs + rows, slope, mask=inside)
+    denominator, metric = _denominator(inputs), tl.arange(0, _METRICS)
+    tl.store(d_logprobs + rows, slope / denominator, mask=inside)
     if d_entropies is not None:
-        tl.store(d_entropies + rows, bonus, mask=inside)
+        tl.store(d_entropies + rows, bonus / denominator, mask=inside)
+    if partials is None:
+        _report(metric, sums, tl.sum(tl.where(metric == 1, sums, 0.0), 0), loss, metrics, inputs)
+    else:
+        tl.store(partials + metric * num_blocks + block, sums, mask=metric < _NUM_METRICS)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -309,11 +319,7 @@ def _sum_blocks_kernel(partials, loss, metrics, num_blocks, inputs, ROWS: tl.con
         total = tl.where(is_max, larger, total + x)
         tokens += tl.load(partials + num_blocks + start + lanes, mask=start + lanes < num_blocks, other=0.0)
     result = tl.where(is_max, _largest(total), tl.sum(total, 0))
-    if metric == 0:
-        tl.store(loss, result / _denominator(inputs))
-    if (metric != 1) & (is_max == 0):
-        result = result / tl.maximum(tl.sum(tokens, 0), 1.0)
-    tl.store(metrics + metric, result)
+    _report(metric, result, tl.sum(tokens, 0), loss, metrics, inputs)
 
 
 @triton.jit(do_not_specialize=["n", "num_sequences", "num_rewards", "group_size"])
@@ -353,12 +359,13 @@ def _row_loss_kernel(
     coefficient = 0.0
     if inputs.entropy_coef is not None:
         coefficient = inputs.entropy_coef
-    slope, bonus = _loss_of_tokens(
+    slope, bonus, sums = _loss_of_tokens(
         one, tl.full([1], logprob, tl.float32), tl.full([1], entropy, tl.float32), log_ratio, mismatch,
         tl.where(inputs.behavior_level != 0, tl.load(token_log_weights + one), mismatch),
-        tl.load(token_advantages + one), tl.load(token_lengths + one), partials + token, num_rows, per_token, num_rows,
-        coefficient, inputs,
+        tl.load(token_advantages + one), tl.load(token_lengths + one), per_token, num_rows, coefficient, inputs,
     )  # fmt: skip
+    metric = tl.arange(0, _METRICS)
+    tl.store(partials + metric.to(tl.int64) * num_rows + token, sums, mask=metric < _NUM_METRICS)
     d_logprob, d_entropy = tl.sum(slope, 0), tl.sum(bonus, 0)
     is_live = (d_logprob != 0) | (d_entropy != 0)
     tl.store(live + token, is_live.to(tl.int8))
@@ -419,14 +426,17 @@ def loss_of_logprobs(
     n = logprobs.shape[0]
     d_logprobs = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
     d_entropies = torch.empty_like(d_logprobs) if inputs.entropy_coef else None
-    partials = d_logprobs.new_empty(len(METRICS), -(-n // BLOCK))
-    per_token = _room_per_token(d_logprobs, inputs)
+    num_blocks, per_token = -(-n // BLOCK), _room_per_token(d_logprobs, inputs)
+    # More blocks in one program would follow each other, each as long as the launch that they save.
+    alone = num_blocks == 1
+    partials = None if alone else d_logprobs.new_empty(len(METRICS), num_blocks)
+    sums = d_logprobs.new_empty(()), d_logprobs.new_empty(len(METRICS))
     launch(
-        _grpo_loss_kernel, partials.shape[1:], logprobs.contiguous(), entropies, d_logprobs, d_entropies, partials,
-        per_token if inputs.per_token else None, n, *_counts(inputs), partials.shape[1], inputs,
-        BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
+        _grpo_loss_kernel, (num_blocks,), logprobs.contiguous(), entropies, d_logprobs, d_entropies, partials,
+        *(sums if alone else (None, None)), per_token if inputs.per_token else None, n, *_counts(inputs), num_blocks,
+        inputs, BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return Loss(*_sums(partials, inputs), per_token, d_logprobs, d_entropies)
+    return Loss(*(sums if partials is None else _sums(partials, inputs)), per_token, d_logprobs, d_entropies)
 
 
 def _room_per_token(like: Tensor, inputs: LossInputs) -> Tensor:
@@ -465,7 +475,7 @@ class RowLoss:
         self.scale = math.log2(math.e) / temperature
         launch(
             _advantage_kernel, (-(-n // BLOCK),), *self.of_completions, n, *_counts(inputs), inputs,
-            BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK,
+            BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
     def take(

@@ -267,7 +267,8 @@ def test_sizes_do_not_recompile(compiled_keys):
         tensors = {"rewards": rewards, "sequence_ids": ids, "old_logprobs": values, "ref_logprobs": values}
         missing = dict.fromkeys(("targets", "advantages", "behavior_logprobs"))
         inputs = LossInputs.of(values, config, offsets, rng.choice([1, 0.5]), **tensors, **missing)
-        loss_of_logprobs(values, None, inputs)
+        for several_blocks in (False, True):
+            loss_of_logprobs(torch.zeros(1024 + n) if several_blocks else values, None, inputs)
         inputs = inputs._replace(targets=torch.zeros(n, dtype=torch.int64))
         logits = torch.zeros(n, vocab, dtype=torch.bfloat16)
         RowLoss(inputs, values, rng.random()).take(logits, 0, logits)
@@ -302,5 +303,5 @@ def test_sizes_do_not_recompile(compiled_keys):
         decode_attention._by_kernels(q, k, k, prompts, own, decode_rows, rng.choice([1.0, 0.125]))
     # A vocabulary, and with it the rows' stride, of 1, a multiple of 16, and any other.
     expected = {kernel: 3 if re.search("logprob|row", kernel) else 1 for kernel in defined_kernels()}
-    expected["_scale_kernel"] = 3
+    expected["_scale_kernel"], expected["_grpo_loss_kernel"] = 3, 2  # of one block, or of several
     assert {kernel: len(keys) for kernel, keys in compiled_keys.items()} == expected

@@ -241,6 +241,17 @@ def test_own_advantages_and_a_denominator_on_the_device(name, of_tokens, device,
         assert torch.equal(x, y)
 
 
+def test_many_completions_of_a_token(device, dtype):
+    """More than a program reads the ends of at once, with empty ones between; losses and gradients by hand."""
+    spans, advantages = torch.arange(2500) % 3 % 2, torch.randn(2500, device=device, dtype=dtype)
+    offsets, config = torch.nn.functional.pad(spans.cumsum(0), (1, 0)).int(), LossConfig.preset("bnpo")
+    leaf = torch.zeros(int(offsets[-1]), device=device, dtype=dtype, requires_grad=True)
+    loss, _ = grpo_loss(leaf, offsets.to(device), config, denominator=37.0, advantages=advantages)
+    kept = advantages[spans.to(device) == 1]
+    torch.testing.assert_close(loss, -kept.sum() / 37, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], -kept / 37)
+
+
 @pytest.mark.twin
 def test_group_advantages_follow_the_formula():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 2.0], [3.0, 4.0, 8.0, 9.0]], dtype=torch.float64)
