@@ -206,8 +206,11 @@ def attention_tiles(
     """
     segments = Segments.of(cu_seqlens, prefix, total_tokens)
     segments.check_order(cu_seqlens, prefix, total_tokens)
-    tiles = [query_tiles(segments, total_tokens, block) for block in blocks[:2]]
-    return [*tiles, *key_tiles(segments, total_tokens, *heads, *blocks[2:])] if blocks[2:] else tiles
+    forward = query_tiles(segments, total_tokens, blocks[0])
+    if len(blocks) == 1:
+        return [forward]
+    backward = forward.clone() if blocks[1] == blocks[0] else query_tiles(segments, total_tokens, blocks[1])
+    return [forward, backward, *key_tiles(segments, total_tokens, *heads, *blocks[2:])]
 
 
 @attention_tiles.register_fake

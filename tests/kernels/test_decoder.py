@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flashgrpo.kernels import attention_plan
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig
@@ -57,7 +58,10 @@ def run(model, device):
     return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-def test_kernels_compute_what_a_cpu_does_in_every_mode(models, device, close):
+def test_kernels_compute_what_a_cpu_does_in_every_mode(models, device, close, monkeypatch):
+    """By tables of attention that are made once a pass."""
+    make_tables, made = attention_plan.attention_tiles, []
+    monkeypatch.setattr(attention_plan, "attention_tiles", lambda *x: made.append(0) or make_tables(*x))
     model, on_cpu = models
     plain = run(model, device)
     close([x.cpu() for x in plain], run(on_cpu, torch.device("cpu")))
@@ -66,6 +70,7 @@ def test_kernels_compute_what_a_cpu_does_in_every_mode(models, device, close):
     for mode in ("selective", "full"):
         model.activation_checkpointing = mode
         assert all(map(torch.equal, run(model, device), plain)), mode
+    assert len(made) == 4, "passes"
 
 
 @pytest.mark.parametrize(("models", "mode"), [("qwen3", "none"), ("qwen2", "selective")], indirect=["models"])
