@@ -156,18 +156,26 @@ FAULTS = {
         ("product overwritten under QK norm", "overwrite and not needed and", "overwrite and", "nobody_needs"),
     ],
     ("grpo_loss", "linear_grpo_triton"): [
-        ("1/denominator left out of the gradients", "grad_outputs[0] / ctx.denominator", "grad_outputs[0]",
-         "low_precision and None"),
+        ("1/denominator left out of fp16's gradients", "grad_outputs[0] / ctx.denominator", "grad_outputs[0]",
+         "low_precision and 64.0"),
+        ("main_grad without the upstream gradient", "scale.reshape(1), out=ctx.main_grad",
+         "torch.ones_like(scale), out=ctx.main_grad", "upstream"),
     ],
     ("linear_grpo", "linear_grpo_triton"): [
-        ("d_weight of the last chunk alone", "d_weight.dtype))", "d_weight.dtype), beta=0)", "low_precision and None"),
-        ("d_weight summed in bf16", "accumulation_dtype(head.weight.dtype)", "head.weight.dtype",
-         "low_precision and None"),
+        ("d_weight of the last chunk alone", "if self.is_begun:", "if False:", "low_precision and bnpo-48"),
+        ("d_weight summed in bf16", "dtype = accumulation_dtype(dtype)", "pass", "low_precision and bnpo-48"),
+        ("d_weight of no rows unwritten", "gradients.d_weight.zero_()", "pass", "no_targets"),
+        ("d_hidden rounded twice", "self.weight.dtype != torch.float16", "False", "low_precision and 37.0"),
+        ("fp16 divided before its products", "self.weight.dtype != torch.float16", "True", "tiny_denominator"),
+        ("sequence level not divided", "made.d_logprobs / divided.divisor", "made.d_logprobs",
+         "low_precision and gspo"),
+        ("chunks longer than there is room for", "-(-num_rows // most))", "num_rows // most)", "default_chunks"),
         ("compacted rows of another chunk", "start + live", "live", "compaction and 2.0"),
     ],
     ("loss_triton", "linear_grpo_triton"): [
         ("rows of the entropy bonus alone left out", " | (d_entropy != 0)", "", "compaction and 2.0"),
         ("first live row moved to all", "behind.clamp", "(0 * behind).clamp", "compaction and 2.0"),
+        ("one row of a program's scaled", "row += num_programs.to(tl.int64) * row_stride", "row += 0", "upstream"),
     ],
 }  # fmt: skip
 

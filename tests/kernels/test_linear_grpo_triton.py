@@ -110,15 +110,17 @@ def test_low_precision_is_as_accurate_as_torch(
 
 
 def test_a_tiny_denominator_keeps_fp16_gradients(device):
-    """1 / 1e6 inside the GEMMs would flush them to 0."""
+    """1 / 1e6 inside the GEMMs would flush most of them to 0."""
     hidden, weight, targets, offsets, arguments = make_case(device, torch.float16)
-    hidden.requires_grad_()
-    loss, _ = linear_grpo_loss(
-        hidden, weight, targets, offsets, LossConfig(aggregate="token_mean"), denominator=1e6,
-        advantages=arguments["advantages"],
-    )  # fmt: skip
-    (1e6 * loss).backward()
-    assert (hidden.grad[: SPANS[0]].abs().sum(1) > 0).sum() == SPANS[0] - 1  # all but the ignored one
+    made = []
+    for denominator in (1.0, 1e6):
+        loss, _ = linear_grpo_loss(
+            hidden.requires_grad_(), weight, targets, offsets, LossConfig(aggregate="token_mean"),
+            denominator=denominator, advantages=arguments["advantages"],
+        )  # fmt: skip
+        made.append(torch.autograd.grad(denominator * loss, hidden)[0])
+    assert torch.equal(*made)
+    assert (made[1][: SPANS[0]].abs().sum(1) > 0).sum() == SPANS[0] - 1  # all but the ignored one
 
 
 @pytest.mark.parametrize(("dtype", "rounded_twice"), [(torch.float32, 0), (torch.bfloat16, 2**-8)])
@@ -215,7 +217,7 @@ def test_linear_logprobs_and_gradients(device, poisoned):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5 * b.abs().max().item())
 
 
-def test_no_targets(device):
+def test_no_targets(device, poisoned):
     hidden = torch.zeros(0, 16, device=device, requires_grad=True)
     weight = torch.randn(20, 16, device=device, requires_grad=True)
     offsets = torch.zeros(2, dtype=torch.int64, device=device)
