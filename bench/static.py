@@ -63,8 +63,8 @@ _POINTERS = {
     torch.int64: "targets sequence_ids sources",
     torch.int8: "live",
     torch.float32: "acc_ptr sums_ptr peaks_ptr "
-    "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies peaks "
-    "log_totals loss d_logprobs d_entropies rewards old_logprobs ref_logprobs behavior_logprobs partials metrics "
+    "lse_ptr delta_ptr dk_pieces_ptr dv_pieces_ptr pieces_ptr logprobs entropies "
+    "bases totals loss d_logprobs d_entropies rewards old_logprobs ref_logprobs behavior_logprobs partials metrics "
     "token_advantages token_lengths token_log_weights denominator_tensor factors cos sin",
 }
 _COUNTS = (
@@ -72,7 +72,7 @@ _COUNTS = (
     "vocab row_stride d_row_stride n "
     "num_sequences num_blocks first_row num_rows num_rewards width rows_each num_partials "
     "qkv_stride out_stride "
-    "room num_groups tiles prompt_splits own_splits"
+    "rows outer_stride d_outer_stride room num_groups tiles prompt_splits own_splits"
 )
 ARGUMENTS: dict[str, Any] = dict.fromkeys(_COUNTS.split(), 16) | {"advantages": None, "per_token": None}
 for _dtype, _names in _POINTERS.items():
@@ -132,10 +132,11 @@ def launches(target: str) -> Iterator[Launch]:
         yield Launch(decode_attention._decode_split_kernel, target, dim, shared | options)
         options = {"BLOCK_H": attention_plan.block_of(_HEADS), "num_warps": decode_attention.SUM_WARPS}
         yield Launch(decode_attention._decode_sum_kernel, target, dim, shared | options)
-    row = {"BLOCK": logprob.BLOCK, "num_warps": logprob.NUM_WARPS}
-    yield Launch(logprob._logprob_fwd_kernel, target, None, row | {"SLICE": logprob.SLICE})
+    row = {"BLOCK": logprob.BLOCK, "num_warps": 4 if target == "gfx942" else 8}
+    scoring = {"ENTROPY": False} | (logprob.HOPPER if target == "sm_90" else {})  # row_loss has the entropy's loop
+    yield Launch(logprob._logprob_fwd_kernel, target, None, row | scoring)
     yield Launch(logprob._logprob_bwd_kernel, target, None, row)
-    no_bonus = {"SLICE": logprob.SLICE, "inputs": _INPUTS._replace(entropy_coef=None)}
+    no_bonus = {"inputs": _INPUTS._replace(entropy_coef=None)}
     yield Launch(loss_triton._row_loss_kernel, target, None, row | no_bonus)
     yield Launch(loss_triton._move_rows_kernel, target, None, row)
     yield Launch(loss_triton._scale_kernel, target, None, row)

@@ -263,7 +263,7 @@ class Trainer(RunLoop):
     def _logprobs(self, model: Decoder, batch: PackedBatch) -> Tensor:
         hidden = gather_predictors(model(batch), batch)
         temperature = self.recipe.rollout.temperature
-        return linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature)[0]
+        return linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature, entropy=False)[0]
 
     def _mismatch(self, probe: list[list[Rollout]]) -> dict[str, float]:
         """How far the sampler's log-probs are off the trainer's, both by the newest weights: in place of the step's own

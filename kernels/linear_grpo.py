@@ -48,7 +48,7 @@ github.com/NVIDIA/Megatron-LM, megatron/core/tensor_parallel/layers.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,19 +161,22 @@ def linear_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # [n], [n]
+    entropy: bool = True,
+) -> tuple[Tensor, Any]:  # [n], [n] or None
     """Log-probabilities of `targets` and entropies of softmax(hidden @ lm_head_weight^T / temperature), in nats.
 
     Both are fp32 (float64 for float64) and differentiable once; the backward pass computes the
-    logits again. Targets as in `gather_logprobs`. `logits_dtype` is hidden's dtype (None) or
-    torch.float32, `chunk_tokens` the number of rows whose logits exist at once; by default it follows
-    from n. Under autocast hidden and weight, whatever their dtypes, are cast to its dtype but from
+    logits again. Targets and `entropy` as in `gather_logprobs`. `logits_dtype` is hidden's dtype
+    (None) or torch.float32, `chunk_tokens` the number of rows whose logits exist at once; by default
+    it follows from n. Under autocast hidden and weight, whatever their dtypes, are cast to its dtype but from
     float64, and gradients come back in theirs.
 
     Raises ValueError for shapes that do not fit together, a temperature that is not above 0, fewer than one token a
     chunk and another logits_dtype; TypeError for wrong dtypes, and for a DTensor, which is a part of the weight.
     """
-    return _linear_logprobs_op(*Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype))
+    head = Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
+    logprobs, entropies = _linear_logprobs_op(*head, entropy)
+    return logprobs, entropies if entropy else None
 
 
 def linear_grpo_loss(
@@ -326,13 +329,15 @@ def sweep(
         gradients.d_weight.zero_()
 
 
-def score(head: Head) -> tuple[Tensor, Tensor]:  # [n], [n]
-    """Log-probs and entropies."""
-    logprobs, entropies = head.per_target(), head.per_target()
+def score(head: Head, entropy: bool = True) -> tuple[Tensor, Tensor]:  # [n], [n]
+    """Log-probs and entropies, empty unless wanted."""
+    logprobs, entropies = head.per_target(), head.per_target() if entropy else head.hidden.new_empty(0)
 
     def step(logits: Tensor, rows: slice | Tensor) -> tuple[None, None]:
-        found = softmax_rows(logits, head.targets[rows], head.temperature)
-        logprobs[rows], entropies[rows] = found.logprobs, found.entropy
+        found = softmax_rows(logits, head.targets[rows], head.temperature, entropy)
+        logprobs[rows] = found.logprobs
+        if entropy:
+            entropies[rows] = found.entropy
         return None, None
 
     sweep(head, step)
@@ -348,7 +353,7 @@ def recompute(
     """The logits once more, when the gradients by log-prob and entropy are known; dead rows leave all three GEMMs."""
 
     def step(logits: Tensor, rows: slice | Tensor) -> tuple[Tensor, None]:
-        found = softmax_rows(logits, head.targets[rows], head.temperature)
+        found = softmax_rows(logits, head.targets[rows], head.temperature, d_entropies is not None)
         upstream = d_logprobs[rows], None if d_entropies is None else d_entropies[rows]
         return found.gradients(head.targets[rows], *upstream, head.temperature), None
 
@@ -409,14 +414,16 @@ def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype,
 
 @torch.library.custom_op("flashgrpo::linear_logprobs", mutates_args=())
 def _linear_logprobs_op(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int, logits_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return score(Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype))
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int, logits_dtype: torch.dtype,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return score(Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype), entropy)
 
 
 @_linear_logprobs_op.register_fake
-def _(*head):
-    return Head(*head).per_target(), Head(*head).per_target()
+def _(*inputs):
+    logprobs = Head(*inputs[:-1]).per_target()
+    return logprobs, logprobs.new_empty(logprobs.shape if inputs[-1] else 0)
 
 
 @torch.library.custom_op("flashgrpo::linear_logprobs_bwd", mutates_args=())
@@ -440,7 +447,8 @@ def _(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, upstream
 
 def _keep_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
-    ctx.settings = inputs[3:]
+    ctx.settings = inputs[3:-1]
+    ctx.mark_non_differentiable(*output[2 if inputs[-1] else 1 :])
     ctx.set_materialize_grads(False)
 
 
@@ -451,7 +459,7 @@ def _linear_logprobs_backward(ctx, *upstream):
     wanted = Wanted(*ctx.needs_input_grad[:2], compact=not hidden.is_cuda, narrow=True)
     d_hidden, d_weight = _linear_logprobs_bwd(hidden, weight, targets, *ctx.settings, upstream, wanted)
     d_weight = d_weight.to(weight.dtype) if wanted.d_weight else None
-    return d_hidden if wanted.d_hidden else None, d_weight, None, None, None, None
+    return d_hidden if wanted.d_hidden else None, d_weight, None, None, None, None, None
 
 
 _linear_logprobs_op.register_autograd(_linear_logprobs_backward, setup_context=_keep_inputs)

@@ -158,6 +158,22 @@ def test_an_odd_vocabulary_compiles_as_well_as_any(kernel, monkeypatch):
         assert loop["global_loads_16_byte"] == same["global_loads_16_byte"] > 0
 
 
+def arithmetic(launch):
+    """A kernel's fp32 operations up to its first store of a result, in the order of its PTX."""
+    ptx = launch.compile().asm["ptx"].split("st.global", 1)[0]
+    return re.findall(r"^\s*(?:@\S+ )?((?:add|sub|mul|fma|max|ex2|div)\.\S*f32)", ptx, re.M)
+
+
+def test_log_probs_are_the_same_instructions_in_every_kernel():
+    """A product that one compiler fuses with an addition and another does not is a ratio that is not 1."""
+    forward, fused = (find_launch(kernel, None) for kernel in ("_logprob_fwd_kernel", "_row_loss_kernel"))
+    whole, bare = arithmetic(forward._replace(options=forward.options | {"ENTROPY": True})), arithmetic(forward)
+    assert arithmetic(fused) == whole
+    rest = iter(whole)
+    assert all(operation in rest for operation in bare)
+    assert bare[-1] == "fma.rn.f32"  # of the log-prob, so that no subtraction of an old one takes in its product
+
+
 @cache
 def products(kernel):
     """The integer products of registers in a kernel's PTX: bits of the result, and where each factor comes from.
@@ -199,8 +215,11 @@ def products(kernel):
     ("kernel", "row", "stride"),
     [
         ("_logprob_fwd_kernel", "ctaid.x", "row_stride"),
+        ("_logprob_fwd_kernel", "ctaid.x", "outer_stride"),
         ("_logprob_bwd_kernel", "ctaid.x", "row_stride"),
         ("_logprob_bwd_kernel", "ctaid.x", "d_row_stride"),
+        ("_logprob_bwd_kernel", "ctaid.x", "outer_stride"),
+        ("_logprob_bwd_kernel", "ctaid.x", "d_outer_stride"),
         ("_row_loss_kernel", "ctaid.x", "row_stride"),
         ("_row_loss_kernel", "ctaid.x", "d_row_stride"),
         ("_move_rows_kernel", "ctaid.x", "row_stride"),

@@ -101,7 +101,8 @@ def as_accurate():
 
 
 def mend_interpreter():
-    """The interpreter holds bf16 as uint16, multiplies the bit patterns in tl.dot, and truncates where it rounds.
+    """The interpreter holds bf16 as uint16, multiplies the bit patterns in tl.dot, truncates where it rounds, and
+    rounds the product of a tl.fma.
 
     Its fp32 products sum in an order that depends on the tile, so that scores differ between passes; a GPU's do not.
     """
@@ -126,7 +127,12 @@ def mend_interpreter():
         a, b = (widen(x).data.astype(np.float32) for x in (a, b))
         return TensorHandle((a[:, None] * b.T).sum(-1) + d.data, d.dtype.scalar)
 
+    def create_fma(self, x, y, z):
+        fused = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(fused.astype(z.data.dtype), z.dtype.scalar)
+
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+    InterpreterBuilder.create_fma = create_fma
     patch_once_a_kernel()
 
 

@@ -120,6 +120,9 @@ def test_scored_logprobs_equal_the_trained_ones_bit_for_bit(name, dtype):
     hidden, weight, targets = make_head(NUM_TOKENS, 64, 300, dtype)
     with torch.no_grad():
         scored, entropies = linear_logprobs(hidden, weight, targets, chunk_tokens=4)
+        bare, nothing = linear_logprobs(hidden, weight, targets, chunk_tokens=4, entropy=False)
+    assert nothing is None
+    assert torch.equal(bare, scored)
     _, stats = linear_grpo_loss(
         hidden, weight, targets, OFFSETS, CONFIGS[name], denominator=1, advantages=ADVANTAGES, old_logprobs=scored,
         chunk_tokens=4,

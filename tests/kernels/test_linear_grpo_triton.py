@@ -181,6 +181,7 @@ def test_one_log_prob_path(logits_dtype, device):
     hidden, weight, targets, offsets, arguments = make_case(device, torch.bfloat16)
     options = {"chunk_tokens": 32, "logits_dtype": logits_dtype, "temperature": 0.8}
     old, entropies = linear_logprobs(hidden, weight, targets, **options)
+    assert torch.equal(linear_logprobs(hidden, weight, targets, entropy=False, **options)[0], old)
     _, stats = linear_grpo_loss(
         hidden.requires_grad_(), weight, targets, offsets, LossConfig(), denominator=3.0, old_logprobs=old,
         advantages=arguments["advantages"], **options,

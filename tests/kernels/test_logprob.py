@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from flashgrpo.kernels import logprob_torch
+from flashgrpo.kernels import logprob, logprob_torch
 from flashgrpo.kernels.logprob import gather_logprobs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -60,14 +62,14 @@ def test_every_dtype_and_gradient(dtype, used, device, poisoned, as_accurate):
     check(as_accurate, (5 * torch.randn(5, 1500, device=device)).to(dtype), targets, upstream, temperature=0.7)
 
 
-@pytest.mark.parametrize("temperature", [0.01, 10.0])
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
 def test_temperatures(temperature, device, as_accurate):
     targets = torch.randint(0, 1025, (6,), device=device)
     check(as_accurate, 5 * torch.randn(6, 1025, device=device), targets, temperature=temperature)
 
 
 def rows_of_trouble():
-    n, vocab, inf = 8, 20000, float("inf")  # three blocks
+    n, vocab, inf = 10, 20000, float("inf")  # three blocks
     logits = torch.randn(n, vocab)
     targets = torch.randint(0, vocab, (n,))
     logits[0] = 1.0
@@ -79,13 +81,18 @@ def rows_of_trouble():
         targets[row] = (12000, 100, 300)[row - 4]
     logits[7] = -inf
     logits[7, targets[7]] = 3.0
+    logits[8] = -1e7
+    logits[9, :10_000], logits[9, 11_000:] = -3e38, -1e30  # masked by numbers, in most threads all that they have
+    targets[9] = 10_500
     return logits, targets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_rows(dtype, device, poisoned, as_accurate):
+@pytest.mark.parametrize("temperature", [1.0, 0.01])
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_extreme_rows(dtype, temperature, device, poisoned, as_accurate):
     logits, targets = (x.to(device) for x in rows_of_trouble())
-    check(as_accurate, logits.to(dtype), targets)
+    check(as_accurate, logits.to(dtype), targets, temperature=temperature)
 
 
 @pytest.mark.twin
@@ -153,6 +160,86 @@ def test_layouts(layout, inplace, device):
         assert torch.equal(d_logits, wanted[1])
 
 
+# Of logits [batch, length, vocab].
+VIEWS = {
+    "a position fewer": lambda x: x[:, :-1],
+    "length first": lambda x: x.transpose(0, 1),
+    "four dimensions": lambda x: x.unflatten(0, (2, 1))[:, :, 1:],
+    "too many strides": lambda x: x.unflatten(1, (3, 2))[:, :2, :1],
+    "windows": lambda x: x[0].unfold(0, 4, 1).transpose(1, 2),
+    "one row": lambda x: x[1, 2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_leading_dimensions(view, inplace, device):
+    """Values are TRL's selective_log_softmax in float64; bits are those of the rows one below the other."""
+    storage = 3 * torch.randn(2, 6, 1037, device=device)
+    view = VIEWS[view]
+    targets = torch.randint(0, 1037, view(storage).shape[:-1], device=device)
+    upstream = list(torch.randn(2, *targets.shape, device=device))
+    rows = view(storage).reshape(-1, 1037)
+    wanted, d_rows = gradient(gather_logprobs, rows, targets.flatten(), [x.flatten() for x in upstream], rows.dtype)
+    outputs, d_logits = gradient(
+        lambda x, *others: gather_logprobs(view(x * 1), *others, inplace_backward=inplace), storage, targets, upstream,
+        rows.dtype,
+    )  # fmt: skip
+    exact = view(storage).double().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(outputs[0].double(), exact, rtol=1e-6, atol=1e-6)
+    for x, y in zip(outputs, wanted, strict=True):
+        assert x.shape == targets.shape
+        assert torch.equal(x.flatten(), y)
+    leaf = storage.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(view(leaf), leaf, d_rows.view(view(leaf).shape))
+    assert torch.equal(d_logits, expected)
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor that is new."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.known, self.largest = {x.untyped_storage().data_ptr() for x in given}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, x.numel())
+        return made
+
+
+@pytest.mark.parametrize("view", ["a position fewer", "length first"])
+def test_a_forward_pass_makes_nothing_of_the_logits_size(view, device, monkeypatch):
+    monkeypatch.setattr(logprob_torch, "_CHUNK_BYTES", 4 * 300)  # a row
+    logits = VIEWS[view](torch.randn(4, 6, 300, device=device))
+    with Allocations(logits) as allocations:
+        gather_logprobs(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64, device=device))
+    assert allocations.largest <= 300
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_entropy_the_log_probs_keep_their_bits(dtype, device, poisoned):
+    logits, targets = (3 * torch.randn(4, 20_001, device=device)).to(dtype), torch.tensor([3, 20_000, -100, 9000])
+    wanted, d_wanted = gradient(
+        gather_logprobs, logits, targets.to(device), [torch.ones(4, device=device), None], dtype
+    )
+    leaf = logits.requires_grad_()
+    logprobs, entropies = gather_logprobs(leaf, targets.to(device), entropy=False)
+    assert entropies is None
+    assert torch.equal(logprobs, wanted[0])
+    assert torch.equal(torch.autograd.grad(logprobs.sum(), leaf)[0], d_wanted)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("entropy", [True, False])
+def test_the_operator_says_what_it_does(entropy, device):
+    logits = torch.randn(2, 3, 40, device=device)[:, :2].requires_grad_()
+    targets = torch.zeros(4, dtype=torch.int64, device=device)
+    torch.library.opcheck(logprob._logprob_fwd, (logits, targets, 0.7, False, entropy))
+
+
 def test_a_gradient_in_place_lies_in_the_logits_which_serve_no_second_time(device):
     leaf, targets = torch.randn(4, 300, device=device, requires_grad=True), torch.arange(4, device=device)
     logits, reference = leaf * 2, (leaf * 2).detach().requires_grad_()
@@ -197,11 +284,11 @@ def test_no_rows(device):
 
 
 def test_graph_captured_whole_and_double_backward_refused(device):
-    logits = torch.randn(3, 500, device=device, requires_grad=True)
-    targets = torch.randint(0, 500, (3,), device=device)
+    logits = torch.randn(2, 3, 500, device=device, requires_grad=True)
+    targets = torch.randint(0, 500, (2, 2), device=device)
 
     def loss(logits):
-        logprobs, entropy = gather_logprobs(logits * 2, targets, inplace_backward=True)
+        logprobs, entropy = gather_logprobs((logits * 2)[:, :-1], targets, inplace_backward=True)
         return logprobs.sum() + 0.1 * entropy.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits)
@@ -217,7 +304,8 @@ Z, T = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("logits", "targets", "temperature", "error", "message"),
     [
-        (Z[0], T, 1.0, ValueError, "logits has shape"),
+        (Z[0, 0], T, 1.0, ValueError, "logits has shape"),
+        (Z[0], T, 1.0, ValueError, r"wanted \[\]"),
         (Z[:, :0], T, 1.0, ValueError, "logits has shape"),
         (Z.long(), T, 1.0, TypeError, "floating"),
         (Z, T[:2], 1.0, ValueError, r"wanted \[3\]"),
