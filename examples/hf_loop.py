@@ -135,7 +135,7 @@ def predicting_rows(model: Any, pack: Pack) -> Tensor:  # [num_targets, hidden_s
 
 @torch.no_grad()
 def packed_logprobs(model: Any, pack: Pack) -> Tensor:  # [num_targets]
-    return linear_logprobs(predicting_rows(model, pack), model.lm_head.weight, pack.targets)[0]
+    return linear_logprobs(predicting_rows(model, pack), model.lm_head.weight, pack.targets, entropy=False)[0]
 
 
 def packed_loss(model: Any, batch: Batch) -> Tensor:

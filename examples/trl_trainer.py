@@ -173,7 +173,9 @@ class FlashGRPOTrainer(GRPOTrainer):
 
             def head(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor = targets) -> Tensor:
                 rows = predictors(hidden, targets)
-                return linear_logprobs(rows, lm_head_weight, targets.flatten(), temperature=self.temperature)[0]
+                return linear_logprobs(
+                    rows, lm_head_weight, targets.flatten(), temperature=self.temperature, entropy=False
+                )[0]
 
             with self.accelerator.autocast():
                 found.append(model(input_ids=ids, attention_mask=mask, head=head).view_as(targets))
