@@ -57,9 +57,7 @@ class LossConfig:
     top_entropy: Annotated[float, "Share of the tokens, those of highest entropy, that the policy learns from."] = 1.0
     kl_coef: Annotated[float, "Weight of the KL penalty; 0: no reference model."] = 0.0
     kl_estimator: Annotated[KLEstimator, "With d = ref - logprob: -d, d^2 / 2, or exp(d) - d - 1."] = "k3"
-    kl_weight: Annotated[KLWeight, "Times the ratio, the KL's gradient has no bias (DeepSeek-V3.2); or as it is."] = (
-        "none"
-    )
+    kl_weight: Annotated[KLWeight, "Times the ratio the KL's gradient is unbiased (DeepSeek-V3.2)."] = "none"
     entropy_coef: Annotated[float, "Weight of the entropy bonus; from logits or hidden states only."] = 0.0
     aggregate: Annotated[Aggregate, "Mean of completions' means, mean of tokens, or sum over a constant."] = (
         "sequence_mean"
@@ -69,16 +67,9 @@ class LossConfig:
         None
     )
     behavior_floor: Annotated[float, "Smallest such weight."] = 0.0
-    behavior_mode: Annotated[BehaviorMode, "Beyond cap and floor the weight is cut to them (TIS), or 0 (IcePop)."] = (
-        "truncate"
-    )
-    behavior_level: Annotated[BehaviorLevel, "Of each token, or the completion's: product, or geometric mean."] = (
-        "token"
-    )
-    off_policy_threshold: Annotated[
-        float | None,
-        "Bad completions whose mean of p_behavior's log over p's is above it do not count (DeepSeek-V3.2).",
-    ] = None
+    behavior_mode: Annotated[BehaviorMode, "Beyond these two it is cut to them (TIS), or 0 (IcePop)."] = "truncate"
+    behavior_level: Annotated[BehaviorLevel, "A token's, or the completion's product or geometric mean."] = "token"
+    off_policy_threshold: Annotated[float | None, "Bad completions count up to this mean of log p_behavior / p."] = None
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -215,11 +206,8 @@ class LossInputs(NamedTuple):
         for name, choices in _CHOICES.items():
             value = getattr(config, name)
             numbers[name] = math.inf if value is None else float(choices.index(value) if choices else value)
-        highest = numbers["clip_max"]
-        numbers["clip_max"], numbers["clip_high"] = (
-            max(highest, 1 + numbers["clip_high"]),
-            min(highest - 1, numbers["clip_high"]),
-        )
+        bounds = 1 + numbers["clip_high"], numbers["clip_max"]  # which of them is where, is by INTELLECT-2's formula
+        numbers["clip_high"], numbers["clip_max"] = min(bounds) - 1, max(bounds)
         weighs_completions = config.behavior_cap is not None and config.behavior_level != "token"
         return cls(
             **given,
