@@ -95,10 +95,12 @@ class Head(NamedTuple):
                 "lm_head_weight is a DTensor; wanted a whole tensor: call this inside the forward pass of the FSDP "
                 "module that holds it, or give lm_head_weight.full_tensor()"
             )
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # as torch.amp.custom_fwd casts
-            dtype = torch.get_autocast_dtype(device)
-            hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
+        if torch.is_autocast_enabled(hidden.device.type):  # as torch.amp.custom_fwd casts
+            dtype, narrower = (
+                torch.get_autocast_dtype(hidden.device.type),
+                (torch.float32, torch.bfloat16, torch.float16),
+            )
+            hidden, weight = (x.to(dtype) if x.dtype in narrower else x for x in (hidden, weight))
         if hidden.dim() != 2:
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}; wanted [n, hidden_size]")
         if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or not weight.shape[0]:
@@ -220,13 +222,9 @@ def linear_grpo_loss(
         sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         behavior_logprobs=behavior_logprobs,
     )  # fmt: skip
-    if main_grad is not None:
-        wanted_dtype = accumulation_dtype(head.weight.dtype)
-        if main_grad.shape != lm_head_weight.shape or main_grad.dtype != wanted_dtype:
-            raise ValueError(
-                f"main_grad is {main_grad.dtype} {tuple(main_grad.shape)}; wanted {wanted_dtype} "
-                f"{tuple(lm_head_weight.shape)}"
-            )
+    wide, shape = accumulation_dtype(head.weight.dtype), tuple(head.weight.shape)
+    if main_grad is not None and (main_grad.dtype, main_grad.shape) != (wide, shape):
+        raise ValueError(f"main_grad is {main_grad.dtype} {tuple(main_grad.shape)}; wanted {wide} {shape}")
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, lm_head_weight)]
     narrow = head.divides and main_grad is None and head.weight.dtype == lm_head_weight.dtype
     wanted = Wanted(*needed, compact=not torch.compiler.is_compiling(), narrow=narrow)

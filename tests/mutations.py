@@ -180,6 +180,8 @@ FAULTS = {
         ("d_weight of no rows unwritten", "gradients.d_weight.zero_()", "pass", "no_targets"),
         ("d_hidden rounded twice", "self.weight.dtype != torch.float16", "False", "low_precision and 37.0"),
         ("fp16 divided before its products", "self.weight.dtype != torch.float16", "True", "tiny_denominator"),
+        ("sequence level not divided", "loss_of_logprobs(logprobs, entropies, divided)",
+         "loss_of_logprobs(logprobs, entropies, inputs.undivided())", "low_precision and gspo"),
         ("chunks longer than there is room for", "-(-num_rows // most))", "num_rows // most)", "default_chunks"),
         ("compacted rows of another chunk", "start + live", "live", "compaction and 2.0"),
     ],
