@@ -134,7 +134,6 @@ class FlashGRPOTrainer(GRPOTrainer):
 
         # Of a completion or a token, and so are TRL's weights against the sampler's mismatch.
         advantages = inputs["advantages"].reshape(len(mask), -1) * inputs.get("importance_sampling_ratio", 1)
-        advantages = advantages.squeeze(1) if advantages.shape[1] == 1 else advantages.flatten()[rows]
 
         def head(hidden: Tensor, lm_head_weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return linear_grpo_loss(
@@ -144,7 +143,7 @@ class FlashGRPOTrainer(GRPOTrainer):
                 target_cu_seqlens,
                 self.loss_config,
                 denominator=self._denominator(inputs, mask),
-                advantages=advantages,
+                token_advantages=advantages.expand_as(mask).flatten()[rows],
                 old_logprobs=packed("old_per_token_logps"),
                 ref_logprobs=packed("ref_per_token_logps"),
                 behavior_logprobs=packed("sampling_per_token_logps"),

@@ -4,8 +4,7 @@ For token i of completion c, with advantage A_i (A_c unless tokens have their ow
 l_i = logprob_i - old_i (its mean over the completion at `ratio_level="sequence"`),
 r_i = exp(min(l_i, 20)):
 
-    policy_i = -b_i A_i bound(r_i)       clip: where A > 0, at most 1 + clip_high and at most clip_max; where A < 0,
-                                         at least 1 - clip_low and at most the greater of those two
+    policy_i = -b_i min(min(r_i, clip_max) A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i)
     policy_i = -b_i A_i min(r_i, 1 + clip_high) logprob_i    cispo, the ratio without gradient
     policy_i = -b_i A_i 4 / tau sigmoid(tau (r_i - 1))       sapo, tau_pos where A > 0 and tau_neg elsewhere
     kl_i     = k1, k2 or k3 of d_i = ref_i - logprob_i       -d, d^2 / 2, exp(d) - d - 1; times r_i by `kl_weight`
@@ -58,7 +57,8 @@ def grpo_loss(
     denominator: float | Tensor,
     rewards: Tensor | None = None,  # [num_groups, group_size]
     sequence_ids: Tensor | None = None,  # [num_completions], entries of rewards.flatten()
-    advantages: Tensor | None = None,  # [num_completions] or [num_targets]
+    advantages: Tensor | None = None,  # [num_completions]
+    token_advantages: Tensor | None = None,  # [num_targets]
     old_logprobs: Tensor | None = None,  # [num_targets]
     ref_logprobs: Tensor | None = None,  # [num_targets]
     behavior_logprobs: Tensor | None = None,  # [num_targets]
@@ -67,10 +67,9 @@ def grpo_loss(
     """The policy loss, a scalar that is differentiable once by `logprobs`, and its metrics.
 
     Advantages come from `rewards` (then `sequence_ids` says whose completion is whose, by default
-    in order) or as they are: one of a completion, or else one of a token (PPO's by GAE, rewards of
-    steps, distillation); of equally many they are the completions'. What has a NaN advantage takes
-    no part in anything. Without `old_logprobs` the step is exactly on-policy: every ratio is 1, with
-    the ratio's gradient.
+    in order), or as they are: `advantages` of completions, or `token_advantages` (PPO's by GAE, rewards
+    of steps, distillation). What has a NaN advantage takes no part in anything. Without `old_logprobs`
+    the step is exactly on-policy: every ratio is 1, with the ratio's gradient.
 
     `denominator` is what the sum is divided by, see `denominator_of`. It is a number, or a 0-d
     tensor on the device, which torch.compile does not compile again for.
@@ -82,9 +81,9 @@ def grpo_loss(
     kls with a reference, [num_targets] each and 0 where a token does not count. `merge_stats`
     combines calls.
 
-    Raises ValueError for both or neither of rewards and advantages, a coefficient whose log-probs
-    are missing, entropy_coef and top_entropy (log-probs have no entropy), a denominator number that is not above 0,
-    and shapes that do not fit together; TypeError for wrong dtypes.
+    Raises ValueError unless exactly one of rewards, advantages and token_advantages is given; for a
+    coefficient whose log-probs are missing, entropy_coef and top_entropy (log-probs have no entropy), a
+    denominator number that is not above 0, and shapes that do not fit; TypeError for wrong dtypes.
     """
     if config.entropy_coef:
         raise ValueError(f"entropy_coef is {config.entropy_coef}; use logits_grpo_loss or linear_grpo_loss, or 0")
@@ -96,8 +95,8 @@ def grpo_loss(
         raise TypeError(f"logprobs is {logprobs.dtype}; wanted a floating dtype")
     inputs = LossInputs.of(
         logprobs, config, target_cu_seqlens, denominator, per_token, targets=None, rewards=rewards,
-        sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        behavior_logprobs=behavior_logprobs,
+        sequence_ids=sequence_ids, advantages=advantages, token_advantages=token_advantages, old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs, behavior_logprobs=behavior_logprobs,
     )  # fmt: skip
     return _loss(logprobs, None, inputs)
 
@@ -111,7 +110,8 @@ def logits_grpo_loss(
     denominator: float | Tensor,
     rewards: Tensor | None = None,  # [num_groups, group_size]
     sequence_ids: Tensor | None = None,  # [num_completions], entries of rewards.flatten()
-    advantages: Tensor | None = None,  # [num_completions] or [num_targets]
+    advantages: Tensor | None = None,  # [num_completions]
+    token_advantages: Tensor | None = None,  # [num_targets]
     old_logprobs: Tensor | None = None,  # [num_targets]
     ref_logprobs: Tensor | None = None,  # [num_targets]
     behavior_logprobs: Tensor | None = None,  # [num_targets]
@@ -129,8 +129,8 @@ def logits_grpo_loss(
     check_logits(logits, targets, temperature)
     inputs = LossInputs.of(
         logits.new_empty(targets.shape), config, target_cu_seqlens, denominator, per_token, targets=targets,
-        rewards=rewards, sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs, behavior_logprobs=behavior_logprobs,
+        rewards=rewards, sequence_ids=sequence_ids, advantages=advantages, token_advantages=token_advantages,
+        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, behavior_logprobs=behavior_logprobs,
     )  # fmt: skip
     # A compiled function does not ask again whether its logits are a leaf.
     keep = torch.compiler.is_compiling() or logits.is_leaf or (logits._base is not None and logits._base.is_leaf)

@@ -191,7 +191,8 @@ def linear_grpo_loss(
     denominator: float | Tensor,
     rewards: Tensor | None = None,  # [num_groups, group_size]
     sequence_ids: Tensor | None = None,  # [num_completions], entries of rewards.flatten()
-    advantages: Tensor | None = None,  # [num_completions] or [num_targets]
+    advantages: Tensor | None = None,  # [num_completions]
+    token_advantages: Tensor | None = None,  # [num_targets]
     old_logprobs: Tensor | None = None,  # [num_targets]
     ref_logprobs: Tensor | None = None,  # [num_targets]
     behavior_logprobs: Tensor | None = None,  # [num_targets]
@@ -219,8 +220,8 @@ def linear_grpo_loss(
     head = Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
     inputs = LossInputs.of(
         head.per_target(), config, target_cu_seqlens, denominator, per_token, targets=targets, rewards=rewards,
-        sequence_ids=sequence_ids, advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        behavior_logprobs=behavior_logprobs,
+        sequence_ids=sequence_ids, advantages=advantages, token_advantages=token_advantages, old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs, behavior_logprobs=behavior_logprobs,
     )  # fmt: skip
     wide, shape = accumulation_dtype(head.weight.dtype), tuple(head.weight.shape)
     if main_grad is not None and (main_grad.dtype, main_grad.shape) != (wide, shape):

@@ -50,14 +50,16 @@ class LossConfig:
     clip_low: Annotated[float, "The ratio counts down to 1 - clip_low; cispo has no lower bound, sapo no bounds."] = 0.2
     clip_high: Annotated[float, "The ratio counts up to 1 + clip_high."] = 0.2
     clip_max: Annotated[
-        float | None, "Where the advantage is negative, up to this; if that is less, it bounds all."
+        float | None, "Bound of the ratio where the advantage is negative: delta of INTELLECT-2 and of TRL."
     ] = None
     tau_pos: Annotated[float, "Temperature of sapo's gate where the advantage is positive; higher closes sooner."] = 1.0
-    tau_neg: Annotated[float, "And elsewhere."] = 1.05
-    top_entropy: Annotated[float, "Share of the tokens, those of highest entropy, that the policy learns from."] = 1.0
+    tau_neg: Annotated[float, "Temperature of sapo's gate elsewhere."] = 1.05
+    top_entropy: Annotated[
+        float, "Share of a micro-batch's tokens, those of highest entropy, that teach the policy."
+    ] = 1.0
     kl_coef: Annotated[float, "Weight of the KL penalty; 0: no reference model."] = 0.0
     kl_estimator: Annotated[KLEstimator, "With d = ref - logprob: -d, d^2 / 2, or exp(d) - d - 1."] = "k3"
-    kl_weight: Annotated[KLWeight, "Times the ratio the KL's gradient is unbiased (DeepSeek-V3.2)."] = "none"
+    kl_weight: Annotated[KLWeight, "Times the ratio, the KL has an unbiased gradient (DeepSeek-V3.2)."] = "none"
     entropy_coef: Annotated[float, "Weight of the entropy bonus; from logits or hidden states only."] = 0.0
     aggregate: Annotated[Aggregate, "Mean of completions' means, mean of tokens, or sum over a constant."] = (
         "sequence_mean"
@@ -66,10 +68,16 @@ class LossConfig:
     behavior_cap: Annotated[float | None, "Largest weight p_old / p_behavior; none: no correction for the sampler."] = (
         None
     )
-    behavior_floor: Annotated[float, "Smallest such weight."] = 0.0
-    behavior_mode: Annotated[BehaviorMode, "Beyond these two it is cut to them (TIS), or 0 (IcePop)."] = "truncate"
-    behavior_level: Annotated[BehaviorLevel, "A token's, or the completion's product or geometric mean."] = "token"
-    off_policy_threshold: Annotated[float | None, "Bad completions count up to this mean of log p_behavior / p."] = None
+    behavior_floor: Annotated[float, "Smallest weight p_old / p_behavior."] = 0.0
+    behavior_mode: Annotated[BehaviorMode, "A weight beyond cap or floor is cut to it (TIS), or 0 (IcePop)."] = (
+        "truncate"
+    )
+    behavior_level: Annotated[BehaviorLevel, "Weights of tokens, or of completions: product or geometric mean."] = (
+        "token"
+    )
+    off_policy_threshold: Annotated[
+        float | None, "Negative advantages are 0 where the completion's mean of log p_behavior / p is above."
+    ] = None
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -119,7 +127,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"aggregate": "token_mean", "clip_high": 0.28},
     "bnpo": {"aggregate": "token_mean"},
     "dr_grpo": {"aggregate": "constant", "advantage_scale": "none"},
-    "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "behavior_level": "geometric"},
     "cispo": {"aggregate": "token_mean", "objective": "cispo", "clip_high": 4.0},
     "sapo": {"objective": "sapo"},
 }
@@ -148,8 +156,8 @@ class LossInputs(NamedTuple):
     rewards: Tensor | None  # [num_groups, group_size]
     sequence_ids: Tensor | None  # [num_completions]
     advantages: Tensor | None  # [num_completions]
-    token_advantages: Tensor | None  # [num_targets], in place of those
-    old_logprobs: Tensor | None  # [num_targets], and so the next two
+    token_advantages: Tensor | None  # [num_targets], and so the next three
+    old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     behavior_logprobs: Tensor | None
     denominator_tensor: Tensor | None  # 0-d; None: the number that follows
@@ -193,15 +201,11 @@ class LossInputs(NamedTuple):
         _check_denominator(denominator, like)
         _check_offsets(target_cu_seqlens, like)
         _check_tensors(tensors, like)
-        num_completions = len(target_cu_seqlens) - 1
-        _check_rewards(tensors["rewards"], tensors["sequence_ids"], tensors["advantages"], num_completions, len(like))
+        _check_advantages(tensors, len(target_cu_seqlens) - 1)
         by_tensor = isinstance(denominator, Tensor)
         given = {name: None if x is None else x.detach().contiguous() for name, x in tensors.items()}
         if (rewards := given["rewards"]) is not None:  # often bools, and masked lanes of an integer load hold no NaN
             given["rewards"] = rewards.to(accumulation_dtype(rewards.dtype))
-        given["token_advantages"] = None
-        if (advantages := given["advantages"]) is not None and len(advantages) != num_completions:
-            given |= {"advantages": None, "token_advantages": advantages}
         numbers = {}
         for name, choices in _CHOICES.items():
             value = getattr(config, name)
@@ -269,7 +273,7 @@ def _check_tensors(tensors: dict[str, Tensor | None], like: Tensor) -> None:
             raise ValueError(f"{name} is on {x.device}; wanted {like.device}")
         if name != "rewards" and not x.is_floating_point():
             raise TypeError(f"{name} is {x.dtype}; wanted a floating dtype")
-        if name.endswith("_logprobs") and x.shape != like.shape:
+        if (name.endswith("_logprobs") or name == "token_advantages") and x.shape != like.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {tuple(like.shape)}, one entry a target")
 
 
@@ -286,30 +290,28 @@ def _check_offsets(target_cu_seqlens: Tensor, like: Tensor) -> None:
             )
 
 
-def _check_rewards(
-    rewards: Tensor | None, sequence_ids: Tensor | None, advantages: Tensor | None, num_completions: int,
-    num_targets: int,
-) -> None:  # fmt: skip
-    if (rewards is None) == (advantages is None):
-        raise ValueError(f"{'neither' if rewards is None else 'both'} of rewards and advantages given; wanted one")
-    if advantages is not None:
+def _check_advantages(tensors: dict[str, Tensor | None], num_completions: int) -> None:
+    sources = ("rewards", "advantages", "token_advantages")
+    if len(given := [name for name in sources if tensors[name] is not None]) != 1:
+        raise ValueError(f"{' and '.join(given) or 'none'} given; wanted one of {', '.join(sources)}")
+    rewards, sequence_ids, advantages = (tensors[name] for name in ("rewards", "sequence_ids", "advantages"))
+    if advantages is not None and advantages.shape != (num_completions,):
+        raise ValueError(
+            f"advantages has shape {tuple(advantages.shape)}; wanted [{num_completions}], one a completion"
+        )
+    if rewards is None:
         if sequence_ids is not None:
-            raise ValueError("sequence_ids says where rewards belong; leave it out with advantages")
-        if advantages.shape not in ((num_completions,), (num_targets,)):
-            raise ValueError(
-                f"advantages has shape {tuple(advantages.shape)}; wanted [{num_completions}], one a completion, or "
-                f"[{num_targets}], one a target"
-            )
-    elif rewards is not None:
-        if rewards.dim() != 2:
-            raise ValueError(f"rewards has shape {tuple(rewards.shape)}; wanted [num_groups, group_size]")
-        if sequence_ids is not None:
-            check_index("sequence_ids", sequence_ids, rewards.device, num_completions)
-            on_host = sequence_ids.is_cpu and not torch.compiler.is_compiling()
-            if on_host and (beyond := [i for i in sequence_ids.tolist() if not 0 <= i < rewards.numel()]):
-                raise ValueError(f"sequence_ids has {beyond}; wanted entries of {rewards.numel()} rewards, from 0")
-        elif rewards.numel() != num_completions:
-            raise ValueError(
-                f"rewards has shape {tuple(rewards.shape)} for {num_completions} completions; wanted one reward a "
-                "completion, or sequence_ids"
-            )
+            raise ValueError(f"sequence_ids says where rewards belong; leave it out with {given[0]}")
+        return
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; wanted [num_groups, group_size]")
+    if sequence_ids is not None:
+        check_index("sequence_ids", sequence_ids, rewards.device, num_completions)
+        on_host = sequence_ids.is_cpu and not torch.compiler.is_compiling()
+        if on_host and (beyond := [i for i in sequence_ids.tolist() if not 0 <= i < rewards.numel()]):
+            raise ValueError(f"sequence_ids has {beyond}; wanted entries of {rewards.numel()} rewards, from 0")
+    elif rewards.numel() != num_completions:
+        raise ValueError(
+            f"rewards has shape {tuple(rewards.shape)} for {num_completions} completions; wanted one reward a "
+            "completion, or sequence_ids"
+        )

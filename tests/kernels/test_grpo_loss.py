@@ -29,12 +29,8 @@ CONFIGS = {name: LossConfig.preset(name) for name in LossConfig.presets()} | {
     "masked": LossConfig(behavior_cap=1.2, behavior_floor=0.9, behavior_mode="mask", advantage_scale="none"),
     "sequence, tokens": LossConfig(ratio_level="sequence", aggregate="token_mean"),
     "sequence, cispo": LossConfig(ratio_level="sequence", objective="cispo", clip_high=0.001),
-    "sequence, masked": LossConfig.preset(
-        "gspo", behavior_cap=1.01, behavior_floor=0.99, behavior_mode="mask", behavior_level="geometric"
-    ),
-    "sequence, truncated": LossConfig.preset(
-        "gspo", behavior_cap=1.001, kl_coef=0.1, clip_max=1.1, behavior_level="geometric"
-    ),
+    "sequence, masked": LossConfig.preset("gspo", behavior_cap=1.01, behavior_floor=0.99, behavior_mode="mask"),
+    "sequence, truncated": LossConfig.preset("gspo", behavior_cap=1.001, kl_coef=0.1, clip_max=1.1),
     "cispo, truncated": LossConfig.preset("cispo", behavior_cap=1.1, kl_coef=0.01),
     "two-sided": LossConfig(clip_max=1.05),
     "all but half": LossConfig(clip_max=0.9, aggregate="token_mean"),
@@ -65,8 +61,8 @@ def make_case(device, dtype, spans=SPANS):
     return logprobs.to(device, dtype), offsets.to(device), given
 
 
-def naive(config, logprobs, entropies, offsets, ignored, denominator, advantages=None, rewards=None, sequence_ids=None,
-          old_logprobs=None, ref_logprobs=None, behavior_logprobs=None):  # fmt: skip
+def naive(config, logprobs, entropies, offsets, ignored, denominator, advantages=None, token_advantages=None,
+          rewards=None, sequence_ids=None, old_logprobs=None, ref_logprobs=None, behavior_logprobs=None):  # fmt: skip
     """The loss, the metrics of `grpo_loss`, and ratio, KL and loss of each token, in float64."""
     if rewards is not None:
         relative = rewards - rewards[:, :1]  # equal rewards deviate by exactly 0
@@ -80,9 +76,8 @@ def naive(config, logprobs, entropies, offsets, ignored, denominator, advantages
         torch.ones_like(ignored),
         logprobs.new_zeros(3, len(logprobs)),
     )
-    of_tokens = len(advantages) == len(logprobs)
-    if not of_tokens:
-        advantages = advantages.repeat_interleave(offsets.diff())
+    of_tokens = token_advantages is not None
+    advantages = token_advantages if of_tokens else advantages.repeat_interleave(offsets.diff())
     if config.top_entropy < 1:  # TRL's get_high_entropy_mask
         forking = entropies >= torch.quantile(entropies[~ignored & ~advantages.isnan()], 1 - config.top_entropy)
     for start, stop in itertools.pairwise(offsets):
@@ -223,10 +218,11 @@ def test_own_advantages_and_a_denominator_on_the_device(name, of_tokens, device,
     config = LossConfig.preset(name, kl_coef=0.1)
     logprobs, offsets, given = make_case(device, dtype)
     del given["rewards"], given["sequence_ids"]
-    given["advantages"] = torch.randn(sum(SPANS) if of_tokens else len(SPANS), device=device, dtype=dtype)
-    given["advantages"][[1, 7]] = float("nan")
+    advantages = torch.randn(sum(SPANS) if of_tokens else len(SPANS), device=device, dtype=dtype)
+    advantages[[1, 7]] = float("nan")
     if of_tokens:
-        given["advantages"][logprobs.isnan()] = float("nan")
+        advantages[logprobs.isnan()] = float("nan")
+    given["token_advantages" if of_tokens else "advantages"] = advantages
     leaf, exact = logprobs.requires_grad_(), logprobs.detach().double().requires_grad_()
     nothing = torch.zeros_like(exact)
     expected, _, per_token = naive(config, exact, nothing, offsets, nothing > 0, 37.0, **wide(given))
@@ -580,8 +576,9 @@ LP, CU, A = torch.zeros(3), torch.tensor([0, 1, 3]), torch.zeros(2)
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (LossConfig(), {}, "neither of rewards and advantages"),
-        (LossConfig(), {"advantages": A, "rewards": A[None]}, "both of rewards and advantages"),
+        (LossConfig(), {}, "none given; wanted one of rewards, advantages, token_advantages"),
+        (LossConfig(), {"advantages": A, "rewards": A[None]}, "rewards and advantages given"),
+        (LossConfig(), {"advantages": A, "token_advantages": LP}, "advantages and token_advantages given"),
         (LossConfig(kl_coef=0.1), {"advantages": A}, "needs ref_logprobs"),
         (LossConfig(behavior_cap=2.0), {"advantages": A}, "needs behavior_logprobs"),
         (LossConfig(entropy_coef=0.1), {"advantages": A}, "entropy_coef is 0.1"),
@@ -597,6 +594,7 @@ LP, CU, A = torch.zeros(3), torch.tensor([0, 1, 3]), torch.zeros(2)
         (LossConfig(), {"rewards": A[None], "sequence_ids": torch.tensor([0])}, "sequence_ids has shape"),
         (LossConfig(), {"advantages": A, "old_logprobs": torch.zeros(2)}, "old_logprobs has shape"),
         (LossConfig(), {"advantages": A, "ref_logprobs": torch.zeros(2)}, "ref_logprobs has shape"),
+        (LossConfig(), {"token_advantages": A}, r"token_advantages has shape \(2,\); wanted \(3,\)"),
         (LossConfig(), {"advantages": A, "behavior_logprobs": torch.zeros(2)}, "behavior_logprobs has shape"),
         (LossConfig(), {"advantages": A, "target_cu_seqlens": CU[None]}, "target_cu_seqlens has shape"),
         (LossConfig(), {"advantages": A, "target_cu_seqlens": CU[:0]}, "target_cu_seqlens has shape"),

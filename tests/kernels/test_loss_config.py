@@ -16,7 +16,7 @@ def test_presets_are_the_published_settings():
         "dapo": {"aggregate": "token_mean", "clip_high": 0.28},
         "bnpo": {"aggregate": "token_mean"},
         "dr_grpo": {"aggregate": "constant", "advantage_scale": "none"},
-        "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+        "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "behavior_level": "geometric"},
         "cispo": {"aggregate": "token_mean", "objective": "cispo", "clip_high": 4},
         "sapo": {"objective": "sapo"},
     }
