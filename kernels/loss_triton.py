@@ -157,7 +157,7 @@ def _completions_of(
                     inputs.rewards, slot, group_size, inputs.advantage_scale, inputs.eps, GROUP_BLOCK
                 )
         advantage = tl.where(mine, own, advantage)
-        count, total, total_mismatch = (end - begin).to(tl.float32), 0.0, 0.0
+        count, total, total_mismatch, total_drift = (end - begin).to(tl.float32), 0.0, 0.0, 0.0
         if (inputs.targets is not None) | (inputs.token_advantages is not None) | sums_tokens:
             count = 0.0
             for piece in range(begin, end, BLOCK):
@@ -170,23 +170,25 @@ def _completions_of(
                     valid = valid & (each == each)
                 count += tl.sum(valid.to(tl.float32), 0)
                 if sums_tokens:
-                    was = tl.zeros([BLOCK], tl.float32)
+                    new = tl.zeros([BLOCK], tl.float32)
                     if logprobs is not None:
-                        was = tl.load(logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
+                        new = tl.load(logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
+                    old = new
                     if inputs.old_logprobs is not None:
-                        new = was
-                        was = tl.load(inputs.old_logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
-                        total += tl.sum(new - was, 0)
+                        old = tl.load(inputs.old_logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
+                        total += tl.sum(new - old, 0)
+                    sampled = old
                     if inputs.behavior_logprobs is not None:
                         sampled = tl.load(inputs.behavior_logprobs + tokens, mask=valid, other=0.0).to(tl.float32)
-                        total_mismatch += tl.sum(was - sampled, 0)
+                        total_mismatch += tl.sum(old - sampled, 0)
+                    total_drift += tl.sum(sampled - new, 0)
         count = tl.maximum(count, 1.0)
         length = tl.where(mine, count, length)
         if inputs.old_logprobs is not None:
             log_ratio = tl.where(mine & (inputs.ratio_level != 0), total / count, log_ratio)
         over = tl.where(inputs.behavior_level == 2, count, 1.0)
         log_weight = tl.where(mine & (inputs.behavior_level != 0), total_mismatch / over, log_weight)
-        drift = tl.where(mine, -(total + total_mismatch) / count, drift)
+        drift = tl.where(mine, total_drift / count, drift)
     if inputs.token_advantages is not None:
         advantage = tl.load(inputs.token_advantages + rows, mask=rows < stop, other=float("nan")).to(tl.float32)
     advantage = tl.where((advantage < 0) & (drift > inputs.off_policy_threshold), 0.0, advantage)

@@ -407,6 +407,14 @@ def test_nan_shows_in_every_metric_that_it_touches(device, dtype):
     assert {name for name, value in stats.items() if value.isnan()} == {"ratio_mean", "ratio_max", "kl"}
 
 
+def test_drift_is_from_the_sampler_whatever_the_old_log_probs_are(device):
+    behavior, old = torch.tensor([3.0, 3.0], device=device), torch.tensor([torch.nan, 0.0], device=device)
+    leaf, config = torch.zeros(2, device=device, requires_grad=True), LossConfig(off_policy_threshold=2.9)
+    given = {"advantages": -torch.ones(1, device=device), "old_logprobs": old, "behavior_logprobs": behavior}
+    loss, _ = grpo_loss(leaf, torch.tensor([0, 2], device=device), config, denominator=1, **given)
+    assert torch.autograd.grad(loss, leaf)[0][1] == 0
+
+
 def test_low_precision_logprobs_are_raised_to_fp32(device):
     logprobs = torch.full((3,), -1.0, dtype=torch.bfloat16, device=device, requires_grad=True)
     offsets, advantages = torch.tensor([0, 1, 3], device=device), torch.tensor([1.0, -2.0], device=device)
