@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer with flashgrpo's loss: loss and gradients of the LM head in three products, never whole logits.
 
     from trl import GRPOConfig
-    from trl_trainer import FlashGRPOTrainer  # this file
+    from trl_trainer import FlashGRPOTrainer  # this file, copied or on PYTHONPATH
 
     FlashGRPOTrainer("Qwen/Qwen3-0.6B", reward_funcs=reward, train_dataset=dataset, args=GRPOConfig(...)).train()
 
@@ -37,7 +37,6 @@ METRICS = {  # as the loss and as TRL's log call them
     "clip_low_fraction": "clip_ratio/low_mean",
     "clip_high_fraction": "clip_ratio/high_mean",
 }
-IMAGES = ("pixel_values", "token_type_ids", "mm_token_type_ids")
 # Keys of a model's config by which its logits are not hidden @ weight^T alone; 1 or None: they are.
 SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
@@ -122,8 +121,8 @@ class FlashGRPOTrainer(GRPOTrainer):
         )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        if found := [key for key in IMAGES if inputs.get(key) is not None]:
-            raise ValueError(f"a batch has {', '.join(found)}; FlashGRPOTrainer is for text alone")
+        if inputs.get("pixel_values") is not None:
+            raise ValueError("a batch has pixel_values; FlashGRPOTrainer is for text alone")
         targets = inputs["completion_ids"]
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         rows, target_cu_seqlens = pack_padded(mask)
@@ -187,7 +186,3 @@ def predictors(
 ) -> Tensor:  # [num_completions * completion, hidden_size]
     """The hidden states that predict the tokens of the completions."""
     return hidden[:, -targets.shape[1] - 1 : -1].flatten(0, 1)
-
-
-if __name__ == "__main__":
-    print(__doc__)
