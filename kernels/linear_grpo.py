@@ -268,8 +268,8 @@ class Gradients:
         if not (wanted.narrow and one_chunk and by_triton(head.hidden)):
             dtype = accumulation_dtype(dtype)
         return cls(
-            d_hidden=torch.zeros_like(head.hidden) if wanted.d_hidden else None,
-            d_weight=torch.empty_like(head.weight, dtype=dtype) if wanted.d_weight else None,
+            d_hidden=head.hidden.new_zeros(head.hidden.shape) if wanted.d_hidden else None,
+            d_weight=head.weight.new_empty(head.weight.shape, dtype=dtype) if wanted.d_weight else None,
         )
 
     @property

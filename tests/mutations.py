@@ -184,6 +184,8 @@ FAULTS = {
          "loss_of_logprobs(logprobs, entropies, inputs.undivided())", "low_precision and gspo"),
         ("chunks longer than there is room for", "-(-num_rows // most))", "num_rows // most)", "default_chunks"),
         ("compacted rows of another chunk", "start + live", "live", "compaction and 2.0"),
+        ("d_hidden with its columns in a row", "head.hidden.new_zeros(head.hidden.shape)",
+         "torch.zeros_like(head.hidden)", "upstream"),
     ],
     ("loss_triton", "linear_grpo_triton"): [
         ("rows of the entropy bonus alone left out", " | (d_entropy != 0)", "", "compaction and 2.0"),

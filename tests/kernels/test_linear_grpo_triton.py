@@ -125,7 +125,7 @@ def test_a_tiny_denominator_keeps_fp16_gradients(device):
 
 @pytest.mark.parametrize(("dtype", "rounded_twice"), [(torch.float32, 0), (torch.bfloat16, 2**-8)])
 def test_upstream_gradients_scale_what_was_made_and_1_touches_nothing(dtype, rounded_twice, device, monkeypatch):
-    hidden, weight = (torch.randn(n, 16, device=device).to(dtype) for n in (6, 20))
+    hidden, weight = (torch.randn(16, n, device=device).to(dtype).T for n in (6, 20))  # columns in a row
     targets, offsets = torch.arange(6, device=device), torch.tensor([0, 2, 6], device=device)
     given = {"denominator": 7.0, "advantages": torch.tensor([1.0, -2.0], device=device)}
 
