@@ -1,4 +1,5 @@
-"""TRL's GRPOTrainer with flashgrpo's loss: loss and gradients of the LM head in three products, never whole logits.
+"""TRL's GRPOTrainer with flashgrpo's loss: gradients of the LM head are made in its forward pass, a chunk of logits at
+a time.
 
     from trl import GRPOConfig
     from trl_trainer import FlashGRPOTrainer  # this file, copied or on PYTHONPATH
