@@ -8,15 +8,13 @@ For n rows, hidden size H and vocabulary V, chunk by chunk:
     d_weight += d_logits^T @ hidden_chunk       2 n V H, in fp32
 
 `linear_grpo_loss` makes the gradients in its forward pass, so logits are computed once: 6 n V H
-FLOPs against 8 n V H for what recomputes them. A loss that needs all log-probs before any gradient
-(`LossConfig.scores_first`: a sequence-level ratio, a mask by completions or entropies) costs 8 n V
-H. Beyond its inputs it holds d_hidden [n, H], d_weight [V, H] and one chunk of logits, which the
-kernels turn into their gradient in place (in torch three chunks, in fp32).
+FLOPs, or 8 n V H where all log-probs come before any gradient (`LossConfig.scores_first`). Beyond
+its inputs it holds d_hidden, d_weight and one chunk of logits, which the kernels turn into their
+gradient in place (in torch three chunks, in fp32).
 
-The denominator divides the gradient by each log-prob, before d_logits is rounded, so the products
-alone round d_hidden and d_weight; an upstream gradient of exactly 1 changes and costs nothing,
-another rounds again. fp16 is divided after the products: 1e-6 would be 0. There an advantage times
-a ratio above 65,504 overflows.
+The denominator divides before d_logits is rounded, so the products alone round d_hidden and
+d_weight; an upstream gradient of exactly 1 changes and costs nothing, another rounds again. fp16 is
+divided after the products: 1e-6 would be 0. There an advantage times a ratio above 65,504 overflows.
 
 In bf16 at n = 4096, H = 4096, V = 128,256, in GB, and ms by 790 TFLOP/s and 4.3 TB/s; not measured:
 
@@ -30,16 +28,14 @@ first reads and writes 2.10 in its product, and the backward pass reads 2.10 and
 in 0.73 ms: 1.07 to 1.10 times the products of two chunks.
 
 Every chunk reads the weight and reads and writes d_weight, 10 V H bytes against 6 V H FLOPs a row:
-with r rows a chunk that is 306 / r of the GEMMs' time, so 5% at 6,144. So on CUDA r is at most
-6,144 rows of 16-bit or 3,072 of fp32 logits, which also is what 5% of full fp32 logits hold for 64k
-targets; on a CPU it is at most as many as have their fp32 logits in 2 MiB of cache, or 256. Chunks
-are as few as that allows and equal, to a multiple of 128 rows: 8,192 are 2 of 4,096, 9,000 are
-4,608 and 4,392, and none is computed that is not there.
+with r rows a chunk that is 306 / r of the GEMMs' time. So on CUDA r is at most 6,144 rows of 16-bit
+(5%) or 3,072 of fp32 logits; on a CPU as many as have their fp32 logits in 2 MiB of cache, or 256.
+Chunks are as few as that allows and equal, to a multiple of 128 rows: 9,000 are 4,608 and 4,392.
 
 Both functions make log-probs by the same GEMM and `logprob.row_logprob` in chunks that follow from
 n, so on one pack they agree bit for bit. The library may sum a product of another shape in another
-order: across packs of different n log-probs agree to rounding. Under autocast hidden and weight are
-cast as for any product. Not done here: vocabulary-parallel heads, a bias, logit soft-capping.
+order: across packs of different n log-probs agree to rounding. Not done here: vocabulary-parallel
+heads, a bias, logit soft-capping.
 
 Sources: Wijmans et al., Cut Your Losses, arXiv 2411.09009; Hsu et al., Liger Kernel, arXiv
 2410.10989, whose backward pass also leaves what is multiplied by 1; `main_grad` of Megatron-LM,
@@ -96,11 +92,8 @@ class Head(NamedTuple):
                 "module that holds it, or give lm_head_weight.full_tensor()"
             )
         if torch.is_autocast_enabled(hidden.device.type):  # as torch.amp.custom_fwd casts
-            dtype, narrower = (
-                torch.get_autocast_dtype(hidden.device.type),
-                (torch.float32, torch.bfloat16, torch.float16),
-            )
-            hidden, weight = (x.to(dtype) if x.dtype in narrower else x for x in (hidden, weight))
+            dtype, cast = torch.get_autocast_dtype(hidden.device.type), (torch.float32, torch.bfloat16, torch.float16)
+            hidden, weight = (x.to(dtype) if x.dtype in cast else x for x in (hidden, weight))
         if hidden.dim() != 2:
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}; wanted [n, hidden_size]")
         if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or not weight.shape[0]:
@@ -170,8 +163,8 @@ def linear_logprobs(
     Both are fp32 (float64 for float64) and differentiable once; the backward pass computes the
     logits again. Targets and `entropy` as in `gather_logprobs`. `logits_dtype` is hidden's dtype
     (None) or torch.float32, `chunk_tokens` the number of rows whose logits exist at once; by default
-    it follows from n. Under autocast hidden and weight, whatever their dtypes, are cast to its dtype but from
-    float64, and gradients come back in theirs.
+    it follows from n. Under autocast hidden and weight are cast to its dtype, but from float64, and
+    gradients come back in theirs.
 
     Raises ValueError for shapes that do not fit together, a temperature that is not above 0, fewer than one token a
     chunk and another logits_dtype; TypeError for wrong dtypes, and for a DTensor, which is a part of the weight.
@@ -212,7 +205,7 @@ def linear_grpo_loss(
 
     With `main_grad`, [vocab, hidden_size] in fp32 (float64 for float64), the backward pass adds the
     weight's gradient there, in fp32, and lm_head_weight.grad gets nothing: as Megatron-LM keeps
-    gradients over micro-batches. A weight's `grad_added_to_main_grad` is the caller's to set.
+    gradients over micro-batches; `grad_added_to_main_grad` is the caller's to set.
 
     Loss, metrics and arguments are those of `logits_grpo_loss`, the rest as in `linear_logprobs`; raises what they
     raise, and ValueError for a main_grad of another shape or dtype.

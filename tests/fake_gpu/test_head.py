@@ -34,14 +34,11 @@ def products(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    (
-        "num_rows",
-        "chunks",
-    ),  # a last chunk as long as the others made 12,288 rows of the first three, 67,584 of the last
+    ("num_rows", "chunks"),
+    # A last chunk as long as the others made 12,288 rows of the first three, 67,584 of the last.
     [(6200, [3200, 3000]), (8192, [4096] * 2), (9000, [4608, 4392]), (65_536, [6016] * 10 + [5376])],
 )
-def test_chunks_are_equal_and_no_row_is_computed_twice(num_rows, chunks):
-    monkeypatch = pytest.MonkeyPatch()
+def test_chunks_are_equal_and_no_row_is_computed_twice(num_rows, chunks, monkeypatch):
     with fake_gpus() as gpus:
         made, arguments = products(monkeypatch), head(gpus, num_rows)
         with torch.no_grad():
@@ -55,9 +52,8 @@ def test_chunks_are_equal_and_no_row_is_computed_twice(num_rows, chunks):
 
 @pytest.mark.parametrize("with_main_grad", [False, True])
 @pytest.mark.parametrize("num_rows", [4096, 9000])
-def test_d_weight_is_written_once_and_one_chunk_makes_it_as_it_is_wanted(num_rows, with_main_grad):
+def test_d_weight_is_written_once_and_one_chunk_makes_it_as_it_is_wanted(num_rows, with_main_grad, monkeypatch):
     """No zeros, no fp32 where one product makes it, and no pass over it where the upstream gradient is 1."""
-    monkeypatch = pytest.MonkeyPatch()
     with fake_gpus() as gpus:
         made, (hidden, weight, targets) = products(monkeypatch), head(gpus, num_rows)
         offsets, ones = targets.new_zeros(2), torch.ones(1, device=gpus.device)
