@@ -80,7 +80,8 @@ AttentionMaskInterface.register("packed_grpo", lambda *args, **options: None)
 def predicting_rows(model: Any, batch: Pack) -> Tensor:  # [num_targets, hidden_size]
     """The hidden states that predict the targets."""
     config = model.config
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    head_dim = model.model.layers[0].self_attn.head_dim  # not every config has it
+    heads = (config.num_attention_heads, config.num_key_value_heads, head_dim)
     plan = plan_attention(batch.cu_seqlens, batch.prefix, batch.input_ids.numel(), heads, model.dtype)
     model.set_attn_implementation("packed_grpo")
     output = model.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False, plan=plan)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import hf_loop
 
@@ -27,14 +27,15 @@ def padded_loss(model, prompts, groups, advantages, old_logprobs):
     return -torch.minimum(ratio * advantages, clipped * advantages).mean()
 
 
-def test_packed_prompts_have_the_loss_and_gradients_of_padded_rows(monkeypatch):
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_packed_prompts_have_the_loss_and_gradients_of_padded_rows(kind, monkeypatch):
     monkeypatch.setattr(hf_loop, "DEVICE", "cpu")
     torch.manual_seed(0)
-    config = Qwen3Config(
+    config = kind(
         vocab_size=hf_loop.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16,
+        num_key_value_heads=1,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     prompts = [torch.randint(2, hf_loop.VOCAB, (length,)) for length in (9, 4, 1)]
     groups = [[torch.randint(2, hf_loop.VOCAB, (n,)) for n in lengths] for lengths in ((3, 1), (6, 5), (2, 8))]
     rewards = torch.tensor([[0.0, 1.0], [0.7, 0.2], [0.1, 0.4]])
