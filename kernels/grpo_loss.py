@@ -231,10 +231,8 @@ def named_stats(
 def merge_stats(stats: Sequence[Stats]) -> Stats:
     """Metrics of several calls as of one: sums, means over all tokens, largest values, per-token ones end to end.
 
-    Raises ValueError for no calls, and for calls that report different metrics.
+    Raises ValueError for calls that report different metrics.
     """
-    if not stats:
-        raise ValueError("merge_stats needs the metrics of at least one call; found none")
     if different := {key for call in stats for key in call.keys() ^ stats[0].keys()}:
         raise ValueError(
             f"calls differ in the metrics {', '.join(sorted(different))}; merge calls of one configuration"

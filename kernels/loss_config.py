@@ -80,15 +80,13 @@ class LossConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value, choices = getattr(self, name), get_args(hint)
-            if get_origin(hint) is Literal:
+        for name, choices in _CHOICES.items():
+            value, may_be_none = getattr(self, name), getattr(LossConfig, name) is None
+            if choices:
                 if value not in choices:
                     raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(choices)}")
-            elif not (_is_number(value) or (value is None and choices)):
-                raise ValueError(
-                    f"{name} is {value!r}; wanted a finite number, 0 or above{', or None' * bool(choices)}"
-                )
+            elif not (_is_number(value) or (value is None and may_be_none)):
+                raise ValueError(f"{name} is {value!r}; wanted a finite number, 0 or above{', or None' * may_be_none}")
         if self.clip_max is not None and self.objective != "clip":
             raise ValueError(f"clip_max is {self.clip_max}, which {self.objective!r} does not have; leave it None")
         if not min(self.tau_pos, self.tau_neg) > 0:
@@ -133,7 +131,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# Of the fields that have some; under torch.compile nobody can ask.
+# Of the fields that have some; nobody can ask for them under torch.compile.
 _CHOICES = {
     name: get_args(hint) if get_origin(hint) is Literal else () for name, hint in get_type_hints(LossConfig).items()
 }
@@ -182,7 +180,6 @@ class LossInputs(NamedTuple):
     behavior_mode: float
     behavior_level: float  # 0 token, 1 sequence, 2 geometric
     off_policy_threshold: float
-    eps: float  # added to a standard deviation
     scores_first: float
     per_token: float
 
@@ -197,7 +194,9 @@ class LossInputs(NamedTuple):
         **tensors: Tensor | None,
     ) -> "LossInputs":
         """Of the arguments of a public function, `tensors` by name. Raises as `grpo_loss` says."""
-        _check_config(config, tensors)
+        for key, needed in (("kl_coef", "ref_logprobs"), ("behavior_cap", "behavior_logprobs")):
+            if getattr(config, key) and tensors[needed] is None:
+                raise ValueError(f"{key} is {getattr(config, key)}, which needs {needed}; found None")
         _check_denominator(denominator, like)
         _check_offsets(target_cu_seqlens, like)
         _check_tensors(tensors, like)
@@ -220,7 +219,6 @@ class LossInputs(NamedTuple):
             denominator_tensor=denominator.detach().to(accumulation_dtype(like.dtype)) if by_tensor else None,
             denominator=1.0 if by_tensor else float(denominator),
             **numbers,
-            eps=ADVANTAGE_EPS,
             # Without old log-probs a completion's weight is by those that are to be made.
             scores_first=float(config.scores_first or (weighs_completions and given["old_logprobs"] is None)),
             per_token=float(per_token),
@@ -247,21 +245,13 @@ class LossInputs(NamedTuple):
 _NUM_TENSORS = LossInputs._fields.index("denominator")
 
 
-def _check_config(config: LossConfig, tensors: dict[str, Tensor | None]) -> None:
-    if config.kl_coef and tensors["ref_logprobs"] is None:
-        raise ValueError(f"kl_coef is {config.kl_coef}, which needs ref_logprobs; found None")
-    if config.behavior_cap is not None and tensors["behavior_logprobs"] is None:
-        raise ValueError(f"behavior_cap is {config.behavior_cap}, which needs behavior_logprobs; found None")
-
-
 def _check_denominator(denominator: float | Tensor, like: Tensor) -> None:
-    if not isinstance(denominator, Tensor):
-        if not 0 < denominator < math.inf:
-            raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
-    elif denominator.dim():
-        raise ValueError(f"denominator has shape {tuple(denominator.shape)}; wanted a number or a 0-d tensor")
-    elif denominator.device != like.device:
-        raise ValueError(f"denominator is on {denominator.device}; wanted {like.device}")
+    if isinstance(denominator, Tensor):
+        if denominator.dim() or denominator.device != like.device:
+            found = f"has shape {tuple(denominator.shape)} and is on {denominator.device}"
+            raise ValueError(f"denominator {found}; wanted a number, or a 0-d tensor on {like.device}")
+    elif not 0 < denominator < math.inf:
+        raise ValueError(f"denominator is {denominator}; wanted a finite number above 0")
 
 
 def _check_tensors(tensors: dict[str, Tensor | None], like: Tensor) -> None:

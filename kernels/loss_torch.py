@@ -133,7 +133,7 @@ class TokenInputs(NamedTuple):
         advantages = inputs.advantages
         if inputs.rewards is not None:
             scale = ADVANTAGE_SCALES[int(inputs.advantage_scale)]
-            advantages = group_advantages(inputs.rewards, scale=scale, eps=inputs.eps).flatten()
+            advantages = group_advantages(inputs.rewards, scale=scale).flatten()
             if inputs.sequence_ids is not None:
                 advantages = advantages.index_select(0, inputs.sequence_ids)
         if inputs.token_advantages is not None:
@@ -149,7 +149,7 @@ class TokenInputs(NamedTuple):
             return None if x is None else torch.where(counted, x.to(dtype), 0)
 
         weights = counted.to(dtype)
-        lengths = segment_sum(weights, spans)
+        lengths = torch.segment_reduce(weights, "sum", lengths=spans, unsafe=True)
         if inputs.aggregate == 0:
             weights = weights / lengths.clamp(min=1).index_select(0, sequence)
         old, behavior, log_weights = keep(inputs.old_logprobs), keep(inputs.behavior_logprobs), None
@@ -277,14 +277,6 @@ def summed(
     return loss.sum() / inputs.divisor, metrics.float(), per_token
 
 
-def segment_sum(
-    x: Tensor,  # [num_targets]
-    spans: Tensor,  # [num_completions]
-) -> Tensor:  # [num_completions]
-    """Sums over each completion's tokens."""
-    return torch.segment_reduce(x, "sum", lengths=spans, unsafe=True)
-
-
 def of_high_entropy(
     inputs: LossInputs,
     logprobs: Tensor,  # [num_targets]
@@ -306,7 +298,7 @@ def _over_completions(
     lengths: Tensor | None = None,  # [num_completions]
 ) -> Tensor:  # [num_targets]
     """For each token its completion's sum, over its length where lengths are given."""
-    sums = segment_sum(x, spans)
+    sums = torch.segment_reduce(x, "sum", lengths=spans, unsafe=True)
     return (sums if lengths is None else sums / lengths.clamp(min=1)).index_select(0, sequence)
 
 
@@ -316,9 +308,8 @@ def _bounded_exp(log_ratio: Tensor) -> Tensor:
 
 def _behavior_weights(mismatch: Tensor, tokens: TokenInputs) -> Tensor:
     numbers, weights = tokens.numbers, _bounded_exp(mismatch if tokens.log_weights is None else tokens.log_weights)
-    if not numbers.behavior_mode:
-        return weights.clamp(numbers.behavior_floor, numbers.behavior_cap)
-    return torch.where((weights >= numbers.behavior_floor) & (weights <= numbers.behavior_cap), weights, 0)
+    bounded = weights.clamp(numbers.behavior_floor, numbers.behavior_cap)
+    return torch.where(bounded != weights, 0, bounded) if numbers.behavior_mode else bounded
 
 
 def _kl_and_gradient(

@@ -4,9 +4,8 @@
 From log-probs a program makes the loss of 1,024 tokens, and where there are more a second launch has
 one for every metric. A program counts how many completions end before its first token and its last,
 and for each between reads its group's rewards, and where that is asked for its tokens' log-ratios:
-what lies apart is read again rather than kept in a launch of its own. A token costs at most 16 bytes
-read and 4 written; 64k tokens are 1.3 MB, so the launches themselves are what takes time. Sums have
-a fixed order: lanes of a block, then blocks.
+what lies apart is read again rather than kept in a launch of its own. 64k tokens are 1.3 MB, so the
+launches are what takes time. Sums have a fixed order: lanes of a block, then blocks.
 
 From logits (`RowLoss`) a launch beforehand gives every token the advantage and the length of its
 completion. Then a program takes a row: it reads it for log-prob and entropy, makes the loss and its
@@ -26,7 +25,7 @@ from torch import Tensor
 from flashgrpo.kernels import logprob
 from flashgrpo.kernels.common import launch, tl, triton
 from flashgrpo.kernels.logprob import ROW_STEP, row_logprob, row_slopes, whole_steps, write_gradient
-from flashgrpo.kernels.loss_config import METRICS, PER_TOKEN, LossInputs
+from flashgrpo.kernels.loss_config import ADVANTAGE_EPS, METRICS, PER_TOKEN, LossInputs
 from flashgrpo.kernels.loss_torch import Loss, of_high_entropy
 
 BLOCK = 1024  # tokens of a program, and offsets read at once
@@ -36,6 +35,7 @@ _ROWS = 2048  # blocks summed at once
 _SCALED = 1 << 17  # numbers, in whole rows, of a program that may have nothing to do: 4,000 for a weight of 4 x 10^8
 _RATIO_MAX, _MISMATCH_MAX = (tl.constexpr(METRICS.index(name)) for name in ("ratio_max", "behavior_mismatch_max"))
 _NUM_METRICS, _METRICS = tl.constexpr(len(METRICS)), tl.constexpr(16)  # and a power of two
+_EPS = tl.constexpr(ADVANTAGE_EPS)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _largest(x):
 
 
 @triton.jit
-def _group_advantage(rewards, slot, group_size, scale, eps, GROUP_BLOCK: tl.constexpr):
+def _group_advantage(rewards, slot, group_size, scale, GROUP_BLOCK: tl.constexpr):
     """Advantage of rewards[slot] in its group. Measured from it, equal rewards deviate by exactly 0."""
     group = rewards + slot // group_size * group_size
     own = tl.load(rewards + slot).to(tl.float32)
@@ -71,7 +71,7 @@ def _group_advantage(rewards, slot, group_size, scale, eps, GROUP_BLOCK: tl.cons
         x = tl.load(group + start + lanes, mask=start + lanes < group_size, other=float("nan")).to(tl.float32)
         deviation = tl.where(_is_finite(x), (x - own) - mean, 0.0)
         square += tl.sum(deviation * deviation, 0)
-    spread = tl.sqrt(square / tl.maximum(count - 1.0, 1.0)) + eps
+    spread = tl.sqrt(square / tl.maximum(count - 1.0, 1.0)) + _EPS
     advantage = 0.0 - tl.where(scale == 0, mean / spread, mean)
     return tl.where(_is_finite(own), advantage, float("nan"))
 
@@ -153,9 +153,7 @@ def _completions_of(
             if inputs.sequence_ids is not None:
                 slot = tl.load(inputs.sequence_ids + sequence)
             if (slot >= 0) & (slot < num_rewards):
-                own = _group_advantage(
-                    inputs.rewards, slot, group_size, inputs.advantage_scale, inputs.eps, GROUP_BLOCK
-                )
+                own = _group_advantage(inputs.rewards, slot, group_size, inputs.advantage_scale, GROUP_BLOCK)
         advantage = tl.where(mine, own, advantage)
         count, total, total_mismatch, total_drift = (end - begin).to(tl.float32), 0.0, 0.0, 0.0
         if (inputs.targets is not None) | (inputs.token_advantages is not None) | sums_tokens:
@@ -226,10 +224,9 @@ def _loss_of_tokens(
     mismatch = tl.abs(tl.where(counted, mismatch, 0.0))
 
     behavior_weight = tl.exp(_at_most(tl.where(counted, log_weight, 0.0), 20.0))
-    within = (behavior_weight >= inputs.behavior_floor) & (behavior_weight <= inputs.behavior_cap)
     raised = tl.where(behavior_weight < inputs.behavior_floor, inputs.behavior_floor, behavior_weight)
-    truncated, masked = _at_most(raised, inputs.behavior_cap), tl.where(within, behavior_weight, 0.0)
-    cut = tl.where(inputs.behavior_mode != 0, masked, truncated)
+    bounded = _at_most(raised, inputs.behavior_cap)
+    cut = tl.where((inputs.behavior_mode != 0) & (bounded != behavior_weight), 0.0, bounded)
     weighted = tl.where(inputs.behavior_cap < float("inf"), advantage * cut, advantage)
     ratio = tl.exp(_at_most(log_ratio, 20.0))
     loss, slope = _policy(ratio, log_ratio, logprob, advantage, weighted, inputs)
