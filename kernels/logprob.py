@@ -8,17 +8,15 @@ With z = logits / temperature, p = softmax(z) and t = target:
     d_logit_j = (d_logprob (1[j = t] - p_j) - d_entropy p_j (log p_j + entropy)) / temperature
 
 The forward pass reads n x vocab logits once, the backward pass reads and writes them once: 6 bytes
-an element in bf16, 1.74 ms for 8,192 rows of 151,936 at 4.3 TB/s. Neither allocates anything else
-of the logits' size but their gradient, and not even that with `inplace_backward`. Double backward
-raises.
+an element in bf16, 1.74 ms for 8,192 rows of 151,936 at 4.3 TB/s. Nothing else of the logits' size
+is allocated but their gradient, and not even that with `inplace_backward`.
 
 The Triton kernels give a row to a program. Each thread keeps a running maximum, so that the online
 softmax (Milakov and Gimelshein, arXiv 1805.02867) rescales once for all that a thread loads
 together, and threads meet only at the row's end. Everything is in powers of two, whose exponents
 are a fused multiply-add each (as in Liger Kernel). Where 16 divides the strides of rows, logits are
-loaded and stored 16 bytes at a time, but for the vocab % 16 at a row's end. For 8,192 of them an
-H100's processor issues 4 x 195 instructions of a warp in 390 clocks (530 with the entropy) and
-their exponentials in 512; predicted, not measured: memory, which takes 880, is what it waits for.
+loaded and stored 16 bytes at a time, but for the vocab % 16 at a row's end. By instructions 8,192 of
+them take an H100's processor 512 clocks, 530 with the entropy; memory takes 880: predicted.
 """
 
 import math
@@ -48,9 +46,7 @@ _LOWEST_BASE = tl.constexpr(-(2.0**31))
 @triton.jit
 def _accumulate(x, scale, base, total, moment, ENTROPY: tl.constexpr):
     """Takes a block of logits x into each lane's base, its largest x scale, and with z = x scale - base into its sums
-    of 2^z and of 2^z z.
-
-    Products are fused with the additions that follow by name: were it left to the compiler, kernels might differ.
+    of 2^z and of 2^z z. What is fused is so by name: were it left to the compiler, kernels might differ.
     """
     LOADED: tl.constexpr = 128 // x.dtype.primitive_bitwidth  # 16 bytes, which lie together in a thread
     x = tl.reshape(x, [x.shape[0] // (_LANES * LOADED), _LANES, LOADED]).to(tl.float32)
@@ -137,9 +133,7 @@ def row_slopes(target, vocab, base, total, entropy, d_logprob, d_entropy, scale,
 
 @triton.jit
 def write_gradient(row, d_row, start, stop, slopes, scale, is_live, BLOCK: tl.constexpr, TILTED: tl.constexpr):
-    """d_logits of columns from `start` to below `stop`; zeros of a row that is not live, which is not read. All it
-    touches may leave the cache first, to rows that will be read again.
-    """
+    """d_logits of columns from `start` to below `stop`; zeros of a row that is not live, which is not read."""
     base, level, tilt, column, to_target = slopes
     columns = start + tl.arange(0, BLOCK)
     read = columns < tl.where(is_live, stop, 0)
@@ -210,14 +204,13 @@ def gather_logprobs(
     """Log-probabilities of `targets` and entropies of softmax(logits / temperature), in nats.
 
     Both are fp32 (float64 for float64 logits) and differentiable once. Without `entropy` that is
-    None, and the log-probs have the same bits, by a quarter fewer instructions. A target of -100 is
-    ignored: log-prob and entropy 0, no gradient. Any other target out of range gives a NaN
-    log-prob. With `inplace_backward` the gradient is written over the logits, which autograd then
-    refuses to use again.
+    None, and the log-probs have the same bits. A target of -100 is ignored: log-prob and entropy 0,
+    no gradient. Any other target out of range gives a NaN log-prob. With `inplace_backward` the
+    gradient is written over the logits, which autograd then refuses to use again.
 
     `logits[:, :-1]` of [batch, length, vocab] is read where it lies; logits are copied only if all
-    dimensions but the last two do not merge into one, and on a GPU if a row is not contiguous. The
-    largest logit of a row over the temperature must lie within 1e9 of 0.
+    dimensions but the last two do not merge into one, and on a GPU if a row is not contiguous. A row
+    of which the largest logit over the temperature is not within 1e9 of 0 may give NaN.
 
     Raises ValueError for shapes that do not fit together and a temperature that is not above 0; TypeError for wrong
     dtypes.

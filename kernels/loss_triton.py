@@ -9,12 +9,11 @@ launches are what takes time. Sums have a fixed order: lanes of a block, then bl
 
 From logits (`RowLoss`) a launch beforehand gives every token the advantage and the length of its
 completion. Then a program takes a row: it reads it for log-prob and entropy, makes the loss and its
-gradient by them, and reads the row again, backwards, to write the gradient of its logits. The
-second read comes from L2 as far as it holds the rows at work, 528 on an H200. What the second pass
-touches leaves first, so that only rows still to be read again compete for it. A row whose gradient
-is 0 is not read again. By a simulation of 45 MB that is all of 32,768 logits and a third of 151,936
-(a fifth, were it not for that order): 5.3 bytes an element in bf16 from and to memory, 1.54 ms for
-8,192 rows of 151,936 at 4.3 TB/s, predicted; 4 bytes and 1.16 ms would be the least.
+gradient by them, and unless that is 0 reads the row again, backwards, to write the gradient of its
+logits. The second read comes from L2 as far as it holds the rows at work, 528 on an H200; what it
+touches leaves first, to rows still to be read again. By a simulation of 45 MB that is all of 32,768
+logits and a third of 151,936: 5.3 bytes an element in bf16 from and to memory, 1.54 ms for 8,192
+rows of 151,936 at 4.3 TB/s, predicted; 4 bytes and 1.16 ms would be the least.
 """
 
 import math
