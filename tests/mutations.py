@@ -64,6 +64,8 @@ FAULTS = {
         ("gate's slope without sigmoid(-z)", "gate / (1 + tl.exp(tau * (ratio - 1)))", "gate", "every_method and sapo"),
         ("KL weighed without the ratio's gradient", "d_kl + d_weight * kl", "d_kl", "every_method and unbiased"),
         ("geometric mean for the product", "behavior_level == 2, count", "behavior_level > 0, count", "product"),
+        ("drift by the old log-probs", "tl.sum(sampled - new", "tl.sum(old - new", "drift"),
+        ("masked weights cut", "behavior_mode != 0) & (bounded", "behavior_mode > 1) & (bounded", "masked"),
         ("off-policy completions kept", "drift > inputs.off_policy_threshold", "drift > 1e9", "every_method and off"),
         ("off-policy also of good completions", "(advantage < 0) & (drift", "(drift", "ignored_targets and off"),
         ("NaN advantages of tokens counted in lengths", "valid & (each == each)", "valid", "own_advantages and True"),
