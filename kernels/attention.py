@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels import attention_plan as plan
+from flashgrpo.kernels import attention_plan
 from flashgrpo.kernels.attention_flash import check_flash, flash_attention, gathered_keys
 from flashgrpo.kernels.attention_torch import check_tensors, segments_on_host, torch_attention
 from flashgrpo.kernels.common import backward_once, by_triton, check_index, tl, triton
@@ -284,7 +284,7 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], sca
     if not q.numel():
         return out, lse
     sizes = _sizes(q, k, v)
-    options, _, _ = plan.tile_options(q)
+    options, _, _ = attention_plan.tile_options(q)
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(tiles[0].shape[0] * num_heads,)](q, k, v, out, lse, tiles[0], scale, *sizes, **options)
     return out, lse
@@ -293,15 +293,17 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], sca
 @torch.library.custom_op("flashgrpo::packed_attention_backward", mutates_args=())
 def _attention_bwd(d_out: Tensor, saved: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """`saved` is q, k, v, what the forward operator has returned, and its tiles."""
-    q, k, v, out, lse, _, query_tiles, key_tiles, slots = saved
+    q, k, v, out, lse, _, query_tiles, key_tiles, cut_tiles = saved
     d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)  # its strides would cost a loop its registers
-    (_, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+    (total_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     dq, dk, dv, delta = (x.new_empty(x.shape) for x in (q, k, v, lse))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     sizes = _sizes(q, k, v)
-    _, options, key_options = plan.tile_options(q)
-    pieces = q.new_empty(2, len(slots), num_kv_heads, key_options["BLOCK_N"], head_dim, dtype=torch.float32)
+    _, options, key_options = attention_plan.tile_options(q)
+    block_n = key_options["BLOCK_N"]
+    num_slots = attention_plan.count_slots(total_tokens, num_kv_heads, block_n)
+    pieces = q.new_empty(2, num_slots, num_kv_heads, block_n, head_dim, dtype=torch.float32)
     with torch.cuda.device_of(q):
         _attention_bwd_dq_kernel[(len(query_tiles) * num_heads,)](
             q, k, v, out, d_out, lse, delta, dq, query_tiles, scale, *sizes, **options
@@ -310,9 +312,9 @@ def _attention_bwd(d_out: Tensor, saved: Sequence[Tensor], scale: float) -> tupl
             q, k, v, d_out, lse, delta, dk, dv, pieces[0], pieces[1], key_tiles, scale, *sizes, **key_options
         )
         del key_options["BLOCK_M"]
-        for i, total in enumerate((dk, dv) if len(slots) else ()):
-            _attention_bwd_sum_kernel[(len(slots) * num_kv_heads,)](
-                pieces[i], total, slots, num_kv_heads, **key_options
+        for parts, total in zip(pieces, (dk, dv), strict=True):
+            _attention_bwd_sum_kernel[(len(cut_tiles) * num_kv_heads,)](
+                parts, total, cut_tiles, num_kv_heads, **key_options
             )
     return dq, dk, dv
 
@@ -345,8 +347,7 @@ class AttentionPlan(NamedTuple):
     """Where the queries of a batch find their keys: what `plan_attention` returns and `planned_attention` takes."""
 
     backend: str  # "torch" also where "triton" means the twin
-    shape: tuple[int, int, int, int]  # total_tokens, num_heads, num_kv_heads and head_dim of q, k and v
-    dtype: torch.dtype
+    inputs: tuple[int, int, int, int, torch.dtype, torch.device]  # total_tokens, num_heads, num_kv_heads, head_dim, ..
     keys: Any  # the kernels' tables of tiles, flash-attn's gathered keys or the twin's segments
 
 
@@ -364,64 +365,59 @@ def plan_attention(
 
     A model makes it before its blocks, outside of what it compiles, checkpoints or captures; inside works too. Without
     gradients, as in torch.no_grad(), it serves forward passes alone and takes a third of the launches. On a GPU,
-    offsets and prefixes out of order stop the device by an assertion, and nothing waits but flash-attn's plan.
+    offsets and prefixes out of order stop the device by an assertion, and nothing waits but flash-attn's plan and the
+    twin's.
 
     Raises what `packed_attention` says of offsets, prefix, backend, head_dim and dtype.
     """
-    num_heads, _, head_dim = heads
+    num_heads, num_kv_heads, head_dim = heads
     like = cu_seqlens.new_empty(0, num_heads, head_dim, dtype=dtype)
     check_index("cu_seqlens", cu_seqlens, like.device)
     if prefix is not None:
         check_index("prefix", prefix, like.device, cu_seqlens.shape[0] - 1)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
-    if backend == "triton" and not by_triton(like):
-        backend = "torch"
-    if backend == "torch":
-        keys = segments_on_host(cu_seqlens, prefix, total_tokens, max_seqlen)
-        return AttentionPlan(backend, (total_tokens, *heads), dtype, keys)
-    if like.is_cpu and not torch.compiler.is_compiling():
-        segments_on_host(cu_seqlens, prefix, total_tokens, max_seqlen, in_order=True)
-    if backend == "flash_attn":
+    if backend == "torch" or (backend == "triton" and not by_triton(like)):
+        backend, keys = "torch", segments_on_host(cu_seqlens, prefix, total_tokens, max_seqlen)
+    elif backend == "flash_attn":
         check_flash(like)
+        keys = gathered_keys(cu_seqlens, prefix, total_tokens, head_dim)
     elif head_dim not in HEAD_DIMS:
         raise ValueError(f"q has head_dim {head_dim}; wanted one of {HEAD_DIMS}, or backend='torch'")
     elif dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"q is {dtype}; wanted bfloat16, float16 or float32, or backend='torch'")
-    if backend == "flash_attn":
-        keys = gathered_keys(cu_seqlens, prefix, total_tokens, head_dim)
     else:
-        forward, backward, key_options = plan.tile_options(like)
+        forward, backward, key_options = attention_plan.tile_options(like)
         blocks = [forward["BLOCK_M"]]
         if torch.is_grad_enabled():
             blocks += [backward["BLOCK_M"], key_options["BLOCK_M"], key_options["BLOCK_N"]]
-        keys = plan.attention_tiles(cu_seqlens, prefix, total_tokens, heads[:2], blocks)
-    return AttentionPlan(backend, (total_tokens, *heads), dtype, keys)
+        keys = attention_plan.attention_tiles(cu_seqlens, prefix, total_tokens, [num_heads, num_kv_heads], blocks)
+    return AttentionPlan(backend, (total_tokens, *heads, dtype, like.device), keys)
 
 
 def planned_attention(
     q: Tensor,  # [total_tokens, num_heads, head_dim]
     k: Tensor,  # [total_tokens, num_kv_heads, head_dim]
     v: Tensor,  # [total_tokens, num_kv_heads, head_dim]
-    batch: AttentionPlan,
+    plan: AttentionPlan,
     *,
     scale: float | None = None,
 ) -> Tensor:  # [total_tokens, num_heads, head_dim]
     """`packed_attention` by a plan. Raises ValueError for q, k and v, or a scale, that it does not fit."""
     check_tensors(q, k, v)
-    found = (q.shape[0], q.shape[1], k.shape[1], q.shape[2])
-    if found != batch.shape or q.dtype != batch.dtype:
-        raise ValueError(f"tokens, heads, kv heads, head_dim are {found} of {q.dtype}; the plan is of {batch[1:3]}")
-    if batch.backend == "torch":
-        return torch_attention(q, k, v, batch.keys, scale)
+    found = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.dtype, q.device)
+    if found != plan.inputs:
+        raise ValueError(f"tokens, heads, kv heads, head_dim, .. are {found}; the plan is of {plan.inputs}")
+    if plan.backend == "torch":
+        return torch_attention(q, k, v, plan.keys, scale)
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale is {scale}; wanted a finite number above 0, or backend='torch'")
     scale = float(q.shape[2] ** -0.5) if scale is None else scale
-    if batch.backend == "flash_attn":
-        return flash_attention(q, k, v, batch.keys, scale)
-    if len(batch.keys) == 1 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if plan.backend == "flash_attn":
+        return flash_attention(q, k, v, plan.keys, scale)
+    if len(plan.keys) == 1 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("the plan was made without gradients, and q, k or v wants one: make it where they are on")
-    return _attention_fwd(q, k, v, batch.keys, scale)[0]
+    return _attention_fwd(q, k, v, plan.keys, scale)[0]
 
 
 def packed_attention(
@@ -448,14 +444,14 @@ def packed_attention(
     The layers of a model share the work on the offsets by `plan_attention`.
 
     Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim, scale or,
-    by flash-attn, dtype that the kernels do not have, and, where offsets are on the CPU or the twin
-    runs, for offsets that decrease or leave the tensor and a prefix that is no segment, has one
-    itself or stands elsewhere; TypeError for wrong dtypes; ImportError where no flash-attn or
-    torch's varlen_attn has this chip and head_dim.
+    by flash-attn, dtype that the kernels do not have, and, under "torch", for offsets that decrease
+    or leave the tensor and a prefix that is no segment or has one itself; the others then stop the
+    device. TypeError for wrong dtypes; ImportError where no flash-attn or torch's varlen_attn has
+    this chip and head_dim.
     """
     check_tensors(q, k, v)
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; wanted {q.device}")
     heads = q.shape[1], k.shape[1], q.shape[2]
-    batch = plan_attention(cu_seqlens, prefix, q.shape[0], heads, q.dtype, max_seqlen=max_seqlen, backend=backend)
-    return planned_attention(q, k, v, batch, scale=scale)
+    plan = plan_attention(cu_seqlens, prefix, q.shape[0], heads, q.dtype, max_seqlen=max_seqlen, backend=backend)
+    return planned_attention(q, k, v, plan, scale=scale)

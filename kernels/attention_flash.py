@@ -97,8 +97,8 @@ def gathered_keys(cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, 
     """The plan of a batch. The host waits for the number of keys, and for how long the longest sequences are."""
     family = flash_family(head_dim, _capability(cu_seqlens.device))
     segments = Segments.of(cu_seqlens, prefix, total_tokens)
-    segments.check_order(cu_seqlens, prefix, total_tokens)
-    own = torch.where(segments.is_last, 0, segments.stop - segments.start)
+    own = segments.stop - segments.start
+    own[-1] = 0
     shared = torch.where(segments.parent < 0, 0, own[segments.parent])
     num_keys = shared + own
     ends = num_keys.cumsum(0)

@@ -72,41 +72,33 @@ class Segments(NamedTuple):
 
     start: Tensor
     stop: Tensor
-    parent: Tensor  # -1 where there is none
-    is_last: Tensor
+    parent: Tensor  # its prefix; below 0 where there is none
+    family: Tensor  # its prefix, or itself: rises where completions follow their prompt
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> "Segments":
-        bounds = F.pad(cu_seqlens.long().clamp(0, total_tokens), (0, 1), value=total_tokens)
-        start, stop = bounds[:-1], bounds[1:]
-        parent = torch.full_like(start, -1)
-        if prefix is not None:
-            parent[:-1] = prefix.clamp(-1, prefix.shape[0] - 1)
-        index = torch.arange(start.shape[0], device=start.device)
-        return cls(start, stop, parent, index == start.shape[0] - 1)
-
-    def check_order(self, cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int) -> None:
         """Stops the device where offsets fall or leave the tensor, or a segment follows neither its prefix nor another
         segment that has it. Nothing waits for that; ROCm leaves it out.
         """
-        family = self.family()
-        begins = self.parent < 0 if prefix is None else F.pad(prefix == -1, (0, 1), value=True)
+        bounds = F.pad(cu_seqlens.long(), (0, 1), value=total_tokens)
+        index = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device)
+        parent = torch.full_like(index, -1)
+        if prefix is not None:
+            parent[:-1] = prefix.clamp(-2, prefix.shape[0] - 1)
+        family = torch.where(parent < 0, index, parent)
+        begins = parent == -1
         in_order = begins[1:] | (family[1:] == family[:-1])
-        rises = F.pad(cu_seqlens, (0, 1), value=total_tokens).diff() >= 0
-        right = torch.cat((cu_seqlens[:1] == 0, rises, begins[:1], in_order)).all()
+        right = torch.cat((bounds[:1] == 0, bounds.diff() >= 0, begins[:1], in_order)).all()
         torch.ops.aten._assert_async.msg(right, "cu_seqlens falls, or a segment does not follow its prefix")
-
-    def family(self) -> Tensor:
-        """The segment's prefix, or itself: rises where completions follow their prompt."""
-        return torch.where(self.parent < 0, torch.arange(self.start.shape[0], device=self.start.device), self.parent)
+        bounds = bounds.clamp(0, total_tokens)
+        return cls(bounds[:-1], bounds[1:], parent, family)
 
     def query_stop(self) -> Tensor:
         """End of the queries that see a segment's keys: they begin in it. [num_segments + 1], of the last its start.
 
         Prefixes in another order would need more than another search here: a range with a stranger in it is none.
         """
-        index = torch.arange(self.start.shape[0], device=self.start.device)
-        behind = torch.searchsorted(self.family(), index, right=True).clamp(max=index.shape[0] - 1)
+        behind = torch.searchsorted(self.family, self.family, right=True).clamp(max=self.start.shape[0] - 1)
         return torch.where(self.parent < 0, self.start[behind], self.stop)
 
     def tiles(self, block: int, total_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,13 +122,15 @@ def query_tiles(segments: Segments, total_tokens: int, block: int) -> Tensor:
     segment, first, stop = segments.tiles(block, total_tokens)
     parent = segments.parent[segment]
     prefix_start, prefix_stop = (torch.where(parent < 0, 0, x[parent]) for x in (segments.start, segments.stop))
-    start = torch.where(segments.is_last, -1, segments.start)[segment]
-    work = torch.where((first < stop) & (start >= 0), prefix_stop - prefix_start + first - start + block, 0)
+    start = torch.where(segment < segments.start.shape[0] - 1, segments.start[segment], -1)
+    work = torch.where(start < 0, 0, prefix_stop - prefix_start + first - start + block)
     return _table(work, first, stop, start, prefix_start, prefix_stop)
 
 
-def piece_lengths(segments: Segments, num_heads: int, num_kv_heads: int, block_m: int, block_n: int) -> Tensor:
-    """Into pieces of how many queries the queries of a segment's keys are cut, [num_segments + 1].
+def piece_lengths(
+    length: Tensor, span: Tensor, num_heads: int, num_kv_heads: int, block_m: int, block_n: int
+) -> Tensor:
+    """Into pieces of how many queries the `span` queries of a segment of `length` keys are cut, [num_segments + 1].
 
     Keys of a short prompt or of few kv heads make too few programs, each too long. A segment of n keys in T tiles of
     block_n, whose tiles meet x_1, .., x_T queries, S the most of them, may have
@@ -147,7 +141,6 @@ def piece_lengths(segments: Segments, num_heads: int, num_kv_heads: int, block_m
     n with all its completions for a prompt, so that 3 n + S count no token more than 5 times: no pack has more pieces
     than `count_slots` says. By a rule of the segment and the model alone values do not depend on the pack.
     """
-    length, span = segments.stop - segments.start, segments.query_stop() - segments.start
     tiles = (length + block_n - 1) // block_n
     queries = tiles * span - tiles * (tiles - 1) // 2 * block_n
     room = 3 * (3 * length + span) // (2 * num_kv_heads * block_n) - tiles
@@ -166,46 +159,43 @@ def key_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Columns: first key, end of its segment, first and end of the queries, slot of a piece (-1: the only one).
 
-    The second table has a row a slot: first key, end of its segment, first slot, number of pieces; used for a tile's
-    first slot. The last piece of a tile is what is left: short programs at the end fill the processors.
+    The second table has the tiles that are cut: first key, end of its segment, first slot, number of pieces. The last
+    piece of a tile is what is left: short programs at the end fill the processors.
     """
     segment, first, stop = segments.tiles(block_n, total_tokens)
-    piece = piece_lengths(segments, num_heads, num_kv_heads, block_m, block_n)
-    end, piece = torch.stack((segments.query_stop(), piece), 1)[segment].unbind(1)
-    num_slots = count_slots(total_tokens, num_kv_heads, block_n)
+    end = segments.query_stop()
+    length, span = segments.stop - segments.start, end - segments.start
+    piece = piece_lengths(length, span, num_heads, num_kv_heads, block_m, block_n)
+    end, piece = end[segment], piece[segment]
     pieces = (end - first + piece - 1) // piece
     slots = torch.where((first < stop) & (pieces > 1), pieces, 0)
-    slots = torch.where(slots.cumsum(0) <= num_slots, slots, 0)  # all of them, unless `check_order` was left out
-    used = torch.where(first < stop, slots.clamp(min=1), 0)
-    last_entry, last_slot = used.cumsum(0), slots.cumsum(0)
-    tiles = torch.stack((first, stop, end, piece, slots, last_slot - slots, used, last_entry - used), 1)
+    num_slots = count_slots(total_tokens, num_kv_heads, block_n)
+    slots = torch.where(slots.cumsum(0) <= num_slots, slots, 0)  # all of them where offsets are in order
+    last_slot, last_entry = slots.cumsum(0), torch.where(first < stop, slots.clamp(min=1), 0).cumsum(0)
+    first_slot = last_slot - slots
+    cut = torch.stack((first, torch.where(slots > 0, stop, 0), first_slot, slots, slots), 1).int()
     entry = torch.arange(first.shape[0] + num_slots, device=first.device)
     tile = torch.searchsorted(last_entry, entry, right=True).clamp(max=first.shape[0] - 1)
-    first, stop, end, piece, slots, first_slot, used, first_entry = tiles[tile].unbind(1)
+    tiles = torch.stack((first, stop, end, piece, slots, first_slot, last_entry - slots.clamp(min=1)), 1)
+    first, stop, end, piece, slots, first_slot, first_entry = tiles[tile].unbind(1)
     place = entry - first_entry
     begin = first + place * piece
     end = torch.where(slots > 0, torch.minimum(begin + piece, end), end)
     slot = torch.where(slots > 0, first_slot + place, -1)
-    stop = torch.where(place < used, stop, 0)
-    entries = _table(torch.where(stop > 0, end - begin, 0), first, stop, begin, end, slot)
-    slot = torch.arange(num_slots, device=first.device)
-    tile = torch.searchsorted(last_slot, slot, right=True).clamp(max=tiles.shape[0] - 1)
-    first, stop, _, _, slots, first_slot, *_ = tiles[tile].unbind(1)
-    stop = torch.where((slot == first_slot) & (slots > 0), stop, 0)
-    return entries, torch.stack((first, stop, slot, slots, slot), 1).int()
+    stop = torch.where(entry < last_entry[-1], stop, 0)
+    return _table(torch.where(stop > 0, end - begin, 0), first, stop, begin, end, slot), cut
 
 
 @torch.library.custom_op("flashgrpo::attention_tiles", mutates_args=())  # one graph then serves every pack
 def attention_tiles(
     cu_seqlens: Tensor, prefix: Tensor | None, total_tokens: int, heads: Sequence[int], blocks: Sequence[int]
 ) -> list[Tensor]:
-    """The query tiles of the forward pass; with four blocks also those of d_q, the key tiles, and their slots.
+    """The query tiles of the forward pass; with four blocks also those of d_q, the key tiles, and those that are cut.
 
     `heads` are those of q and of k, `blocks` the queries of a tile forward, and for d_q, and the queries and keys of
     one for d_k and d_v.
     """
     segments = Segments.of(cu_seqlens, prefix, total_tokens)
-    segments.check_order(cu_seqlens, prefix, total_tokens)
     forward = query_tiles(segments, total_tokens, blocks[0])
     if len(blocks) == 1:
         return [forward]
@@ -215,8 +205,7 @@ def attention_tiles(
 
 @attention_tiles.register_fake
 def _(cu_seqlens, prefix, total_tokens, heads, blocks):
-    numbers = [total_tokens // blocks[i] + cu_seqlens.shape[0] for i in (0, 1, 3) if i < len(blocks)]
+    numbers = [total_tokens // blocks[i] + cu_seqlens.shape[0] for i in (0, 1, 3, 3) if i < len(blocks)]
     if blocks[2:]:
-        slots = count_slots(total_tokens, heads[1], blocks[3])
-        numbers = [*numbers[:2], numbers[2] + slots, slots]
+        numbers[2] += count_slots(total_tokens, heads[1], blocks[3])
     return [cu_seqlens.new_empty(number, 5, dtype=torch.int32) for number in numbers]

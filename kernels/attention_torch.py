@@ -29,6 +29,11 @@ class Segment:
         return self.length * (self.prefix_length + self.length)
 
 
+@dataclass(frozen=True)
+class Keys:
+    segments: list[Segment]  # by themselves torch.compile would guard their number
+
+
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises unless q, k and v are of one dtype and device, and of shapes that fit together."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -53,13 +58,8 @@ def segments_on_host(
     prefix: Tensor | None,  # [num_segments]
     total_tokens: int,
     max_seqlen: int | None,
-    *,
-    in_order: bool = False,
-) -> list[Segment]:
-    """The segments that have tokens. Raises ValueError for offsets and prefixes that are no segments.
-
-    With `in_order` also where a segment does not follow its prefix, or another segment that has that prefix.
-    """
+) -> Keys:
+    """The segments that have tokens. Raises ValueError for offsets and prefixes that are no segments."""
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] > total_tokens or any(start > stop for start, stop in pairwise(offsets)):
         raise ValueError(f"cu_seqlens is {offsets}; wanted offsets that rise from 0 to at most {total_tokens}")
@@ -73,13 +73,10 @@ def segments_on_host(
             raise ValueError(f"prefix[{segment}] is {parent}; wanted -1 or another of the {len(lengths)} segments")
         if parent >= 0 and prefixes[parent] >= 0:
             raise ValueError(f"prefix[{segment}] is {parent}, which has a prefix itself; wanted one level")
-        behind = parent < segment and parent in (segment - 1, prefixes[segment - 1])
-        if in_order and parent >= 0 and not behind:
-            raise ValueError(f"prefix[{segment}] is {parent}; wanted it behind segment {parent} or one that has it")
         if length:
             shared = (offsets[parent], lengths[parent]) if parent >= 0 else (0, 0)
             segments.append(Segment(offsets[segment], length, *shared))
-    return segments
+    return Keys(segments)
 
 
 def _batches(segments: list[Segment]) -> list[list[Segment]]:
@@ -106,16 +103,16 @@ def torch_attention(
     q: Tensor,  # [total_tokens, num_heads, head_dim]
     k: Tensor,  # [total_tokens, num_kv_heads, head_dim]
     v: Tensor,  # [total_tokens, num_kv_heads, head_dim]
-    segments: list[Segment],
+    keys: Keys,
     scale: float | None,
 ) -> Tensor:  # [total_tokens, num_heads, head_dim]
     """What `packed_attention` says, its arguments checked; prompts may stand anywhere."""
-    if not segments:  # zeros that remain a function of all three
+    if not keys.segments:  # zeros that remain a function of all three
         return q.new_zeros(q.shape) + (q[:0].sum() + k[:0].sum() + v[:0].sum())
     outputs = [q.new_zeros(1, q.shape[1] * q.shape[2])]  # that of tokens in no segment, then the batches' padded rows
     places = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
     num_outputs = 1
-    for batch in _batches(segments):
+    for batch in _batches(keys.segments):
         start, length, prefix_start, prefix_length = torch.tensor(
             [(s.start, s.length, s.prefix_start, s.prefix_length) for s in batch], device=q.device
         ).T.unsqueeze(2)

@@ -111,7 +111,8 @@ FAULTS = {
          "no_pack_wants"),
         ("pieces overlap", "torch.minimum(begin + piece, end), end)", "end, end)", "cover_every_query"),
         ("strangers between siblings", "family[1:] == family[:-1]", "family[1:] <= family[:-1]", "asserted"),
-        ("offsets beyond the tensor", "value=total_tokens).diff()", "value=10**6).diff()", "asserted"),
+        ("offsets beyond the tensor", "(0, 1), value=total_tokens)", "(0, 1), value=10**6)", "asserted"),
+        ("tiles that are whole summed", "(first, torch.where(slots > 0, stop, 0)", "(first, stop", "cover_every_query"),
     ],
     ("attention_flash", "attention_flash"): [
         ("a prompt's keys left out", "num_keys = shared + own", "num_keys = own", "equals_the_twin and families"),

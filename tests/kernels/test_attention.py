@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashgrpo.kernels.attention import packed_attention
+from flashgrpo.kernels.attention import packed_attention, plan_attention, planned_attention
 
 # The kernels have none of these tests, so that a machine with a GPU need not have hypothesis.
 hypothesis = pytest.importorskip("hypothesis")
@@ -140,6 +140,15 @@ def test_scoring_and_training_forward_are_bit_identical():
     with torch.no_grad():
         scored = run(qkv, lengths, prefix)
     assert torch.equal(trained, scored)
+
+
+def test_what_is_compiled_serves_any_number_of_segments():
+    compiled = torch.compile(planned_attention, backend="eager", dynamic=True)
+    for lengths in ([5, 4, 3], [7, 2]):
+        qkv = make_qkv(sum(lengths))
+        plan = plan_attention(torch.tensor([0, *accumulate(lengths)]), None, sum(lengths), (4, 2, 8), torch.float64)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(compiled(*qkv, plan), run(qkv, lengths, None))
 
 
 def test_bfloat16_stays_close_to_float64():

@@ -97,7 +97,8 @@ def test_no_pack_wants_more_pieces_than_there_is_room_for(num_heads, num_kv_head
         total_tokens = int(cu_seqlens[-1])
         segments = attention_plan.Segments.of(cu_seqlens, prefix, total_tokens)
         segment, first, stop = segments.tiles(BLOCK_N, total_tokens)
-        piece = attention_plan.piece_lengths(segments, num_heads, num_kv_heads, BLOCK_M, BLOCK_N)[segment]
+        sizes = segments.stop - segments.start, segments.query_stop() - segments.start
+        piece = attention_plan.piece_lengths(*sizes, num_heads, num_kv_heads, BLOCK_M, BLOCK_N)[segment]
         pieces = (segments.query_stop()[segment] - first + piece - 1) // piece
         wanted = int(pieces[(first < stop) & (pieces > 1)].sum())
         most = max(most, wanted / attention_plan.count_slots(total_tokens, num_kv_heads, BLOCK_N))
@@ -109,7 +110,7 @@ def test_no_pack_wants_more_pieces_than_there_is_room_for(num_heads, num_kv_head
 def test_pieces_cover_every_query_once():
     families = [[130, *[700] * 40], [2000, *[500] * 40], [300]]
     cu_seqlens, prefix = index(families)
-    *_, entries, slots = attention_plan.attention_tiles(cu_seqlens, prefix, int(cu_seqlens[-1]), (12, 2), BLOCKS)
+    *_, entries, cut = attention_plan.attention_tiles(cu_seqlens, prefix, int(cu_seqlens[-1]), (12, 2), BLOCKS)
     used = entries[entries[:, 0] < entries[:, 1]]
     ends = {0: 28_130, 28_130: 50_130}
     numbers = []
@@ -123,7 +124,7 @@ def test_pieces_cover_every_query_once():
                 numbers.append((key, stop, rows[0][4], len(rows)))
                 assert [row[4] for row in rows] == [*range(rows[0][4], rows[0][4] + len(rows))]
     assert len(numbers) == 2 + 16, "the tiles of both prompts"
-    assert sorted(slots[slots[:, 0] < slots[:, 1]][:, :4].tolist()) == sorted(map(list, numbers))
+    assert sorted(cut[cut[:, 0] < cut[:, 1]][:, :4].tolist()) == sorted(map(list, numbers))
     work = (used[:, 3] - used[:, 2]).tolist()
     assert work == sorted(work, reverse=True)
 
@@ -141,7 +142,7 @@ def test_offsets_on_a_device_are_asserted_without_a_wait(compiled):
     """The operator that stops a GPU raises on a CPU, also in a graph."""
 
     def check(cu_seqlens, prefix):
-        attention_plan.Segments.of(cu_seqlens, prefix, 30).check_order(cu_seqlens, prefix, 30)
+        attention_plan.Segments.of(cu_seqlens, prefix, 30)
         return cu_seqlens + 1
 
     check = torch.compile(check, fullgraph=True, backend="aot_eager") if compiled else check
