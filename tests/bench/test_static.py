@@ -284,7 +284,7 @@ def test_sizes_do_not_recompile(compiled_keys):
         config = LossConfig.preset(rng.choice(["grpo", "dapo", "cispo", "gspo"]), kl_coef=rng.choice([1, 0.04]))
         ids = torch.zeros(offsets.shape[0] - 1, dtype=torch.int64)
         tensors = {"rewards": rewards, "sequence_ids": ids, "old_logprobs": values, "ref_logprobs": values}
-        missing = dict.fromkeys(("targets", "advantages", "behavior_logprobs"))
+        missing = dict.fromkeys(("targets", "advantages", "token_advantages", "behavior_logprobs"))
         inputs = LossInputs.of(values, config, offsets, rng.choice([1, 0.5]), **tensors, **missing)
         for several_blocks in (False, True):
             loss_of_logprobs(torch.zeros(1024 + n) if several_blocks else values, None, inputs)
