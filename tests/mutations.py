@@ -5,6 +5,7 @@ kernels from running shows nothing. Exits 1 if a fault survives, or its text is 
 what only a GPU shows: 32-bit offsets that overflow, races, the tiles of other architectures.
 """
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,14 +15,17 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-PYTEST = ["-m", "pytest", "-qx", "--color=no", "--tb=short", "-p", "pytest_timeout", "--timeout=60"]
+FORKS = multiprocessing.get_context("forkserver")
+PYTEST = ["-qx", "--color=no", "--tb=short", "-p", "pytest_timeout", "--timeout=60"]
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "400"}
 # (module, test module): (fault, text, text in its place, -k expression of the tests that should fail)
 FAULTS = {
@@ -198,8 +202,24 @@ FAULTS = {
 }  # fmt: skip
 
 
-def run_tests(test: str, expression: str, module="", old="", new="") -> tuple[subprocess.CompletedProcess[str], float]:
-    """Tests of test_`test`.py on a copy of the repository with `new` for `old` in `module`, and its seconds."""
+class Run(NamedTuple):
+    exit_code: int
+    output: str
+    seconds: float
+
+
+def run_pytest(folder: Path, arguments: list[str]) -> None:
+    """In a process of its own, forked from one that has imported what takes seconds, but nothing of the project."""
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder / "copy")
+    sys.path.insert(0, str(folder))
+    sys.exit(pytest.main(arguments))
+
+
+def run_tests(test: str, expression: str, module="", old="", new="") -> Run:
+    """Tests of test_`test`.py on a copy of the repository with `new` for `old` in `module`."""
     start = time.perf_counter()
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as folder:
@@ -211,13 +231,17 @@ def run_tests(test: str, expression: str, module="", old="", new="") -> tuple[su
         if module:
             source = copy / "kernels" / f"{module}.py"
             source.write_text(source.read_text().replace(old, new))
-        command = [sys.executable, *PYTEST, f"tests/kernels/test_{test}.py", "-k", expression]
-        env = os.environ | ENVIRONMENT | {"PYTHONPATH": folder}
-        ran = subprocess.run(command, cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return ran, time.perf_counter() - start
+        arguments = [*PYTEST, f"tests/kernels/test_{test}.py", "-k", expression]
+        process = FORKS.Process(target=run_pytest, args=(Path(folder), arguments))
+        process.start()
+        process.join()
+        output = (Path(folder) / "output").read_text()
+    return Run(process.exitcode or 0, output, time.perf_counter() - start)
 
 
 def main() -> None:
+    os.environ |= ENVIRONMENT
+    FORKS.set_forkserver_preload(["__main__", "torch", "triton", "numpy"])
     faults = [(*modules, *fault) for modules, several in FAULTS.items() for fault in several]
     for module, _, name, old, *_ in faults:
         if (times := (ROOT / "kernels" / f"{module}.py").read_text().count(old)) != 1:
@@ -225,15 +249,15 @@ def main() -> None:
     tests = {test: " or ".join({f"({fault[-1]})" for fault in faults if fault[1] == test}) for _, test in FAULTS}
     table, caught = Table("fault", "file", "caught by", "s"), 0
     with ThreadPoolExecutor(2) as pool:
-        for ran, _ in track(pool.map(run_tests, tests, tests.values()), "Without a fault", len(tests)):
-            if ran.returncode:
-                sys.exit(f"{ran.stdout}\nfails without a fault")
+        for run in track(pool.map(run_tests, tests, tests.values()), "Without a fault", len(tests)):
+            if run.exit_code:
+                sys.exit(f"{run.output}\nfails without a fault")
         runs = pool.map(lambda fault: run_tests(fault[1], fault[-1], fault[0], *fault[3:5]), faults)
-        for (module, _, name, *_), (ran, seconds) in zip(faults, track(runs, "With each", len(faults)), strict=True):
-            failed = re.search(r"^FAILED \S+?::(.+?) - (AssertionError|assert)\b", ran.stdout, re.MULTILINE)
+        for (module, _, name, *_), run in zip(faults, track(runs, "With each", len(faults)), strict=True):
+            failed = re.search(r"^FAILED \S+?::(.+?) - (AssertionError|assert)\b", run.output, re.MULTILINE)
             caught += failed is not None
-            verdict = escape(failed[1]) if failed else "no assertion fails" if ran.returncode else "survives"
-            table.add_row(name, f"{module}.py", verdict, f"{seconds:.1f}", style="" if failed else "red")
+            verdict = escape(failed[1]) if failed else "no assertion fails" if run.exit_code else "survives"
+            table.add_row(name, f"{module}.py", verdict, f"{run.seconds:.1f}", style="" if failed else "red")
     Console().print(table, f"{caught} of {len(faults)} caught")
     sys.exit(caught != len(faults))
 
