@@ -1,7 +1,8 @@
-"""Write the README's tables from the results files: `flashgrpo bench report`, or with `--check` compare only.
+"""Write what is generated of README and docs/: `flashgrpo bench report`, or with `--check` compare only.
 
-A table stands between `<!-- results: NAME -->` and `<!-- end -->`. What it says, the benchmark
-knows that has measured it: its `table`, and the line of the headline that it is good for.
+Those are the tables of the results files, and the page of the public functions. Each stands between
+`<!-- results: NAME -->` and `<!-- end -->`. What a table says, the benchmark knows that has
+measured it: its `table`, and the line of the headline that it is good for.
 """
 
 import difflib
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashgrpo.bench import cpu_step, demo_seeds, generate, kernels, static, step, sync
+from flashgrpo.bench import api, cpu_step, demo_seeds, generate, kernels, static, step, sync
 from flashgrpo.bench.timing import ROOT, markdown, option_parser
 from flashgrpo.grpo.stages.scores import markdown_of
 from flashgrpo.model.files import write_text
@@ -76,6 +77,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "demo": lambda: demo_seeds.table(_read("demo.json")),
     "cpu_step": lambda: cpu_step.table(_read("cpu_step.json")),
     "vllm": vllm_table,
+    "api": api.page,
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashgrpo.bench.api import PUBLIC
 from flashgrpo.bench.shapes import SHAPES
 from flashgrpo.grpo.cli import _parser
 from flashgrpo.grpo.learn.learner import Learner
@@ -131,6 +132,13 @@ def test_the_step_of_the_readme_trains():
 def test_every_kernel_has_an_example():
     names = "packed_attention gather_logprobs grpo_loss pack_padded logits_grpo_loss linear_logprobs linear_grpo_loss"
     assert all(re.search(rf"\b{name}\(", "".join(EXAMPLES.values())) for name in names.split())
+
+
+def test_what_the_examples_import_is_on_the_page_of_public_functions():
+    imports = re.findall(r"^from flashgrpo\.(\S+) import (.*)", "\n".join(EXAMPLES.values()), re.MULTILINE)
+    assert len(imports) > 10
+    for module, names in imports:
+        assert {*names.split(", ")} <= {*PUBLIC.get(module, ())}, module
 
 
 def test_recipes_are_recipes():
