@@ -1,8 +1,10 @@
-"""README.md and docs/: their links lead somewhere, their examples run, their commands are understood."""
+"""README.md, docs/ and their like: links lead somewhere, examples run, commands are understood."""
 
+import ast
 import re
 import shlex
 import tomllib
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,11 @@ from flashgrpo.model.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md")), *DOCS]
 MAKEFILE = (ROOT / "Makefile").read_text()
 # The first words of lines in blocks of commands that are not ours.
-OTHERS = {"source"}
+OTHERS = {"source", "pytest", "cd", "cp"}
 MODULE = "flashgrpo.grpo.cli"
 
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -72,7 +75,7 @@ def test_links_lead_somewhere(page):
 
 def test_every_page_is_in_the_list_of_the_readme():
     linked = re.findall(r"\]\((docs/\w+\.md)\)", "\n".join(section(README, "Start")))
-    assert sorted(linked) == [str(page.relative_to(ROOT)) for page in PAGES[1:]]
+    assert sorted(linked) == [str(page.relative_to(ROOT)) for page in DOCS]
 
 
 @by_name
@@ -99,6 +102,32 @@ def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 230
     words = [line for line in section(README, "Words") if re.match(r"\| \w", line)]
     assert 20 <= len(words) <= 30
+
+
+def told() -> str:
+    """Every text of the sources, one a line, with NUL in place of its values."""
+    texts = []
+    for path in [path for folder in ("model", "grpo") for path in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant):
+                texts.append(str(node.value))
+    return "\n".join(text.replace("\n", " ") for text in texts)
+
+
+def test_symptoms_are_in_our_own_words():
+    """What the page of troubleshooting quotes is told by the sources: a message, or the name of a number."""
+    rows = re.findall(r"^\| (.*?) \| ", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = re.findall(r"`([^`]+)`", " ".join(rows))
+    assert len(quoted) > 40
+    texts = told()
+    for words in quoted:
+        pattern = ".*".join(map(re.escape, words.split("..")))
+        of_any_name = "^" + re.escape(words.partition("/")[0] + "/\0")
+        assert re.search(f"{pattern}|{of_any_name}" if "/" in words else pattern, texts, re.MULTILINE), words
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -156,11 +185,15 @@ def test_commands_in_the_text_exist():
     assert targets <= set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
 
 
+def words_of(line: str) -> list[str]:
+    """Without the environment in front of it."""
+    words = shlex.split(line, comments=True)
+    return [*dropwhile(lambda word: "=" in word, words)]
+
+
 def flashgrpo_words(line: str) -> list[str] | None:
     """What a line gives to the command line, or None for another program's."""
-    words = shlex.split(line, comments=True)
-    while "=" in words[0]:  # the environment
-        words = words[1:]
+    words = words_of(line)
     if words[0] == "flashgrpo":
         return words[1:]
     if words[0] == "torchrun":
@@ -177,7 +210,7 @@ def test_commands_are_understood(line):
     """By the command line, and so are the recipes and keys that they name; targets stand in the Makefile."""
     words = flashgrpo_words(line)
     if words is None:
-        program, *rest = shlex.split(line, comments=True)
+        program, *rest = words_of(line)
         assert program in {"make", *OTHERS}, "a command that nobody has tried"
         for word in rest if program == "make" else []:
             variable, is_variable, _ = word.partition("=")

@@ -35,8 +35,8 @@ def word_problem(rng: random.Random) -> dict[str, str]:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     total = rng.randint(4, 9)
     question, lines = f"{name} has {total} {thing}.", []
-    for verb, sign in rng.sample([("finds", "+"), ("buys", "+"), ("loses", "-"), ("sells", "-")], rng.randint(2, 3)):
-        change = rng.randint(1, 9) if sign == "+" else rng.randint(1, total // 2)
+    for verb, sign in rng.sample([("finds", "+"), ("buys", "+"), ("loses", "-"), ("sells", "-")], 2):
+        change = rng.randint(1, 5) if sign == "+" else rng.randint(1, total // 2)
         after = total + change if sign == "+" else total - change
         question += f" Then {name} {verb} {change}."
         calculation = f"{total}{sign}{change}={after}"
