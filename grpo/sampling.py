@@ -1,15 +1,16 @@
 """Prompts to scored groups: each rank samples its share of a step's prompts, a group's rewards begin as soon as it is
 finished, and in the end all ranks have all of it.
 
-With `rollout.overlap` the next step is sampled, and scored, by a thread of its own while this one trains: by weights
-that are one version older than those that its completions will train.
+With `rollout.max_staleness` that many steps are sampled, and scored, ahead of the one that trains, each by a thread of
+its own. Servers take new weights in the middle of that, and go on by them: no token is from weights that are more than
+so many versions older than those that it trains.
 """
 
 import dataclasses
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -50,8 +51,8 @@ class Sampler:
         rollout = recipe.rollout
         self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
         self.sync_seconds: list[float] = []  # of each sync in the step
-        # This rank's completions of the next step, while and after they are sampled.
-        self._ahead: Future[list[list[Rollout]]] | None = None
+        # This rank's completions of a step, while and after they are sampled.
+        self._ahead: dict[int, Future[list[list[Rollout]]]] = {}
 
     def sync(self, version: int) -> None:
         """The generator samples by weights `version` from now on; nothing is sent where it has them."""
@@ -67,23 +68,19 @@ class Sampler:
         num_bytes = len(self.sync_seconds) * self.source.num_bytes
         return {"time/sync_s": seconds, **({"sync/gb_per_s": num_bytes / seconds / 1e9} if seconds else {})}
 
-    @property
-    def is_ahead(self) -> bool:
-        """Whether the next step's completions have been begun."""
-        return self._ahead is not None
-
     def rollout(self, step: int, position: Position, clock: Clock) -> tuple[StepData, Position]:
         """Sample and score prompts_per_step groups from `position` on; what was sampled ahead comes first.
 
         With refill_limit, groups whose rewards are equal are replaced by others of their source.
         """
-        config, start = self.recipe.rollout, position.num_prompts
+        config, discarded = self.recipe.rollout, 0
         groups: list[ScoredGroup] = []
+        prompts, first, position = self.mixture.step_prompts(position, step, config.prompts_per_step)
         for attempt in range(1 + config.refill_limit):
-            if attempt:  # what was sampled ahead, if anything, is used up
+            if attempt:
                 self.sync(step - 1)
-            first = position.num_prompts
-            prompts, position = self.mixture.take(position, step, config.prompts_per_step - len(groups))
+                first = position.num_prompts
+                prompts, position = self.mixture.take(position, step, config.prompts_per_step - len(groups))
             sampled = self.sample_groups(step, first, prompts, clock)
             signals = has_signal(np.stack([group.scores.rewards for group in sampled]))
             is_last, dropped = attempt == config.refill_limit, []
@@ -93,23 +90,35 @@ class Sampler:
                 else:
                     dropped.append(prompt)
             position = self.mixture.owe(position, step, dropped)
+            discarded += len(dropped)
             if not dropped:
                 break
         # Refills came in rounds; a mini-batch should have its share of every source.
-        data = StepData(interleaved(groups), step - 1, discarded=position.num_prompts - start - len(groups))
+        data = StepData(interleaved(groups), step - 1, discarded)
         self.pool.check_step([group.scores for group in data.groups])
-        allowed = data.version - int(config.overlap)
+        allowed = data.version - config.max_staleness
         if data.oldest_version < allowed:
             raise GeneratorFailure(
                 f"completions come from weight version {data.oldest_version}, wanted {allowed} or newer"
             )
         return data, position
 
-    def start_ahead(self, step: int, position: Position) -> None:
-        """Begin this rank's completions of a step from `position` on, in a thread; `rollout` waits for them."""
-        prompts, _ = self.mixture.take(position, step, self.recipe.rollout.prompts_per_step)
+    def start_ahead(self, step: int, position: Position) -> Position:
+        """With max_staleness, begin this rank's completions of `step` and of so many steps after it, unless they have
+        been; `rollout` waits for them. Returns the position after their prompts.
+        """
+        config = self.recipe.rollout
+        last = min(step + config.max_staleness, self.recipe.train.steps) if config.max_staleness else 0
+        for number in range(step, last + 1):
+            if number - step == len(position.begun):
+                position = self.mixture.begin(position, number, config.prompts_per_step)
+            if number not in self._ahead:  # a run that goes on has them begun by the one before, which has lost them
+                self._start(number, Position(*position.begun[number - step]))
+        return position
 
-        ahead = self._ahead = Future()
+    def _start(self, step: int, position: Position) -> None:
+        prompts, _ = self.mixture.take(position, step, self.recipe.rollout.prompts_per_step)
+        ahead = self._ahead[step] = Future()
 
         def work() -> None:
             try:
@@ -133,9 +142,7 @@ class Sampler:
         return self.world.together(lambda: [*self.generator.generate(requests, sampling)])[0]
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Scores on the held-out prompts by the weights after `step`."""
-        if self._ahead:  # the generator can have one version of the weights at a time
-            wait([self._ahead])
+        """Scores on the held-out prompts by the weights after `step`, beside what is sampled ahead."""
         self.sync(step)
         prompts = {i: self.held_out[i] for i in self._own(len(self.held_out))}
         parts = self.world.together(
@@ -156,11 +163,12 @@ class Sampler:
         def sample() -> tuple[dict[str, str], float]:
             start = time.perf_counter()
             with clock("generate"):
-                sampled = self._take_ahead() if self._ahead else self._generate(step, first, prompts)
+                ahead = self._ahead.pop(step, None)
+                sampled = ahead.result() if ahead else self._generate(step, first, prompts)
             with clock("reward"):
                 if any(model.device == "trainer" for model in self.recipe.reward_models.values()):
                     self.generator.free_weights()  # they take its memory
-                scores = self.pool.collect()
+                scores = self.pool.collect(step)
             for rollouts, each in zip(sampled, scores, strict=True):
                 own.append(ScoredGroup(rollouts, each, prompts[rollouts[0].group].source))
             return self.pool.failures, time.perf_counter() - start
@@ -179,7 +187,7 @@ class Sampler:
         seed, size = self.recipe.run.seed, self.recipe.rollout.group_size
         requests, finished = [], []
         for i in self._own(len(prompts)):
-            requests.append(Request(i, prompts[i].token_ids, sample_seeds(seed, step, first + i, size)))
+            requests.append(Request(i, prompts[i].token_ids, sample_seeds(seed, step, first + i, size), priority=step))
         for rollouts in self.generator.generate(requests, self.sampling):
             group = CompletionGroup.of(prompts[rollouts[0].group], rollouts, self.policy.decode)
             self.pool.submit(group, step)
@@ -190,12 +198,6 @@ class Sampler:
                 whole.append(dataclasses.replace(rollout, reflections=count_reflections(text), **found))
             finished.append(whole)
         return finished
-
-    def _take_ahead(self) -> list[list[Rollout]]:
-        assert self._ahead is not None
-        wait([self._ahead])
-        ahead, self._ahead = self._ahead, None  # what has failed is taken, too
-        return ahead.result()
 
     def _own(self, size: int) -> range:
         return range(self.world.rank, size, self.world.size)

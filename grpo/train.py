@@ -169,15 +169,10 @@ class Trainer(RunLoop):
         sampler.sync_seconds.clear()
 
         bar.phase("generate")
-        if not sampler.is_ahead:  # else the step was begun during the one before, by the weights of then
-            sampler.sync(step - 1)
-        data, position = sampler.rollout(step, self.position, clock)
-        probe: list[list[Rollout]] = []
-        if self.recipe.rollout.overlap and step < self.total_steps:
-            # The servers have nothing to do while this step trains: they get its weights, and begin the next.
-            sampler.sync(step - 1)
-            probe = sampler.probe(step) if data.is_stale else []
-            sampler.start_ahead(step + 1, position)
+        sampler.sync(step - 1)
+        position = sampler.start_ahead(step, self.position)
+        data, position = sampler.rollout(step, position, clock)
+        probe = sampler.probe(step) if data.is_stale else []
         sampler.generator.free_weights()
 
         bar.phase("train")

@@ -70,6 +70,7 @@ class Request:
     group: int
     prompt_ids: list[int]
     seeds: np.ndarray  # [group_size] uint64
+    priority: int = 0  # a server samples those with a lower one first
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class Position(NamedTuple):
     taken: dict[str, int]  # prompts so far
     # Groups to come for its share so far, below 0 where it was ahead of it; they sum to 0.
     owed: dict[str, float]
+    # Of the steps whose prompts have been taken ahead of them, in order: `taken` and `owed` where each begins.
+    begun: tuple[tuple[dict[str, int], dict[str, float]], ...] = ()
 
     @property
     def num_prompts(self) -> int:
@@ -67,7 +69,21 @@ class Mixture:
             owed[source] -= 1
             prompts.append(self._prompt(source, taken.get(source, 0)))
             taken[source] = taken.get(source, 0) + 1
-        return prompts, Position(taken, owed)
+        return prompts, position._replace(taken=taken, owed=owed)
+
+    def begin(self, position: Position, step: int, num_prompts: int) -> Position:
+        """The position after the prompts of a step were taken ahead of it, behind those that have been begun."""
+        _, after = self.take(position, step, num_prompts)
+        return after._replace(begun=(*position.begun, position[:2]))
+
+    def step_prompts(self, position: Position, step: int, num_prompts: int) -> tuple[list[Prompt], int, Position]:
+        """The prompts of the next step, which may have been begun, the first one's number, the position after them."""
+        if not position.begun:
+            prompts, after = self.take(position, step, num_prompts)
+            return prompts, position.num_prompts, after
+        start, *later = position.begun
+        prompts, _ = self.take(Position(*start), step, num_prompts)
+        return prompts, Position(*start).num_prompts, position._replace(begun=tuple(later))
 
     def owe(self, position: Position, step: int, discarded: Iterable[Prompt]) -> Position:
         """The position after prompts whose groups were thrown away: their sources owe others in place of them."""

@@ -20,6 +20,7 @@ from flashgrpo.kernels.loss_config import LossConfig
 from flashgrpo.model.files import parse_toml
 
 _UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for a key that is not there
+_REPLACED = {"rollout.overlap": "rollout.max_staleness = 1"}  # keys of older recipes
 
 
 def _from_preset(found: Any) -> Any:
@@ -78,12 +79,13 @@ class Recipe:
         rollout, loss = self.rollout, self.loss
         bounds = {"loss.behavior_cap": loss.behavior_cap, "loss.off_policy_threshold": loss.off_policy_threshold}
         used = [f"{name} = {bound:g}" for name, bound in bounds.items() if bound is not None]
-        if rollout.overlap and rollout.generator != "vllm_server":
-            raise ValueError(f"rollout.overlap needs generator = vllm_server, found {rollout.generator}")
-        if rollout.is_truncated and (rollout.overlap or used):
-            key = "rollout.overlap" if rollout.overlap else used[0]
+        if rollout.max_staleness:
+            used.insert(0, f"rollout.max_staleness = {rollout.max_staleness}")
+            if rollout.generator != "vllm_server":
+                raise ValueError(f"{used[0]} needs generator = vllm_server, found {rollout.generator}")
+        if rollout.is_truncated and used:
             raise ValueError(
-                f"{key} weighs tokens by the sampler's log-probs, and with rollout.top_p = {rollout.top_p:g} and "
+                f"{used[0]} weighs tokens by the sampler's log-probs, and with rollout.top_p = {rollout.top_p:g} and "
                 f"rollout.top_k = {rollout.top_k} those are of the tokens that were kept alone, the trainer's of all: "
                 "every ratio would be too small, by what was left out; wanted top_p = 1 and top_k = 0"
             )
@@ -282,7 +284,8 @@ def _in_one_line(fault: ErrorDetails, kind: type, source: str, overrides: Sequen
         case "missing":
             where, message = source, "missing, and it has no default"
         case "unexpected_keyword_argument":
-            message = f"unknown {'key' if path[1:] else 'section'}{_hint(path, kind)}"
+            hint = f"; it is {_REPLACED[key]} now" if key in _REPLACED else _hint(path, kind)
+            message = f"unknown {'key' if path[1:] else 'section'}{hint}"
         case "dataclass_type" | "dict_type":
             message = f"found {found!r}, wanted a section [{key}]"
         case "list_type" | "tuple_type":

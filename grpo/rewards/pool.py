@@ -60,7 +60,7 @@ class RewardPool:
         weights, examples = {"data": {"accuracy": 1.0}}, {"data": problems[0]}
         with RewardPool(weights, examples, max_new_tokens=1024) as pool:
             pool.submit(group)           # as groups finish
-            scores = pool.collect()      # of what was submitted since the last call
+            scores = pool.collect()      # of what was submitted for the step since the last call
             pool.check_step(scores)      # at the end of the step
 
     `weights` are by source and function: a group is scored by the functions of its source. They get
@@ -98,8 +98,8 @@ class RewardPool:
         self.functions = [*dict.fromkeys(chain.from_iterable(weights.values()))]
         self.failures: dict[str, str] = {}  # by function, why its first missing score is missing
         self._blank_steps: Counter[str] = Counter()  # in a row
-        # Each with the functions that apply, and what workers give; a scorer is asked when all groups are there.
-        self._pending: list[tuple[CompletionGroup, list[str], dict[str, Future[Outcome]]]] = []
+        # By step; with the functions that apply, and what workers give. A scorer is asked when all groups are there.
+        self._pending: dict[float, list[tuple[CompletionGroup, list[str], dict[str, Future[Outcome]]]]] = {}
         if programs and "code" in self.functions:
             from flashgrpo.grpo.rewards.sandbox import check_isolation
 
@@ -142,14 +142,13 @@ class RewardPool:
                 self.scorers[name].submit(group)
             else:
                 futures[name] = self._threads.submit(self._run, name, arguments)
-        self._pending.append((group, names, futures))
+        self._pending.setdefault(step, []).append((group, names, futures))
 
-    def collect(self) -> list[Scores]:
-        """Waits for the groups submitted since the last call; in their order. Raises RewardFailure for a malformed
-        result.
+    def collect(self, step: float = math.inf) -> list[Scores]:
+        """Waits for the groups submitted for `step` since the last call; in their order. Raises RewardFailure for a
+        malformed result.
         """
-        # Emptied first: after an error nothing of this step may come back in the next.
-        pending, self._pending = self._pending, []
+        pending = self._pending.pop(step, [])
         by_scorer: dict[str, Iterator[Outcome]] = {}
         for name, scorer in self.scorers.items():  # while workers are busy with the last groups
             groups = [group for group, names, _ in pending if name in names]

@@ -419,7 +419,7 @@ class Costs(TrainCosts):
     def step_s(self, seconds: dict[str, float]) -> float:
         """Of a step whose phases take so long; sampling may go on while the step before trains."""
         others = sum(seconds.values()) - seconds["generate"]
-        return max(seconds["generate"], others) if self.recipe.rollout.overlap else seconds["generate"] + others
+        return max(seconds["generate"], others) if self.recipe.rollout.max_staleness else seconds["generate"] + others
 
 
 def check_budget(token_budget: int, longest_prompt: int, longest_completion: int) -> int:

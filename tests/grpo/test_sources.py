@@ -236,30 +236,6 @@ def test_ranks_take_the_same_prompts(values):
     assert states[0] == states[1]
 
 
-def test_sampling_ahead_takes_the_same_prompts(values, monkeypatch, tmp_path):
-    """With the native generator in place of servers; it keeps its weights while the step trains."""
-    original, recipes = train_module.open_generator, []
-
-    def open_native(recipe, policy, world, longest_prompt):
-        generator = original(recipes[0], policy, world, longest_prompt)
-        generator.free_weights = lambda: None
-        return generator
-
-    monkeypatch.setattr(train_module, "open_generator", open_native)
-    recipes.append(recipe_of(values))
-    values["run"] |= {"output": values["run"]["output"] + "_ahead"}
-    values["vllm"] = {"devices": ["cpu"]}
-    ahead = recipe_of(values, rollout__generator="vllm_server", rollout__overlap="true")
-    prompts = []
-    for recipe in (recipes[0], ahead):
-        train(recipe)
-        prompts.append([row["prompt"] for row in read_rows(Path(recipe.run.output) / "samples.jsonl")])
-    assert [row["staleness/max"] for row in rows_of(ahead.run.output)] == [0, 1, 1, 1, 1, 1]
-    assert [row["source/chat/share"] for row in rows_of(ahead.run.output)] == [0] * 3 + [0.25] * 3
-    assert prompts[0] == prompts[1]
-    assert Counter((tmp_path / "calls").read_text().splitlines()) == {"digits sums": 42, "letters chat": 6}
-
-
 class Taste:
     """A scorer by the number of letters, which remembers what it was given."""
 
@@ -334,7 +310,7 @@ def pool(values):
 def step_of(pool: RewardPool, step: int, *sources: str) -> list[Scores]:
     for source in sources:
         pool.submit(group(source, "1", "a"), step)
-    scores = pool.collect()
+    scores = pool.collect(step)
     pool.check_step(scores)
     return scores
 

@@ -117,6 +117,7 @@ class EngineOptions:
             "port": port,
             "tensor_parallel_size": len(devices.split(",")) if self.on_gpu else 1,
             "load_format": "dummy",  # the weights are a run's, which sends them
+            "scheduling_policy": "priority",
             "weight_transfer_config": {"backend": NCCL if self.on_gpu else SHARED_MEMORY},
             "middleware": "flashgrpo.grpo.rollout.vllm.launch.Guard",
         }

@@ -181,7 +181,7 @@ class VllmServers:
     async def _complete(self, request: Request, sampling: Sampling) -> list[Rollout]:
         """One group, by whichever server is left."""
         fields = sampling_fields(sampling, request, self.stop_token_ids)
-        body = {"token_ids": request.prompt_ids, "sampling_params": fields}
+        body = {"token_ids": request.prompt_ids, "sampling_params": fields, "priority": request.priority}
         group = None
         while group is None:
             self._require_server()

@@ -80,7 +80,10 @@ def test_every_path_may_begin_with_the_home_folder(load, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "key"),
     [
-        ({"rollout": {"overlap": True, "generator": "vllm_server"}, "vllm": {"devices": ["cpu"]}}, "rollout.overlap"),
+        (
+            {"rollout": {"max_staleness": 2, "generator": "vllm_server"}, "vllm": {"devices": ["cpu"]}},
+            "max_staleness = 2",
+        ),
         ({"loss": {"behavior_cap": 2.0}}, r"loss.behavior_cap = 2"),
     ],
 )

@@ -258,7 +258,7 @@ def test_a_run_does_not_refuse_for_completions_that_may_stay_short():
 def test_sampling_ahead_hides_behind_training():
     servers = {"generator": "vllm_server", "max_new_tokens": 512}
     together, apart = (
-        costs_of(rollout=servers | {"overlap": ahead}, vllm={"devices": ["4,5", "6,7"]}) for ahead in (True, False)
+        costs_of(rollout=servers | {"max_staleness": ahead}, vllm={"devices": ["4,5", "6,7"]}) for ahead in (1, 0)
     )
     seconds = together.seconds(8192)
     assert apart.step_s(seconds) == pytest.approx(sum(seconds.values()))
