@@ -71,7 +71,8 @@ class Sampler:
     def rollout(self, step: int, position: Position, clock: Clock) -> tuple[StepData, Position]:
         """Sample and score prompts_per_step groups from `position` on; what was sampled ahead comes first.
 
-        With refill_limit, groups whose rewards are equal are replaced by others of their source.
+        With refill_limit, groups that nothing is learnt from, whose rewards are equal or whose mean is outside of
+        keep_mean_reward, are replaced by others of their source.
         """
         config, discarded = self.recipe.rollout, 0
         groups: list[ScoredGroup] = []
@@ -85,7 +86,7 @@ class Sampler:
             signals = has_signal(np.stack([group.scores.rewards for group in sampled]))
             is_last, dropped = attempt == config.refill_limit, []
             for prompt, group, is_live in zip(prompts, sampled, signals, strict=True):
-                if is_live or is_last:
+                if is_last or (is_live and group.is_kept(config.keep_mean_reward)):
                     groups.append(group)
                 else:
                     dropped.append(prompt)

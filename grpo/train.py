@@ -200,12 +200,13 @@ class Trainer(RunLoop):
     def _pack(self, data: StepData) -> list[Update]:
         """Split the groups into mini-batches; pack those with a gradient."""
         recipe = self.recipe
+        bounds = recipe.rollout.keep_mean_reward
         size = recipe.rollout.prompts_per_step // recipe.train.mini_batches
         updates = []
         for first in range(0, recipe.rollout.prompts_per_step, size):
             groups, rewards = [], data.rewards[first : first + size]
             for scored in data.groups[first : first + size]:
-                is_trained = scored.is_trained(recipe.rollout.mask_overlong)
+                is_trained = scored.is_trained(recipe.rollout.mask_overlong, bounds)
                 groups.append(Group.of(scored.rollouts, len(groups) * rewards.shape[1], is_trained))
             denominator = loss_denominator(groups, rewards, recipe.loss, recipe.rollout.max_new_tokens)
             live = live_groups(groups, rewards, recipe.loss)
@@ -298,6 +299,8 @@ class Trainer(RunLoop):
         recipe, sampler = self.recipe, self.sampler
         sources = [*sampler.mixture.prompts] if recipe.sources else []
         metrics = learned | rollout_metrics(data, recipe.loss, sampler.pool.functions, sources)
+        if bounds := recipe.rollout.keep_mean_reward:
+            metrics["groups/filtered"] = float(np.mean([not group.is_kept(bounds) for group in data.groups]))
         plans = [update.plan for update in updates] * recipe.train.epochs
         metrics |= speed_metrics(data, clock, plans, self.world) | sampler.sync_metrics()
         self.folder.log_samples(self.step, self._samples(data))
@@ -339,8 +342,9 @@ class Trainer(RunLoop):
             means = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("reward/"))
             console.print(
                 f"[yellow]step {self.step}: {_STEPS_WITHOUT_SIGNAL} steps in a row had nothing to learn from: in each "
-                f"group all rewards are equal or missing, or all completions masked ({means}). Look at samples.jsonl: "
-                "are problems all too hard or too easy, is the reward blind, is rollout.max_new_tokens too low?"
+                f"group all rewards are equal or missing, their mean is outside of rollout.keep_mean_reward, or all "
+                f"completions are masked ({means}). Look at samples.jsonl: are problems all too hard or too easy, is "
+                "the reward blind, is rollout.max_new_tokens too low?"
                 "[/yellow]",
                 highlight=False,
             )

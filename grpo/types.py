@@ -141,11 +141,17 @@ class ScoredGroup:
     scores: Scores
     source: str = "data"
 
-    def is_trained(self, mask_overlong: bool) -> list[bool]:  # [group_size]
-        """Whether a completion has a reward, and, with `mask_overlong`, has ended by itself."""
-        known = []
+    def is_kept(self, bounds: tuple[float, float] | None) -> bool:
+        """Whether the mean of its rewards, of those that are known, is within `bounds`."""
+        known = self.scores.rewards[~np.isnan(self.scores.rewards)]
+        return bounds is None or (known.size > 0 and bounds[0] <= known.mean() <= bounds[1])
+
+    def is_trained(self, mask_overlong: bool, bounds: tuple[float, float] | None) -> list[bool]:  # [group_size]
+        """Whether a completion has a reward, in a group within `bounds`, and, with `mask_overlong`, ended by itself."""
+        is_kept, known = self.is_kept(bounds), []
         for rollout, reward in zip(self.rollouts, self.scores.rewards, strict=True):
-            known.append(not (np.isnan(reward) or (mask_overlong and rollout.finish_reason == "length")))
+            is_masked = mask_overlong and rollout.finish_reason == "length"
+            known.append(is_kept and not (np.isnan(reward) or is_masked))
         return known
 
 
@@ -155,7 +161,7 @@ class StepData:
 
     groups: list[ScoredGroup]
     version: int  # of the weights that it will train: the steps taken
-    discarded: int = 0  # groups of equal rewards that dynamic sampling threw away
+    discarded: int = 0  # groups that dynamic sampling threw away
 
     @property
     def rollouts(self) -> list[Rollout]:

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashgrpo.grpo.data.problems import level_of
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.recipe.schema import first_step
+from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.types import Prompt, ScoredGroup
 
 
@@ -44,6 +46,12 @@ class Mixture:
         self.recipe = recipe
         # A resumed run may have its sources in another order.
         self.prompts = {name: prompts[name] for name in ("data", *sorted(recipe.sources))}
+        self._levels: dict[str, np.ndarray] = {}  # by source with a curriculum, of each problem
+        for name, own in self.prompts.items():
+            if column := recipe.sources.get(name, recipe.data).curriculum:
+                self._levels[name] = np.array([level_of(prompt.problem, column) for prompt in own])
+                self._tell_of_rest(name)
+        self._order_of = lru_cache(maxsize=16)(self._order)
 
     def shares(self, step: int) -> dict[str, float]:
         """Share of the step's groups by source, of those that have started."""
@@ -97,9 +105,24 @@ class Mixture:
     def _prompt(self, source: str, number: int) -> Prompt:
         prompts = self.prompts[source]
         epoch, place = divmod(number, len(prompts))
+        return prompts[self._order_of(source, epoch)[place]]
+
+    def _order(self, source: str, epoch: int) -> np.ndarray:
+        """Of a source's problems in a pass over them: by level where it has a curriculum, drawn among equal ones."""
         # 0 is that of [data], whose order other sources do not change.
         stream = [*self.prompts].index(source)
-        return prompts[epoch_order(self.recipe.run.seed, epoch, len(prompts), stream)[place]]
+        order = epoch_order(self.recipe.run.seed, epoch, len(self.prompts[source]), stream)
+        levels = self._levels.get(source)
+        return order if levels is None else order[np.argsort(levels[order], kind="stable")]
+
+    def _tell_of_rest(self, source: str) -> None:
+        """A run that ends within the first pass never comes to the hardest problems."""
+        size, train = len(self.prompts[source]), self.recipe.train
+        share = sum(self.shares(step).get(source, 0) for step in range(1, train.steps + 1))
+        planned = share * self.recipe.rollout.prompts_per_step
+        if planned < size:
+            told = f"{source}: the run takes about {planned:,.0f} of {size:,} problems, the easiest by its curriculum"
+            console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def interleaved(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:

@@ -5,6 +5,7 @@ the split depends on the seed alone. A fault in the data is a `DataError` that s
 """
 
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -28,7 +29,8 @@ def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Pro
     `data.size`.
 
     Raises:
-        DataError: unreadable data, missing column, empty prompt, or nothing left to train on.
+        DataError: unreadable data, missing column, empty prompt, a curriculum by what is no number, or nothing left to
+            train on.
     """
     if data.task is not None:
         problems = _task_problems(data.task, data.options, data.size, seed)
@@ -40,6 +42,9 @@ def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Pro
         problems = [to_problem(where, row, data.prompt_column, answer_column) for where, row in rows]
     if not problems:
         raise DataError(f"no problems in {data.task or data.path}")
+    if data.curriculum:
+        for problem in problems:
+            level_of(problem, data.curriculum)
     return split_problems(problems, data.held_out, seed)
 
 
@@ -105,6 +110,14 @@ def to_problem(where: str, row: Mapping[str, Any], prompt_column: str, answer_co
     if not problem.question.strip():
         raise DataError(f"{where}: the prompt in column {prompt_column!r} is empty")
     return problem
+
+
+def level_of(problem: Problem, column: str) -> float:
+    """The number in a column that orders problems. Raises DataError for anything else."""
+    level = value_in(problem.where, problem.columns, column)
+    if isinstance(level, bool) or not isinstance(level, int | float) or not -math.inf < level < math.inf:
+        raise DataError(f"{problem.where}: column {column!r} holds {level!r:.60}, wanted a number (data.curriculum)")
+    return level
 
 
 def value_in(where: str, row: Mapping[str, Any], column: str) -> Any:

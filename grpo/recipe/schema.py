@@ -96,6 +96,8 @@ class DataSection(SourceSection):
     """Column with the reference answer; by default "answer", if the data has it."""
     held_out: _Count = 256
     """Problems set aside for evaluation, chosen by run.seed."""
+    curriculum: str | None = None
+    """Column with a number, as "level": every pass over the problems begins with those where it is lowest."""
     max_prompt_tokens: _Positive = 2048
     """A longer prompt is an error."""
 
@@ -227,9 +229,16 @@ class RolloutSection(SamplingSection):
     prompts_per_step: _Positive = 32
     """Prompts of one rollout; a step is one rollout and the updates made from it."""
     refill_limit: _Count = 0
-    """Dynamic sampling (DAPO): most extra rounds of prompts that replace groups of equal rewards."""
+    """Dynamic sampling (DAPO): most extra rounds of prompts that replace groups which nothing is learnt from."""
+    keep_mean_reward: tuple[_Finite, _Finite] | None = None
+    """Least and most mean reward of a group that is learnt from, as [0.1, 0.9]: others are too hard or too easy, and
+    replaced within refill_limit, or else left out of the training alone."""
     mask_overlong: _Bool = False
     """Completions cut at max_new_tokens give no gradient."""
+
+    def __post_init__(self) -> None:
+        if self.keep_mean_reward and self.keep_mean_reward[0] > self.keep_mean_reward[1]:
+            raise ValueError(f"keep_mean_reward = {[*self.keep_mean_reward]}, wanted the least first")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -378,6 +387,8 @@ class CollectDataSection(DataSection):
     def __post_init__(self) -> None:
         if self.has_problems:
             super().__post_init__()
+        if self.curriculum:
+            raise ValueError("curriculum is for training runs; problems are sampled in the order of the data")
 
 
 @dataclass(frozen=True, config=CHECKED)

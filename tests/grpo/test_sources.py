@@ -75,11 +75,13 @@ def run(recipe: Recipe) -> None:
     train(recipe)
 
 
-def mixture_of(values: dict, sizes: dict[str, int], sources: dict, steps: int = 100) -> Mixture:
+def mixture_of(values: dict, sizes: dict[str, int], sources: dict, steps: int = 100, levels=()) -> Mixture:
     sections = {name: {"path": "unread", **section} for name, section in sources.items()}
     recipe = build_recipe(Recipe, values | {"sources": sections, "train": {"steps": steps}})
     prompts = {
-        name: [Prompt(Problem(f"{name} {i}", {}), [i], f"{name} {i}", name) for i in range(size)]
+        name: [
+            Prompt(Problem(f"{name} {i}", {"level": levels[i] if levels else 0}), [i], name, name) for i in range(size)
+        ]
         for name, size in sizes.items()
     }
     return Mixture(recipe, prompts)
@@ -106,6 +108,27 @@ def test_shares_are_exact_over_time_and_epochs_are_whole(values):
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert epochs[0] != epochs[1]
     assert taken["chat"][:7] != taken["data"][:7]
+
+
+def test_a_curriculum_goes_from_easy_to_hard_in_every_pass(values, capsys):
+    """Of its own source alone, and from a position in the middle of a pass, too."""
+    levels = [3, 1, 2.5, 1, -4, 1]
+    mixture = mixture_of(values, {"data": 5, "chat": 6}, {"chat": {"share": 0.5, "curriculum": "level"}}, levels=levels)
+    prompts, _ = mixture.take(NOWHERE, 1, 40)
+    taken = [prompt.token_ids[0] for prompt in prompts if prompt.source == "chat"]
+    epochs = [taken[first : first + 6] for first in range(0, 18, 6)]
+    assert [[levels[number] for number in epoch] for epoch in epochs] == [[-4, 1, 1, 1, 2.5, 3]] * 3
+    assert len({*map(tuple, epochs)}) > 1  # equal ones are drawn anew
+    half, position = mixture.take(NOWHERE, 1, 17)
+    assert half + mixture.take(position, 1, 23)[0] == prompts
+    plain, _ = mixture_of(values, {"data": 5, "chat": 6}, {"chat": {"share": 0.5}}, levels=levels).take(NOWHERE, 1, 40)
+    assert [one.source for one in prompts] == [one.source for one in plain]
+    for source in ("data", "chat"):
+        own, others = ([one for one in each if one.source == source] for each in (prompts, plain))
+        assert (own == others) == (source == "data")
+    assert "easiest" not in capsys.readouterr().err
+    mixture_of(values, {"data": 5, "chat": 6}, {"chat": {"share": 0.5, "curriculum": "level"}}, 2, levels)
+    assert "chat: the run takes about 4 of 6 problems, the easiest by its curriculum" in capsys.readouterr().err
 
 
 def test_the_order_of_the_sources_in_the_recipe_is_no_matter(values):

@@ -181,6 +181,32 @@ def test_refills_replace_dead_groups(recipe):
     assert state["position"]["taken"]["data"] == recipe.rollout.prompts_per_step + row["groups/discarded"] > 4
 
 
+@pytest.mark.parametrize("refill_limit", [0, 30])
+def test_groups_that_are_too_hard_are_not_learnt_from(recipe, refill_limit, monkeypatch):
+    """They are replaced by others, or stay in the log alone: their completions reach no pack."""
+    packed, build = [], train_module.build_batch
+
+    def build_and_count(pack):
+        packed.append(sum(len(group.completions) for group in pack))
+        return build(pack)
+
+    monkeypatch.setattr(train_module, "build_batch", build_and_count)
+    bounds = {"keep_mean_reward": (0.04, 1.0), "refill_limit": refill_limit}
+    (row,) = trained(changed(changed(recipe, "rollout", max_new_tokens=3, **bounds), "train", steps=1))
+    samples = {}
+    for sample in read_rows(Path(recipe.run.output) / "samples.jsonl"):
+        samples.setdefault(sample["prompt"], []).append(sample["reward"])
+    if refill_limit:
+        assert (row["groups/filtered"], row["groups/dead"]) == (0, 0)
+        assert row["groups/discarded"] > 0
+        assert all(0.04 <= np.mean(rewards) for rewards in samples.values())
+    else:
+        assert row["groups/filtered"] in (0.25, 0.5, 0.75)
+        assert row["groups/discarded"] == 0
+    assert sum(packed) == 16 * (1 - row["groups/filtered"])
+    assert row["grad_norm"] > 0
+
+
 def run_command(recipe_values: dict, custom_rewards: Path, tmp_path: Path, *flags: str, **options) -> subprocess.Popen:
     import tomli_w
 

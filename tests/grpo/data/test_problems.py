@@ -132,6 +132,23 @@ def test_faulty_lines_are_named_with_file_and_line(tmp_path, content, message):
         load(path=str(tmp_path / "bad.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, r"2: no column 'level'; known: answer"),
+        ({"level": "Level 3"}, r"2: column 'level' holds 'Level 3', wanted a number \(data\.curriculum\)"),
+        ({"level": True}, "2: column 'level' holds True, wanted a number"),
+        ({"level": float("nan")}, "2: column 'level' holds nan, wanted a number"),
+    ],
+)
+def test_a_curriculum_by_what_is_no_number_is_refused(tmp_path, row, message):
+    rows = [{"prompt": "a", "answer": "1", "level": 10**400}, {"prompt": "b", "answer": "2", **row}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(DataError, match=message):
+        load_problems(DataSection(path=str(path), held_out=0, curriculum="level"), seed=0)
+
+
 def test_parquet_and_saved_data_sets_give_the_same_problems(tmp_path, write, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     data = Dataset.from_list(ROWS)
