@@ -23,6 +23,7 @@ _NAMES = {
     "clip_high_fraction": "clip/high",
     "live_fraction": "live",
     "kl": "kl",
+    "teacher_kl": "teacher/kl",
     "behavior_mismatch_mean": "mismatch/mean",
     "behavior_mismatch_max": "mismatch/max",
 }
@@ -61,7 +62,7 @@ def rollout_metrics(
     sources: Sequence[str] = (),
 ) -> dict[str, float]:
     """Rewards, by function and source, advantages and lengths over the completions of the step; advantages are those of
-    the loss.
+    the loss, but for what a teacher adds.
     """
     rollouts, rewards = data.rollouts, data.rewards
     lengths = np.array([len(rollout.completion_ids) for rollout in rollouts])

@@ -7,8 +7,10 @@ A step, as `Trainer.run_step` takes it:
     reward     A group is scored while others are still sampled; then all ranks have all groups.
     pack       Of a mini-batch, the groups that have a gradient are laid out in packs of at most train.token_budget
                tokens, a prompt once for all of its completions, and spread over the ranks.
-    score      Log-probs of the packs by the weights of before the step, and by the reference, where the loss asks.
-    train      An optimizer update for each mini-batch; the loss sees rewards, and makes advantages of them itself.
+    score      Log-probs of the packs by the weights of before the step, by the reference and by a teacher, where the
+               loss asks.
+    train      An optimizer update for each mini-batch; the loss sees rewards, and makes advantages of them itself, or
+               those of tokens, which a teacher gives.
     log        A row of numbers, and some completions.
 
 The host waits for the device where a phase ends, so that each has its own time (`Clock`), and within training once a
@@ -34,7 +36,7 @@ from flashgrpo.grpo.data.mixture import Mixture, Position
 from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_prompts
 from flashgrpo.grpo.learn.balance import PackPlan, plan_packs
-from flashgrpo.grpo.learn.learner import Stats, packed_loss
+from flashgrpo.grpo.learn.learner import Stats, distillation_advantages, packed_loss
 from flashgrpo.grpo.learn.packing import Group, build_batch, centred, live_groups, loss_denominator
 from flashgrpo.grpo.metrics import device_metrics, one_line, rollout_metrics, speed_metrics
 from flashgrpo.grpo.recipe.load import Recipe
@@ -45,7 +47,7 @@ from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.costs import Costs, Lengths, check_budget
 from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.loop import RunLoop, as_begun
-from flashgrpo.grpo.run.policy import open_sharded_model
+from flashgrpo.grpo.run.policy import check_teacher, open_sharded_model, open_teacher
 from flashgrpo.grpo.run.progress import Clock, StepBar, console
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.sampling import Sampler
@@ -74,6 +76,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         recipe = as_begun(recipe, world) if resume else recipe
         folder = stack.enter_context(RunFolder(recipe, resume, world))
         read_config(recipe.model.path)  # a wrong path is found before the data set is fetched
+        if recipe.teacher.path:
+            check_teacher(recipe.teacher, recipe.model.path)
         problems, held_out = load_problems(recipe.data, recipe.run.seed)
         others, examples = {}, {}
         for name, source in recipe.sources.items():
@@ -130,6 +134,12 @@ class Trainer(RunLoop):
             stored = self.compute_dtype
             self.reference = open_sharded_model(recipe.model, world.device, world.mesh, stored=stored)
             self.reference.requires_grad_(False)
+        self.teacher = None
+        if recipe.teacher.path:
+            opened: list[Decoder] = []
+            place = world.device, world.mesh
+            world.everywhere(lambda: opened.append(open_teacher(recipe.teacher, recipe.model, *place)))
+            (self.teacher,) = opened
         self.open_learner(recipe.train.steps)
         if recipe.reward_models:
             self._open_reward_models(pool, mixture.prompts)
@@ -209,24 +219,28 @@ class Trainer(RunLoop):
                 is_trained = scored.is_trained(recipe.rollout.mask_overlong, bounds)
                 groups.append(Group.of(scored.rollouts, len(groups) * rewards.shape[1], is_trained))
             denominator = loss_denominator(groups, rewards, recipe.loss, recipe.rollout.max_new_tokens)
-            live = live_groups(groups, rewards, recipe.loss)
+            # A teacher makes a gradient for every token.
+            live = groups if self.teacher else live_groups(groups, rewards, recipe.loss)
             plan = plan_packs(live, self.token_budget, self.world.size, self.flops)
             batches = [build_batch(pack).to(self.device) for pack in plan.packs[self.world.rank]]
             updates.append(Update(plan, batches, centred(rewards, recipe.loss).to(self.device), denominator))
         return updates
 
     def _score(self, updates: list[Update], takes_behavior: bool) -> None:
-        """Add old and reference log-probs to the packs.
+        """Add old, reference and teacher's log-probs to the packs.
 
-        The first update trains by the very weights that the old log-probs are of, and gives them itself (`_update`).
+        The first update trains by the very weights that the old log-probs are of, and gives them itself (`_update`),
+        but where its advantages are made of them.
         """
         for number, update in enumerate(updates):
             for i, batch in enumerate(update.batches):
                 old = batch.behavior_logprobs if takes_behavior else None
-                if number and not takes_behavior:
+                if (number or self.teacher) and not takes_behavior:
                     old = self._logprobs(self.policy.model, batch)
                 ref = self._logprobs(self.reference, batch) if self.reference else None
-                update.batches[i] = dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
+                teacher = self._logprobs(self.teacher, batch) if self.teacher else None
+                found = {"old_logprobs": old, "ref_logprobs": ref, "teacher_logprobs": teacher}
+                update.batches[i] = dataclasses.replace(batch, **found)
             self._free_gathered()
 
     def _update(self, updates: list[Update]) -> dict[str, float]:
@@ -245,21 +259,31 @@ class Trainer(RunLoop):
         return device_metrics(collected, norms, self.learner, self.world)
 
     def _loss(self, batch: PackedBatch, update: Update) -> tuple[Tensor, Stats]:
-        return packed_loss(
+        recipe = self.recipe
+        worth, taught = {"rewards": update.rewards, "sequence_ids": batch.sequence_ids}, {}
+        if self.teacher:
+            advantages, kl = distillation_advantages(batch, update.rewards, recipe.loss, recipe.teacher.coef)
+            worth, taught = {"token_advantages": advantages}, {"teacher_kl": kl}
+        loss, stats = packed_loss(
             self.policy.model,
             batch,
-            self.recipe.loss,
+            recipe.loss,
             denominator=update.denominator,
-            rewards=update.rewards,
-            sequence_ids=batch.sequence_ids,
-            temperature=self.recipe.rollout.temperature,
+            temperature=recipe.rollout.temperature,
+            **worth,
         )
+        return loss, stats | taught
 
     @torch.no_grad()
     def _logprobs(self, model: Decoder, batch: PackedBatch) -> Tensor:
-        hidden = gather_predictors(model(batch), batch)
-        temperature = self.recipe.rollout.temperature
-        return linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature, entropy=False)[0]
+        """Of the pack's targets, on the policy's device, wherever the model is."""
+        device, temperature = model.lm_head_weight.device, self.recipe.rollout.temperature
+        batch = batch if device == self.device else batch.to(device)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # where Triton launches
+            hidden = gather_predictors(model(batch), batch)
+            head = model.lm_head_weight
+            logprobs, _ = linear_logprobs(hidden, head, batch.targets, temperature=temperature, entropy=False)
+        return logprobs.to(self.device)
 
     def _mismatch(self, probe: list[list[Rollout]]) -> dict[str, float]:
         """How far the sampler's log-probs are off the trainer's, both by the newest weights: in place of the step's own
@@ -274,7 +298,7 @@ class Trainer(RunLoop):
         return {"mismatch/mean": float(off.mean()), "mismatch/max": float(off.max())}
 
     def _free_gathered(self) -> None:
-        for model in filter(None, (self.policy.model, self.reference)):
+        for model in filter(None, (self.policy.model, self.reference, self.teacher)):
             free_gathered(model)
 
     @torch.no_grad()
@@ -301,6 +325,8 @@ class Trainer(RunLoop):
         metrics = learned | rollout_metrics(data, recipe.loss, sampler.pool.functions, sources)
         if bounds := recipe.rollout.keep_mean_reward:
             metrics["groups/filtered"] = float(np.mean([not group.is_kept(bounds) for group in data.groups]))
+        if self.teacher:
+            metrics["groups/dead"] = 0.0  # it teaches those of equal rewards, too
         plans = [update.plan for update in updates] * recipe.train.epochs
         metrics |= speed_metrics(data, clock, plans, self.world) | sampler.sync_metrics()
         self.folder.log_samples(self.step, self._samples(data))

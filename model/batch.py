@@ -35,6 +35,7 @@ class PackedBatch:
     behavior_logprobs: Tensor | None = None  # [num_targets] fp32, what the sampler reported
     old_logprobs: Tensor | None = None  # [num_targets] fp32, the trainer's own, before the update
     ref_logprobs: Tensor | None = None  # [num_targets] fp32, the frozen reference
+    teacher_logprobs: Tensor | None = None  # [num_targets] fp32, the frozen model that is distilled
 
     @property
     def total_tokens(self) -> int:
@@ -46,10 +47,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with every tensor on `device`; to CUDA from pinned memory, so that nothing waits for the copies."""
-        pinned = torch.device(device).type == "cuda"
+        to_cuda = torch.device(device).type == "cuda"
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {
-            name: (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+            name: (tensor.pin_memory() if to_cuda and tensor.is_cpu else tensor).to(device, non_blocking=to_cuda)
             for name, tensor in tensors.items()
             if isinstance(tensor, Tensor)
         }

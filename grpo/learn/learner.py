@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from flashgrpo.kernels.grpo_loss import LossConfig
+from flashgrpo.kernels.grpo_loss import LossConfig, group_advantages
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss
 from flashgrpo.model.batch import PackedBatch, gather_predictors
 from flashgrpo.model.decoder import Decoder
@@ -112,6 +112,28 @@ def packed_loss(model: Decoder, batch: PackedBatch, config: LossConfig, **option
             behavior_logprobs=batch.behavior_logprobs,
             **options,
         )
+
+
+def distillation_advantages(
+    batch: PackedBatch,
+    rewards: Tensor,  # [num_groups, group_size]
+    config: LossConfig,
+    coef: float,
+) -> tuple[Tensor, Tensor]:  # [num_targets], 0-d
+    """What each token is worth, and the KL to the teacher that was sampled, in nats a token.
+
+    A token's advantage is its completion's by the rewards, plus `coef` times the teacher's log-prob less the old one:
+    what a sample says of the gradient of KL(policy || teacher), token by token, without those that follow. Sources:
+    GKD, Agarwal et al., arXiv 2306.13649; MiniLLM, Gu et al., arXiv 2306.08543; as an advantage
+    thinkingmachines.ai/blog/on-policy-distillation.
+    """
+    assert batch.teacher_logprobs is not None
+    assert batch.old_logprobs is not None
+    gain = batch.teacher_logprobs - batch.old_logprobs
+    of_rewards = group_advantages(rewards, scale=config.advantage_scale).flatten()[batch.sequence_ids]
+    lengths = batch.target_cu_seqlens.diff()
+    of_tokens = of_rewards.repeat_interleave(lengths, output_size=batch.num_targets)
+    return of_tokens + coef * gain, -gain.sum() / max(batch.num_targets, 1)
 
 
 def _schedule(config: "OptimizerSection", step: int, total_steps: int) -> float:

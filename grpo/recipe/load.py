@@ -49,6 +49,7 @@ class Recipe:
     sources: dict[str, schema.MixedSection] = dataclasses.field(default_factory=dict)
     rewards: schema.RewardsSection = schema.RewardsSection()
     reward_models: dict[str, schema.PreferenceSection] = dataclasses.field(default_factory=dict)
+    teacher: schema.TeacherSection = schema.TeacherSection()
     rollout: schema.RolloutSection = schema.RolloutSection()
     loss: Annotated[LossConfig, BeforeValidator(_from_preset)] = LossConfig.preset("grpo")
     train: schema.TrainSection = schema.TrainSection()
@@ -74,6 +75,11 @@ class Recipe:
             )
         if "data" in self.sources:
             raise ValueError("sources.data: found the name that [data] has; choose another")
+        if self.teacher.path and self.rollout.refill_limit:
+            raise ValueError(
+                f"rollout.refill_limit = {self.rollout.refill_limit} replaces groups of equal rewards, and with a "
+                "[teacher] these teach as much as others; wanted 0"
+            )
 
     def _check_off_policy(self) -> None:
         rollout, loss = self.rollout, self.loss
@@ -97,11 +103,16 @@ class Recipe:
         unused = sorted({*self.rewards.start, *self.reward_models} - known)
         if unused:
             raise ValueError(f"{unused[0]!r} is in rewards.start or [reward_models], and no list of rewards has it")
-        # Completions without any reward are nothing to learn from, and would end the run.
+        # Completions without any reward are nothing to learn from, and would end the run; a teacher needs none.
         steps = self.train.steps
-        for source, weights in self.reward_weights.items():
+        for source, weights in self.reward_weights.items() if not self.teacher.path else ():
             first = first_step(self.sources[source].start if source in self.sources else 0.0, steps)
             counted = [name for name, weight in weights.items() if weight]
+            if not counted:
+                raise ValueError(
+                    f"rewards: the completions of {source} have no function whose weight is not 0, and there is no "
+                    f"[teacher] to learn from; found {', '.join(weights) or 'no functions'}"
+                )
             if all(first_step(self.rewards.start.get(name, 0.0), steps) > first for name in counted):
                 raise ValueError(
                     f"rewards.start: in step {first} the completions of {source} have no reward yet, as all of theirs "

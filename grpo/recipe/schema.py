@@ -26,6 +26,7 @@ _PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 _NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+_Place = Annotated[str, Field(pattern=r"^(trainer|cpu|cuda:\d+)$")]  # of a model beside the policy
 
 
 def expanded(path: str) -> str:
@@ -113,8 +114,6 @@ def weights_of(functions: list[str], weights: list[float]) -> dict[str, float]:
         raise ValueError(f"found functions = {functions}, wanted each of them once")
     if weights and len(weights) != len(functions):
         raise ValueError(f"found {len(weights)} weights for {len(functions)} functions, wanted one each")
-    if weights and not any(weights):
-        raise ValueError(f"found weights = {weights}, wanted one that is not 0")
     return dict(zip(functions, weights, strict=True)) if weights else dict.fromkeys(functions, 1.0)
 
 
@@ -168,9 +167,9 @@ class ProgramsSection:
 class RewardsSection:
     functions: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])
     """accuracy, code, exact_match, format, language_consistency, overlong, repetition, a name of [reward_models], or
-    "package.module:function"."""
+    "package.module:function"; with a [teacher] there may be none."""
     weights: list[_Finite] = dataclasses.field(default_factory=list)
-    """One weight a function; empty: all 1."""
+    """One weight a function, 0 for what is watched only; empty: all 1."""
     start: dict[str, _Share] = dataclasses.field(default_factory=dict)
     """Share of the run's steps from which a function counts, as { safety = 0.75 }; before, it is not computed."""
     timeout_s: _PositiveFloat = 10.0
@@ -181,8 +180,6 @@ class RewardsSection:
     programs: ProgramsSection = ProgramsSection()
 
     def __post_init__(self) -> None:
-        if not self.functions:
-            raise ValueError("functions is empty, wanted at least one reward function")
         weights_of(self.functions, self.weights)
 
 
@@ -190,11 +187,26 @@ class RewardsSection:
 class PreferenceSection:
     path: _Path
     """Folder that `flashgrpo reward-model` has made; its name in [reward_models] is that of a reward function."""
-    device: Annotated[str, Field(pattern=r"^(trainer|cpu|cuda:\d+)$")] = "trainer"
+    device: _Place = "trainer"
     """trainer: on the policy's device, loaded for the reward step and moved to the host after it; "cuda:6" or "cpu": a
     process of its own on that device, one a rank."""
     batch_tokens: _Positive = 16_384
     """Most tokens of one pass."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class TeacherSection:
+    path: _Path = ""
+    """Folder of a model with the policy's tokenizer, which scores each sampled token (on-policy distillation)."""
+    coef: _PositiveFloat = 1.0
+    """Weight of its log-prob less the policy's in a token's advantage, to which that of the rewards is added."""
+    device: _Place = "trainer"
+    """trainer: on the policy's device, sharded as the reference is; "cuda:6" or "cpu": on that device, whole, once a
+    rank."""
+
+    def __post_init__(self) -> None:
+        if not self.path and (self.coef, self.device) != (1.0, "trainer"):
+            raise ValueError(f"found coef = {self.coef:g} and device = {self.device}, but no path of a teacher")
 
 
 @dataclass(frozen=True, config=CHECKED)

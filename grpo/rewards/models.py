@@ -33,6 +33,7 @@ from flashgrpo.grpo.run.policy import (
     check_vocabulary,
     end_token_id,
     open_tokenizer,
+    same_tokens,
     stop_token_ids,
 )
 from flashgrpo.grpo.run.world import World
@@ -41,7 +42,6 @@ from flashgrpo.model.checkpoint import CheckpointError, load_checkpoint, read_co
 
 CARD = "reward_model.json"
 _SCORE_LIMIT_S = 600.0
-_PROBE = "<think>Déjà vu — 数学</think>\n\tdef f(x): return x ** 2  # 12,345"
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -210,9 +210,7 @@ def _check(
     config, card = read_config(path, reward_model=True), read_card(path)
     theirs, ours = open_tokenizer(path), policy.tokenizer
     check_vocabulary(path, theirs, config.vocab_size, stop_token_ids(path, theirs))
-    # A vocabulary does not show how a text is split and normalised.
-    same_text = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
-    if theirs.get_vocab() != ours.get_vocab() or not same_text:
+    if not same_tokens(theirs, ours):
         raise CheckpointError(
             f"{path}: its tokenizer is not that of {policy.path}; train a reward model from one of the policy's family"
         )

@@ -8,7 +8,7 @@ they start when the pool is made, and import what scoring needs while the model 
 What a score can be: a number; None, by which a function leaves a completion to the others; or
 missing, which is NaN: the number is not finite, or the function raised, crashed or ran out of time.
 A reward is the sum over the functions that did not give None, and missing if all did, or if a score
-is.
+is; without any function, as beside a teacher, it is 0.
 """
 
 import inspect
@@ -186,7 +186,7 @@ class RewardPool:
                 "%d of %d completions have no reward: each function that scores them returned None",
                 unscored, num_rewards,
             )  # fmt: skip
-        if num_rewards:
+        if any(each.by_function for each in groups):
             self._count_blank("every reward function", every, "each returned None")
 
     def _count_blank(self, who: str, scores: Sequence[float], failure: str | None) -> None:
@@ -249,8 +249,10 @@ def _outcomes(scores: np.ndarray) -> list[Outcome]:
 
 
 def _weighted_sum(scores: Mapping[str, list[float | None]], weights: Mapping[str, float], size: int) -> np.ndarray:
-    """A group's rewards, of the functions that have a weight and did not leave a completion to the others."""
-    rewards, has_score = np.zeros(size), np.zeros(size, dtype=bool)
+    """A group's rewards, of the functions that have a weight and did not leave a completion to the others; 0 where no
+    function has one.
+    """
+    rewards, has_score = np.zeros(size), np.full(size, not any(weights[name] for name in scores))
     for name, values in scores.items():
         if weights[name]:
             counts = np.array([value is not None for value in values])

@@ -9,6 +9,7 @@ the shards of gradients from the micro-batch before:
                chunks add up to it in fp32, a second time in the weight's type
     backward   the same, with the last block recomputed where it is checkpointed, and in its MLP's backward pass
     reduction  at its end: gradients of embedding and head, theirs and the first block's in fp32, and of these a shard
+    score      a teacher on the policy's GPU: its gathered weights, and a micro-batch in its MLP or its head
     prefill    native: a copy of all weights, the prompts' keys and values, one part of the prompts in an MLP
     rollout    native: that copy, the KV cache, the sampled rows' logits; vllm: its share of the card, and weights on
                their way to it; servers: these alone
@@ -31,6 +32,7 @@ from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.load import Recipe, RewardModelRecipe, SftRecipe
 from flashgrpo.grpo.run.machines import Machine
 from flashgrpo.kernels.linear_grpo import most_chunk_tokens
+from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.cost import Attention, BlockActivations, BlockPasses, ModelFlops, ModelSize
 
@@ -248,6 +250,8 @@ class Costs(TrainCosts):
     ):
         super().__init__(recipe, config, machine, num_gpus)
         self.recipe, self.lengths, self.foresees, self.flops = recipe, lengths, foresees, ModelFlops.of(config)
+        self.teacher = read_config(recipe.teacher.path) if recipe.teacher.path else None
+        self.teacher_beside = self.teacher if recipe.teacher.device == "trainer" else None  # on the policy's GPU
         self.generator = recipe.rollout.generator
         rollout = recipe.rollout
         packed = lengths.group(rollout.group_size)
@@ -279,8 +283,10 @@ class Costs(TrainCosts):
         return len(vllm.servers), 1
 
     def memory(self, token_budget: int) -> dict[str, Parts]:
-        """As TrainCosts', and the moments of sampling."""
+        """As TrainCosts', and the moments of sampling and of a teacher."""
         moments = self.training(token_budget) | self.sampling(token_budget)
+        if self.teacher_beside:
+            moments["score"] = self.scoring(self.teacher_beside, token_budget)
         for parts in moments.values():
             self._add_losses(parts)
         return moments
@@ -290,7 +296,28 @@ class Costs(TrainCosts):
         found = super().state()
         if self.recipe.loss.kl_coef:
             found["reference (shard)"] = self.itemsize * self.size.total / self.shard_ranks
+        if self.teacher_beside:
+            found["teacher (shard)"] = self.itemsize * ModelSize.of(self.teacher_beside).total / self.shard_ranks
         return found
+
+    def scoring(self, teacher: ModelConfig, token_budget: int) -> Parts:
+        """The tensors while a teacher scores a micro-batch."""
+        size, rows, found = self.itemsize, token_budget * self.target_share, ModelSize.of(teacher)
+        most = most_chunk_tokens(teacher.vocab_size, size, not self.machine.is_cpu)
+        logits = min(rows, most) * teacher.vocab_size * size * (3 if self.machine.is_cpu else 1)
+        in_head = 2 * size * rows * teacher.hidden_size + logits
+        return {
+            **self.state(),
+            # The policy's stay until the packs of an update are scored.
+            "gathered weights": size * (self.size.root + found.root + min(2, teacher.num_layers) * found.block),
+            "activations": max(token_budget * self.forward_bytes(teacher), in_head),
+        }
+
+    def forward_bytes(self, config: ModelConfig) -> float:
+        """Of a token on its way through a block without a backward pass: three times the MLP's width, and the residual
+        stream with its norm; cos and sin.
+        """
+        return self.itemsize * (3 * config.intermediate_size + 4 * config.hidden_size) + 8 * config.head_dim
 
     def sampling(self, token_budget: int) -> dict[str, Parts]:
         """The moments of sampling."""
@@ -304,13 +331,11 @@ class Costs(TrainCosts):
         prompts = self.groups_a_rank * self.lengths.prompt
         rows, room = self.rollout_peak()
         own = {**state, "sampler's weights": size * self.size.total * (2 if self.machine.is_cpu else 1)}  # oneDNN's
-        # Of a token in a block: three times the MLP's width, and the residual stream with its norm; cos and sin.
-        prefilled = size * (3 * config.intermediate_size + 4 * config.hidden_size) + 8 * config.head_dim
         return {
             "prefill": {
                 **own,
                 "KV cache": self.kv_bytes * prompts,
-                "activations": min(token_budget, prompts) * prefilled,
+                "activations": min(token_budget, prompts) * self.forward_bytes(config),
             },
             "rollout": {
                 **own,
@@ -360,15 +385,24 @@ class Costs(TrainCosts):
         """Of an update."""
         return math.ceil(self.tokens / self.recipe.train.mini_batches / token_budget)
 
-    def work(self, blocks: float, attention: float, head: float, passes: float) -> float:
-        """Seconds of a rank's share of a step: products, as multiples of a forward pass', and `passes` over memory, in
-        bytes a token of a block.
+    def work(self, config: ModelConfig, blocks: float, attention: float, head: float, passes: float) -> float:
+        """Seconds of a rank's share of a step in a model of that shape: products, as multiples of a forward pass', and
+        `passes` over memory, in bytes a token of a block.
         """
-        per = self.flops
+        per = ModelFlops.of(config)
         products = blocks * per.per_token * self.tokens + head * per.per_target * self.targets
         pairs_s = attention * per.per_pair * self.pairs / (self.peak_flops * ATTENTION_SHARE)
-        passes_s = passes * self.config.num_layers * self.tokens / self.memory_rate
+        passes_s = passes * config.num_layers * self.tokens / self.memory_rate
         return IMBALANCE * (products / self.product_rate + pairs_s + passes_s)
+
+    def score_s(self, config: ModelConfig, micro_batches: int) -> float:
+        """Of a forward pass over a rank's share of a step, which gathers the weights in every micro-batch while it
+        computes.
+        """
+        size = ModelSize.of(config).total
+        forward_s = self.work(config, 1, 1, 1, BlockPasses.of(config, self.itemsize).forward)
+        forward_s += micro_batches * GATHER_BYTES * size / self.memory_rate
+        return max(forward_s, micro_batches * self.collective_s(self.itemsize * size))
 
     def seconds(self, token_budget: int) -> dict[str, float]:
         """Of a step, by phase, with micro-batches of `token_budget`."""
@@ -376,16 +410,16 @@ class Costs(TrainCosts):
         micro_batches = train.mini_batches * self.micro_batches(token_budget)
         over = BlockPasses.of(self.config, self.itemsize)
         copied_s = self.size.total / self.memory_rate  # a byte of each weight
-        # A pass gathers the weights in every micro-batch, while it computes.
-        passes = (train.mini_batches - 1) / train.mini_batches + (self.recipe.loss.kl_coef > 0)
-        forward_s = self.work(1, 1, 1, over.forward) + micro_batches * GATHER_BYTES * copied_s
-        score = passes * max(forward_s, micro_batches * self.collective_s(moved))
+        # The first update's old log-probs are its own, but where a teacher's advantages are made of them.
+        old = 1 if self.teacher else (train.mini_batches - 1) / train.mini_batches
+        score = (old + (self.recipe.loss.kl_coef > 0)) * self.score_s(self.config, micro_batches)
+        score += self.score_s(self.teacher, micro_batches) if self.teacher else 0
         # Attention: 2 products in a forward pass, 7 in a backward one.
         checkpointing = self.model.activation_checkpointing
         again, passed = checkpointing == "full", over.forward + over.backward
         if checkpointing != "none":
             passed += over.forward
-        compute = self.work(3 + again, 4.5 + again, 3 + self.recipe.loss.scores_first, passed)
+        compute = self.work(self.config, 3 + again, 4.5 + again, 3 + self.recipe.loss.scores_first, passed)
         gathers = 2 if train.reshard_after_forward else 1
         compute += micro_batches * (gathers * GATHER_BYTES + REDUCE_BYTES) * copied_s
         exchange = gathers * self.collective_s(moved) + self.collective_s(4 * self.size.total)

@@ -1,5 +1,6 @@
 """Opening a model: device, type, tokenizer, stop tokens."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flashgrpo.grpo.recipe.schema import ModelSection
+from flashgrpo.grpo.errors import RecipeError
+from flashgrpo.grpo.recipe.schema import ModelSection, TeacherSection
 from flashgrpo.grpo.run.machines import resolve_dtype
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.model.checkpoint import (
@@ -28,6 +30,7 @@ from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.sharding import shard
 
 _TAGS = "</think>", "</answer>"
+_PROBE = "<think>Déjà vu — 数学</think>\n\tdef f(x): return x ** 2  # 12,345"
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,58 @@ def open_sharded_model(
     if read_weights:
         load_weights(model, section.path, new_score=new_score)
     return model
+
+
+def open_teacher(section: TeacherSection, policy: ModelSection, device: torch.device, mesh: DeviceMesh) -> Decoder:
+    """The frozen model at section.path, which computes as the policy does: on the policy's `device` sharded over
+    `mesh`, or whole on its own. Raises CheckpointError.
+    """
+    console.print(f"loading {section.path}", markup=False, highlight=False, soft_wrap=True)
+    is_beside = section.device == "trainer"
+    place = device if is_beside else torch.device(section.device)
+    dtype = resolve_dtype(policy.dtype, place)
+    if is_beside:
+        model = open_sharded_model(dataclasses.replace(policy, path=section.path), place, mesh, stored=dtype)
+    else:
+        model = load_checkpoint(section.path, dtype=dtype, device=place)
+    return model.requires_grad_(False)
+
+
+def check_teacher(section: TeacherSection, policy: str) -> None:
+    """Whether a teacher can score the tokens of the model at `policy`; reads configurations and tokenizers alone.
+
+    Raises CheckpointError where they mean something else to it, RecipeError for a device that is not there.
+    """
+    path, wanted = section.path, read_config(policy).vocab_size
+    found = read_config(path).vocab_size
+    theirs, ours = open_tokenizer(path), open_tokenizer(policy)
+    if not same_tokens(theirs, ours):
+        raise CheckpointError(
+            f"teacher.path: {path}: its tokenizer, of {len(theirs)} tokens, is not that of {policy}, of {len(ours)}; "
+            "a teacher scores the policy's own tokens: take one of its family"
+        )
+    # Above the tokenizer's a vocabulary is padding, which models of one family have more or less of.
+    if found < wanted:
+        raise CheckpointError(
+            f"teacher.path: {path}: its vocabulary has {found} rows, and that of {policy} has {wanted}, which may all "
+            "be sampled; add rows to its embedding (resize_token_embeddings)"
+        )
+    ends, own_ends = stop_token_ids(path, theirs), stop_token_ids(policy, ours)
+    if not {*ends} & {*own_ends}:
+        raise CheckpointError(
+            f"teacher.path: {path}: it ends a text with token {ends}, and {policy} with {own_ends}, which it would "
+            "never have written; make eos_token_id the same in their generation_config.json"
+        )
+    kind, _, index = section.device.partition(":")
+    if kind == "cuda" and int(index) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"teacher.device = {section.device}, and torch finds {torch.cuda.device_count()} CUDA devices"
+        )
+
+
+def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers make the same of a text: a vocabulary does not show how one is split and normalised."""
+    return one.get_vocab() == other.get_vocab() and one(_PROBE)["input_ids"] == other(_PROBE)["input_ids"]
 
 
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

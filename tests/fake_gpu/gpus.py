@@ -145,6 +145,7 @@ class Gpus:
         group_size: int = 16,
         reshard: bool = True,
         warm: bool = False,  # a step before the recorded one: as every step but the first
+        teacher: ModelConfig | None = None,
         **loss: Any,
     ) -> DryRun:
         """A step of `Trainer.run_step` but for sampling; `loss` is the recipe's section."""
@@ -167,6 +168,9 @@ class Gpus:
             trainer.reference = None
             if recipe.loss.kl_coef:
                 trainer.reference = self.model(config, stored=torch.bfloat16).requires_grad_(False)
+            trainer.teacher = None
+            if teacher:
+                trainer.teacher = self.model(teacher, stored=torch.bfloat16).requires_grad_(False)
             trainer.position, trainer.has_comparable_logprobs = Position({}, {}), True
             trainer._steps_without_signal = 0
             trainer.sampler = _Sampled(data)

@@ -84,6 +84,7 @@ def test_a_rank_without_a_pack_takes_part_in_every_collective(sharding):
         with fake_gpus(world, shard_ranks, rank) as gpus:
             # Six completions an update for eight ranks or more, some of which are scored.
             options = {"packs": 3, "group_size": 2, "tokens": 2048, "mini_batches": 2, "kl_coef": 0.1}
+            options["teacher"] = shape("Qwen2.5-7B", layers=2)
             seen.append(gpus.train_step(shape("Qwen2.5-1.5B", layers=3), **options))
     full, empty = seen
     assert full.kernels["triton::_attention_fwd_kernel"] > 0 == empty.kernels["triton::_attention_fwd_kernel"]
@@ -107,3 +108,11 @@ def test_scoring_is_not_booked_as_training():
     assert run.waits["score"] == {"progress.py:__call__": 1}
     assert run.waits.keys() == {"pack", "score", "train"}
     assert run.unwaited == {}
+
+
+def test_a_teacher_costs_no_wait():
+    """Advantages are made of its log-probs on the device."""
+    alone, taught = (step("Qwen2.5-1.5B", "8", "none", "dapo", teacher=teacher)
+                     for teacher in (None, shape("Qwen2.5-7B", layers=2)))  # fmt: skip
+    assert taught.syncs == alone.syncs
+    assert taught.unwaited == {}

@@ -225,6 +225,14 @@ def test_what_could_not_be_scored_is_missing_whatever_others_say(make_pool):
     assert np.isnan(rewards_of(make_pool(["obey", "words"]), group("raise", "a"))).all()
 
 
+def test_where_no_function_counts_rewards_are_0_and_none_is_missed(make_pool):
+    """As beside a teacher: no functions, or such as are only watched."""
+    for pool, completion in (make_pool([]), GOOD), (make_pool(["obey"], weights=[0.0]), "1234"):
+        for _ in range(3):
+            (scores,) = step(pool, group(completion, completion))
+            assert scores.rewards.tolist() == [0.0, 0.0]
+
+
 def test_missing_scores_of_weight_zero_leave_the_reward(make_pool):
     (scores,) = step(make_pool(["obey", "format"], weights=[0, 1]), group("nan", GOOD))
     assert scores.rewards.tolist() == [0, 1]

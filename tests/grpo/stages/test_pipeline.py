@@ -18,7 +18,7 @@ from flashgrpo.grpo.stages.pipeline import load_pipeline, run_pipeline
 
 ROOT = Path(__file__).resolve().parents[3]
 IS_SOAK = "KILLS" in os.environ
-RL = ("r1_zero", "reasoning_rl", "final_rl", "student_rl")
+RL = ("r1_zero", "reasoning_rl", "final_rl", "student_rl", "student_on_policy")
 COLLECT = ("cold_start_data", "examples")
 SMALL = {  # next to nothing of every stage of recipes/r1_tiny.toml
     ("toy",): {"options.sums": 200, "options.data.size": 500, "options.requests": 20},
@@ -299,6 +299,7 @@ def test_all_of_r1_at_toy_size(tmp_path):
             overrides.append(f"--stages.{name}.{key}={value}")
     output = run_pipeline(ROOT / "recipes/r1_tiny.toml", [f"--run.output={tmp_path / 'r1'}", *overrides])
     table = (output / "scores.md").read_text()
-    for label in ("base", "R1-Zero", "cold start", "stage-2 RL", "final RL", "distilled student", "student, RL alone"):
+    models = "base", "R1-Zero", "cold start", "stage-2 RL", "final RL"
+    for label in (*models, "distilled student", "student, RL alone", "student, on-policy distillation"):
         assert f"| {label} |" in table
     assert all("seconds" in entry for entry in entries(output).values())

@@ -271,6 +271,19 @@ def test_the_parts_that_a_recipe_adds():
     assert everything.mfu > recomputed.mfu
 
 
+def test_a_teacher_is_in_the_plan(tmp_path):
+    """On the GPUs of the policy with its shards and gathered weights; on its own in the time of a step alone."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen2.5-32B"]))
+    base, size = seven_b(), ModelSize.of(ModelConfig.from_dict(PUBLISHED["Qwen2.5-32B"])).total
+    beside = seven_b(teacher={"path": str(tmp_path)})
+    assert beside.memory["loss"]["teacher (shard)"] == pytest.approx(2 * size / 8)
+    assert beside.memory["score"]["gathered weights"] > base.memory["loss"]["gathered weights"]
+    old = seven_b(loss={"kl_coef": 0.01}).seconds["score"]  # a pass of the policy's size
+    assert beside.seconds["score"] == pytest.approx(old * (1 + size / base.num_params), rel=0.1)
+    apart = seven_b(teacher={"path": str(tmp_path), "device": "cuda:7"})
+    assert (apart.memory, apart.seconds["score"]) == (base.memory, beside.seconds["score"])
+
+
 def test_decoding_reads_the_weights_at_every_step():
     found = seven_b()
     longest = found.lengths.last(128 * 16)
