@@ -25,7 +25,8 @@ from torch.distributed.fsdp import FSDPModule
 from flashgrpo.model import cpu
 from flashgrpo.model.config import CheckpointError, ModelConfig
 from flashgrpo.model.decoder import Decoder, huggingface_rows, huggingface_views
-from flashgrpo.model.files import TOKENIZER_FILES, parse_json, recover, whole_folder
+from flashgrpo.model.files import TOKENIZER_FILES, parse_json, whole_folder
+from flashgrpo.model.hub import local_folder
 from flashgrpo.model.sharding import full_tensors, is_finite, local_rows
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -51,11 +52,10 @@ def init_decoder(
 
 
 def read_config(path: str | os.PathLike, *, reward_model: bool = False) -> ModelConfig:
-    """The model that `path`/config.json describes: a causal one, or a reward model. Raises CheckpointError."""
-    folder = Path(path)
-    recover(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; a Hugging Face checkpoint is wanted")
+    """The model that config.json in folder `path`, or of that name on the hub, describes: a causal one, or a reward
+    model. Raises CheckpointError.
+    """
+    folder = local_folder(path)
     raw = read_json(folder / CONFIG)
     try:
         config = ModelConfig.from_dict(raw)
@@ -77,7 +77,8 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     reward_model: bool = False,
 ) -> Decoder:
-    """The decoder in folder `path`, its weights cast to `dtype` (None: that of the first one stored), on `device`.
+    """The decoder in folder `path`, or of that name on the hub, its weights cast to `dtype` (None: that of the
+    first one stored), on `device`.
 
     Tensors are read one by one, so no more than one is held twice. Raises CheckpointError, naming
     the file or the tensor, for a folder or file that is missing or broken, a tensor that is
@@ -85,7 +86,9 @@ def load_checkpoint(
     (`ModelConfig.from_dict`).
     """
     config = read_config(path, reward_model=reward_model)
-    decoder = empty_decoder(config, dtype or _stored_dtype(Path(path)), device).to_empty(device=device)
+    decoder = empty_decoder(config, dtype or _stored_dtype(local_folder(path, with_weights=True)), device).to_empty(
+        device=device
+    )
     load_weights(decoder, path)
     return decoder
 
@@ -97,7 +100,7 @@ def load_weights(decoder: Decoder, path: str | os.PathLike, *, new_score: bool =
     model's folder: its head starts at 0, so that no random preference has to be unlearned and the
     loss begins at log 2.
     """
-    folder = Path(path)
+    folder = local_folder(path, with_weights=True)
     files = _tensor_files(folder)
     wanted = {
         part: (parameter, rows)
@@ -136,7 +139,7 @@ def weights_sha256(path: str | os.PathLike) -> str:
     Tensors are read one by one. Raises CheckpointError for a file that is missing or broken.
     """
     lines = []
-    for name, stored_in in _tensor_files(Path(path)).items():
+    for name, stored_in in _tensor_files(local_folder(path, with_weights=True)).items():
         with _opened(stored_in) as file:
             tensor = file.get_tensor(name)
         digest = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()

@@ -39,6 +39,7 @@ from flashgrpo.grpo.run.policy import (
 from flashgrpo.grpo.run.world import World
 from flashgrpo.grpo.types import CompletionGroup, Problem
 from flashgrpo.model.checkpoint import CheckpointError, load_checkpoint, read_config, read_json
+from flashgrpo.model.hub import local_folder
 
 CARD = "reward_model.json"
 _SCORE_LIMIT_S = 600.0
@@ -230,7 +231,7 @@ def _check(
 
 def read_card(path: str | Path) -> Card:
     """What the folder of a reward model says of itself. Raises CheckpointError."""
-    file = Path(path) / CARD
+    file = local_folder(path) / CARD
     if not file.exists():
         raise CheckpointError(f"{path} has no {CARD}; make a reward model by `flashgrpo reward-model RECIPE`")
     try:

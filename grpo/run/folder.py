@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,14 @@ from flashgrpo.grpo.run.checkpoints import (
     newest_checkpoint,
     write_sums,
 )
-from flashgrpo.grpo.run.ledger import Inputs, changed_keys, compare_inputs, tell_of_reading, write_made_from
+from flashgrpo.grpo.run.ledger import (
+    Inputs,
+    changed_keys,
+    compare_inputs,
+    model_paths,
+    tell_of_reading,
+    write_made_from,
+)
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import World
 from flashgrpo.model.files import (
@@ -43,6 +51,7 @@ from flashgrpo.model.files import (
     whole_folder,
     write_text,
 )
+from flashgrpo.model.hub import local_folder
 
 T = TypeVar("T")
 
@@ -60,6 +69,8 @@ class RunFolder:
         self.state: dict[str, Any] = {}
         try:
             self.checkpoint = world.on_main(lambda: self._open(resume))
+            for path in model_paths(recipe):  # by all: each machine has its own cache of the hub
+                world.everywhere(partial(local_folder, path, with_weights=True))
             if self.checkpoint:
                 tell_of_reading(self.checkpoint, "to see that it is whole")
                 check_sums(self.checkpoint, world)

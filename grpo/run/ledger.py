@@ -17,12 +17,13 @@ from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
 from flashgrpo.grpo.recipe.schema import SourceSection
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.model.files import content_files, content_hash, is_local, parse_json, parse_toml, write_text
+from flashgrpo.model.hub import cached_folder
 
 _MADE_FROM = "made_from.json"
 _SLOW_BYTES = 10e9  # more takes seconds to read, or minutes
 _NONE = (None, {})
 
-Inputs = dict[str, dict[str, str]]  # by the name of an input: `mark` and `sha256`
+Inputs = dict[str, dict[str, str]]  # by the name of an input: `mark` and `sha256`, and the `revision` on a hub
 
 
 def identify(paths: Mapping[str, str], known: Mapping[str, Any]) -> Inputs:
@@ -33,13 +34,16 @@ def identify(paths: Mapping[str, str], known: Mapping[str, Any]) -> Inputs:
     found = {}
     for name, path in paths.items():
         try:
-            mark, before = _mark(Path(path)), known.get(name)
+            folder = cached_folder(path, with_weights=True)
+            mark, before = _mark(folder), known.get(name)
             # Large models are not read again at every start.
             if isinstance(before, dict) and before.get("mark") == mark:
                 found[name] = before
                 continue
-            tell_of_reading(Path(path), "to notice changes")
-            found[name] = {"mark": mark, "sha256": content_hash(Path(path))}
+            tell_of_reading(folder, "to notice changes")
+            found[name] = {"mark": mark, "sha256": content_hash(folder)}
+            if folder != Path(path):
+                found[name]["revision"] = folder.name
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -80,13 +84,21 @@ def read_sections(recipe: AnyRecipe) -> dict[str, Any]:
 
 
 def input_paths(recipe: AnyRecipe) -> dict[str, str]:
-    """The files and folders that a run reads, by their keys; what a hub has is known by its name."""
+    """The files and folders that a run reads, by their keys, models by name, too; a data set of the hub is known by
+    its name.
+    """
     paths = {}
     for name, section in read_sections(recipe).items():
         may_be_of_a_hub = isinstance(section, SourceSection)
         if section.path and (not may_be_of_a_hub or is_local(section.path)):
             paths[f"{name}.path"] = section.path
     return paths
+
+
+def model_paths(recipe: AnyRecipe) -> list[str]:
+    """The folders, or names on the hub, of the models that a run reads."""
+    sections = read_sections(recipe).values()
+    return [section.path for section in sections if not isinstance(section, SourceSection)]
 
 
 def tell_of_reading(path: Path, why: str) -> None:

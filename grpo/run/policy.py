@@ -27,6 +27,7 @@ from flashgrpo.model.checkpoint import (
     read_json,
 )
 from flashgrpo.model.decoder import Decoder
+from flashgrpo.model.hub import local_folder
 from flashgrpo.model.sharding import shard
 
 _TAGS = "</think>", "</answer>"
@@ -68,7 +69,7 @@ def open_policy(section: ModelSection, device: torch.device, model: Decoder | No
     tokenizer = open_tokenizer(section.path)
     stops = stop_token_ids(section.path, tokenizer)
     check_vocabulary(section.path, tokenizer, model.config.vocab_size, stops)
-    return Policy(Path(section.path), model, tokenizer, stops)
+    return Policy(local_folder(section.path), model, tokenizer, stops)
 
 
 def open_sharded_model(
@@ -151,9 +152,9 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
 
 
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder. Raises CheckpointError."""
+    """The tokenizer of a Hugging Face folder, or name on the hub. Raises CheckpointError."""
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        return AutoTokenizer.from_pretrained(str(local_folder(path)))
     except Exception as error:  # tokenizers raises bare ones, and broken files whatever comes first
         raise CheckpointError(f"{path}: no usable tokenizer: {error or type(error).__name__}") from error
 
@@ -189,7 +190,8 @@ def warn_beyond_context(policy: Policy, longest: int) -> None:
 def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a completion: those of the tokenizer, config.json and generation_config.json together."""
     found: list[Any] = [tokenizer.eos_token_id]
-    for file in (Path(path) / CONFIG, Path(path) / GENERATION_CONFIG):
+    folder = local_folder(path)
+    for file in (folder / CONFIG, folder / GENERATION_CONFIG):
         if file.exists():
             ids = read_json(file).get("eos_token_id")
             found += ids if isinstance(ids, list) else [ids]

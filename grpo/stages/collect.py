@@ -42,6 +42,7 @@ from flashgrpo.grpo.stages.scores import solved_by
 from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Sampling
 from flashgrpo.model.checkpoint import read_config, weights_sha256
 from flashgrpo.model.files import whole_file, write_text
+from flashgrpo.model.hub import local_folder
 
 _STREAM = 1 << 33  # keeps these seeds apart from those of training and evaluation
 _AFTERWARDS = (  # sections and keys that samples and their scores do not depend on
@@ -86,6 +87,7 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
         given = {}
         for name, section in recipe.given.items():
             given[name] = load_completions(section, section.completion_column, section.answer_column)
+        local_folder(recipe.model.path, with_weights=bool(problems))
         inputs = world.on_main(lambda: _compare(recipe, output))
         # By names, shapes and bytes: the same however the weights are split into files.
         sha256 = world.on_main(lambda: weights_sha256(recipe.model.path) if problems else None)

@@ -42,6 +42,7 @@ from flashgrpo.grpo.stages.scores import Graded, scores_of, solved_by
 from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Sampling
 from flashgrpo.model.checkpoint import empty_decoder, read_config
 from flashgrpo.model.files import parse_json, write_text
+from flashgrpo.model.hub import local_folder
 
 _EVAL_STREAM = 1 << 32  # keeps evaluation's seeds apart from those of the training steps
 _HELD_OUT = "held-out"
@@ -107,7 +108,8 @@ def evaluate_models(recipe: Recipe, models: Mapping[str, str], output: Path | No
     with open_world(recipe) as world:
         recipe = settle_generator(recipe, world)
         for path in models.values():
-            read_config(path)  # a wrong path is found before the first is evaluated
+            local_folder(path, with_weights=True)  # a wrong path is found before the first is evaluated
+            read_config(path)
         benchmarks = _load_benchmarks(recipe)
         # Rank 0 alone has the file; the others hear from it what is still to be done.
         known = world.on_main(lambda: _read_rows(output))
@@ -161,7 +163,7 @@ def open_for_sampling(recipe: SamplingRecipe, device: torch.device, has_prompts:
 def sample_texts(
     model: str, prompt: str, template: Template, num_samples: int, sampling: Sampling, seed: int = 0
 ) -> list[str]:
-    """Completions of one prompt by the model in a Hugging Face folder."""
+    """Completions of one prompt by the model in a Hugging Face folder, or of a name on the hub."""
     policy = open_policy(ModelSection(model), resolve_device("auto"))
     prompt_ids = render_prompt(prompt, SourceSection(template=template), policy.tokenizer)
     request = Request(0, prompt_ids, sample_seeds(seed, 0, 0, num_samples))

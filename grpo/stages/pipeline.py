@@ -40,13 +40,15 @@ from flashgrpo.grpo.recipe.load import FunctionRecipe, PipelineRecipe, Recipe, b
 from flashgrpo.grpo.recipe.schema import SourceSection
 from flashgrpo.grpo.rewards.rules import check_names, resolve_reward
 from flashgrpo.grpo.run.folder import hold_output
-from flashgrpo.grpo.run.ledger import changed, differing, identify, input_paths, read_sections
+from flashgrpo.grpo.run.ledger import changed, differing, identify, input_paths, model_paths, read_sections
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.stages.kinds import KINDS, run_recipe
 from flashgrpo.grpo.stages.plots import draw_pipeline, write_report
 from flashgrpo.grpo.stages.scores import markdown_of, table_of
+from flashgrpo.model.config import CheckpointError
 from flashgrpo.model.files import parse_json, whole_folder, write_text
+from flashgrpo.model.hub import local_folder
 
 _LEDGER, _REFERENCE = "stages.json", "stage:"
 _PLAIN_WIDTH = 140  # of tables that go to a file
@@ -281,9 +283,15 @@ def _check_given(stage: Stage) -> None:
     """That files of the user's are there, with the columns that are read: the stage's turn may come in days."""
     recipe = stage.recipe
     given = [path for path, maker in stage.inputs.items() if maker is None]
+    models = {*model_paths(recipe), *getattr(recipe, "models", {}).values()}
     for path in given:
-        if not Path(path).exists():
-            raise RunInputError(f"stage {stage.name} wants {path}: no such file or folder")
+        try:
+            if path in models:
+                local_folder(path, with_weights=True)
+            elif not Path(path).exists():
+                raise RunInputError(f"{path}: no such file or folder")
+        except (CheckpointError, RunInputError) as error:
+            raise RunInputError(f"stage {stage.name} wants {error}") from error
     for section in read_sections(recipe).values():
         if isinstance(section, SourceSection) and section.path in given:
             unused = _UNUSED_COLUMNS[recipe.train.objective] if stage.kind == "reward-model" else ()

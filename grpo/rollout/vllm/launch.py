@@ -31,6 +31,7 @@ from flashgrpo.grpo.recipe.schema import VllmSection
 from flashgrpo.grpo.run.child import own_environment
 from flashgrpo.grpo.run.machines import allocator_settings, resolve_dtype
 from flashgrpo.grpo.run.progress import console
+from flashgrpo.model.hub import local_folder
 
 SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "nccl", "ipc"  # transports of weights; the latter are vLLM's
 API_KEY = "VLLM_API_KEY"  # vLLM's own name for it; in the environment, where no list of processes shows it
@@ -86,7 +87,14 @@ class EngineOptions:
         max_model_len = recipe.vllm.max_model_len or longest_prompt + recipe.rollout.max_new_tokens
         check_length(max_model_len, longest_prompt, recipe)
         dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-        return cls(recipe.model.path, dtype, device.type == "cuda", max_model_len, recipe.run.seed, recipe.vllm)
+        return cls(
+            str(local_folder(recipe.model.path)),
+            dtype,
+            device.type == "cuda",
+            max_model_len,
+            recipe.run.seed,
+            recipe.vllm,
+        )
 
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments that `vllm.LLM` and `vllm serve` both take."""

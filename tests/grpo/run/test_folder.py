@@ -18,6 +18,7 @@ import tomli_w
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+import hub_cache
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.errors import RecipeError, RunError, RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe, load_recipe, recipe_to_toml
@@ -27,7 +28,7 @@ from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.run.ledger import changed as changed_content
 from flashgrpo.grpo.run.ledger import changed_keys, identify
 from flashgrpo.grpo.train import train
-from flashgrpo.model.checkpoint import load_checkpoint, save_checkpoint
+from flashgrpo.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from flashgrpo.model.files import content_hash, locked, parse_json
 
 
@@ -57,6 +58,24 @@ def trained(model_path, tmp_path_factory) -> Recipe:
 def run(trained, tmp_path) -> Path:
     """A folder of that run for one test."""
     return Path(shutil.copytree(trained.run.output, tmp_path / "run"))
+
+
+def test_another_revision_of_a_model_of_the_hub_is_refused(trained, model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache, old, new = hub_cache.offline(monkeypatch, tmp_path / "cache"), "0" * 40, "1" * 40
+    recipe = changed(changed(trained, "model", path="someone/tiny"), "run", output="run")
+    with pytest.raises(CheckpointError, match=r"someone/tiny: no such folder.*`hf download someone/tiny` puts it in"):
+        train(recipe)
+    assert not Path("run").exists()
+    hub_cache.put(cache, "someone/tiny", old, model_path)
+    train(changed(recipe, "train", steps=1))
+    assert json.loads(Path("run/made_from.json").read_text())["model.path"]["revision"] == old
+    model = load_checkpoint(model_path)
+    model.model.norm.weight.data[0] += 1
+    save_checkpoint(model, "new", tokenizer_files_from=model_path)
+    hub_cache.put(cache, "someone/tiny", new, Path("new"))
+    with pytest.raises(RunInputError, match=r"model.path: what someone/tiny holds has changed since the run"):
+        train(recipe, resume=True)
 
 
 @pytest.fixture
