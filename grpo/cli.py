@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flashgrpo.grpo.errors import RecipeError, RewardError, RunInputError
+from flashgrpo.grpo.recipe.shipped import FOLDER, command_for, copy_recipe, shipped_recipes
 from flashgrpo.grpo.run.interrupts import Interrupts
 
 # For torch's threads on a CPU, read when it is imported: how long they wait for each other awake. It should be longer
@@ -153,6 +154,20 @@ def _demo(options: argparse.Namespace) -> None:
     demo(options.recipe, options.output, options.seed)
 
 
+def _init(options: argparse.Namespace) -> None:
+    file = copy_recipe(options.name)
+    command = command_for(file)
+    print(f"{file}: {shipped_recipes()[file.stem]}")
+    stage = "train" if command == "pipeline" else command
+    print(f"next: edit it, then `flashgrpo {command} {file}`; `flashgrpo {stage} --help [KEY]` explains keys")
+
+
+def _list_recipes(_: argparse.Namespace) -> None:
+    for name, line in shipped_recipes().items():
+        print(f"{name:20}  {line}")
+    print("`flashgrpo init NAME` copies one to this folder")
+
+
 def _print_report(run_folder: str) -> None:
     from flashgrpo.grpo.stages.plots import print_summary, write_report
 
@@ -162,15 +177,20 @@ def _print_report(run_folder: str) -> None:
 
 
 class _RecipeHelp(argparse.Action):
-    """The help of a command, with every key of the recipe that it runs."""
+    """The help of a command, with every key of the recipe that it runs, or those that one looks for."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from flashgrpo.grpo.recipe.load import recipe_keys
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, looked_for: Any, *__: Any) -> NoReturn:
+        from flashgrpo.grpo.recipe.load import find_keys, recipe_keys
         from flashgrpo.grpo.stages.kinds import KINDS
 
-        parser.usage = "%(prog)s RECIPE.toml [--resume] [--section.key=value ...]"
+        keys = [*recipe_keys(KINDS[parser.prog.split()[-1]].recipe)]
+        if looked_for is None:
+            parser.usage = "%(prog)s RECIPE.toml [--resume] [--section.key=value ...]"
+        else:
+            keys = find_keys(looked_for, keys)
+            parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
         groups: dict[str, Any] = {}
-        for key in recipe_keys(KINDS[parser.prog.split()[-1]].recipe):
+        for key in keys:
             section = key.name.rpartition(".")[0]
             if section not in groups:
                 groups[section] = parser.add_argument_group(f"[{section}]")
@@ -207,7 +227,9 @@ _PIPELINE = _option("recipe", metavar="PIPELINE.toml", help="any key, as --stage
 _RUN = (
     _RECIPE,
     _flag("--resume", help="continue the run in run.output, or start it if there is none"),
-    _option("-h", "--help", action=_RecipeHelp, nargs=0, default=argparse.SUPPRESS, help="this, and every key"),
+    _option(
+        "-h", "--help", action=_RecipeHelp, nargs="?", metavar="KEY", help="this and every key, or what is like KEY"
+    ),
 )
 _BENCHMARKS = {  # modules of bench/, each with a `main`
     "kernels": "each kernel against every peer that is installed, beside the machine's limits",
@@ -223,6 +245,12 @@ _BENCHMARKS_HELP = "; ".join(f"{name}: {text}" for name, text in _BENCHMARKS.ite
 
 # What runs, and may return an exit code; the line of its help; its options.
 COMMANDS: dict[str, tuple[Any, ...]] = {
+    "recipes": (_list_recipes, "list the recipes that come with this"),
+    "init": (
+        _init,
+        "copy one of them to this folder, to begin with",
+        _option("name", metavar="NAME", help="as gsm8k: a name, or how one begins"),
+    ),
     "train": (_run_recipe, "train a policy by GRPO", *_RUN),
     "sft": (_run_recipe, "fine-tune on prompts and completions", *_RUN),
     "reward-model": (_run_recipe, "train a reward model on pairs or labels", *_RUN),
@@ -264,7 +292,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "sample": (
         _sample,
         "complete one prompt",
-        _option("model", help="Hugging Face folder"),
+        _option("model", help="Hugging Face folder, or name on the hub"),
         _option("prompt"),
         _option("-n", type=_count, default=1, help="completions (default 1)"),
         _option("--template", choices=("r1", "chat", "none"), default="r1", help="default r1"),
@@ -282,7 +310,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "demo": (
         _demo,
         "from nothing to a policy that GRPO has taught to add, on a CPU",
-        _option("--recipe", default="recipes/demo.toml", help="default recipes/demo.toml"),
+        _option("--recipe", default=str(FOLDER / "demo.toml"), help="default: the shipped demo.toml"),
         _option("--output", type=Path, default=Path("runs/demo"), help="removed first; default runs/demo"),
         _option("--seed", type=int, default=1, help="default 1"),
     ),

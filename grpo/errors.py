@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-_NEAR = 0.7  # as difflib measures; at 0.5 it takes a "solution" for a "question"
+NEAR = 0.7  # as difflib measures; at 0.5 it takes a "solution" for a "question"
 
 
 class FlashgrpoError(Exception):
@@ -59,6 +59,6 @@ class SyncError(GeneratorFailure):
 def nearest(name: str, known: Iterable[str], prefix: str = "", *, with_all: bool = False) -> str:
     """The tail of an error message: a name so near that it was meant, or else (`with_all`: too) all that are known."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
     guess = f"; did you mean {prefix}{near[0]}?" if near else ";"
     return guess if near and not with_all else f"{guess} known: {', '.join(prefix + each for each in known)}"

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,7 +15,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, InitErrorDetails
 
-from flashgrpo.grpo.errors import RecipeError, nearest
+from flashgrpo.grpo.errors import NEAR, RecipeError, nearest
 from flashgrpo.grpo.recipe import schema
 from flashgrpo.grpo.recipe.schema import CHECKED, first_step, weights_of
 from flashgrpo.kernels.loss_config import LossConfig
@@ -369,6 +371,23 @@ def recipe_keys(kind: Any, section: str = "") -> Iterator[Key]:
             default = field.get_default(call_default_factory=True)
             default = "required" if field.is_required() else _shown(default)
             yield Key(path, _type_name(hint), default, _meaning(kind, name))
+
+
+def find_keys(text: str, keys: Sequence[Key]) -> list[Key]:
+    """The keys with `text` in their names or, at the beginning of a word, in their help; or else of nearly that name.
+    Raises RecipeError where nothing is like it.
+    """
+    found = []
+    for key in keys:
+        if text.lower() in key.name or re.search(rf"\b{re.escape(text.replace('_', ' '))}", key.meaning, re.IGNORECASE):
+            found.append(key)
+    if not found:
+        names = {key.name.rpartition(".")[2] for key in keys}
+        near = difflib.get_close_matches(text.rpartition(".")[2], names, cutoff=NEAR)
+        found = [key for key in keys if key.name.rpartition(".")[2] in near]
+    if not found:
+        raise RecipeError(f"no key is like {text!r}; --help has all of them")
+    return found
 
 
 def _loss_keys() -> Iterator[Key]:

@@ -52,7 +52,8 @@ Models = dict[str, _Path]  # folders by their labels
 @dataclass(frozen=True, config=CHECKED)
 class ModelSection:
     path: _Path
-    """Hugging Face folder: config.json, safetensors, tokenizer."""
+    """Hugging Face folder: config.json, safetensors, tokenizer; or a name on the hub, as Qwen/Qwen2.5-1.5B, or
+    Qwen/Qwen2.5-1.5B@REVISION, which is downloaded into the hub's cache at its first use."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; bfloat16 keeps fp32 master weights. auto: bfloat16 on CUDA, float32 on a CPU."""
     attention_backend: Literal["triton", "torch", "flash_attn"] = "triton"

@@ -98,7 +98,7 @@ def input_paths(recipe: AnyRecipe) -> dict[str, str]:
 def model_paths(recipe: AnyRecipe) -> list[str]:
     """The folders, or names on the hub, of the models that a run reads."""
     sections = read_sections(recipe).values()
-    return [section.path for section in sections if not isinstance(section, SourceSection)]
+    return [section.path for section in sections if section.path and not isinstance(section, SourceSection)]
 
 
 def tell_of_reading(path: Path, why: str) -> None:

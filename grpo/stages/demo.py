@@ -15,6 +15,7 @@ from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_text
 from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, SftRecipe, load_recipe
+from flashgrpo.grpo.recipe.shipped import FOLDER
 from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.stages.plots import print_summary, write_report
@@ -66,7 +67,7 @@ def demo(recipe_file: str, output: Path, seed: int) -> None:
         f"--run.device={recipe.run.device}",
         f"--train.token_budget={recipe.train.token_budget}",
     ]
-    sft(load_recipe(SftRecipe, "recipes/sft.toml", overrides))
+    sft(load_recipe(SftRecipe, FOLDER / "sft.toml", overrides))
     train(recipe)
 
     picture = write_report(recipe.run.output)

@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,10 @@ import tomli_w
 import torch
 
 from flashgrpo.grpo.cli import COMMANDS, main
-from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SftRecipe, recipe_keys
+from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SftRecipe, load_recipe, recipe_keys
+from flashgrpo.grpo.recipe.shipped import FOLDER
+from flashgrpo.grpo.stages.kinds import KINDS
+from flashgrpo.grpo.stages.pipeline import load_pipeline
 from flashgrpo.model.config import CheckpointError
 
 
@@ -35,7 +40,9 @@ def error_line(capsys) -> str:
     """The error, which must be all that the command said, besides what it was doing."""
     printed = capsys.readouterr()
     assert printed.out == ""
-    lines = [line for line in printed.err.splitlines() if not line.startswith(("loading ", "evaluating "))]
+    lines = [
+        line for line in printed.err.splitlines() if not line.startswith(("loading ", "evaluating ", "downloading "))
+    ]
     assert len(lines) == 1, printed.err
     assert lines[0].startswith("flashgrpo: ")
     return lines[0]
@@ -122,6 +129,55 @@ def test_recipe_help_lists_every_key(command, kind, width, capsys, monkeypatch):
     for section in {key.name.rpartition(".")[0] for key in recipe_keys(kind)}:
         assert f"\n[{section}]" in printed
     assert "--resume" in printed
+
+
+@pytest.mark.parametrize(
+    ("looked_for", "found"),
+    {
+        "lr": ["train.lr", "train.lr_end_share"],  # not what has it within a word of its help
+        "learning_rate": ["train.lr"],
+        "loss.kl_coeff": ["loss.kl_coef"],
+        "MASTER": ["model.dtype"],
+    }.items(),
+)
+def test_help_finds_keys(looked_for, found, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help", looked_for])
+    printed = capsys.readouterr().out
+    assert re.findall(r"^  --(\S+)", printed, re.MULTILINE) == found
+    assert "usage" not in printed
+
+
+def test_help_for_what_no_key_is_like(capsys):
+    assert main(["collect", "-h", "xyzzy"]) == 2
+    assert error_line(capsys) == "flashgrpo: no key is like 'xyzzy'; --help has all of them"
+
+
+def test_a_recipe_that_is_shipped_is_listed_and_copied_but_never_over_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines[:-1]]
+    assert len(names) >= 7
+    for name, line in zip(names, lines, strict=False):
+        assert line.endswith("."), f"the first line of {name}.toml is not whole"
+        assert main(["init", name]) == 0
+        command, file = re.search(r"then `flashgrpo (\S+) (\S+)`", capsys.readouterr().out).groups()
+        assert (tmp_path / file).read_bytes() == (FOLDER / file).read_bytes()
+        load = load_pipeline if command == "pipeline" else partial(load_recipe, KINDS[command].recipe)
+        assert load(file)
+    Path("r1.toml").write_text("mine")
+    assert main(["init", "r1"]) == 2
+    assert error_line(capsys).startswith("flashgrpo: r1.toml is here already")
+    assert Path("r1.toml").read_text() == "mine"
+
+
+def test_a_recipe_to_copy_may_be_named_by_its_beginning(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "gsm8k"]) == 0
+    assert "flashgrpo train gsm8k_qwen2.5_1.5b.toml" in capsys.readouterr().out
+    assert main(["init", "r"]) == 2
+    assert error_line(capsys) == "flashgrpo: no recipe 'r'; known: r1, r1_tiny, r1_zero"
 
 
 def test_training_from_the_command_line(write_recipe, model_path, tmp_path, capsys):
