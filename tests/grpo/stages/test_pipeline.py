@@ -162,8 +162,8 @@ def test_an_override_of_no_stage_is_refused(pipeline):
 
 
 def test_an_input_that_is_missing_is_found_before_the_first_stage_runs(pipeline, tmp_path):
-    with pytest.raises(RunInputError, match="stage second wants elsewhere/model: no such file or folder"):
-        run_pipeline(pipeline, ["--stages.second.model.path=elsewhere/model"])
+    with pytest.raises(RunInputError, match="stage second wants no/such/model: no such folder"):
+        run_pipeline(pipeline, ["--stages.second.model.path=no/such/model"])
     assert not (tmp_path / "whole").exists()
 
 
