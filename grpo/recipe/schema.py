@@ -198,7 +198,7 @@ class PreferenceSection:
 @dataclass(frozen=True, config=CHECKED)
 class TeacherSection:
     path: _Path = ""
-    """Folder of a model with the policy's tokenizer, which scores each sampled token (on-policy distillation)."""
+    """Model with the policy's tokenizer, folder or name, which scores each sampled token (on-policy distillation)."""
     coef: _PositiveFloat = 1.0
     """Weight of its log-prob less the policy's in a token's advantage, to which that of the rewards is added."""
     device: _Place = "trainer"
