@@ -76,7 +76,8 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
 
 def read_sections(recipe: AnyRecipe) -> dict[str, Any]:
     """The sections of a recipe that name a model or data, by their names."""
-    sections = {name: getattr(recipe, name) for name in ("model", "data", "teacher") if hasattr(recipe, name)}
+    named = {name: getattr(recipe, name, None) for name in ("model", "data", "teacher")}
+    sections: dict[str, Any] = {name: section for name, section in named.items() if section and section.path}
     for kind in ("sources", "reward_models", "given"):
         for name, section in getattr(recipe, kind, {}).items():
             sections[f"{kind}.{name}"] = section
