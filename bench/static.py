@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction, MockTensor, create_function_from_sig
 
 from flashgrpo.bench.timing import ROOT, Row, markdown, option_parser, publish
 from flashgrpo.grpo.run.progress import console
-from flashgrpo.kernels import attention, attention_plan, decode_attention, elementwise, logprob, loss_triton
+from flashgrpo.kernels import attention, attention_plan, decode_attention, elementwise, kept, logprob, loss_triton
 from flashgrpo.kernels.loss_config import LossInputs
 
 RESULTS = ROOT / "bench" / "results" / "static.json"
@@ -58,8 +58,8 @@ _HEADS = 6  # of queries, of a kv head: those of Qwen2.5-1.5B
 _POINTERS = {
     torch.bfloat16: "q_ptr k_ptr v_ptr out_ptr d_out_ptr dq_ptr dk_ptr dv_ptr logits d_logits x residual weight normed "
     "summed d_normed d_summed d_x q_weight k_weight qkv out d_q d_k d_v d_qkv gate_up product d_product "
-    "prompt_k_ptr prompt_v_ptr own_k_ptr own_v_ptr",
-    torch.int32: "tiles_ptr target_cu_seqlens first_rows prompt_start prompt_length group place length",
+    "prompt_k_ptr prompt_v_ptr own_k_ptr own_v_ptr values",
+    torch.int32: "tiles_ptr target_cu_seqlens first_rows prompt_start prompt_length group place length ids offsets",
     torch.int64: "targets sequence_ids sources",
     torch.int8: "live",
     torch.float32: "acc_ptr sums_ptr peaks_ptr "
@@ -136,6 +136,7 @@ def launches(target: str) -> Iterator[Launch]:
     scoring = {"ENTROPY": False} | (logprob.HOPPER if target == "sm_90" else {})  # row_loss has the entropy's loop
     yield Launch(logprob._logprob_fwd_kernel, target, None, row | scoring)
     yield Launch(logprob._logprob_bwd_kernel, target, None, row)
+    yield Launch(kept._keep_kernel, target, None, row | {"chosen": None})
     no_bonus = {"inputs": _INPUTS._replace(entropy_coef=None)}
     yield Launch(loss_triton._row_loss_kernel, target, None, row | no_bonus)
     yield Launch(loss_triton._move_rows_kernel, target, None, row)

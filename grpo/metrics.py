@@ -80,6 +80,11 @@ def rollout_metrics(
     for name in functions:
         if given := given_scores(scores, name):
             metrics[f"reward/{name}"] = _over_known(np.mean, np.array(given))
+    counts = [rollout.kept_counts for rollout in rollouts if rollout.kept_counts is not None]
+    if counts:
+        sizes = np.concatenate(counts)
+        metrics["kept/mean"] = float(sizes.sum() / max(np.count_nonzero(sizes), 1))
+        metrics["kept/whole"] = float(np.mean(sizes == 0))
     for name in sources:
         rows = [i for i, group in enumerate(data.groups) if group.source == name]
         metrics[f"source/{name}/reward"] = _over_known(np.mean, rewards[rows])

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +51,9 @@ class Sampler:
         self.recipe, self.world, self.policy, self.pool = recipe, world, policy, pool
         self.generator, self.source, self.mixture, self.held_out = generator, source, mixture, held_out
         rollout = recipe.rollout
-        self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        self.sampling = Sampling(
+            rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.kept_limit
+        )
         self.sync_seconds: list[float] = []  # of each sync in the step
         # This rank's completions of a step, while and after they are sampled.
         self._ahead: dict[int, Future[list[list[Rollout]]]] = {}
@@ -192,12 +196,10 @@ class Sampler:
         for rollouts in self.generator.generate(requests, self.sampling):
             group = CompletionGroup.of(prompts[rollouts[0].group], rollouts, self.policy.decode)
             self.pool.submit(group, step)
-            whole = []
+            counted = []
             for rollout, text in zip(rollouts, group.completions, strict=True):
-                # From here on log-probs are of the whole vocabulary, as the trainer's.
-                found = {"behavior_logprobs": rollout.comparable_logprobs, "kept_logprobs": None}
-                whole.append(dataclasses.replace(rollout, reflections=count_reflections(text), **found))
-            finished.append(whole)
+                counted.append(dataclasses.replace(rollout, reflections=count_reflections(text)))
+            finished.append(counted)
         return finished
 
     def _own(self, size: int) -> range:
@@ -205,31 +207,42 @@ class Sampler:
 
 
 def gather_groups(own: list[ScoredGroup], world: World) -> list[ScoredGroup]:
-    """The groups of all ranks. Their tokens and log-probs travel as two arrays, 8 bytes a token, where pickled they
-    would take 12 and several copies of gigabytes.
+    """The groups of all ranks. Their tokens, kept sets and log-probs travel as two arrays, 8 bytes a token without the
+    sets, where pickled they would take 12 and several copies of gigabytes.
     """
     if world.size == 1:
         return own
     rollouts = [rollout for group in own for rollout in group.rollouts]
+    numbers = [_whole_numbers(rollout) for rollout in rollouts]
     none = [np.empty(0)]  # of a rank without a prompt
-    ids = np.concatenate([rollout.completion_ids for rollout in rollouts] or none).astype(np.int32)
+    ids = np.concatenate([*chain.from_iterable(numbers)] or none).astype(np.int32)
     logprobs = np.concatenate([rollout.behavior_logprobs for rollout in rollouts] or none).astype(np.float32)
     arrays = zip(world.gather_array(ids), world.gather_array(logprobs), strict=True)
-    empty = {"completion_ids": ids[:0], "behavior_logprobs": logprobs[:0]}
+    empty = {"completion_ids": ids[:0], "behavior_logprobs": logprobs[:0], "kept_counts": None, "kept_ids": None}
     light = []
     for group in own:
         bare = [dataclasses.replace(rollout, **empty) for rollout in group.rollouts]
         light.append(dataclasses.replace(group, rollouts=bare))
 
     groups = []
-    shares = world.gather((light, [len(rollout.completion_ids) for rollout in rollouts]))
-    for (share, lengths), (rank_ids, rank_logprobs) in zip(shares, arrays, strict=True):
-        ends = np.cumsum(lengths)[:-1]
-        parts = zip(np.split(rank_ids.astype(np.int64), ends), np.split(rank_logprobs, ends), strict=True)
+    shares = world.gather((light, [[len(part) for part in parts] for parts in numbers]))
+    for (share, sizes), (rank_ids, rank_logprobs) in zip(shares, arrays, strict=True):
+        lengths = iter(sizes)
+        parts = iter(np.split(rank_ids, np.cumsum([*chain.from_iterable(sizes)])[:-1]))
+        behaviors = iter(np.split(rank_logprobs, np.cumsum([tokens for tokens, *_ in sizes])[:-1]))
         for group in share:
             whole = []
             for rollout in group.rollouts:
-                completion_ids, behavior = next(parts)
-                whole.append(dataclasses.replace(rollout, completion_ids=completion_ids, behavior_logprobs=behavior))
+                completion_ids, *sets = islice(parts, len(next(lengths)))
+                found: dict[str, Any] = dict(zip(("kept_counts", "kept_ids"), sets, strict=False))
+                found |= {"completion_ids": completion_ids.astype(np.int64), "behavior_logprobs": next(behaviors)}
+                whole.append(dataclasses.replace(rollout, **found))
             groups.append(dataclasses.replace(group, rollouts=whole))
     return groups
+
+
+def _whole_numbers(rollout: Rollout) -> list[np.ndarray]:
+    """Its tokens, and its kept sets where it has some."""
+    if rollout.kept_counts is None or rollout.kept_ids is None:
+        return [rollout.completion_ids]
+    return [rollout.completion_ids, rollout.kept_counts, rollout.kept_ids]

@@ -145,11 +145,13 @@ class Trainer(RunLoop):
             self._open_reward_models(pool, mixture.prompts)
         generator = open_generator(recipe, self.policy, world, longest_prompt)
         source = DecoderSource(self.learner.params, config, self.compute_dtype)
-        self.has_comparable_logprobs = recipe.rollout.generator == "native" or not recipe.rollout.is_truncated
+        tells_kept_sets = recipe.rollout.generator == "native" or world.device.type == "cuda"
+        self.has_comparable_logprobs = tells_kept_sets or not recipe.rollout.is_truncated
         if not self.has_comparable_logprobs:
             console.print(
-                "[yellow]vLLM gives log-probs of what top_p and top_k kept: whether they are the trainer's cannot be "
-                "checked (train.mismatch_alarm)[/yellow]"
+                "[yellow]vLLM's CPU build gives log-probs of what top_p and top_k kept, and does not tell what that "
+                "was: the trainer's are of the whole vocabulary, and whether the two fit cannot be checked "
+                "(train.mismatch_alarm); rollout.generator = native tells it[/yellow]"
             )
         self.sampler = Sampler(recipe, world, self.policy, pool, generator, source, mixture, tests)
         self.ends.callback(self.sampler.close)
@@ -199,7 +201,7 @@ class Trainer(RunLoop):
         self._refresh_reference()
 
         if takes_behavior or not self.has_comparable_logprobs:
-            # The mismatch would be of the sampler's numbers with themselves, or with renormalised ones.
+            # The mismatch would be of the sampler's numbers with themselves, or with those of other tokens.
             learned = {name: value for name, value in learned.items() if not name.startswith("mismatch/")}
         metrics = self._log(data, updates, learned | probed, clock)
         if self._evaluates_at(step):
@@ -277,12 +279,12 @@ class Trainer(RunLoop):
     @torch.no_grad()
     def _logprobs(self, model: Decoder, batch: PackedBatch) -> Tensor:
         """Of the pack's targets, on the policy's device, wherever the model is."""
-        device, temperature = model.lm_head_weight.device, self.recipe.rollout.temperature
+        device = model.lm_head_weight.device
         batch = batch if device == self.device else batch.to(device)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # where Triton launches
             hidden = gather_predictors(model(batch), batch)
-            head = model.lm_head_weight
-            logprobs, _ = linear_logprobs(hidden, head, batch.targets, temperature=temperature, entropy=False)
+            options = {"temperature": self.recipe.rollout.temperature, "kept": batch.kept, "entropy": False}
+            logprobs, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets, **options)
         return logprobs.to(self.device)
 
     def _mismatch(self, probe: list[list[Rollout]]) -> dict[str, float]:

@@ -50,12 +50,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 leave out none."""
+    """How completions are drawn. `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 leave out none.
+    Rollouts have the sets that were drawn from, each where it has at most `kept_limit` tokens.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    kept_limit: int = 0
 
     @property
     def is_truncated(self) -> bool:
@@ -75,21 +78,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion. `completion_ids` ends with the stop token where there is one."""
+    """One completion. `completion_ids` ends with the stop token where there is one.
+
+    What top_p and top_k kept to draw a token from is its kept set: `kept_counts` has its size, or 0 where it is not
+    known, as of the whole vocabulary, and `kept_ids` the sets behind one another. Log-probs are over these sets.
+    """
 
     prompt_ids: list[int]
     completion_ids: np.ndarray  # [num_tokens] int64
-    behavior_logprobs: np.ndarray  # [num_tokens] fp32, of the distribution that was sampled from
+    behavior_logprobs: np.ndarray  # [num_tokens] fp32
     finish_reason: Literal["stop", "length"]
     group: int
     weight_versions: tuple[tuple[int, int], ...]  # (version, tokens sampled from it), in the order of the tokens
-    kept_logprobs: np.ndarray | None = None  # [num_tokens] fp32, of what top_k and top_p kept, where that is known
+    kept_counts: np.ndarray | None = None  # [num_tokens] int32; None: all are of the whole vocabulary
+    kept_ids: np.ndarray | None = None  # [kept_counts.sum()] int32
     reflections: int = 0  # reflective phrases in its text, where they were counted
-
-    @property
-    def comparable_logprobs(self) -> np.ndarray:
-        """behavior_logprobs of the whole vocabulary, as the trainer's are; renormalised ones where nothing is known."""
-        return self.behavior_logprobs if self.kept_logprobs is None else self.behavior_logprobs + self.kept_logprobs
 
 
 @dataclass(frozen=True)

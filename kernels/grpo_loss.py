@@ -38,6 +38,7 @@ from torch import Tensor
 
 from flashgrpo.kernels import loss_torch, loss_triton
 from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton
+from flashgrpo.kernels.kept import Kept, only_kept
 from flashgrpo.kernels.logprob import check_logits, gather_logprobs
 from flashgrpo.kernels.loss_config import METRICS, PER_TOKEN, LossConfig, LossInputs
 from flashgrpo.kernels.loss_torch import group_advantages
@@ -117,16 +118,19 @@ def logits_grpo_loss(
     behavior_logprobs: Tensor | None = None,  # [num_targets]
     per_token: bool = False,
     temperature: float = 1.0,
+    kept: Kept | None = None,  # ids [num_kept], offsets [num_targets + 1]
 ) -> tuple[Tensor, Stats]:
     """`grpo_loss` of the log-probs of `targets` under softmax(logits / temperature), with the entropy bonus.
 
     Targets of -100 do not count. The metrics also hold entropy, its mean, and per token logprobs
     and entropies. Logits that are another operation's result hold their gradient afterwards (where
     `config.scores_first`, in fp16 and on a CPU after the backward pass): whatever else needs them must
-    come before this call. A leaf, or a view of one, keeps its values. Raises what `grpo_loss` and
-    `gather_logprobs` raise.
+    come before this call. A leaf, or a view of one, keeps its values, and with `kept`, as in
+    `gather_logprobs`, so do all. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
-    check_logits(logits, targets, temperature)
+    check_logits(logits, targets, temperature, kept)
+    if kept is not None:
+        logits = only_kept(logits, targets, *kept)
     inputs = LossInputs.of(
         logits.new_empty(targets.shape), config, target_cu_seqlens, denominator, per_token, targets=targets,
         rewards=rewards, sequence_ids=sequence_ids, advantages=advantages, token_advantages=token_advantages,

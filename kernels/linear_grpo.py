@@ -51,6 +51,7 @@ from torch import Tensor
 
 from flashgrpo.kernels.common import accumulation_dtype, backward_once, by_triton, check_index, check_temperature
 from flashgrpo.kernels.grpo_loss import Stats, WithGradients, empty_sums, implementation, named_stats, or_nothing
+from flashgrpo.kernels.kept import Kept, check_kept, keep_only
 from flashgrpo.kernels.logprob import ROW_STEP, softmax_rows
 from flashgrpo.kernels.loss_config import LossConfig, LossInputs
 from flashgrpo.kernels.loss_torch import is_live
@@ -74,6 +75,7 @@ class Head(NamedTuple):
     temperature: float
     chunk_tokens: int
     logits_dtype: torch.dtype
+    kept: Sequence[Tensor] = ()  # ids [num_kept] and offsets [n + 1], or nothing
 
     @classmethod
     def of(
@@ -84,6 +86,7 @@ class Head(NamedTuple):
         temperature: float,
         chunk_tokens: int | None,
         logits_dtype: torch.dtype | None,
+        kept: Kept | None,
     ) -> "Head":
         """Checked, as autocast wants them, and with the defaults filled in. Raises as `linear_logprobs` says."""
         if hasattr(weight, "full_tensor"):
@@ -104,6 +107,8 @@ class Head(NamedTuple):
             raise ValueError(f"hidden is on {hidden.device} and lm_head_weight on {weight.device}; wanted one device")
         check_index("targets", targets, hidden.device, hidden.shape[0])
         check_temperature(temperature)
+        if kept is not None:
+            check_kept(kept, targets, weight.shape[0])
         logits_dtype = logits_dtype or hidden.dtype
         allowed = {hidden.dtype, accumulation_dtype(hidden.dtype)}
         if logits_dtype not in allowed:
@@ -113,7 +118,7 @@ class Head(NamedTuple):
             chunk_tokens = default_chunk_tokens(hidden.shape[0], most)
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}; wanted 1 or above")
-        return cls(hidden, weight, targets.contiguous(), temperature, chunk_tokens, logits_dtype)
+        return cls(hidden, weight, targets.contiguous(), temperature, chunk_tokens, logits_dtype, kept or ())
 
     @property
     def divides(self) -> bool:
@@ -157,19 +162,20 @@ def linear_logprobs(
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
     entropy: bool = True,
+    kept: Kept | None = None,  # ids [num_kept], offsets [n + 1], int32 or int64
 ) -> tuple[Tensor, Any]:  # [n], [n] or None
     """Log-probabilities of `targets` and entropies of softmax(hidden @ lm_head_weight^T / temperature), in nats.
 
     Both are fp32 (float64 for float64) and differentiable once; the backward pass computes the
-    logits again. Targets and `entropy` as in `gather_logprobs`. `logits_dtype` is hidden's dtype
+    logits again. Targets, `entropy` and `kept` as in `gather_logprobs`. `logits_dtype` is hidden's dtype
     (None) or torch.float32, `chunk_tokens` the number of rows whose logits exist at once; by default
     it follows from n. Under autocast hidden and weight are cast to its dtype, but from float64, and
     gradients come back in theirs.
 
-    Raises ValueError for shapes that do not fit together, a temperature that is not above 0, fewer than one token a
-    chunk and another logits_dtype; TypeError for wrong dtypes, and for a DTensor, which is a part of the weight.
+    Raises what `gather_logprobs` raises, ValueError for fewer than one token a chunk and another logits_dtype, and
+    TypeError for a DTensor, which is a part of the weight.
     """
-    head = Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
+    head = Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype, kept)
     logprobs, entropies = _linear_logprobs_op(*head, entropy)
     return logprobs, entropies if entropy else None
 
@@ -194,6 +200,7 @@ def linear_grpo_loss(
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
     main_grad: Tensor | None = None,  # [vocab, hidden_size]
+    kept: Kept | None = None,  # ids [num_kept], offsets [num_targets + 1]
 ) -> tuple[Tensor, Stats]:
     """`logits_grpo_loss` of hidden @ lm_head_weight^T, with the gradients made in the forward pass.
 
@@ -210,7 +217,7 @@ def linear_grpo_loss(
     Loss, metrics and arguments are those of `logits_grpo_loss`, the rest as in `linear_logprobs`; raises what they
     raise, and ValueError for a main_grad of another shape or dtype.
     """
-    head = Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype)
+    head = Head.of(hidden, lm_head_weight, targets, temperature, chunk_tokens, logits_dtype, kept)
     inputs = LossInputs.of(
         head.per_target(), config, target_cu_seqlens, denominator, per_token, targets=targets, rewards=rewards,
         sequence_ids=sequence_ids, advantages=advantages, token_advantages=token_advantages, old_logprobs=old_logprobs,
@@ -310,7 +317,11 @@ def sweep(
             chunk = slice(start, start + head.chunk_tokens)
             chosen = chunk if rows is None else rows[chunk]
             inputs = hidden[chosen]
-            d_logits, live = step(head.logits(inputs, logits_weight), chosen)
+            logits = head.logits(inputs, logits_weight)
+            if head.kept:
+                keep_only(logits, head.targets, head.kept, chosen)
+            d_logits, live = step(logits, chosen)
+            del logits  # it may be its gradient
             if d_logits is not None and gradients is not None:
                 if live is not None:  # of all rows, so that a chunk's begin at `start`
                     inputs, chosen = inputs[live], start + live
@@ -360,12 +371,12 @@ def recompute(
 
 def _linear_loss(
     hidden: Tensor, weight: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float],
-    temperature: float, chunk_tokens: int, logits_dtype: torch.dtype, wanted: Sequence[bool],
+    temperature: float, chunk_tokens: int, logits_dtype: torch.dtype, kept: Sequence[Tensor], wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics, per_token, logprobs, entropies, d_hidden, d_weight), the gradients as `Head.divides` says."""
     inputs, by, asked = LossInputs._make((*tensors, *numbers)), implementation(hidden), Wanted(*wanted)
     assert inputs.targets is not None
-    head = Head(hidden, weight, inputs.targets, temperature, chunk_tokens, logits_dtype)
+    head = Head(hidden, weight, inputs.targets, temperature, chunk_tokens, logits_dtype, kept)
     divided = inputs if head.divides else inputs.undivided()
     if inputs.scores_first:
         logprobs, entropies = score(head)
@@ -398,8 +409,8 @@ _linear_loss_op = torch.library.custom_op("flashgrpo::linear_grpo_loss", _linear
 
 
 @_linear_loss_op.register_fake
-def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype, wanted):
-    head = Head(hidden, weight, tensors[0], temperature, chunk_tokens, logits_dtype)
+def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype, kept, wanted):
+    head = Head(hidden, weight, tensors[0], temperature, chunk_tokens, logits_dtype, kept)
     gradients, sums = Gradients.of(head, Wanted(*wanted)), empty_sums(hidden, LossInputs._make((*tensors, *numbers)))
     return *sums, head.per_target(), head.per_target(), *gradients.or_nothing(hidden)
 
@@ -407,9 +418,9 @@ def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype,
 @torch.library.custom_op("flashgrpo::linear_logprobs", mutates_args=())
 def _linear_logprobs_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int, logits_dtype: torch.dtype,
-    entropy: bool,
+    kept: Sequence[Tensor], entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return score(Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype), entropy)
+    return score(Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, kept), entropy)
 
 
 @_linear_logprobs_op.register_fake
@@ -421,10 +432,10 @@ def _(*inputs):
 @torch.library.custom_op("flashgrpo::linear_logprobs_bwd", mutates_args=())
 def _linear_logprobs_bwd(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int, logits_dtype: torch.dtype,
-    upstream: Sequence[Tensor | None], wanted: Sequence[bool],
+    kept: Sequence[Tensor], upstream: Sequence[Tensor | None], wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(d_hidden, d_weight) by the gradients by log-prob and by entropy."""
-    head = Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype)
+    head = Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, kept)
     d_logprobs, d_entropies = upstream
     if d_logprobs is None:
         d_logprobs = head.per_target().zero_()
@@ -432,26 +443,26 @@ def _linear_logprobs_bwd(
 
 
 @_linear_logprobs_bwd.register_fake
-def _(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, upstream, wanted):
-    head = Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype)
+def _(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, kept, upstream, wanted):
+    head = Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, kept)
     return Gradients.of(head, Wanted(*wanted)).or_nothing(hidden)
 
 
 def _keep_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-    ctx.settings = inputs[3:-1]
-    ctx.mark_non_differentiable(*output[2 if inputs[-1] else 1 :])
+    ctx.settings, kept, entropy = inputs[3:6], *inputs[6:]
+    ctx.save_for_backward(*inputs[:3], *kept)
+    ctx.mark_non_differentiable(*output[2 if entropy else 1 :])
     ctx.set_materialize_grads(False)
 
 
 @backward_once
 def _linear_logprobs_backward(ctx, *upstream):
-    hidden, weight, targets = ctx.saved_tensors
+    hidden, weight, targets, *kept = ctx.saved_tensors
     # On a GPU to count live rows would wait for the device.
     wanted = Wanted(*ctx.needs_input_grad[:2], compact=not hidden.is_cuda, narrow=True)
-    d_hidden, d_weight = _linear_logprobs_bwd(hidden, weight, targets, *ctx.settings, upstream, wanted)
+    d_hidden, d_weight = _linear_logprobs_bwd(hidden, weight, targets, *ctx.settings, kept, upstream, wanted)
     d_weight = d_weight.to(weight.dtype) if wanted.d_weight else None
-    return d_hidden if wanted.d_hidden else None, d_weight, None, None, None, None, None
+    return d_hidden if wanted.d_hidden else None, d_weight, *[None] * 4, [None] * len(kept), None
 
 
 _linear_logprobs_op.register_autograd(_linear_logprobs_backward, setup_context=_keep_inputs)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from flashgrpo.kernels.common import backward_once, by_triton, check_index, check_temperature, launch, tl, triton
+from flashgrpo.kernels.kept import Kept, check_kept, only_kept
 from flashgrpo.kernels.logprob_torch import GatherLogprobs, RowLogprobs, row_logprobs
 
 # The order of a row's sums depends on all three, so whatever makes log-probs has the same.
@@ -200,6 +201,7 @@ def gather_logprobs(
     temperature: float = 1.0,
     inplace_backward: bool = False,
     entropy: bool = True,
+    kept: Kept | None = None,  # ids [num_kept], offsets [n + 1], int32 or int64
 ) -> tuple[Tensor, Any]:  # [...], [...] or None
     """Log-probabilities of `targets` and entropies of softmax(logits / temperature), in nats.
 
@@ -208,14 +210,21 @@ def gather_logprobs(
     no gradient. Any other target out of range gives a NaN log-prob. With `inplace_backward` the
     gradient is written over the logits, which autograd then refuses to use again.
 
+    With `kept` each row is of a part of the vocabulary, as kept.py has it: row i, as targets are
+    flattened, of ids[offsets[i] : offsets[i + 1]], or of all where that is empty. Their order does
+    not matter, and a target that is not among them has a NaN log-prob. Logits are copied for it;
+    with `inplace_backward` the gradient takes the copy's place.
+
     `logits[:, :-1]` of [batch, length, vocab] is read where it lies; logits are copied only if all
     dimensions but the last two do not merge into one, and on a GPU if a row is not contiguous. A row
     of which the largest logit over the temperature is not within 1e9 of 0 may give NaN.
 
-    Raises ValueError for shapes that do not fit together and a temperature that is not above 0; TypeError for wrong
-    dtypes.
+    Raises ValueError for shapes that do not fit together, a temperature that is not above 0, and on a CPU kept ids
+    beyond the vocabulary; TypeError for wrong dtypes.
     """
-    check_logits(logits, targets, temperature)
+    check_logits(logits, targets, temperature, kept)
+    if kept is not None:
+        logits = only_kept(logits, targets, *kept)
     rows = _as_rows(logits)
     inplace_backward &= _has_room(rows)
     if by_triton(logits):
@@ -229,7 +238,7 @@ def gather_logprobs(
     return logprobs.view(targets.shape), entropies.view(targets.shape) if entropy else None
 
 
-def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
+def check_logits(logits: Tensor, targets: Tensor, temperature: float, kept: Kept | None) -> None:
     """Raises as `gather_logprobs` says."""
     if not logits.dim() or not logits.shape[-1]:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; wanted [..., vocab]")
@@ -239,6 +248,8 @@ def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
         raise ValueError(f"targets has shape {tuple(targets.shape)}; wanted {list(logits.shape[:-1])}")
     check_index("targets", targets.flatten(), logits.device, targets.numel())
     check_temperature(temperature)
+    if kept is not None:
+        check_kept(kept, targets, logits.shape[-1])
 
 
 def _as_rows(logits: Tensor) -> Tensor:  # [..., vocab] -> [outer, rows, vocab]

@@ -36,6 +36,8 @@ class PackedBatch:
     old_logprobs: Tensor | None = None  # [num_targets] fp32, the trainer's own, before the update
     ref_logprobs: Tensor | None = None  # [num_targets] fp32, the frozen reference
     teacher_logprobs: Tensor | None = None  # [num_targets] fp32, the frozen model that is distilled
+    kept_ids: Tensor | None = None  # [num_kept] int32, what top_p and top_k kept of the vocabulary, target by target
+    kept_offsets: Tensor | None = None  # [num_targets + 1] int32
 
     @property
     def total_tokens(self) -> int:
@@ -44,6 +46,11 @@ class PackedBatch:
     @property
     def num_targets(self) -> int:
         return self.targets.shape[0]
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor] | None:
+        """The sets that the targets were drawn from, as kernels take them; None: the whole vocabulary."""
+        return None if self.kept_ids is None or self.kept_offsets is None else (self.kept_ids, self.kept_offsets)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with every tensor on `device`; to CUDA from pinned memory, so that nothing waits for the copies."""

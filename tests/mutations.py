@@ -54,6 +54,15 @@ FAULTS = {
         ("ignored target's row counted", "if target != -100", "if target != -101", "every_vocabulary"),
         ("logits overwritten unasked", "logits if ctx.inplace_backward", "logits if True", "temperatures"),
     ],
+    ("kept", "kept"): [
+        ("the last id of a set left out", "tl.load(offsets + source), tl.load(offsets + source + 1)",
+         "tl.load(offsets + source), tl.load(offsets + source + 1) - 1", "entropies and hidden"),
+        ("sets of the rows before", "source = first_row + n", "source = n", "entropies and hidden"),
+        ("sets of compacted rows taken for the first ones", "source = tl.load(chosen + n)", "source = n", "gspo"),
+        ("columns behind the first block not filled", "for start in range(0, whole, BLOCK)",
+         "for start in range(0, 0, BLOCK)", "entropies and hidden"),
+        ("a token outside of its set counts", "tl.sum(times_kept, 0) == 0", "tl.sum(times_kept, 0) < 0", "outside"),
+    ],
     ("loss_config", "grpo_loss"): [
         ("clip bounds swapped", "min(bounds) - 1, max(bounds)", "max(bounds) - 1, min(bounds)", "method and dapo"),
     ],

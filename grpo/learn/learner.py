@@ -110,6 +110,7 @@ def packed_loss(model: Decoder, batch: PackedBatch, config: LossConfig, **option
             old_logprobs=batch.old_logprobs,
             ref_logprobs=batch.ref_logprobs,
             behavior_logprobs=batch.behavior_logprobs,
+            kept=batch.kept,
             **options,
         )
 

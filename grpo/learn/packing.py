@@ -27,6 +27,8 @@ class Completion:
     token_ids: np.ndarray  # [num_tokens] int64, at least one
     sequence_id: int
     behavior_logprobs: np.ndarray | None = None  # [num_tokens] fp32
+    kept_counts: np.ndarray | None = None  # [num_tokens] and [kept_counts.sum()], as a rollout has them
+    kept_ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Group:
         completions = []
         for i, rollout in enumerate(rollouts):
             if is_trained is None or is_trained[i]:
-                completions.append(Completion(rollout.completion_ids, first_id + i, rollout.comparable_logprobs))
+                sampled = rollout.behavior_logprobs, rollout.kept_counts, rollout.kept_ids
+                completions.append(Completion(rollout.completion_ids, first_id + i, *sampled))
         return cls(rollouts[0].prompt_ids, completions)
 
     @property
@@ -91,11 +94,8 @@ def build_batch(groups: list[Group]) -> PackedBatch:
             start += length
 
     completions = [completion for group in groups for completion in group.completions]
-    behavior = [c.behavior_logprobs for c in completions if c.behavior_logprobs is not None]
-    if behavior and len(behavior) != len(completions):
-        raise PackingError(
-            f"{len(behavior)} of {len(completions)} completions have behavior_logprobs, wanted all or none"
-        )
+    behavior = _of_all("behavior_logprobs", completions)
+    counts, kept_ids = _of_all("kept_counts", completions), _of_all("kept_ids", completions)
     return PackedBatch(
         input_ids=_int64(segments),
         position_ids=_int64(positions),
@@ -108,7 +108,17 @@ def build_batch(groups: list[Group]) -> PackedBatch:
         sequence_ids=torch.tensor([c.sequence_id for c in completions], dtype=torch.int64),
         completions_per_prompt=torch.tensor([len(group.completions) for group in groups], dtype=torch.int64),
         behavior_logprobs=_float32(behavior) if len(behavior) == len(completions) else None,  # an empty pack has them
+        kept_ids=torch.from_numpy(np.concatenate(kept_ids)) if kept_ids else None,
+        kept_offsets=_offsets(np.concatenate(counts)) if counts else None,
     )
+
+
+def _of_all(name: str, completions: Sequence[Completion]) -> list[np.ndarray]:
+    """What each of the completions has by this name, or none of them."""
+    found = [array for completion in completions if (array := getattr(completion, name)) is not None]
+    if found and len(found) != len(completions):
+        raise PackingError(f"{len(found)} of {len(completions)} completions have {name}, wanted all or none")
+    return found
 
 
 def check_group(group: Group, token_budget: float = math.inf) -> None:
@@ -199,7 +209,7 @@ def _input_length(completion: Completion) -> int:
     return len(completion.token_ids) - 1
 
 
-def _offsets(lengths: list[int]) -> torch.Tensor:
+def _offsets(lengths: Sequence[int] | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 

@@ -84,18 +84,25 @@ class Recipe:
             )
 
     def _check_off_policy(self) -> None:
+        staleness, generator = self.rollout.max_staleness, self.rollout.generator
+        if staleness and generator != "vllm_server":
+            raise ValueError(f"rollout.max_staleness = {staleness} needs generator = vllm_server, found {generator}")
+
+    def check_kept_sets(self) -> None:
+        """For a sampler that does not tell what top_p and top_k kept. Raises RecipeError where tokens are weighed by
+        its log-probs.
+        """
         rollout, loss = self.rollout, self.loss
         bounds = {"loss.behavior_cap": loss.behavior_cap, "loss.off_policy_threshold": loss.off_policy_threshold}
         used = [f"{name} = {bound:g}" for name, bound in bounds.items() if bound is not None]
         if rollout.max_staleness:
             used.insert(0, f"rollout.max_staleness = {rollout.max_staleness}")
-            if rollout.generator != "vllm_server":
-                raise ValueError(f"{used[0]} needs generator = vllm_server, found {rollout.generator}")
         if rollout.is_truncated and used:
-            raise ValueError(
+            raise RecipeError(
                 f"{used[0]} weighs tokens by the sampler's log-probs, and with rollout.top_p = {rollout.top_p:g} and "
-                f"rollout.top_k = {rollout.top_k} those are of the tokens that were kept alone, the trainer's of all: "
-                "every ratio would be too small, by what was left out; wanted top_p = 1 and top_k = 0"
+                f"rollout.top_k = {rollout.top_k} those of vLLM's CPU build are of the tokens that were kept alone, "
+                "the trainer's of all: every ratio would be too small, by what was left out; wanted top_p = 1 and "
+                "top_k = 0, or rollout.generator = native"
             )
 
     def _check_rewards(self) -> None:

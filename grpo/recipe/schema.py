@@ -248,8 +248,15 @@ class RolloutSection(SamplingSection):
     replaced within refill_limit, or else left out of the training alone."""
     mask_overlong: _Bool = False
     """Completions cut at max_new_tokens give no gradient."""
+    kept_limit: _Positive = 512
+    """With top_p or top_k: most tokens of a kept set, over which training takes its log-probs, 4 bytes each on every
+    host. A token drawn from more is of the whole vocabulary to both sides (kept/whole); vLLM draws from no more."""
 
     def __post_init__(self) -> None:
+        if self.top_k > self.kept_limit:
+            raise ValueError(
+                f"top_k = {self.top_k} is above kept_limit = {self.kept_limit}, so that no set would be kept; raise it"
+            )
         if self.keep_mean_reward and self.keep_mean_reward[0] > self.keep_mean_reward[1]:
             raise ValueError(f"keep_mean_reward = {[*self.keep_mean_reward]}, wanted the least first")
 

@@ -8,6 +8,7 @@ the device once, when its tokens are copied to the host. `auto` takes this gener
 not installed, and it is the reference that vLLM is tested against.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
@@ -89,13 +90,17 @@ class _DecodingBatch:
     def __init__(self, generator: NativeGenerator, requests: list[Request], sampling: Sampling):
         model = generator.model
         self.model, self.requests, self.sampling = model, requests, sampling
+        self.keeps_sets = sampling.is_truncated and sampling.kept_limit > 0
         self.device = model.lm_head_weight.device
         counts = [len(request.seeds) for request in requests]
         num_rows = sum(counts)
         self.seeds = np.concatenate([request.seeds for request in requests]).astype(np.uint64)
         self.stop_token_ids = np.array(generator.stop_token_ids, dtype=np.int64)
         self.tokens = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.int64)
-        self.logprobs = np.zeros((2, num_rows, sampling.max_new_tokens), dtype=np.float32)
+        self.logprobs = np.zeros((num_rows, sampling.max_new_tokens), dtype=np.float32)
+        # Of each row and position the size of its kept set, and where in `kept_ids` of the position that ends.
+        self.kept_counts, self.kept_ends = np.zeros((2, num_rows, sampling.max_new_tokens), dtype=np.int32)
+        self.kept_ids: list[np.ndarray] = []
         self.lengths = np.zeros(num_rows, dtype=np.int64)
         self.stopped = np.zeros(num_rows, dtype=bool)
 
@@ -118,18 +123,23 @@ class _DecodingBatch:
         request, rollouts = self.requests[index], []
         for row in np.flatnonzero(self.group_of_row == index):
             length = self.lengths[row]
-            logprobs, kept = self.logprobs[:, row, :length].copy()
             rollout = Rollout(
                 request.prompt_ids,
                 self.tokens[row, :length].copy(),
-                logprobs,
+                self.logprobs[row, :length].copy(),
                 "stop" if self.stopped[row] else "length",
                 request.group,
                 weight_versions=((weight_version, int(length)),),
-                kept_logprobs=kept if self.sampling.is_truncated else None,
             )
-            rollouts.append(rollout)
+            rollouts.append(self._with_sets(rollout, row) if self.keeps_sets else rollout)
         return rollouts
+
+    def _with_sets(self, rollout: Rollout, row: int) -> Rollout:
+        counts = self.kept_counts[row, : len(rollout.completion_ids)].copy()
+        sets = []
+        for ids, end, count in zip(self.kept_ids, self.kept_ends[row], counts, strict=False):
+            sets.append(ids[end - count : end])
+        return dataclasses.replace(rollout, kept_counts=counts, kept_ids=np.concatenate(sets))
 
     def step(self) -> list[int]:
         """Sample one token for every live row, run the decoder on them; returns the requests that are now complete."""
@@ -138,15 +148,21 @@ class _DecodingBatch:
         if self.position % _DRAWN_AHEAD == 0:
             self.uniforms = self._draw_uniforms()
         uniforms = self.uniforms[:, self.position % _DRAWN_AHEAD]
-        tokens, logprobs, kept = sample_tokens(logits, uniforms, self.sampling)
+        tokens, logprobs, counts, kept_ids = sample_tokens(logits, uniforms, self.sampling)
         # One copy to the host a step, which waits for the device.
-        sampled = torch.stack([tokens.double(), logprobs.double(), kept.double()]).cpu().numpy()
+        columns = torch.stack([tokens.int(), logprobs.view(torch.int32), counts.int()], 1)
+        sampled = torch.cat([columns, kept_ids.int()], 1).cpu().numpy()
+        token_ids, counts = sampled[:, 0], sampled[:, 2]
         live = ~self.done
-        self.tokens[self.rows[live], self.position] = sampled[0, live]
-        self.logprobs[:, self.rows[live], self.position] = sampled[1:, live]
+        place = self.rows[live], self.position
+        self.tokens[place] = token_ids[live]
+        self.logprobs[place] = sampled[live, 1].view(np.float32)
+        if self.keeps_sets:
+            self.kept_counts[place], self.kept_ends[place] = counts[live], counts.cumsum()[live]
+            self.kept_ids.append(sampled[:, 3:][np.arange(kept_ids.shape[1]) < counts[:, None]])
         self.position += 1
 
-        stops = (sampled[0, :, None] == self.stop_token_ids).any(1)
+        stops = (token_ids[:, None] == self.stop_token_ids).any(1)
         newly_done = live & (stops | (self.position == self.sampling.max_new_tokens))
         complete = []
         if newly_done.any():
@@ -241,18 +257,19 @@ def sample_tokens(
     logits: Tensor,  # [rows, vocab]
     uniforms: Tensor,  # [rows] float64 in [0, 1)
     sampling: Sampling,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token a row by inverting the distribution function; returns tokens [rows] and twice
-    fp32 log-probs [rows]: the token's in the distribution sampled from, after temperature and
-    renormalised after top-k and top-p; and that of all tokens which these kept, so that the sum is
-    the token's in the whole vocabulary.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw one token a row by inverting the distribution function; returns tokens [rows], their fp32
+    log-probs [rows] and the sets drawn from, which top-k and top-p kept: sizes [rows] and ids
+    [rows, width], of which a row's first are its set. The log-prob is that over the set; where the
+    set is larger than `kept_limit`, and without truncation, it is over the whole vocabulary and the
+    size is 0.
 
-    At temperature 0 the first is the model's own.
+    At temperature 0 the log-prob is the model's own.
     """
     logits = logits.float()
     if sampling.temperature == 0:
         logprobs, tokens = torch.log_softmax(logits, dim=-1).max(dim=-1)
-        return tokens, logprobs, torch.zeros_like(logprobs)
+        return tokens, logprobs, torch.zeros_like(tokens), tokens[:, None][:, :0]
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     whole, order = torch.softmax(logits, dim=-1), None
@@ -264,11 +281,14 @@ def sample_tokens(
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)
     drawn = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
     places = drawn.clamp_max(logits.shape[-1] - 1)  # a product may round up to the last sum
-    tokens = places if order is None else order.gather(-1, places)
-    logprobs = probs.gather(-1, places).squeeze(-1).log()
     if order is None:
-        return tokens.squeeze(-1), logprobs, torch.zeros_like(logprobs)
-    return tokens.squeeze(-1), logprobs, whole.gather(-1, places).squeeze(-1).log() - logprobs
+        tokens = places.squeeze(-1)
+        return tokens, probs.gather(-1, places).squeeze(-1).log(), torch.zeros_like(tokens), places[:, :0]
+    kept = (probs > 0).sum(-1)
+    is_told = kept <= sampling.kept_limit
+    logprobs = torch.where(is_told[:, None], probs, whole).gather(-1, places).squeeze(-1).log()
+    most = min(sampling.kept_limit, sampling.top_k or sampling.kept_limit)
+    return order.gather(-1, places).squeeze(-1), logprobs, torch.where(is_told, kept, 0), order[:, :most]
 
 
 def _truncate(sorted_probs: Tensor, sampling: Sampling) -> Tensor:

@@ -1,5 +1,6 @@
 """One update is the same on any number of ranks, micro-batches and copies of the model, to the last bits of fp32."""
 
+import dataclasses
 import os
 import pickle
 
@@ -211,7 +212,7 @@ def test_any_rollouts_on_any_layout(recipes, drawn, seed):
         assert_equal(rank[0], expected, summed=sum(norm for _, _, norm in parts))
 
 
-def gathered(recipe: Recipe) -> tuple[list[ScoredGroup], list[ScoredGroup], int, dict[str, int]]:
+def gathered(recipe: Recipe, with_sets: bool) -> tuple[list[ScoredGroup], list[ScoredGroup], int, dict[str, int]]:
     """This rank's groups, all ranks', this rank's tokens, and the bytes that it has sent of them by their kind."""
     sent = {"arrays": 0, "pickled": 0}
 
@@ -225,29 +226,41 @@ def gathered(recipe: Recipe) -> tuple[list[ScoredGroup], list[ScoredGroup], int,
             return super().gather_array(values)
 
     with open_world(recipe) as world:
-        own = [scored_group(number) for number in range(world.rank, 9, world.size)]
+        own = [scored_group(number, with_sets) for number in range(world.rank, 9, world.size)]
         counting = CountingWorld(world.rank, world.size, world.device, world.mesh)
         everyones = gather_groups(own, counting)
     tokens = sum(len(rollout.completion_ids) for group in own for rollout in group.rollouts)
     return own, everyones, tokens, sent
 
 
-def scored_group(number: int) -> ScoredGroup:
+def scored_group(number: int, with_sets: bool) -> ScoredGroup:
     rng = np.random.default_rng(number)
     prompt, rollouts = rng.integers(0, 152_000, 40).tolist(), []
     for length in rng.integers(1, 4000, GROUP_SIZE):
         ids, logprobs = rng.integers(0, 152_000, length), -rng.random(length, np.float32)
-        rollouts.append(Rollout(prompt, ids, logprobs, "stop", number, ((3, int(length)),), reflections=number))
+        rollout = Rollout(prompt, ids, logprobs, "stop", number, ((3, int(length)),), reflections=number)
+        if with_sets:
+            counts = rng.integers(0, 4, length, np.int32)
+            kept_ids = rng.integers(0, 152_000, counts.sum(), np.int32)
+            rollout = dataclasses.replace(rollout, kept_counts=counts, kept_ids=kept_ids)
+        rollouts.append(rollout)
     return ScoredGroup(rollouts, Scores(rng.random(GROUP_SIZE), {"accuracy": [1.0] * GROUP_SIZE}))
 
 
-def test_completions_travel_between_ranks_in_8_bytes_a_token(recipe):
-    """As int32 and fp32; what is pickled of them does not grow with their length. Ranks may have unequal shares."""
-    told = ranks.run(gathered, 2, recipe)
+@pytest.mark.parametrize("with_sets", [False, True])
+def test_completions_travel_between_ranks_in_8_bytes_a_token(recipe, with_sets):
+    """As int32 and fp32, with 4 more for the size of a kept set, and for each of its ids; what is pickled of them does
+    not grow with their length. Ranks may have unequal shares.
+    """
+    told = ranks.run(gathered, 2, recipe, with_sets)
     for own, everyones, tokens, sent in told:
+        if with_sets:
+            tokens += tokens / 2
+            rollouts = [rollout for group in own for rollout in group.rollouts]
+            tokens += sum(len(rollout.kept_ids) for rollout in rollouts) / 2
         assert sent["arrays"] == 8 * tokens
         assert sent["pickled"] < 250 * GROUP_SIZE * len(own)
-        wanted = [scored_group(number) for number in (0, 2, 4, 6, 8, 1, 3, 5, 7)]
+        wanted = [scored_group(number, with_sets) for number in (0, 2, 4, 6, 8, 1, 3, 5, 7)]
         for group, other in zip(everyones, wanted, strict=True):
             assert np.array_equal(group.scores.rewards, other.scores.rewards)
             for rollout, sampled in zip(group.rollouts, other.rollouts, strict=True):

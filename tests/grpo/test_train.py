@@ -378,11 +378,11 @@ def test_logs_keep_every_row_whatever_the_text(recipe, tmp_path):
     ],
 )
 def test_log_probs_that_are_not_the_trainers_raise_an_alarm(recipe, options, off, told, monkeypatch, capsys):
-    """Also where top_p and top_k leave tokens out, whose share of the probability is not the sampler's fault."""
+    """Also where top_p and top_k leave tokens out: both sides are of what these kept."""
 
     def sample(logits, uniforms, sampling):
-        tokens, logprobs, kept = sample_tokens(logits, uniforms, sampling)
-        return tokens, logprobs + off, kept
+        tokens, logprobs, *kept_sets = sample_tokens(logits, uniforms, sampling)
+        return tokens, logprobs + off, *kept_sets
 
     monkeypatch.setattr("flashgrpo.grpo.rollout.native.sample_tokens", sample)
     (row,) = trained(changed(changed(recipe, "train", steps=1), "rollout", **options))
@@ -391,6 +391,18 @@ def test_log_probs_that_are_not_the_trainers_raise_an_alarm(recipe, options, off
     if not told:
         assert "the sampler's log-probs are" not in said
         assert row["mismatch/max"] < 1e-4
+
+
+@pytest.mark.parametrize("truncation", [{"top_p": 0.95}, {"top_k": 20}, {"top_p": 0.95, "kept_limit": 85}], ids=str)
+def test_ratios_are_exactly_1_at_equal_weights_whatever_the_sampler_kept(recipe, truncation):
+    """The second update's old log-probs are scored, by weights that the first leaves as they are."""
+    recipe = changed(recipe, "rollout", **truncation)
+    (row,) = trained(changed(recipe, "train", steps=1, mini_batches=2, lr=1e-30))
+    assert row["ratio/max"] == row["ratio/mean"] == 1
+    assert row["mismatch/max"] < 1e-5
+    assert 10 < row["kept/mean"] <= truncation.get("kept_limit", 97)
+    assert (row["kept/whole"] > 0) == ("kept_limit" in truncation)
+    assert row["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(
@@ -411,13 +423,13 @@ def test_log_probs_of_vllms_that_are_off_on_a_gpu_may_be_its_model_runners(
 
 
 def test_where_log_probs_cannot_be_compared_the_run_says_so(recipe, monkeypatch, capsys):
-    """vLLM reports them renormalised over what top_k kept, and never what that was."""
+    """vLLM's CPU build reports them renormalised over what top_k kept, and never what that was."""
     recipe = changed(recipe, "train", steps=1)
     original = NativeGenerator.generate
 
     def generate(*arguments):
         for group in original(*arguments):
-            yield [dataclasses.replace(rollout, kept_logprobs=None) for rollout in group]
+            yield [dataclasses.replace(rollout, kept_counts=None, kept_ids=None) for rollout in group]
 
     monkeypatch.setattr(NativeGenerator, "generate", generate)
     monkeypatch.setattr("flashgrpo.grpo.train.open_generator", lambda _, *rest: open_generator(recipe, *rest))

@@ -1,7 +1,8 @@
 """A request as vLLM takes it and its answer, from an engine and from a server."""
 
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from itertools import chain
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
@@ -43,8 +44,16 @@ def sampled_rollout(
     logprobs: Sequence[float],
     finish_reason: Literal["stop", "length"],
     spans: Sequence[tuple[int, int, int]],  # (version of the weights, first token, end)
+    kept_sets: Sequence[Sequence[int]] | None = None,  # each token's
 ) -> Rollout:
-    """A completion as vLLM gives it."""
+    """A completion as vLLM gives it. Raises AnswerError where a kept set lacks its token."""
+    counts = ids = None
+    if kept_sets is not None:
+        _expect(len(kept_sets) == len(token_ids), f"{len(kept_sets)} kept sets for {len(token_ids)} tokens")
+        for token, kept in zip(token_ids, kept_sets, strict=True):
+            _expect(token in kept, f"the token {token}, drawn from {kept}")
+        counts = np.array([len(kept) for kept in kept_sets], dtype=np.int32)
+        ids = np.fromiter(chain.from_iterable(kept_sets), dtype=np.int32)
     return Rollout(
         request.prompt_ids,
         np.asarray(token_ids, dtype=np.int64),
@@ -52,6 +61,8 @@ def sampled_rollout(
         finish_reason,
         request.group,
         tuple((version, end - start) for version, start, end in spans),
+        counts,
+        ids,
     )
 
 
@@ -65,6 +76,7 @@ class ServedModel(TypedDict):
     weights: dict[str, list[int]]  # shape by name
     dtype: str
     max_model_len: int
+    tells_kept_sets: bool
 
 
 # Of all workers of a server.
@@ -98,6 +110,7 @@ class _Choice(TypedDict):
     logprobs: _Logprobs
     finish_reason: Literal["stop", "length"]
     weight_versions: list[_Span]
+    sampling_mask: NotRequired[list[list[_Whole]] | None]
 
 
 class _Answer(TypedDict):
@@ -152,7 +165,12 @@ def read_group(
             _expect(start == reached < end, f"weight versions of the tokens {spans}")
             reached = end
         _expect(reached == len(ids), f"weight versions of the tokens {spans} for {len(ids)} tokens")
-        group.append(sampled_rollout(request, ids, logprobs, reason, spans))
+        kept_sets = choice.get("sampling_mask") if sampling.kept_limit else None
+        if sampling.kept_limit:
+            _expect(kept_sets is not None, "no sampling_mask")
+            largest = max(map(max, filter(None, kept_sets or [])), default=0)
+            _expect(largest < vocab_size, f"the kept token {largest}, wanted 0 to {vocab_size - 1}")
+        group.append(sampled_rollout(request, ids, logprobs, reason, spans, kept_sets))
     return group
 
 

@@ -111,7 +111,7 @@ class Engine:
                     yield []
                 for output in engine.step():
                     if output.finished:
-                        yield _rollouts(waiting.pop(output.request_id), output.outputs)
+                        yield _rollouts(waiting.pop(output.request_id), output.outputs, sampling)
         finally:
             if waiting:
                 engine.abort_request([*waiting])
@@ -123,12 +123,13 @@ def sampling_params(sampling: Sampling, request: Request, stop_token_ids: list[i
     return SamplingParams(**fields, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
-def _rollouts(request: Request, samples: Any) -> list[Rollout]:
+def _rollouts(request: Request, samples: Any, sampling: Sampling) -> list[Rollout]:
     rollouts = []
     for sample in samples:
         spans = [(int(span.version), span.start, span.end) for span in sample.weight_versions]
         logprobs = sample.logprobs.logprobs
-        rollouts.append(sampled_rollout(request, sample.token_ids, logprobs, sample.finish_reason, spans))
+        sets = sample.sampling_mask.token_ids if sampling.kept_limit else None
+        rollouts.append(sampled_rollout(request, sample.token_ids, logprobs, sample.finish_reason, spans, sets))
     return rollouts
 
 
@@ -146,6 +147,7 @@ class Extension:
             "weights": weight_shapes(ModelConfig.from_dict(self.model_config.hf_config.to_dict())),
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
             "max_model_len": self.model_config.max_model_len,
+            "tells_kept_sets": self.model_config.return_sampling_mask,
         }
 
     def expect_weights(self) -> None:

@@ -73,8 +73,8 @@ def open_servers(recipe: SamplingRecipe, policy: Policy, world: World, longest_p
         urls, key = world.on_main(start)
         timeout_s, vocab_size = recipe.vllm.sync_timeout_s, policy.model.config.vocab_size
         client = opened.enter_context(closing(VllmServers(urls, policy.stop_token_ids, timeout_s, vocab_size, key)))
-        world.everywhere(lambda: _check_servers(client, policy, recipe, options.dtype, longest_prompt))
-        return ServersGenerator(client, options.on_gpu, world, opened.pop_all())
+        world.everywhere(lambda: _check_servers(client, policy, recipe, options, longest_prompt))
+        return ServersGenerator(client, options, world, opened.pop_all())
 
 
 class EngineGenerator:
@@ -90,7 +90,7 @@ class EngineGenerator:
     ):
         self.stop_token_ids, self.world, self.timeout_s = stop_token_ids, world, timeout_s
         self.weight_version = 0 if load_format == "auto" else -1
-        self.on_gpu = options.on_gpu
+        self.options, self.on_gpu = options, options.on_gpu
         self._is_connected = False
         environment = own_environment()
         # vLLM takes the first GPU that it sees: it must be the rank's.
@@ -126,7 +126,7 @@ class EngineGenerator:
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Groups as they finish. Where the caller stops early, the engine does so too."""
-        self.child.send("generate", requests, sampling, self.stop_token_ids)
+        self.child.send("generate", requests, self.options.limited(sampling), self.stop_token_ids)
         missing = len(requests)
         try:
             while missing:
@@ -164,8 +164,8 @@ def _engine_in_child(options: EngineOptions, load_format: str) -> Any:
 class ServersGenerator:
     """Servers that all ranks share: rank 0 sends the weights, which all gather. `opened` has what ends with it."""
 
-    def __init__(self, client: VllmServers, on_gpu: bool, world: World, opened: ExitStack):
-        self.client, self.on_gpu, self.world = client, on_gpu, world
+    def __init__(self, client: VllmServers, options: EngineOptions, world: World, opened: ExitStack):
+        self.client, self.options, self.world = client, options, world
         self.stop_token_ids: list[int] = client.stop_token_ids
         self.weight_version = -1
         self._opened = opened
@@ -174,7 +174,7 @@ class ServersGenerator:
 
     def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Yield each request's rollouts as soon as the last of them is done; all requests go in at once."""
-        return self.client.generate(requests, sampling)
+        return self.client.generate(requests, self.options.limited(sampling))
 
     def load_weights(self, source: DecoderSource, version: int) -> None:
         """Sample from the weights of `source` from now on. A server that does not take part in time is dropped, on
@@ -202,7 +202,7 @@ class ServersGenerator:
         client = self.client
         if is_first:
             client.ask_workers("expect_weights", NOTHING)
-        if self.on_gpu:
+        if self.options.on_gpu:
             if self._nccl is None or is_first:
                 self._close_nccl()
                 self._nccl = NcclSender(vllm_engine(), client, source, self.world.device, client.timeout_s)
@@ -238,7 +238,7 @@ class ServersGenerator:
 
 
 def _check_servers(
-    client: VllmServers, policy: Policy, recipe: SamplingRecipe, dtype: str, longest_prompt: int
+    client: VllmServers, policy: Policy, recipe: SamplingRecipe, options: EngineOptions, longest_prompt: int
 ) -> None:
     """The servers are there, and have this run's model, type and room."""
     try:
@@ -253,7 +253,7 @@ def _check_servers(
         ) from error
     if client.lost:
         raise RunInputError(f"not reached: {'; '.join(f'{url}: {why}' for url, why in client.lost.items())}")
-    wanted = {"dtype": dtype, **weight_shapes(policy.model.config)}
+    wanted = {"dtype": options.dtype, **weight_shapes(policy.model.config)}
     for url, (served, *_) in found.items():
         has = {"dtype": served["dtype"], **served["weights"]}
         for name in {**has, **wanted}:
@@ -261,6 +261,11 @@ def _check_servers(
             if theirs != ours:
                 raise RunInputError(f"{url} serves another model: {name} is {theirs} there, {ours} here")
         check_length(served["max_model_len"], longest_prompt, recipe)
+        if served["tells_kept_sets"] != bool(options.kept_limit):
+            raise RunInputError(
+                f"{url} was started with other rollout.top_p and top_k than the run has; start it by `flashgrpo serve "
+                "RECIPE`, so that it tells what they kept where they leave tokens out, and only there"
+            )
 
 
 def vllm_engine() -> Any:

@@ -5,6 +5,7 @@ what a run asks for, and nothing else (`Guard`).
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import ipaddress
 import json
@@ -26,11 +27,12 @@ import torch
 from packaging.version import Version
 
 from flashgrpo.grpo.errors import RecipeError, RunInputError
-from flashgrpo.grpo.recipe.load import SamplingRecipe
+from flashgrpo.grpo.recipe.load import Recipe, SamplingRecipe
 from flashgrpo.grpo.recipe.schema import VllmSection
 from flashgrpo.grpo.run.child import own_environment
 from flashgrpo.grpo.run.machines import allocator_settings, resolve_dtype
 from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.types import Sampling
 from flashgrpo.model.hub import local_folder
 
 SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "nccl", "ipc"  # transports of weights; the latter are vLLM's
@@ -80,21 +82,28 @@ class EngineOptions:
     max_model_len: int
     seed: int
     vllm: VllmSection
+    kept_limit: int = 0  # above 0: it tells what top_p and top_k kept, which is at most so much
 
     @classmethod
     def of(cls, recipe: SamplingRecipe, device: torch.device, longest_prompt: int) -> "EngineOptions":
-        """Raises RecipeError where vllm.max_model_len is too small for a prompt of `longest_prompt` tokens."""
+        """Raises RecipeError where vllm.max_model_len is too small for a prompt of `longest_prompt` tokens, and where
+        the recipe needs kept sets on a CPU.
+        """
+        on_gpu, kept_limit = device.type == "cuda", 0
+        if isinstance(recipe, Recipe) and recipe.rollout.is_truncated:
+            if not on_gpu:  # vLLM has them by its Model Runner V2 alone
+                recipe.check_kept_sets()
+            kept_limit = recipe.rollout.kept_limit if on_gpu else 0
         max_model_len = recipe.vllm.max_model_len or longest_prompt + recipe.rollout.max_new_tokens
         check_length(max_model_len, longest_prompt, recipe)
         dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-        return cls(
-            str(local_folder(recipe.model.path)),
-            dtype,
-            device.type == "cuda",
-            max_model_len,
-            recipe.run.seed,
-            recipe.vllm,
-        )
+        path = str(local_folder(recipe.model.path))
+        return cls(path, dtype, on_gpu, max_model_len, recipe.run.seed, recipe.vllm, kept_limit)
+
+    def limited(self, sampling: Sampling) -> Sampling:
+        """What the engine samples by. One that tells kept sets wants a top_k, of evaluations, too."""
+        kept_limit = min(sampling.kept_limit, self.kept_limit)
+        return dataclasses.replace(sampling, top_k=sampling.top_k or self.kept_limit, kept_limit=kept_limit)
 
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments that `vllm.LLM` and `vllm serve` both take."""
@@ -109,6 +118,8 @@ class EngineOptions:
             "generation_config": "vllm",  # the model's own would add penalties of its liking
             "worker_extension_cls": "flashgrpo.grpo.rollout.vllm.engine.Extension",
         }
+        if self.kept_limit:
+            arguments["return_sampling_mask"] = True
         cache_gb = self.vllm.kv_cache_gb or (0.0 if self.on_gpu else _CPU_KV_CACHE_GB)
         if cache_gb:
             arguments["kv_cache_memory_bytes"] = int(cache_gb * 1e9)

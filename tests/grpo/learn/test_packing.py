@@ -1,5 +1,7 @@
 """Packing decides what is trained on: a wrong row here is a silently wrong gradient."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,20 @@ def test_layout_of_the_documented_example():
     assert batch.behavior_logprobs is not None
     assert batch.behavior_logprobs.tolist() == [-103, -104, -105, -106, -107]
     assert batch.cu_seqlens.dtype == batch.prefix.dtype == batch.target_cu_seqlens.dtype == torch.int32
+
+
+def test_kept_sets_lie_target_by_target_in_the_order_of_the_pack():
+    counts, ids = np.array([2, 0], np.int32), np.array([7, 5], np.int32)  # the second token is of the whole vocabulary
+    rollout = Rollout([1], np.array([5, 2]), np.zeros(2, np.float32), "stop", 0, ((0, 2),), counts, ids)
+    other = dataclasses.replace(rollout, kept_counts=counts[::-1], kept_ids=ids[::-1])
+    batch = build_batch([Group.of([rollout, other])])
+    assert batch.kept is not None
+    assert [x.tolist() for x in batch.kept] == [[7, 5, 5, 7], [0, 2, 2, 2, 4]]
+    assert {x.dtype for x in batch.kept} == {torch.int32}
+    without = dataclasses.replace(rollout, kept_counts=None, kept_ids=None)
+    assert build_batch([Group.of([without])]).kept is build_batch([]).kept is None
+    with pytest.raises(PackingError, match="1 of 2 completions have kept_counts, wanted all or none"):
+        build_batch([Group.of([rollout, without])])
 
 
 @st.composite

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 
 from flashgrpo.grpo.cli import labelled
 from flashgrpo.grpo.errors import RecipeError
@@ -18,6 +19,7 @@ from flashgrpo.grpo.recipe.load import (
     recipe_keys,
     recipe_to_toml,
 )
+from flashgrpo.grpo.rollout.vllm.launch import EngineOptions
 from flashgrpo.grpo.stages.pipeline import load_pipeline
 from flashgrpo.kernels.grpo_loss import LossConfig
 
@@ -87,12 +89,21 @@ def test_every_path_may_begin_with_the_home_folder(load, tmp_path, monkeypatch):
         ({"loss": {"behavior_cap": 2.0}}, r"loss.behavior_cap = 2"),
     ],
 )
-def test_ratios_to_a_truncated_samplers_log_probs_are_refused(load, truncation, more, key):
-    """They are of what it kept: at equal weights every ratio would be the kept mass."""
-    values = {**VALUES, **more, "rollout": {**more.get("rollout", {}), **truncation}}
+def test_ratios_to_a_truncated_samplers_log_probs_are_refused(load, truncation, more, key, model_path):
+    """Where nobody tells what it kept, as vLLM's CPU build does not: every ratio would be the kept mass."""
+    rollout, values = more.get("rollout", {}), {**VALUES, **more, "model": {"path": str(model_path)}}
+    recipe = load({**values, "rollout": {**rollout, **truncation}})
+    assert EngineOptions.of(recipe, torch.device("cuda"), longest_prompt=8).kept_limit == 512
     with pytest.raises(RecipeError, match=f"{key} weighs tokens by the sampler's .*wanted top_p = 1 and top_k = 0"):
-        load(values)
-    assert load(values | {"rollout": more.get("rollout", {})}).rollout.top_k == 0
+        EngineOptions.of(recipe, torch.device("cpu"), longest_prompt=8)
+    recipe = load({**values, "rollout": rollout})
+    for device in ("cpu", "cuda"):
+        assert EngineOptions.of(recipe, torch.device(device), longest_prompt=8).kept_limit == 0
+
+
+def test_a_top_k_above_the_limit_of_kept_sets_is_refused(load):
+    with pytest.raises(RecipeError, match="rollout: top_k = 600 is above kept_limit = 512"):
+        load({**VALUES, "rollout": {"top_k": 600}})
 
 
 def test_what_only_a_chat_template_reads_is_refused_for_others(load):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from flashgrpo.grpo.learn.packing import Completion, Group, build_batch
+from flashgrpo.grpo.learn.packing import Group, build_batch
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.rollout import graph, kv_cache, native
 from flashgrpo.grpo.rollout.generator import open_generator, sample_seeds
@@ -54,15 +54,17 @@ def generate(model, asked, sampling):
     [
         (4, Sampling(80, 0.7)),
         (1, Sampling(80)),
-        (4, Sampling(80, 0.7, top_p=0.6)),
+        (4, Sampling(80, 0.7, top_p=0.6, kept_limit=64)),
+        (4, Sampling(80, 0.7, top_p=0.6, kept_limit=4)),
+        (1, Sampling(80, top_k=40, kept_limit=64)),
         (1, Sampling(80, top_k=40)),
-        (4, Sampling(80, top_k=1000)),
+        (4, Sampling(80, top_k=1000, kept_limit=1000)),
         (1, Sampling(12, temperature=0)),
     ],
 )
 def test_completions_end_as_they_say_and_their_logprobs_are_the_models_own(model, group_size, sampling):
-    """Those that a truncated sampler reports are of what it kept; the trainer's are of the whole vocabulary. At
-    temperature 0 the likeliest token is taken, and the log-probs are the model's.
+    """Over the set that was drawn from, where that is told, and else over the whole vocabulary. At temperature 0 the
+    likeliest token is taken, and the log-probs are the model's.
     """
     groups = generate(model, requests(20 // group_size, group_size), sampling)
     rollouts = [rollout for group in groups.values() for rollout in group]
@@ -73,14 +75,17 @@ def test_completions_end_as_they_say_and_their_logprobs_are_the_models_own(model
         assert STOP not in ids[:-1]
         assert rollout.finish_reason == ("stop" if ids[-1] == STOP else "length")
         assert len(ids) == sampling.max_new_tokens or rollout.finish_reason == "stop"
-        batch = build_batch([Group(rollout.prompt_ids, [Completion(ids, 0)])])
+        batch = build_batch([Group.of([rollout])])
         with torch.no_grad():
             hidden = gather_predictors(model(batch), batch)
-            temperature = sampling.temperature or 1.0
-            logprobs, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=temperature)
-        np.testing.assert_allclose(rollout.comparable_logprobs, logprobs.numpy(), atol=1e-4)
-        if 0 < sampling.top_k < 61 or sampling.top_p < 1:
-            assert (rollout.behavior_logprobs > logprobs.numpy() + 1e-3).any()
+            options = {"temperature": sampling.temperature or 1.0, "kept": batch.kept}
+            logprobs, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets, **options)
+        np.testing.assert_allclose(rollout.behavior_logprobs, logprobs.numpy(), atol=1e-4)
+        if sampling.kept_limit:
+            assert rollout.kept_counts.max() <= sampling.kept_limit
+            assert len(rollout.kept_ids) == rollout.kept_counts.sum()
+        else:
+            assert rollout.kept_counts is rollout.kept_ids is None
         if sampling.temperature == 0:
             assert (hidden @ model.lm_head_weight.T).argmax(1).tolist() == ids.tolist()
 
@@ -310,12 +315,13 @@ def test_groups_may_differ_in_size_be_none_and_have_one_token(model):
 def test_sampling_follows_the_softmax_and_stays_inside_the_vocabulary():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, float("-inf")]).expand(40_000, -1)
     uniforms = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs, kept = sample_tokens(logits, uniforms, Sampling(1, temperature=0.8))
+    tokens, logprobs, counts, kept_ids = sample_tokens(logits, uniforms, Sampling(1, temperature=0.8))
     wanted = torch.softmax(logits[0] / 0.8, 0)
     shares = torch.bincount(tokens, minlength=5) / 40_000
     torch.testing.assert_close(shares, wanted, atol=0.01, rtol=0)
     torch.testing.assert_close(logprobs, wanted.log()[tokens])
-    assert (kept == 0).all()
+    assert (counts == 0).all()
+    assert kept_ids.shape == (40_000, 0)
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     middle = torch.tensor([[float("-inf"), 0.0, float("-inf")]]).expand(2, -1)
     assert sample_tokens(middle, ends, Sampling(1))[0].tolist() == [1, 1]
@@ -334,10 +340,16 @@ def test_sampling_follows_the_softmax_and_stays_inside_the_vocabulary():
 def test_truncated_sampling_renormalises_and_tells_what_it_kept(sampling, kept):
     probs = torch.tensor([0.3, 0.15, 0.5, 0.05])
     uniforms = torch.linspace(0, 1 - 1e-9, 4001, dtype=torch.float64)
-    tokens, logprobs, mass = sample_tokens(probs.log().expand(4001, -1), uniforms, sampling)
-    assert set(tokens.tolist()) == set(kept)
-    torch.testing.assert_close(logprobs.exp(), (probs / probs[kept].sum())[tokens])
-    torch.testing.assert_close(mass.exp(), probs[kept].sum().expand(4001))
+    logits = probs.log().expand(4001, -1)
+    for limit, told in ((4, True), (len(kept), True), (len(kept) - 1, False)):
+        limited = dataclasses.replace(sampling, kept_limit=limit)
+        tokens, logprobs, counts, kept_ids = sample_tokens(logits, uniforms, limited)
+        assert set(tokens.tolist()) == set(kept)
+        mass = probs[kept].sum() if told else 1.0
+        torch.testing.assert_close(logprobs.exp(), (probs / mass)[tokens])
+        assert (counts == (len(kept) if told else 0)).all()
+        assert not told or (kept_ids[:, : len(kept)] == torch.tensor(kept)).all()
+        assert kept_ids.shape[1] <= limit
 
 
 def test_seeds_differ_in_every_argument():

@@ -28,6 +28,7 @@ pytestmark = [
 ]
 SMALL, LARGE = 1 << 12, 1 << 28  # bytes of a bucket: less than the embedding, more than everything
 WORLD: Any = World(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]  # nothing is sharded
+OPTIONS = EngineOptions("model", "bfloat16", True, 64, 0, VllmSection())
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def servers(transfers, network):
             client = transfers.ServersHere(workers, timeout_s)
             opened.callback(client.close)
             opened.callback(network.ended.set)  # before
-            made = generator.ServersGenerator(client, on_gpu=True, world=WORLD, opened=ExitStack())
+            made = generator.ServersGenerator(client, OPTIONS, world=WORLD, opened=ExitStack())
             return made, [worker for own in workers.values() for worker in own]
 
         yield make
@@ -84,8 +85,7 @@ def engine(transfers, network, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setattr(generator, "Child", transfers.ChildHere)
     monkeypatch.setattr(generator.vllm_engine(), "LLM", transfers.Llm)
-    options = EngineOptions("model", "bfloat16", True, 64, 0, VllmSection())
-    made: Any = generator.EngineGenerator(options, [0], WORLD, timeout_s=20.0, load_format="dummy")
+    made: Any = generator.EngineGenerator(OPTIONS, [0], WORLD, timeout_s=20.0, load_format="dummy")
     return made, [made.child.made.llm.worker]
 
 

@@ -127,7 +127,12 @@ def test_log_probs_are_the_trainers_of_what_is_sampled_from(opened, sampling):
     wanted = probs[order == batch.targets[:, None]].log()
     torch.testing.assert_close(batch.behavior_logprobs, wanted.float(), atol=BOUND, rtol=0)
     whole, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets, temperature=sampling.temperature)
-    assert (whole < wanted - 0.05).any() == sampling.is_truncated  # the trainer's is of the whole distribution
+    assert (whole < wanted - 0.05).any() == sampling.is_truncated
+    # This build does not tell what it kept; by what it must have been, the trainer's log-probs are the sampler's.
+    sets = order[kept], torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
+    options = {"temperature": sampling.temperature, "kept": sets}
+    ours, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets, **options)
+    torch.testing.assert_close(batch.behavior_logprobs, ours, atol=BOUND, rtol=0)
 
 
 def test_an_update_that_fails_leaves_no_trace(opened, monkeypatch):

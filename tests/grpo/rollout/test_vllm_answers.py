@@ -16,16 +16,25 @@ import pytest
 import torch
 from aiohttp import web
 
-from flashgrpo.grpo.errors import GeneratorFailure, SyncError
-from flashgrpo.grpo.rollout.sync import DecoderSource
+from flashgrpo.grpo.errors import GeneratorFailure, RunInputError, SyncError
+from flashgrpo.grpo.recipe.schema import VllmSection
+from flashgrpo.grpo.rollout.sync import DecoderSource, weight_shapes
 from flashgrpo.grpo.rollout.vllm import generator as generator_module
 from flashgrpo.grpo.rollout.vllm.answers import AnswerError, read_group
 from flashgrpo.grpo.rollout.vllm.generator import ServersGenerator
+from flashgrpo.grpo.rollout.vllm.launch import EngineOptions
 from flashgrpo.grpo.rollout.vllm.servers import VllmServers
 from flashgrpo.grpo.types import Request, Sampling
+from flashgrpo.model.checkpoint import read_config
 from flashgrpo.model.config import ModelConfig
 
 LONGEST = 3
+
+
+def options(on_gpu: bool, kept_limit: int = 0) -> EngineOptions:
+    return EngineOptions("model", "bfloat16", on_gpu, 64, 0, VllmSection(), kept_limit)
+
+
 REQUEST = Request(7, [5, 6], np.arange(2, dtype=np.uint64))
 
 
@@ -45,9 +54,9 @@ def group(**changes: Any) -> dict[str, Any]:
     return {"choices": choices}
 
 
-def read(answer: dict[str, Any]) -> list:
-    text, versions = json.dumps(answer), range(3, 5)
-    return read_group(text, REQUEST, Sampling(LONGEST), vocab_size=10, stop_token_ids=[1, 2], versions=versions)
+def read(answer: dict[str, Any], kept_limit: int = 0) -> list:
+    text, versions, sampling = json.dumps(answer), range(3, 5), Sampling(LONGEST, kept_limit=kept_limit)
+    return read_group(text, REQUEST, sampling, vocab_size=10, stop_token_ids=[1, 2], versions=versions)
 
 
 def test_a_right_answer_is_read():
@@ -57,6 +66,56 @@ def test_a_right_answer_is_read():
     assert first.completion_ids.tolist() == [4, 9, 1]
     assert first.behavior_logprobs.tolist() == [-0.5, -2.0, 0.0]
     assert first.behavior_logprobs.dtype == np.float32
+
+
+KEPT = [[4], [2, 9, 0], [5, 1]]
+
+
+def test_kept_sets_are_read_where_they_were_asked_for():
+    answer = group()
+    for choice in answer["choices"]:
+        choice["sampling_mask"] = KEPT
+    first, _ = read(answer, kept_limit=3)
+    assert (first.kept_counts.tolist(), first.kept_ids.tolist()) == ([1, 3, 2], [4, 2, 9, 0, 5, 1])
+    assert first.kept_counts.dtype == first.kept_ids.dtype == np.int32
+    assert read(answer)[0].kept_counts is None  # an evaluation's
+
+
+@pytest.mark.parametrize(
+    ("sampling_mask", "message"),
+    [
+        (None, "no sampling_mask"),
+        (KEPT[:2], "2 kept sets for 3 tokens"),
+        ([[4], [2, 0], [1]], r"the token 9, drawn from \[2, 0\]"),
+        ([[], [9], [1]], r"the token 4, drawn from \[\]"),
+        ([[4], [9, 10], [1]], "the kept token 10, wanted 0 to 9"),
+    ],
+)
+def test_kept_sets_that_tokens_cannot_be_from_are_refused(sampling_mask, message):
+    answer = group(sampling_mask=sampling_mask)
+    answer["choices"][0]["sampling_mask"] = KEPT
+    with pytest.raises(AnswerError, match=message):
+        read(answer, kept_limit=3)
+
+
+def test_an_engine_that_tells_kept_sets_has_a_top_k_for_every_request():
+    """vLLM refuses others; without them nothing changes."""
+    telling = options(True, kept_limit=512)
+    assert telling.engine_arguments()["return_sampling_mask"] is True
+    assert telling.limited(Sampling(3, top_p=0.95, kept_limit=512)) == Sampling(3, 1.0, 0.95, 512, 512)
+    assert telling.limited(Sampling(3, top_k=20, kept_limit=512)).top_k == 20
+    assert telling.limited(Sampling(3, top_p=0.95)) == Sampling(3, 1.0, 0.95, 512)  # an evaluation's
+    assert "return_sampling_mask" not in options(True).engine_arguments()
+    assert options(False).limited(Sampling(3, top_p=0.95, kept_limit=512)) == Sampling(3, top_p=0.95)
+
+
+@pytest.mark.parametrize(("tells", "kept_limit"), [(True, 0), (False, 512)])
+def test_a_server_of_another_truncation_is_refused_before_the_start(model_path, recipe, tells, kept_limit):
+    policy: Any = SimpleNamespace(model=SimpleNamespace(config=read_config(model_path)))
+    served = {"dtype": "bfloat16", "weights": weight_shapes(policy.model.config), "max_model_len": 64}
+    client: Any = SimpleNamespace(lost={}, ask_workers=lambda *_: {"http://a": [served | {"tells_kept_sets": tells}]})
+    with pytest.raises(RunInputError, match=r"http://a was started with other rollout\.top_p and top_k"):
+        generator_module._check_servers(client, policy, recipe, options(True, kept_limit), longest_prompt=8)
 
 
 def spans(*ends: tuple[Any, int, int]) -> list[dict[str, Any]]:
@@ -276,7 +335,7 @@ async def nothing(request: web.Request) -> web.Response:
 
 def test_a_server_that_another_rank_has_lost_is_dropped(serve, empty_source, caplog):
     (first, second), client = serve(nothing, nothing)
-    generator = ServersGenerator(client, False, world_of(False, {first.url: "it died"}), ExitStack())
+    generator = ServersGenerator(client, options(False), world_of(False, {first.url: "it died"}), ExitStack())
     generator.load_weights(empty_source, 3)
     assert client.urls == [second.url]
     assert f"the vLLM server at {first.url} is dropped: it died; 1 left" in caplog.text
@@ -322,7 +381,7 @@ def test_nccl_is_not_waited_for_without_end(serve, nccl, empty_source, phase):
 
     nccl(open_group)
     client.timeout_s = 0.5
-    generator = ServersGenerator(client, True, world_of(True, {}), ExitStack())
+    generator = ServersGenerator(client, options(True), world_of(True, {}), ExitStack())
     with pytest.raises(SyncError, match=r"version 3 .* servers had not done their part over NCCL within 0\.5 s"):
         generator.load_weights(empty_source, 3)
     assert group.is_torn_down.is_set() == (phase == "sending")
@@ -339,7 +398,7 @@ def test_an_nccl_group_that_has_lost_a_server_is_made_anew(serve, nccl, empty_so
         return groups[-1]
 
     nccl(open_group)
-    generator = ServersGenerator(client, True, world_of(True, lost), ExitStack())
+    generator = ServersGenerator(client, options(True), world_of(True, lost), ExitStack())
     for version in (1, 2):
         generator.load_weights(empty_source, version)
     lost[servers[0].url] = "it died"
