@@ -1,7 +1,11 @@
 """What can go wrong, by whose doing; the command line exits with an error's `exit_code`."""
 
 import difflib
-from collections.abc import Iterable
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 NEAR = 0.7  # as difflib measures; at 0.5 it takes a "solution" for a "question"
 
@@ -62,3 +66,22 @@ def nearest(name: str, known: Iterable[str], prefix: str = "", *, with_all: bool
     near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
     guess = f"; did you mean {prefix}{near[0]}?" if near else ";"
     return guess if near and not with_all else f"{guess} known: {', '.join(prefix + each for each in known)}"
+
+
+def resolve_function(name: str, what: str, error_type: type[FlashgrpoError]) -> Callable[..., Any]:
+    """A person's `package.module:function`, also of the working folder; errors begin with `what` it is named by."""
+    module_name, _, attribute = name.partition(":")
+    # Workers are started with the trainer's path, so that they find the module, too.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # it may raise anything while it is imported
+        why = f"{type(error).__name__}: {error}"
+        raise error_type(f"{what} {name!r}: cannot import {module_name!r}: {why}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        public = [key for key, value in vars(module).items() if callable(value)]
+        hint = nearest(attribute, public)
+        raise error_type(f"{what} {name!r}: {module_name} has no function {attribute!r}{hint}")
+    return function

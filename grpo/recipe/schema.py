@@ -16,6 +16,7 @@ Template = Literal["r1", "chat", "none"]
 
 CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 WRITE_FIELDS = "reasoning", "summary", "answer"
+TRACKERS = "tensorboard", "trackio", "wandb"
 _Positive = Annotated[int, Field(strict=True, ge=1)]
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Bool = Annotated[bool, Field(strict=True)]
@@ -41,6 +42,12 @@ def _budget(found: Any) -> int | Literal["auto"]:
     if found == "auto" or (type(found) is int and found >= 1):
         return found
     raise ValueError('wanted a number of tokens, 1 or more, or "auto"')
+
+
+def _logger(name: str) -> str:
+    if name in TRACKERS or ":" in name:
+        return name
+    raise ValueError(f'wanted {", ".join(TRACKERS)} or "package.module:function"')
 
 
 # Every path of a person's own is one of these two, or ~ would be the name of a folder.
@@ -349,6 +356,9 @@ class RunSection:
     """auto: CUDA if there is one."""
     collective_timeout_s: _PositiveFloat = 1800.0
     """How long a rank waits for the others, as for the slowest one's rollout, before it gives up."""
+    loggers: list[Annotated[str, AfterValidator(_logger)]] = dataclasses.field(default_factory=lambda: ["tensorboard"])
+    """Who gets the numbers of each step beside metrics.jsonl: tensorboard, trackio, wandb, which get samples and the
+    recipe, too, or "package.module:function", called with each row. One that fails is switched off."""
     accept_changes: _Bool = False
     """Whether --resume goes on where a model's folder or a data file holds something else than when the run began."""
 

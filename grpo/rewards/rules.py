@@ -12,15 +12,12 @@ needs them.
 """
 
 import functools
-import importlib
 import json
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashgrpo.grpo.data.answers import REASONING_GYM, expected_answer
-from flashgrpo.grpo.errors import RecipeError, RewardError, nearest
+from flashgrpo.grpo.errors import RecipeError, RewardError, nearest, resolve_function
 from flashgrpo.grpo.rewards.response import Response
 
 if TYPE_CHECKING:
@@ -178,21 +175,9 @@ def resolve_reward(name: str) -> RewardFunction:
     """
     if name in BUILTINS:
         return BUILTINS[name]
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise RewardError(f"unknown reward {name!r}, no package.module:function either{nearest(name, BUILTINS)}")
-    # Workers are started with the trainer's path, so that they find the module, too.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
-        raise RewardError(f"reward {name!r}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
-    function: RewardFunction | None = getattr(module, attribute, None)
-    if not callable(function):
-        public = [key for key, value in vars(module).items() if callable(value)]
-        raise RewardError(f"reward {name!r}: {module_name} has no function {attribute!r}{nearest(attribute, public)}")
-    return function
+    return resolve_function(name, "reward", RewardError)
 
 
 def _task_score(task: str, options: dict[str, Any], found: str | None, row: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""A run's folder: recipe.toml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/step_N/. Whole or not at all.
+"""A run's folder: recipe.toml, metrics.jsonl, samples.jsonl, checkpoints/step_N/. Whole or not at all.
 
 A checkpoint is written beside its place and renamed. `checkpoints/step_N/state` has the fp32
 weights, the optimizer and the reference, each rank's shards written by itself and read by any
@@ -20,7 +20,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from flashgrpo.grpo.errors import RunError, RunInputError
 from flashgrpo.grpo.recipe.load import AnyRecipe
@@ -43,6 +42,7 @@ from flashgrpo.grpo.run.ledger import (
     write_made_from,
 )
 from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.trackers import SAMPLES, Trackers, check_trackers
 from flashgrpo.grpo.run.world import World
 from flashgrpo.model.files import (
     LOCK,
@@ -85,6 +85,7 @@ class RunFolder:
 
     def _compare(self) -> tuple[dict[str, Any], list[str], Inputs]:
         """The state of the checkpoint, what has changed since, and what the run is made from now."""
+        check_trackers(self.recipe)
         made_from, changed = compare_inputs(self.recipe)
         if self.checkpoint is None:
             return {}, [], made_from
@@ -118,8 +119,8 @@ class RunFolder:
             console.print("changed on resume:", ", ".join(self._changes), style="yellow", markup=False, soft_wrap=True)
         for path, rows in logs.items():
             _write_rows(path, [row for row in rows if row["step"] <= last_step])
-        writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=last_step + 1)
-        self._tensorboard = self._stack.enter_context(writer)
+        seen = {row["step"]: row for row in logs[self.path / "metrics.jsonl"] if row["step"] > last_step}
+        self._trackers = self._stack.enter_context(Trackers(self.recipe, last_step, seen))
 
     def _check_shared(self) -> None:
         if not (self.path / "recipe.toml").exists():
@@ -131,7 +132,7 @@ class RunFolder:
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append a row; NaN and infinity are written as null."""
         if self._world.is_main:
-            _append(self.path / "metrics.jsonl", [self._row(step, metrics)])
+            _append(self.path / "metrics.jsonl", [{"step": step} | self._track(step, metrics)])
 
     def has_logged(self, step: int, name: str) -> bool:
         """Whether the last row is that of `step` and has `name`."""
@@ -143,24 +144,26 @@ class RunFolder:
         if not self._world.is_main:
             return
         rows = read_rows(self.path / "metrics.jsonl")
-        before = rows.pop() if rows and rows[-1]["step"] == step else {}
-        row = self._row(step, metrics, shown=before.keys())
-        _write_rows(self.path / "metrics.jsonl", [*rows, before | row])
+        before = rows.pop() if rows and rows[-1]["step"] == step else {"step": step}
+        _write_rows(self.path / "metrics.jsonl", [*rows, before | self._track(step, metrics, before.keys())])
 
-    def _row(self, step: int, metrics: Mapping[str, float | None], shown: Collection[str] = ()) -> dict[str, Any]:
-        row: dict[str, Any] = {"step": step}
+    def _track(
+        self, step: int, metrics: Mapping[str, float | None], shown: Collection[str] = ()
+    ) -> dict[str, float | None]:
+        """The values as JSON has them, without NaN, when the trackers have got what they were not `shown` before."""
+        values: dict[str, float | None] = {}
         for key, value in metrics.items():
-            is_finite = value is not None and math.isfinite(value)
-            row[key] = value if is_finite else None  # JSON has no NaN
-            if key not in shown:  # TensorBoard would draw both
-                self._tensorboard.add_scalar(key, value if is_finite else math.nan, step)
-        return row
+            values[key] = value if value is not None and math.isfinite(value) else None
+        self._trackers.log(step, {key: value for key, value in values.items() if key not in shown})
+        return values
 
     def log_samples(self, step: int, samples: Iterable[dict[str, Any]]) -> None:
         """Append sampled completions."""
         if not self._world.is_main:
             return
-        _append(self.path / "samples.jsonl", ({"step": step} | sample for sample in samples))
+        found = [*samples]
+        _append(self.path / "samples.jsonl", ({"step": step} | sample for sample in found))
+        self._trackers.log(step, {SAMPLES: found} if found else {})
 
     def save(self, step: int, write_model, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
         """Write checkpoints/step_N and remove all but the newest `keep`. `write_model(path)` makes the model's folder.

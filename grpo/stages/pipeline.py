@@ -42,6 +42,7 @@ from flashgrpo.grpo.rewards.rules import check_names, resolve_reward
 from flashgrpo.grpo.run.folder import hold_output
 from flashgrpo.grpo.run.ledger import changed, differing, identify, input_paths, model_paths, read_sections
 from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.trackers import check_trackers
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.stages.kinds import KINDS, run_recipe
 from flashgrpo.grpo.stages.plots import draw_pipeline, write_report
@@ -239,7 +240,8 @@ def _stage(
     overrides: Sequence[str],
 ) -> Stage:
     kind, folder = values["kind"], str(Path(settings.run.output) / name)
-    shared = {key: getattr(settings.run, key) for key in ("seed", "device", "accept_changes", "collective_timeout_s")}
+    keys = ("seed", "device", "accept_changes", "collective_timeout_s", "loggers")
+    shared = {key: getattr(settings.run, key) for key in keys}
     base: Values = {"run": {"output": folder, **shared}}
     if kind == "eval":
         models = values.get("models")
@@ -259,6 +261,7 @@ def _stage(
 def _check_functions(recipe: Any, source: str) -> None:
     """That the functions a recipe names are there, and take what they will be given."""
     try:
+        check_trackers(recipe)
         if isinstance(recipe, Recipe):
             check_names(recipe)
         elif isinstance(recipe, FunctionRecipe):

@@ -25,7 +25,7 @@ from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.run import folder as run_folder
-from flashgrpo.grpo.run import watch
+from flashgrpo.grpo.run import world
 from flashgrpo.grpo.run.folder import newest_checkpoint, read_rows
 from flashgrpo.grpo.run.world import open_world
 from flashgrpo.grpo.sampling import Sampler
@@ -114,7 +114,7 @@ def data_missing_on_rank_1(*arguments: str) -> tuple[int, str]:
         return original(*options)
 
     train_module.load_problems = load
-    watch.GRACE_S = 1.0
+    world.GRACE_S = 1.0
     return command(*arguments)
 
 
@@ -145,7 +145,7 @@ def stuck(kind: str, which: int, recipe_file: str, *options: str) -> tuple[int, 
             os.kill(os.getpid(), ends)
         return original(*arguments, **options)
 
-    watch.GRACE_S = 1.0
+    world.GRACE_S = 1.0
     original = run_folder.state_dict_saver.save
     run_folder.state_dict_saver.save = save
     train_module.Sampler = Stuck
@@ -191,7 +191,7 @@ def test_a_rank_that_never_starts_is_not_waited_for_without_end(rank, monkeypatc
         free.bind(("127.0.0.1", 0))
         store.set("rank 0", f"name {free.getsockname()[1]}")
     with pytest.raises(dist.DistStoreError, match="not all of the 2 ranks have started"):
-        watch.meet(store, rank, 2, limit_s=0.2)
+        world.meet(store, rank, 2, limit_s=0.2)
 
 
 def interrupted(recipe_file: str) -> tuple[int, str]:
@@ -208,7 +208,7 @@ def interrupted(recipe_file: str) -> tuple[int, str]:
             if os.environ["RANK"] == "0":
                 self.ends.callback(time.sleep, 2.5)
 
-    watch.GRACE_S = 0.1
+    world.GRACE_S = 0.1
     train_module.Trainer = Interrupted
     return command(recipe_file, "--train.steps=1000")
 
