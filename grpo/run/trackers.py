@@ -70,7 +70,7 @@ class Trackers(contextlib.ExitStack):
             if name == "tensorboard":
                 opened = _tensorboard(folder / name, config, last_step + 1)
             elif name in TRACKERS:
-                opened = _client(name, folder, config)
+                opened = _client(name, folder, _number_of(folder), config)
             else:
                 opened = _function(name)
             self._trackers.append(_Tracker(name, opened))
@@ -156,14 +156,18 @@ def _tensorboard(folder: Path, config: Values, first_step: int) -> Iterator[Take
         yield take
 
 
-@contextmanager
-def _client(name: str, folder: Path, config: Values) -> Iterator[Take]:
-    """trackio's or wandb's, whose interfaces are alike; a resumed run goes on by the id in its folder."""
-    client: Any = importlib.import_module(name)
+def _number_of(folder: Path) -> str:
+    """By which trackio and wandb know a run that is resumed."""
     file = folder / "tracker_id"
     if not file.exists():
         write_text(file, uuid.uuid4().hex[:8])
-    number = file.read_text()
+    return file.read_text()
+
+
+@contextmanager
+def _client(name: str, folder: Path, number: str, config: Values) -> Iterator[Take]:
+    """trackio's or wandb's: their interfaces are alike."""
+    client: Any = importlib.import_module(name)
     options = {"project": os.environ.get(f"{name.upper()}_PROJECT", "flashgrpo"), "name": f"{folder.name}-{number}"}
     if name == "wandb":  # trackio knows a run by its name
         options |= {"id": number, "dir": str(folder), "allow_val_change": True}
