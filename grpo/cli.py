@@ -176,6 +176,19 @@ def _print_report(run_folder: str) -> None:
     print(f"picture: {picture}")
 
 
+def _report_runs(options: argparse.Namespace) -> None:
+    if len(options.run_folder) == 1:
+        return _print_report(options.run_folder[0])
+
+    from flashgrpo.grpo.stages.plots import compare_runs
+
+    runs = {label: Path(path) for label, path in map(labelled, options.run_folder)}
+    if len(runs) < len(options.run_folder):
+        raise RunInputError(f"two runs are called {[*runs][-1]}; give each a label of its own, as A=runs/a B=runs/b")
+    print(f"picture: {compare_runs(runs, options.output)}")
+    return None
+
+
 class _RecipeHelp(argparse.Action):
     """The help of a command, with every key of the recipe that it runs, or those that one looks for."""
 
@@ -315,9 +328,10 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         _option("--seed", type=int, default=1, help="default 1"),
     ),
     "report": (
-        lambda options: _print_report(options.run_folder),
-        "draw RUN/report.png, print a summary and samples",
-        _option("run_folder", metavar="RUN", help="a run's output folder"),
+        _report_runs,
+        "draw RUN/report.png, print a summary and samples; of several runs, one picture and one table",
+        _option("run_folder", metavar="[LABEL=]RUN", nargs="+", help="a run's output folder"),
+        _option("--output", type=Path, default=Path("report.png"), help="picture of several runs; default report.png"),
     ),
 }
 

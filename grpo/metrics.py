@@ -27,6 +27,19 @@ _NAMES = {
     "behavior_mismatch_mean": "mismatch/mean",
     "behavior_mismatch_max": "mismatch/max",
 }
+NOT_REWARDS = {f"reward/{name}" for name in ("mean", "std", "group_std", "missing")}  # of the keys reward/*
+# What the terminal tells after the rewards: a key, its word and its format.
+_TOLD = (
+    ("eval/pass@1", "held-out", ".3f"),
+    ("length/mean", "length", ".0f"),
+    ("length/truncated", "truncated", ".1%"),
+    ("entropy", "entropy", ".2f"),
+    ("kl", "KL", ".2g"),
+    ("clip/low", "clipped low", ".2%"),
+    ("clip/high", "high", ".2%"),
+    ("grad_norm", "gradient", ".2g"),
+    ("mismatch/mean", "mismatch", ".1g"),
+)
 PHASES = ("generate", "reward", "pack", "score", "train", "sync")
 
 
@@ -108,10 +121,10 @@ def rollout_metrics(
 
 
 def speed_metrics(data: StepData, clock: Clock, plans: Sequence[PackPlan], world: World) -> dict[str, float]:
-    """Seconds by phase, and rates: sampled tokens a second of the whole step, trained tokens a
-    second of the training phase, and its model FLOPs a second and rank, which count attention
-    exactly and recomputation not at all; `mfu` is their share of the GPU's dense bf16 peak, where
-    that is known.
+    """Seconds by phase, and rates: sampled tokens a second of the whole step and, where it did not begin before, of the
+    phase that samples; trained tokens a second of the training phase, and its model FLOPs a second and rank, which
+    count attention exactly and recomputation not at all; `mfu` is their share of the GPU's dense bf16 peak, where that
+    is known.
 
     `idle` is the share of the step that the ranks, on average, wait for the slowest: measured for the rollout, for the
     training phase by the FLOPs of each rank's micro-batches, in which ranks move in lockstep.
@@ -121,12 +134,13 @@ def speed_metrics(data: StepData, clock: Clock, plans: Sequence[PackPlan], world
     flops = 3 * sum(float(plan.costs.sum()) for plan in plans)
     lockstep = 3 * world.size * sum(float(plan.costs.max(axis=0).sum()) for plan in plans)
     seconds = {f"time/{phase}_s": clock.seconds[phase] for phase in PHASES}
-    train_s = max(clock.seconds["train"], 1e-9)
+    generate_s, train_s = clock.seconds["generate"], max(clock.seconds["train"], 1e-9)
     rate = flops / train_s / world.size
     peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     return (
         seconds
         | ({"mfu": rate / peak} if peak else {})
+        | ({"tokens_per_s/sampled": sampled / generate_s} if generate_s and not data.is_stale else {})
         | {
             "time/step_s": clock.total_s,
             "tokens_per_s": sampled / clock.total_s,
@@ -140,13 +154,18 @@ def speed_metrics(data: StepData, clock: Clock, plans: Sequence[PackPlan], world
 
 
 def one_line(metrics: dict[str, float]) -> str:
-    """The progress bar's text."""
+    """The progress bar's text: what tells whether a run learns, then what tells why it does not."""
     parts = [f"reward {metrics['reward/mean']:.3f}"]
-    if "reward/accuracy" in metrics:
-        parts.append(f"accuracy {metrics['reward/accuracy']:.3f}")
-    if "eval/pass@1" in metrics:
-        parts.append(f"held-out {metrics['eval/pass@1']:.3f}")
-    return ", ".join([*parts, f"length {metrics['length/mean']:.0f}", f"{metrics['tokens_per_s']:,.0f} tokens/s"])
+    for key, value in metrics.items():
+        if key.startswith("reward/") and key not in NOT_REWARDS:
+            parts.append(f"{key.removeprefix('reward/')} {value:.3f}")
+    for key, word, form in _TOLD:
+        if key in metrics:
+            parts.append(f"{word} {metrics[key]:{form}}")
+    rates = f"{metrics['tokens_per_s/trained']:,.0f} training"
+    if "tokens_per_s/sampled" in metrics:
+        rates = f"{metrics['tokens_per_s/sampled']:,.0f} sampling, {rates}"
+    return ", ".join([*parts, f"{metrics['tokens_per_s']:,.0f} tokens/s ({rates})"])
 
 
 def _over_known(statistic: Callable[[np.ndarray], np.floating], values: np.ndarray) -> float:

@@ -52,12 +52,12 @@ class Clock:
 
 
 class _TwoLines(Progress):
-    """The bar, and a line of its own for each task's values, which may be cut; what is on the bar is not."""
+    """The bar, and each task's values below it."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
-            yield Text(task.fields["values"], no_wrap=True, overflow="ellipsis")
+            yield Text(task.fields["values"])
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""`flashgrpo report RUN`: the paper's two curves (score and response length over steps), rewards, the time's shares.
+"""`flashgrpo report RUN ...`: a run's curves, the paper's two (score and response length over steps) first, or those of
+several runs over each other, and the ends of the curves as a table.
 
 Of an SFT run or a reward model's, the loss.
 """
 
 import fnmatch
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.panel import Panel
@@ -18,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flashgrpo.grpo.errors import RunInputError
-from flashgrpo.grpo.metrics import PHASES
+from flashgrpo.grpo.metrics import NOT_REWARDS, PHASES
 from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.model.files import whole_file
 
@@ -30,16 +33,27 @@ _LARGEST = 1e300  # beyond it a picture has no place
 _MARKED = 20  # steps that are few enough for a mark each
 _FREE, _FROM_0, _FROM_0_TO_1 = (None, None), (0, None), (-0.02, 1.02)
 _STAGE_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-_NOT_REWARDS = {"mean", "std", "group_std", "missing"}
 _BLUE = {"color": "tab:blue"}
-_GRPO_SUMMARY = {  # column: key and format
-    "held-out pass@1": ("eval/pass@1", "{:.1%}"),
-    "reward": ("reward/mean", "{:.3f}"),
-    "length": ("length/mean", "{:.1f}"),
-    "sampled tokens/s": ("tokens_per_s", "{:,.0f}"),
-}
-_SFT_SUMMARY = {"loss": ("loss", "{:.4f}"), "trained tokens/s": ("tokens_per_s/trained", "{:,.0f}")}
-_REWARD_MODEL_SUMMARY = {"held-out accuracy": ("eval/accuracy", "{:.1%}"), **_SFT_SUMMARY}
+_COMPARED = (  # of runs beside each other: key, title, format, and whether it has a panel
+    ("eval/pass@1", "held-out pass@1", "{:.1%}", True),
+    ("eval/accuracy", "held-out accuracy", "{:.1%}", True),
+    ("reward/accuracy", "accuracy of the rollouts", "{:.1%}", True),
+    ("reward/mean", "mean reward", "{:.3f}", True),
+    ("length/mean", "response length, tokens", "{:.1f}", True),
+    ("length/truncated", "truncated", "{:.1%}", False),
+    ("loss", "loss", "{:.4f}", False),
+    ("entropy", "entropy, nats a token", "{:.3f}", True),
+    ("kl", "KL to the reference, nats a token", "{:.2g}", True),
+    ("clip/low", "ratios clipped low", "{:.2%}", False),
+    ("clip/high", "ratios clipped high", "{:.2%}", False),
+    ("grad_norm", "gradient norm, before clipping", "{:.3g}", True),
+    ("mismatch/mean", "mismatch, nats a token", "{:.2g}", True),
+    ("tokens_per_s", "sampled tokens/s, whole step", "{:,.0f}", True),
+    ("tokens_per_s/sampled", "sampled tokens/s, sampling", "{:,.0f}", False),
+    ("tokens_per_s/trained", "trained tokens/s, training", "{:,.0f}", False),
+)
+_END_SHARE = 0.1  # of the steps, whose mean is an end of a curve
+_SMOOTHED_SHARE = 0.08  # of the steps, over which a curve is smoothed
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Chart:
     limits: tuple[float | None, float | None] = _FROM_0  # of its axis; None: those of the curves
     is_share: bool = False  # in percent
     band: tuple[str, str, str] | None = None  # keys of its two ends, and its label
-    right: str = ""  # key of a curve with an axis of its own
+    right: tuple[str, str] = ("", "")  # key of a curve with an axis of its own, and its label
     is_stacked: bool = False
 
     def has_values(self, rows: Rows) -> bool:
@@ -63,51 +77,83 @@ class Chart:
 def write_report(run: str | Path) -> Path:
     """Draw RUN/report.png from RUN/metrics.jsonl; returns its path. Raises RunInputError for no step to draw."""
     run = Path(run)
-    rows = _read_metrics(run)
-    steps = _with_key(rows, "loss")
-    if not steps:
-        raise RunInputError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a run?")
+    rows, steps = _read_run(run)
     charts = [chart for chart in _charts(rows, steps) if chart.has_values(rows)] or [Chart("nothing to see", {})]
     num_rows, num_columns = -(-len(charts) // 2), min(2, len(charts))
     figure = Figure(figsize=(11, max(3.75 * num_rows, 5.0)), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axis, chart in zip(axes, charts, strict=False):
         _draw(axis, chart, rows, steps)
-    first, last = rows[0]["step"], rows[-1]["step"]
+    _finish(axes, len(charts), rows[0]["step"], rows[-1]["step"])
+    figure.suptitle(str(run), fontsize="medium", color="0.4", parse_math=False)
+    return _save(figure, run / "report.png", dpi=120)
+
+
+def compare_runs(runs: Mapping[str, Path], path: Path) -> Path:
+    """Draw runs, by their labels, in one picture, and print the ends of their curves; returns `path`.
+
+    Raises RunInputError as `write_report`.
+    """
+    rows_of = {label: _read_run(run)[0] for label, run in runs.items()}
+    every = [row for rows in rows_of.values() for row in rows]
+    shown = [(key, title) for key, title, _, has_panel in _COMPARED if has_panel and any(map(_get(key), every))]
+    shown = shown or [("loss", "loss")]
+    num_columns = min(3, len(shown))
+    num_rows = -(-len(shown) // num_columns)
+    figure = Figure(figsize=(4.6 * num_columns, 3.2 * num_rows + 0.6), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for axis, (key, title) in zip(axes, shown, strict=False):
+        for (label, rows), color in zip(rows_of.items(), _STAGE_COLOURS * len(rows_of), strict=False):
+            _plot(axis, _known(rows, key), key, marks=key.startswith("eval/"), color=color, label=label)
+        is_share = key.startswith("eval/") or key == "reward/accuracy"
+        _scale(axis, Chart(title, {}, _FREE if key in ("reward/mean", "loss") else _FROM_0, is_share=is_share))
+        axis.set_title(title, loc="left", fontweight="bold")
+    _finish(axes, len(shown), min(row["step"] for row in every), max(row["step"] for row in every))
+    handles = [Line2D([], [], color=color) for _, color in zip(runs, _STAGE_COLOURS * len(runs), strict=False)]
+    figure.legend(handles, runs, loc="outside upper left", ncols=len(runs), frameon=False)
+    print_ends(rows_of)
+    return _save(figure, path, dpi=100)
+
+
+def _get(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda row: row.get(key)
+
+
+def _finish(axes: np.ndarray, used: int, first: int, last: int) -> None:
+    """What all panels over steps have; a grid may have places too many."""
     margin = max(0.02 * (last - first), 0.5)
-    for axis in axes:
+    for axis in axes[:used]:
         axis.set_xlabel("step")
         axis.set_xlim(first - margin, last + margin)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axis.grid(alpha=0.25)
         _open_corner(axis)
-    # A grid with an odd number of panels has a place too many.
-    for axis in axes[len(charts) :]:
+    for axis in axes[used:]:
         axis.remove()
-    figure.suptitle(str(run), fontsize="medium", color="0.4", parse_math=False)
-    return _save(figure, run / "report.png", dpi=120)
+
+
+def print_ends(rows_of: Mapping[str, Rows]) -> None:
+    """A table of runs by their labels: where each curve begins and ends, to standard output."""
+    table = Table(caption="first -> last: means over a tenth of the steps", caption_justify="left")
+    table.add_column()
+    for label in rows_of:
+        table.add_column(Text(label), justify="right")
+    for key, title, form, _ in _COMPARED:
+        cells = []
+        for rows in rows_of.values():
+            values = [row[key] for row in _known(rows, key)]
+            width = max(1, round(_END_SHARE * len(values)))
+            ends = {form.format(np.mean(part)): None for part in (values[:width], values[-width:]) if part}
+            cells.append(" -> ".join(ends))
+        if any(cells):
+            table.add_row(title, *cells)
+    Console().print(table)
 
 
 def print_summary(run: str | Path, num_samples: int = 3) -> None:
-    """Held-out score or loss before and after, and the newest sampled completions, to standard output."""
+    """Where the run's curves begin and end, and the newest sampled completions, to standard output."""
     run, console = Path(run), Console()
-    rows = _read_metrics(run)
-    steps = _with_key(rows, "loss")
-    evaluations = _with_key(rows, "eval/pass@1") or _with_key(rows, "eval/accuracy")
-    columns = _SFT_SUMMARY
-    if _with_key(steps, "reward/mean"):
-        columns = _GRPO_SUMMARY
-    elif _with_key(steps, "train/accuracy"):
-        columns = _REWARD_MODEL_SUMMARY
-    table = Table(title=Text(str(run)), title_justify="left")
-    for column in ("step", *columns):
-        table.add_column(column, justify="right")
-    for row in evaluations or steps[:1] + steps[1:][-1:]:
-        cells = [str(row["step"])]
-        for key, form in columns.values():
-            cells.append("" if row.get(key) is None else form.format(row[key]))
-        table.add_row(*cells)
-    console.print(table)
+    print_ends({str(run): _read_metrics(run)})
     # Of a prompt the last sample stays, at the place of its first.
     newest = {}
     for sample in read_rows(run / "samples.jsonl"):
@@ -119,6 +165,15 @@ def print_summary(run: str | Path, num_samples: int = 3) -> None:
             reward = f"{sample['reward']:.3g}"
         text = Text.assemble((prompt.strip(), "dim"), "\n", str(sample.get("completion")).strip())
         console.print(Panel(text, title=f"step {sample['step']}, reward {reward}"))
+
+
+def _read_run(run: Path) -> tuple[Rows, Rows]:
+    """All rows, and those of training steps."""
+    rows = _read_metrics(run)
+    steps = _with_key(rows, "loss")
+    if not steps:
+        raise RunInputError(f"{run / 'metrics.jsonl'}: no training step found; is {run} the folder of a run?")
+    return rows, steps
 
 
 def _read_metrics(run: Path) -> Rows:
@@ -149,7 +204,7 @@ def _charts(rows: Rows, steps: Rows) -> list[Chart]:
         loss = Chart(f"loss, nats a {unit}", {"loss": _BLUE}, limits=_FREE)
         return [loss, Chart("accuracy", accuracy, _FROM_0_TO_1, is_share=True), norm]
     scores: dict[str, dict[str, Any]] = {
-        "reward/accuracy": {"color": "0.7", "label": "accuracy of the rollouts"},
+        "reward/accuracy": {"color": "0.6", "label": "accuracy of the rollouts"},
         "eval/pass@1": {**_BLUE, "label": "held-out pass@1"},
     }
     samples = max((row["eval/k"] for row in _known(rows, "eval/k")), default=1)
@@ -157,25 +212,30 @@ def _charts(rows: Rows, steps: Rows) -> list[Chart]:
         scores["eval/cons@k"] = {"linestyle": "--", "color": "tab:green", "label": f"held-out cons@{samples:.0f}"}
     rewards = {}
     for key in steps[0]:
-        name = key.removeprefix("reward/")
-        if key.startswith("reward/") and name not in _NOT_REWARDS:
-            rewards[key] = {"label": name}
+        if key.startswith("reward/") and key not in NOT_REWARDS:
+            rewards[key] = {"label": key.removeprefix("reward/")}
     # Last, and over the others.
     rewards["reward/mean"] = {"color": "black", "label": "weighted sum"}
     times = {f"time/{phase}_s": {"color": f"C{i}", "label": phase} for i, phase in enumerate(PHASES)}
     lengths = {"length/mean": {**_BLUE, "label": "mean"}}
-    clipped = {f"clip/{end}": {"label": f"too {end}"} for end in ("low", "high")}
+    shares = {
+        "groups/dead": {"color": "0.6", "label": "groups without a gradient"},
+        "length/truncated": {"color": "tab:blue", "label": "truncated"},
+        "clip/low": {"color": "tab:green", "label": "ratios clipped low"},
+        "clip/high": {"color": "tab:red", "label": "ratios clipped high"},
+    }
     interval = ("eval/pass@1/low", "eval/pass@1/high", "95% interval")
+    reflections = ("reflection/per_1000_tokens", "reflections in 1,000")
     extremes = ("length/min", "length/max", "shortest to longest")
     return [
         Chart("score", scores, _FROM_0_TO_1, is_share=True, band=interval),
-        Chart("response length, tokens", lengths, band=extremes, right="reflection/per_1000_tokens"),
+        Chart("response length, tokens", lengths, band=extremes, right=reflections),
         Chart("mean reward", rewards, limits=_FREE),
-        Chart("seconds a step", times, is_stacked=True),
-        Chart("KL to the reference, nats a token", {"kl": _BLUE}),
-        Chart("entropy, nats a token", {"entropy": _BLUE}),
-        Chart("share of tokens whose ratio is clipped", clipped, is_share=True),
+        Chart("entropy, nats a token", {"entropy": {**_BLUE, "label": "entropy"}}, right=("kl", "KL to the reference")),
+        Chart("shares: of groups, completions, tokens", shares, is_share=True),
         norm,
+        Chart("mismatch of sampler and trainer, nats a token", {"mismatch/mean": _BLUE}),
+        Chart("seconds a step", times, is_stacked=True, right=("tokens_per_s", "sampled tokens/s")),
     ]
 
 
@@ -187,15 +247,18 @@ def _draw(axis: Axes, chart: Chart, rows: Rows, steps: Rows) -> None:
         _stack(axis, chart.curves, steps)
     else:
         for key, style in chart.curves.items():
+            if chart.limits == _FROM_0 and not np.nan_to_num(_series(rows, key)[1]).any():
+                continue
             # What is measured at times only is a line all the same.
             is_evaluated = key.startswith("eval/")
             _plot(axis, _known(rows, key) if is_evaluated else steps, key, marks=is_evaluated, **style)
     _scale(axis, chart)
-    if np.nan_to_num(_series(steps, chart.right)[1]).any():
+    key, label = chart.right
+    if np.nan_to_num(_series(steps, key)[1]).any():
         # Its curve is on the other axis, whose legend nobody asks for: an empty one stands for it.
-        axis.plot([], [], ":", color="tab:red", label="reflections in 1,000")
+        axis.plot([], [], ":", color="tab:red", label=label)
         right = axis.twinx()
-        _plot(right, steps, chart.right, linestyle=":", color="tab:red")
+        _plot(right, steps, key, linestyle=":", color="tab:red")
         right.set_ylim(bottom=0)
         right.tick_params(colors="tab:red")
         _open_corner(right)
@@ -223,14 +286,29 @@ def _stack(axis: Axes, curves: dict[str, dict[str, Any]], steps: Rows) -> None:
 
 
 def _plot(axis: Axes, rows: Rows, key: str, marks: bool = False, **style: Any) -> None:
-    """A line, if there is anything, and marks where it would not be seen: at few steps, and between missing ones."""
+    """A line, if there is anything, and marks where it would not be seen: at few steps, and between missing ones.
+
+    Of many steps a smoothed line over a pale one of the values.
+    """
     numbers, values = _series(rows, key)
     known = np.isfinite(values)
     if not known.any():
         return
+    if known.sum() > _MARKED and not marks:
+        (pale,) = axis.plot(numbers, values, color=style.get("color"), alpha=0.25, linewidth=1, label="_values")
+        style["color"], values = pale.get_color(), _smoothed(values)
     before, after = np.r_[False, known[:-1]], np.r_[known[1:], False]
     marked = known if marks or len(numbers) <= _MARKED else known & ~before & ~after
-    axis.plot(numbers, values, marker="o", markersize=4, markevery=np.flatnonzero(marked).tolist(), **style)
+    marker = "o" if marked.any() else ""
+    axis.plot(numbers, values, marker=marker, markersize=4, markevery=np.flatnonzero(marked).tolist(), **style)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Means over the steps around each, of those that have a value; none where there is none."""
+    width = max(3, round(_SMOOTHED_SHARE * len(values)))
+    known, window = np.isfinite(values), np.hanning(width + 2)[1:-1]
+    weights = np.convolve(known, window, "same")
+    return np.where(known, np.convolve(np.nan_to_num(values), window, "same") / np.maximum(weights, 1e-9), np.nan)
 
 
 def _band(axis: Axes, rows: Rows, low_key: str, high_key: str, color: str, label: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from flashgrpo.grpo.learn.balance import PackPlan, plan_packs
 from flashgrpo.grpo.learn.learner import Learner
 from flashgrpo.grpo.learn.packing import Completion, Group
-from flashgrpo.grpo.metrics import device_metrics, rollout_metrics, speed_metrics
+from flashgrpo.grpo.metrics import device_metrics, one_line, rollout_metrics, speed_metrics
 from flashgrpo.grpo.recipe.schema import OptimizerSection
 from flashgrpo.grpo.run.progress import Clock
 from flashgrpo.grpo.run.world import open_world
@@ -86,7 +86,7 @@ def test_speed_counts_what_the_loss_multiplies(recipe, monkeypatch):
     plan = PackPlan([[[groups[0]]], [[groups[1]]]], np.array([[4 * 100 + 10 * 10 + 3000], [100 + 10 + 1000.0]]))
     assert (plan_packs(groups, 8, 2, flops).costs == plan.costs).all()
     clock = Clock()
-    clock.seconds["train"] = 2.0
+    clock.seconds |= {"train": 2.0, "generate": 4.0}
     clock.start -= 10.0
     with open_world(recipe) as world:
         world = dataclasses.replace(world, size=2)
@@ -101,5 +101,15 @@ def test_speed_counts_what_the_loss_multiplies(recipe, monkeypatch):
     assert metrics["tflops"] == pytest.approx(rate / 1e12)
     assert on_gpu["mfu"] == pytest.approx(rate / 989e12)
     assert metrics["tokens_per_s/trained"] == pytest.approx(5 / 2.0)
+    assert metrics["tokens_per_s/sampled"] == pytest.approx(metrics["tokens_per_s"] * 10 / 4, rel=1e-2)
     assert metrics["tokens_per_s/gpu"] == pytest.approx(metrics["tokens_per_s"] / 2)
     assert metrics["idle"] == pytest.approx(2.0 * (1 - (3500 + 1110) / 7000) / 10, rel=1e-2)
+
+
+def test_the_line_of_a_step_tells_rewards_first_and_rates_last():
+    rewards = {"reward/mean": 0.5, "reward/missing": 0.0, "reward/accuracy": 0.25}
+    rates = {"tokens_per_s": 1000.0, "tokens_per_s/trained": 5000.0}
+    metrics = rates | {"grad_norm": 0.31, "length/mean": 34.0, "length/truncated": 0.02, "entropy": 0.5} | rewards
+    told = "reward 0.500, accuracy 0.250, length 34, truncated 2.0%, entropy 0.50, gradient 0.31, 1,000 tokens/s"
+    assert one_line(metrics) == f"{told} (5,000 training)"
+    assert one_line(metrics | {"tokens_per_s/sampled": 2000.0}) == f"{told} (2,000 sampling, 5,000 training)"

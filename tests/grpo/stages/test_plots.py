@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.errors import RunError
 from flashgrpo.grpo.stages.plots import print_summary, write_report
 
@@ -20,6 +21,7 @@ ROW = {
     "reward/format": 0.9,
     "length/min": 3.0,
     "length/max": 48.0,
+    "length/truncated": 0.25,
     "time/generate_s": 1.0,
     "time/train_s": 2.0,
     "time/sync_s": 0.0,
@@ -64,7 +66,7 @@ def drawn(make_run, monkeypatch):
 
 
 def labels(axis: Axes) -> list:
-    return [line.get_label() for line in axis.lines]
+    return [str(line.get_label()) for line in axis.lines if not str(line.get_label()).startswith("_")]
 
 
 def test_the_picture_is_a_file(make_run):
@@ -79,16 +81,42 @@ def test_the_picture_is_a_file(make_run):
 def test_a_run_is_seen_in_all_that_it_logs(drawn):
     rows = [evaluated(0, 0.1), *[step_row(i, **LEARNED) for i in range(1, 30)], step_row(30) | evaluated(30, 0.6)]
     axes = drawn(rows)
-    assert len(axes) == 8
+    assert [*axes][:4] == ["score", "response length, tokens", "mean reward", "entropy, nats a token"]
     assert labels(axes["mean reward"]) == ["format", "accuracy", "weighted sum"]
-    assert labels(axes["share of tokens whose ratio is clipped"]) == ["too low", "too high"]
-    rollouts, scores, votes = axes["score"].lines
+    assert labels(axes["shares: of groups, completions, tokens"]) == ["truncated", "ratios clipped high"]
+    assert labels(axes["entropy, nats a token"]) == ["entropy", "KL to the reference"]
+    rollouts, smoothed, scores, votes = axes["score"].lines
     assert labels(axes["score"]) == ["accuracy of the rollouts", "held-out pass@1", "held-out cons@4"]
     assert rollouts.get_xydata()[4].tolist() == [5, 0.25]
+    assert smoothed.get_ydata()[14] == pytest.approx(0.75)
+    assert (rollouts.get_alpha(), rollouts.get_color()) == (0.25, smoothed.get_color())
     assert scores.get_xydata().tolist() == [[0, 0.1], [30, 0.6]]
     assert votes.get_ydata().tolist() == [0.4, 0.4]
     # What begins at 0 has room above, however little it varies.
     assert axes["entropy, nats a token"].get_ylim() == pytest.approx((0, 0.84))
+
+
+def test_runs_are_drawn_over_each_other_and_told_side_by_side(make_run, tmp_path, monkeypatch, capsys):
+    figures = []
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), Path(path).touch()))
+    runs = []
+    for name, score, steps in (("a", 0.5, 40), ("b", 0.75, 30)):
+        rows = [evaluated(0, 0.125), *[step_row(i, entropy=score) for i in range(1, steps)], evaluated(steps, score)]
+        runs.append(make_run(rows).rename(tmp_path.parent / f"{tmp_path.name}_{name}"))
+        tmp_path.mkdir()
+    picture = tmp_path / "both.png"
+    assert main(["report", str(runs[0]), f"second={runs[1]}", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert picture.exists()
+    assert all(part in printed for part in ("12.5% -> 50.0%", "12.5% -> 75.0%", "second", f"picture: {picture}"))
+    (figure,) = figures
+    axes = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(runs[0]), "second"]
+    assert [line.get_ydata()[-1] for line in axes["held-out pass@1"].lines] == [0.5, 0.75]
+    assert "gradient norm, before clipping" not in axes  # no run has it
+    assert main(["report", f"x={runs[0]}", f"x={runs[1]}"]) == 2
+    assert "two runs are called x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -120,15 +148,20 @@ def test_a_run_with_one_step_is_seen(drawn):
 
 def test_a_number_between_missing_ones_is_seen(drawn):
     rows = [step_row(i, entropy=1.0 if i == 30 else None) for i in range(1, 60)]
-    (line,) = drawn(rows)["entropy, nats a token"].lines
+    line = drawn(rows)["entropy, nats a token"].lines[0]
     assert line.get_markevery() == [29]
 
 
 def test_only_what_has_values_is_drawn(drawn):
     without = drawn([step_row(1, **(LEARNED | {"kl": 0.0, "clip/high": 0.0}))])
-    assert not {"KL to the reference, nats a token", "share of tokens whose ratio is clipped"} & without.keys()
+    assert labels(without["entropy, nats a token"]) == ["entropy"]
+    assert labels(without["shares: of groups, completions, tokens"]) == ["truncated"]
     without = drawn([step_row(1, **dict.fromkeys(REWARDS))])
-    assert without.keys() == {"response length, tokens", "seconds a step"}
+    assert without.keys() - {""} == {
+        "response length, tokens",
+        "shares: of groups, completions, tokens",
+        "seconds a step",
+    }
     for rate, wanted in ((0.0, ["mean"]), (2.0, ["mean", "reflections in 1,000"])):
         axes = drawn([step_row(i, **{REFLECTIONS: rate}) for i in (1, 2)])
         assert labels(axes["response length, tokens"]) == wanted
@@ -183,7 +216,7 @@ def test_an_sft_run_shows_its_loss(make_run, drawn, capsys):
     assert drawn(rows).keys() == {"loss, nats a token"}
     print_summary(make_run(rows))
     printed = capsys.readouterr().out
-    # Of a run without evaluations the first and the last step.
+    # The first and the last step.
     assert [loss in printed for loss in ("1.0000", "0.5000", "0.3333", "4,321")] == [True, False, True, True]
     assert "reward" not in printed
     print_summary(make_run(rows[:1]))
