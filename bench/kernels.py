@@ -1,6 +1,7 @@
 """Every kernel against every peer that is installed: time, memory, share of the machine's limit, error.
 
     flashgrpo bench kernels [--ops OP ...] [--providers NAME ...] [--sizes small|full] [--budget SECONDS]
+                            [--peer MODULE:PROVIDERS ...]
 
 What is measured stands in cases.py, by whom in peers.py, and how in timing.py. Before an operation
 is timed, every provider runs it on fewer tokens against float64. The error is the RMS of the
@@ -29,7 +30,7 @@ from rich.progress import track
 from torch import Tensor
 
 from flashgrpo.bench.cases import Case, Results, as_float64, cases, fold_prompts
-from flashgrpo.bench.peers import PROVIDERS, Provider, providers
+from flashgrpo.bench.peers import PEERS, PROVIDERS, Peers, Provider, load_peers, providers
 from flashgrpo.bench.timing import (
     Limits,
     Row,
@@ -135,7 +136,9 @@ def time_case(
         row["ratio"] = row["p50_ms"] / ours if ours and "p50_ms" in row else None
 
 
-def run(chosen: Sequence[Case], names: Sequence[str] | None, device: torch.device, budget_s: float) -> list[Row]:
+def run(
+    chosen: Sequence[Case], names: Sequence[str] | None, device: torch.device, budget_s: float, more: Peers
+) -> list[Row]:
     """Measure the cases, and write what there is after each; the header, and a row a case and provider."""
     deadline = time.monotonic() + budget_s
     limits = measure_limits(device)
@@ -145,7 +148,7 @@ def run(chosen: Sequence[Case], names: Sequence[str] | None, device: torch.devic
     path = Path()
     gates: dict[str, dict[str, Row]] = {}
     for number, case in enumerate(track(chosen, "measuring", console=console)):
-        offered = providers(case, names)
+        offered = providers(case, names, more)
         rows = {provider.name: _describe(case, limits) | {"provider": provider.name} for provider in offered}
         with noted(*rows.values()):
             _check_time(deadline)
@@ -191,41 +194,53 @@ def table(found: Sequence[Row]) -> list[str]:
 
 
 def listing(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """A table a case of all that was measured; and a note for what a provider could measure nowhere."""
+    """A table a case of all that was measured; and a line for each provider that was not, with the reason."""
     measured = {(row["op"], row["provider"]) for row in rows if "peak_mib" in row}
+    # A CPU's would be thousandths.
+    is_slow = all(row.get("tflops_per_s", 0) < 1 for row in rows)
     by_case: dict[str, list[list[str]]] = {}
-    notes = {}
+    notes: dict[str, dict[str, None]] = {}  # operations
     for row in rows:
         key = row["op"], row["provider"]
         note = row["note"] if row["status"] == "ok" else f"{row['status']}: {row['note']}"
         if key in measured:
             cells = [row["provider"]]
             for name, form in _COLUMNS.values():
-                cells.append("" if row.get(name) is None else form.format(row[name]))
+                scale = 1e3 if is_slow and name == "tflops_per_s" else 1
+                cells.append("" if row.get(name) is None else form.format(scale * row[name]))
             by_case.setdefault(row["case"], []).append([*cells, note])
         else:
-            notes.setdefault(key, f"{row['op']}: {row['provider']}: {note}")
+            notes.setdefault(f"{row['provider']}: {note}", {})[row["op"]] = None
     lines = []
     for case, cells in by_case.items():
-        lines += [f"`{case}`", "", *markdown(["", *_COLUMNS, "note"], cells), ""]
-    return lines, [*notes.values()]
+        columns = [name.replace("TFLOP", "GFLOP") if is_slow else name for name in _COLUMNS]
+        lines += [f"`{case}`", "", *markdown(["", *columns, "note"], cells), ""]
+    return lines, [f"{note} ({', '.join(ops)})" for note, ops in notes.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 if a kernel of ours is wrong or fails."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    every = {provider.name: provider for provider in itertools.chain(*PROVIDERS.values())}
     parser = option_parser("kernels", __doc__)
     parser.add_argument("--ops", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all")
-    parser.add_argument("--providers", nargs="+", choices=every, help="default: all", metavar="NAME")
+    parser.add_argument("--providers", nargs="+", help="default: all", metavar="NAME")
+    parser.add_argument("--peer", action="append", default=[], help=PEERS, metavar="MODULE:PROVIDERS")
     default = "full" if device.type == "cuda" else "small"
     parser.add_argument("--sizes", choices=_BUDGETS_S, default=default, help=f"default here: {default}")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"for all; default: {_BUDGETS_S[default]:.0f}")
     options = parser.parse_args(arguments)
+    more: Peers = {}
+    for name in options.peer:
+        for op, found in load_peers(name).items():
+            more.setdefault(op, []).extend(found)
+    every = {provider.name: None for provider in itertools.chain(*PROVIDERS.values(), *more.values())}
+    for name in options.providers or ():
+        if name not in every:
+            parser.error(f"--providers: found {name!r}, wanted some of {', '.join(map(repr, every))}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = [case for case in cases(options.sizes, dtype) if case.op in options.ops]
     budget_s = _BUDGETS_S[options.sizes] if options.budget is None else options.budget
-    _, *rows = run(chosen, options.providers, device, budget_s)
+    _, *rows = run(chosen, options.providers, device, budget_s, more)
     lines, notes = listing(rows)
     faults = [row for row in rows if row["provider"].startswith("flashgrpo") and row["status"] in _FAULTS]
     for row in faults:

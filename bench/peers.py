@@ -10,6 +10,9 @@ logits, which a benchmark needs again, by all.
 import functools
 import importlib
 import inspect
+import os
+import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,7 @@ from flashgrpo.bench.cases import (
     repeat_prompts,
     segments,
 )
+from flashgrpo.grpo.errors import RunInputError, nearest
 from flashgrpo.kernels.attention import packed_attention
 from flashgrpo.kernels.grpo_loss import LossConfig, grpo_loss, logits_grpo_loss
 from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
@@ -66,9 +70,34 @@ class Provider:
         return lambda: case.gradients({self.gives: forward()}, own)
 
 
-def providers(case: Case, names: Iterable[str] | None = None) -> list[Provider]:
+Peers = dict[str, list[Provider]]  # by operation
+PEERS = (
+    "further peers: a dictionary from operation to a list of flashgrpo.bench.peers.Provider, whose load(inputs) gives "
+    "the call that is timed; operations and inputs are those of flashgrpo.bench.cases"
+)
+
+
+def load_peers(name: str) -> Peers:
+    """Of `package.module:PROVIDERS`, also of the working folder. Raises RunInputError for what are no `PEERS`."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = pkgutil.resolve_name(name)
+        for op, offered in found.items():
+            if op not in PROVIDERS:
+                raise ValueError(f"unknown operation {op!r}{nearest(str(op), PROVIDERS)}")
+            for provider in offered:
+                if not isinstance(provider, Provider) or provider.is_ours:
+                    raise TypeError(f"{op}: found {provider!r:.80}, wanted a Provider whose name is not flashgrpo's")
+    except Exception as error:  # a person's module may raise anything
+        raise RunInputError(f"--peer {name}: {type(error).__name__}: {error}; wanted {PEERS}") from error
+    return found
+
+
+def providers(case: Case, names: Iterable[str] | None = None, more: Peers | None = None) -> list[Provider]:
     """Those of an operation and of these names; ours on repeated prompts only where there are prompts to share."""
-    fit = [x for x in PROVIDERS[case.op] if not (x.is_ours and x.is_repeated) or x.repeats(case)]
+    offered = [*PROVIDERS[case.op], *(more or {}).get(case.op, ())]
+    fit = [x for x in offered if not (x.is_ours and x.is_repeated) or x.repeats(case)]
     return [x for x in fit if names is None or x.name in names]
 
 

@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _MOST_ROUNDS = 100
 _SHORT_MS = 3.0
 _NOTE_LENGTH = 120
+_LOOK_S, _IDLE_CORES = 0.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,32 @@ def machine(device: torch.device) -> Row:
         "device": name,
         "platform": platform.platform(),
         "cores": os.cpu_count(),
+        "busy_cores": busy_cores(),
         "torch": torch.__version__,
         "triton": triton.__version__ if HAS_TRITON else None,
         "commit": commit or os.environ.get("COMMIT", "unknown"),
     }
+
+
+@functools.cache
+def busy_cores() -> float:
+    """How many processors others keep busy, a hypervisor's other guests included: seen while this process sleeps, at
+    the first call alone. Warns where times will not be those of an idle machine.
+    """
+
+    def read() -> np.ndarray:  # [8]: user, nice, system, idle, iowait, irq, softirq, steal
+        return np.array(Path("/proc/stat").read_text().split()[1:9], dtype=float)
+
+    before = read()
+    time.sleep(_LOOK_S)
+    passed = read() - before
+    busy = (os.cpu_count() or 1) * (1 - (passed[3] + passed[4]) / max(passed.sum(), 1.0))
+    if busy > _IDLE_CORES:
+        warning = (
+            f"this machine is busy: others keep {busy:.1f} of {os.cpu_count()} processors; times will not be its own"
+        )
+        print(warning, file=sys.stderr)
+    return round(float(busy), 2)
 
 
 def write_results(name: str, found: Row | list[Row]) -> Path:

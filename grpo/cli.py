@@ -139,10 +139,12 @@ def _sample(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> int:
     name = options.benchmark.replace("-", "_")
     module = importlib.import_module(f"flashgrpo.bench.{name}")
-    if options.benchmark != "report":
+    if options.benchmark not in ("report", "compare"):
+        timing = importlib.import_module("flashgrpo.bench.timing")
+        timing.busy_cores()
         # Found now, not after minutes of measuring.
         try:
-            importlib.import_module("flashgrpo.bench.timing").results_folder()
+            timing.results_folder()
         except OSError as error:
             raise RunInputError(f"results cannot be written: {error}; OUT=FOLDER names another place") from error
     return module.main(options.arguments)
@@ -252,6 +254,7 @@ _BENCHMARKS = {  # modules of bench/, each with a `main`
     "static": "what the kernels compile to for seven chips; needs no GPU",
     "cpu-step": "a GRPO step on a CPU, against TRL",
     "demo-seeds": "the demo with several seeds",
+    "compare": "two results files beside each other",
     "report": "write the README's tables from the results; --check compares",
 }
 _BENCHMARKS_HELP = "; ".join(f"{name}: {text}" for name, text in _BENCHMARKS.items())

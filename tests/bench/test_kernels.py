@@ -1,6 +1,7 @@
 """`flashgrpo bench kernels`: what its table says is true, and it survives whatever a peer does."""
 
 import json
+import re
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from flashgrpo.bench import kernels, peers
 from flashgrpo.bench.cases import Case, as_float64, attention_mask, cases, plain_loss
 from flashgrpo.bench.peers import Provider, providers
 from flashgrpo.bench.timing import Limits
+from flashgrpo.grpo.errors import RunInputError
 
 CPU = torch.device("cpu")
 ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 8}
@@ -260,6 +262,39 @@ def test_peers_may_be_chosen_and_memory_is_measured_without_times(bench, tmp_pat
     assert all(row["peak_mib"] >= 0 and "p50_ms" not in row for row in rows)
     (picture,) = tmp_path.glob("*.png")
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_peer_joins_without_a_change_of_the_source(bench, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_peers.py").write_text(
+        "from flashgrpo.bench.cases import plain_loss\n"
+        "from flashgrpo.bench.peers import Provider\n"
+        "def load(inputs): return lambda: plain_loss(inputs['logprobs'], inputs)[0]\n"
+        "PROVIDERS = {'grpo_loss': [Provider('mine', 'loss', load)]}\n"
+        "OURS = {'grpo_loss': [Provider('flashgrpo 2', 'loss', load)]}\n"
+        "MISSPELT = {'grpo_los': []}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, (_, *rows) = bench([OURS, Provider("absent", "loss", missing)], "--peer", "my_peers:PROVIDERS")
+    assert code == 0
+    assert [(row["provider"], row["status"]) for row in rows[:3]] == [
+        ("flashgrpo", "ok"),
+        ("absent", "not installed"),
+        ("mine", "ok"),
+    ]
+    printed = capsys.readouterr().out
+    assert "GFLOP/s" in printed
+    assert "absent: not installed: No module named 'peer' (grpo_loss)" in printed.splitlines()
+    for name, message in [
+        ("my_peers:OURS", "wanted a Provider whose name is not flashgrpo's"),
+        ("my_peers:MISSPELT", "unknown operation 'grpo_los'; did you mean grpo_loss?"),
+        (
+            "my_peers:load",
+            "wanted further peers: a dictionary from operation to a list of flashgrpo.bench.peers.Provider",
+        ),
+        ("no_such:PROVIDERS", "ModuleNotFoundError: No module named 'no_such'"),
+    ]:
+        with pytest.raises(RunInputError, match=re.escape(message)):
+            kernels.main(["--peer", name])
 
 
 def kernel_row(provider: str, ms: float | None, case: str = "attention a", variant: str = "", **other) -> dict:

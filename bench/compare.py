@@ -1,0 +1,75 @@
+"""Two results files of one benchmark beside each other: `flashgrpo bench compare A.jsonl B.jsonl`, or two .json files.
+
+Of each case that both have: both numbers, how many times as fast B is, and whether that is more than the two spreads
+together; then what only one of them has, and how their machines, versions and commits differ.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flashgrpo.bench.timing import Row, markdown, option_parser, show
+from flashgrpo.grpo.errors import RunInputError
+
+_NAMES = "case", "model", "provider", "side", "name", "prompt_len", "prompt_tokens", "checkpointing"  # of a row
+_MS, _S, _RATE = "ms", "s", "tokens/s"
+
+
+class Measure(NamedTuple):
+    value: float
+    unit: str
+    spread: float
+
+
+def read(path: Path) -> tuple[Row, dict[str, Measure]]:
+    """The header of a results file, and its measures by name. Raises RunInputError for any other file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        header, *rows = map(json.loads, text.splitlines()) if path.suffix == ".jsonl" else [json.loads(text)]
+        found = dict(_measures(header, rows))
+        if not found or not isinstance(header.get("machine"), dict):
+            raise ValueError("it has no machine and times")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RunInputError(f"{path}: not a results file of kernels, step, generate, sync or cpu-step: {why}") from None
+    return header, found
+
+
+def _measures(header: Row, rows: list[Row]) -> Iterator[tuple[str, Measure]]:
+    for row in [*rows, *header.get("summary", [])]:
+        name = " · ".join(str(row[key]) for key in _NAMES if key in row)
+        if row.get("p50_ms") is not None:
+            yield name, Measure(row["p50_ms"], _MS, row["spread"])
+        elif "median_step_s" in row:
+            yield name, Measure(row["median_step_s"], _S, 0.0)
+    for key, unit in (("tokens_per_s", _RATE), ("seconds", _S)):
+        for side, value in header.get(key, {}).items():
+            yield side, Measure(value, unit, header["spread"][side])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = option_parser("compare", __doc__)
+    parser.add_argument("files", nargs=2, type=Path, metavar="FILE")
+    paths = parser.parse_args(arguments).files
+    (old_header, old), (new_header, new) = map(read, paths)
+    cells = []
+    for name, a in old.items():
+        if name not in new:
+            continue
+        b = new[name]
+        times = b.value / a.value if a.unit == _RATE else a.value / b.value
+        is_beyond = max(times, 1 / times) - 1 > a.spread + b.spread
+        verdict = ("faster" if times > 1 else "slower") if is_beyond else "within the spread"
+        spreads = f"{a.spread:.1%}, {b.spread:.1%}"
+        cells.append([name, f"{a.value:.4g}", f"{b.value:.4g}", a.unit, f"{times:.3f}", spreads, verdict])
+    notes = []
+    for path, own, other in ((paths[0], old, new), (paths[1], new, old)):
+        if missing := [name for name in own if name not in other]:
+            notes.append(f"only in {path}: {', '.join(missing)}")
+    where: tuple[dict[str, Any], dict[str, Any]] = old_header["machine"], new_header["machine"]
+    for key in {**where[0], **where[1]}:
+        if where[0].get(key) != where[1].get(key):
+            notes.append(f"{key}: A {where[0].get(key)}, B {where[1].get(key)}")
+    show(markdown(["", "A:", "B:", "unit", "B is x as fast:", "spreads", ""], cells), *notes)
+    return 0
