@@ -119,7 +119,7 @@ class RunFolder:
             console.print("changed on resume:", ", ".join(self._changes), style="yellow", markup=False, soft_wrap=True)
         for path, rows in logs.items():
             _write_rows(path, [row for row in rows if row["step"] <= last_step])
-        seen = {row["step"]: row for row in logs[self.path / "metrics.jsonl"] if row["step"] > last_step}
+        seen = {row["step"]: {*row, SAMPLES} for row in logs[self.path / "metrics.jsonl"] if row["step"] > last_step}
         self._trackers = self._stack.enter_context(Trackers(self.recipe, last_step, seen))
 
     def _check_shared(self) -> None:

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from flashgrpo.model.files import parse_toml, write_text
 
 Values = Mapping[str, Any]  # numbers of a step, None where they are not finite; under SAMPLES a list of completions
 Take = Callable[[int, Values], None]
-Rows = Mapping[int, Values]  # by step
+Seen = Mapping[int, Collection[str]]  # keys by step
 
 SAMPLES = "samples"
 _MODULES = {"tensorboard": "torch.utils.tensorboard.writer"}  # what is imported of a tracker that is called otherwise
@@ -57,11 +57,11 @@ def check_trackers(recipe: AnyRecipe) -> None:
 class Trackers(contextlib.ExitStack):
     """Those of run.loggers, opened for the steps after `last_step`.
 
-    `seen` has the rows that were logged before and are to be logged again, after a stop beyond the checkpoint:
-    TensorBoard takes them back, the others get what is new in them.
+    `seen` has the keys that were logged before and come again, after a stop beyond the checkpoint: TensorBoard draws
+    them anew, the others get what is new.
     """
 
-    def __init__(self, recipe: AnyRecipe, last_step: int, seen: Rows):
+    def __init__(self, recipe: AnyRecipe, last_step: int, seen: Seen):
         super().__init__()
         folder, self._seen = Path(recipe.run.output), seen
         config = dict(_flat(parse_toml(recipe_to_toml(recipe))))
@@ -79,13 +79,14 @@ class Trackers(contextlib.ExitStack):
     def log(self, step: int, values: Values) -> None:
         """Hand numbers, or samples, to every tracker; returns at once."""
         seen = self._seen.get(step, {})
-        new = {key: value for key, value in values.items() if not (seen and (key in seen or key == SAMPLES))}
+        new = {key: value for key, value in values.items() if key not in seen}
         for tracker in self._trackers:
-            tracker.put(step, values if tracker.name == "tensorboard" else new)
+            if own := values if tracker.name == "tensorboard" else new:
+                tracker.put((step, own))
 
     def _close(self) -> None:
         for tracker in self._trackers:
-            tracker.end()
+            tracker.put(None)
         deadline = time.monotonic() + _CLOSE_S
         for tracker in self._trackers:
             tracker.join(deadline)
@@ -101,12 +102,13 @@ class _Tracker:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, step: int, values: Values) -> None:
-        if values and not self._is_off:
-            self._add((step, values))
-
-    def end(self) -> None:
-        self._add(None)
+    def put(self, item: tuple[int, Values] | None) -> None:
+        """A step's values, or None for the end; returns at once."""
+        try:
+            if not self._is_off:
+                self._waiting.put_nowait(item)
+        except queue.Full:
+            self._switch_off(f"is {_MOST_WAITING} rows behind, and gets no more")
 
     def join(self, deadline: float) -> None:
         self._thread.join(_QUIET_S)
@@ -115,12 +117,6 @@ class _Tracker:
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._switch_off("has not ended in time; it may lack the last steps")
-
-    def _add(self, item: tuple[int, Values] | None) -> None:
-        try:
-            self._waiting.put_nowait(item)
-        except queue.Full:
-            self._switch_off(f"is {_MOST_WAITING} rows behind, and gets no more")
 
     def _work(self) -> None:
         try:

@@ -77,7 +77,7 @@ def test_tensorboard_has_numbers_samples_and_the_recipe(make_recipe, tmp_path):
         opened.log(1, {"loss": 0.5, "kl": None})
         opened.log(1, {SAMPLES: [SAMPLE]})
         opened.log(2, {"loss": 0.25})
-    with Trackers(make_recipe("tensorboard"), 1, {2: {"loss": 0.25}}) as opened:
+    with Trackers(make_recipe("tensorboard"), 1, {2: {"loss"}}) as opened:
         opened.log(2, {"loss": 0.125})
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
@@ -97,7 +97,7 @@ def test_a_client_has_numbers_samples_and_the_recipe_and_goes_on(name, client, m
         opened.log(1, {"loss": 0.5, "kl": None})
         opened.log(2, {"loss": 0.25})
     # Step 2 was after the checkpoint; its evaluation is new.
-    with Trackers(make_recipe(name), 1, {2: {"step": 2, "loss": 0.25}}) as opened:
+    with Trackers(make_recipe(name), 1, {2: {"step", "loss", SAMPLES}}) as opened:
         opened.log(2, {SAMPLES: [SAMPLE]})
         opened.log(2, {"loss": 0.25, "eval/pass@1": 0.75})
     assert found.logged == [
