@@ -93,7 +93,7 @@ class Trackers(contextlib.ExitStack):
 
 
 class _Tracker:
-    """A thread that opens a tracker, and hands it what is `put`, until the `end`."""
+    """A thread that opens a tracker, and hands it what is `put`, until that is None."""
 
     def __init__(self, name: str, opened: AbstractContextManager[Take]):
         self.name, self._opened, self._is_off = name, opened, False
