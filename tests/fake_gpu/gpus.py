@@ -259,10 +259,8 @@ class _Bar:
 class _Sampled:
     """A Sampler whose completions are there."""
 
-    is_ahead, sync_seconds = False, []
-
     def __init__(self, data: StepData):
-        self.data = data
+        self.data, self.sync_seconds = data, []
         self.generator = SimpleNamespace(free_weights=lambda: None)
         self.pool, self.mixture = SimpleNamespace(functions={}), SimpleNamespace(prompts={})
 
@@ -271,6 +269,12 @@ class _Sampled:
 
     def sync_metrics(self) -> dict[str, float]:
         return {}
+
+    def start_ahead(self, step: int, position: Position) -> Position:
+        return position
+
+    def probe(self, step: int) -> list[list[Rollout]]:
+        return []
 
     def rollout(self, step: int, position: Position, clock: Clock) -> tuple[StepData, Position]:
         return replace(self.data, version=step - 1), position
