@@ -15,8 +15,11 @@ setup: .venv/.done
 .venv/.done: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "Python 3.11 to 3.13 is wanted, found $$($(PYTHON) --version); try make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into .venv: torch, transformers and what else training, tests and benchmarks need;"
+	@echo "3 GB, and several more where torch brings CUDA; three minutes, or more on a slow network"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@echo "torch is there; now the rest"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev,bench]"
 	mkdir -p .types && ln -sfn .. .types/flashgrpo
 	touch $@
@@ -34,6 +37,7 @@ sandbox:
 		|| { echo "bubblewrap is missing; install it with this system's package manager" >&2; exit 1; }
 
 demo: setup
+	@echo "a model from nothing, SFT, GRPO: five minutes on two free processors; all of it goes to runs/demo"
 	$(BIN)/flashgrpo demo --seed $(SEED)
 
 # The second run sends the kernels' tests through Triton's interpreter. Hundreds of processes start, so bytecode is kept;

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from flashgrpo.grpo.errors import RecipeError, RewardError, RunInputError
 from flashgrpo.grpo.recipe.shipped import FOLDER, command_for, copy_recipe, shipped_recipes
 from flashgrpo.grpo.run.interrupts import Interrupts
+from flashgrpo.grpo.waits import word_for
 
 # For torch's threads on a CPU, read when it is imported: how long they wait for each other awake. It should be longer
 # than the Python between two operators of a decoding step, or each of them must wake a thread: sampling on 2 cores is
@@ -173,7 +174,8 @@ def _list_recipes(_: argparse.Namespace) -> None:
 def _print_report(run_folder: str) -> None:
     from flashgrpo.grpo.stages.plots import print_summary, write_report
 
-    picture = write_report(run_folder)
+    with word_for("drawing the report"):
+        picture = write_report(run_folder)
     print_summary(run_folder)
     print(f"picture: {picture}")
 
@@ -339,6 +341,19 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What takes long to import; what runs a recipe imports the rest once that is read.
+_IMPORTS = {
+    **dict.fromkeys(("train", "sft", "reward-model", "collect"), "recipe.load"),
+    "pipeline": "stages.pipeline",
+    "eval": "stages.evaluate",
+    "plan": "stages.plan",
+    "serve": "rollout.vllm.launch",
+    "sample": "stages.evaluate",
+    "demo": "stages.demo",
+    "report": "stages.plots",
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Raises SystemExit for a command line that argparse refuses."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -357,6 +372,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         with interrupts, interrupts.allowed():
+            if module := _IMPORTS.get(options.command):
+                with word_for(f"importing what {options.command} needs"):
+                    importlib.import_module(f"flashgrpo.grpo.{module}")
             return options.run(options) or 0
     except KeyboardInterrupt as stop:
         return 128 + getattr(stop, "signum", signal.SIGINT)

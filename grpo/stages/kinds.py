@@ -13,6 +13,7 @@ from flashgrpo.grpo.recipe.load import (
     RewardModelRecipe,
     SftRecipe,
 )
+from flashgrpo.grpo.waits import word_for
 
 
 class Kind(NamedTuple):
@@ -40,4 +41,6 @@ def run_recipe(kind: str, recipe: AnyRecipe, resume: bool = False) -> Path:
     RewardFailure later. Ctrl-C saves what there is and raises KeyboardInterrupt.
     """
     module, _, name = KINDS[kind].function.partition(":")
-    return getattr(importlib.import_module(f"flashgrpo.grpo.{module}"), name)(recipe, resume)
+    with word_for("importing torch and what comes with it"):
+        imported = importlib.import_module(f"flashgrpo.grpo.{module}")
+    return getattr(imported, name)(recipe, resume)
