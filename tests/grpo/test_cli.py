@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -16,6 +17,7 @@ import pytest
 import tomli_w
 import torch
 
+from flashgrpo.grpo import waits
 from flashgrpo.grpo.cli import COMMANDS, main
 from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SftRecipe, load_recipe, recipe_keys
 from flashgrpo.grpo.recipe.shipped import FOLDER
@@ -41,7 +43,9 @@ def error_line(capsys) -> str:
     printed = capsys.readouterr()
     assert printed.out == ""
     lines = [
-        line for line in printed.err.splitlines() if not line.startswith(("loading ", "evaluating ", "downloading "))
+        line
+        for line in printed.err.splitlines()
+        if not line.startswith(("loading ", "evaluating ", "downloading ", "importing "))
     ]
     assert len(lines) == 1, printed.err
     assert lines[0].startswith("flashgrpo: ")
@@ -72,7 +76,7 @@ for command in f"{commands},sample model prompt,plan x.toml,serve x.toml,bench k
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert [line[0] for line in done.stdout.splitlines()] == ["2"] * 12, done.stderr
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("importing ")]
     assert len(lines) == 12
     assert all(line.endswith(' is not installed; pip install "flashgrpo[train]"') for line in lines), lines
 
@@ -146,6 +150,21 @@ def test_help_finds_keys(looked_for, found, capsys):
     printed = capsys.readouterr().out
     assert re.findall(r"^  --(\S+)", printed, re.MULTILINE) == found
     assert "usage" not in printed
+
+
+def test_a_word_comes_for_what_takes_long_alone(monkeypatch, capsys):
+    monkeypatch.setattr(waits, "_PATIENCE_S", 0.05)
+    with waits.word_for("drawing"):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "drawing\n"
+    monkeypatch.setattr(waits, "_PATIENCE_S", 60.0)
+    with waits.word_for("drawing"):
+        pass
+    monkeypatch.setattr(waits, "_PATIENCE_S", 0.05)
+    monkeypatch.setenv("RANK", "1")
+    with waits.word_for("drawing"):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
 
 
 def test_help_for_what_no_key_is_like(capsys):
