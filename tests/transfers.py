@@ -41,7 +41,7 @@ class Network:
         self.queues: dict[int, queue.Queue[Tensor]] = defaultdict(lambda: queue.Queue(maxsize=1))
         self.joined: list[tuple[int, int]] = []  # (rank, of how many), in all groups
         self.aborted: list[int] = []  # ranks whose communicators were
-        self.chunks = 0  # that were sent
+        self.chunks = self.num_bytes = 0  # that were sent
         self.stuck, self.stuck_after = -1, 0
         self.flipped = -1  # the chunk of which a byte arrives as another
         self.handles = IpcHandles()
@@ -53,6 +53,7 @@ class Communicator:
 
     def __init__(self, network: Network, group: Any):
         self.network, self.rank, self.size = network, group.rank, group.world_size
+        self.device = torch.device("cpu")
         self._group = group  # whose store ends with rank 0's
         self._is_destroyed = threading.Event()
         self._received = 0
@@ -68,6 +69,7 @@ class Communicator:
         if self.network.chunks == self.network.flipped:
             sent[0] ^= 1
         self.network.chunks += 1
+        self.network.num_bytes += tensor.nbytes
         for rank in range(self.size):
             if rank != src:
                 self._patiently(lambda to=rank: self.network.queues[to].put(sent, timeout=_POLL_S))
@@ -134,7 +136,7 @@ def emulate(patch: Any, network: Network) -> None:
     patch.setattr(reductions, "rebuild_cuda_tensor", network.handles.rebuild)
     patch.setattr(pynccl, "PyNcclCommunicator", lambda group, device: Communicator(network, group))
     patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    patch.setattr(torch.cuda, "current_stream", lambda *_, **__: stream)
     patch.setattr(torch.cuda, "current_device", lambda: 0)
     patch.setattr(torch.cuda, "set_device", lambda _: None)
     patch.setattr(torch.cuda, "ipc_collect", lambda: None)
@@ -156,6 +158,14 @@ class SampledModel(torch.nn.Module):
         self.loaded |= dict(weights)
 
 
+class PatchedModel(SampledModel):
+    """One that is written in place, as vLLM's own, where it has what changed alone."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            self.loaded.setdefault(name, torch.zeros_like(tensor)).copy_(tensor)
+
+
 class Worker(gpu_worker.Worker, Extension):
     """A vLLM worker of which there is the transfer alone."""
 
@@ -164,7 +174,8 @@ class Worker(gpu_worker.Worker, Extension):
             model_config=SimpleNamespace(),
             parallel_config=SimpleNamespace(data_parallel_index=0, world_size=tensor_parallel, rank=rank),
         )
-        self.vllm_config, self.model, self.rank = config, SampledModel(), rank
+        self.model = PatchedModel() if backend == "sparse_nccl" else SampledModel()
+        self.vllm_config, self.rank = config, rank
         self.model_runner: Any = SimpleNamespace(reset_lora_state=lambda: None)
         self._weight_update_active = self._weight_update_is_draft = False
         device = torch.device("cuda", 0) if backend == "ipc" else torch.device("cpu")

@@ -280,6 +280,9 @@ class VllmSection:
     """KV cache of an engine in 10^9 bytes; 0: what memory_share leaves, on a CPU 1."""
     max_model_len: _Count = 0
     """Most tokens of a prompt and its completion; 0: data.max_prompt_tokens + rollout.max_new_tokens."""
+    weight_transfer: Literal["auto", "sparse_nccl"] = "auto"
+    """How weights reach servers on GPUs. auto: all of them, over NCCL; sparse_nccl: those that have changed since the
+    last sync, for slow networks: 6 bytes each in bfloat16, and a copy of all weights on the first rank's host."""
     sync_timeout_s: _PositiveFloat = 300.0
     """Longest wait for one step of a weight sync, and for the next token of a server, or an engine, that samples."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SamplingRecipe
 from flashgrpo.grpo.rollout.native import PREFILL_TOKENS, NativeGenerator, splitmix64
 from flashgrpo.grpo.rollout.sync import DecoderSource
@@ -50,8 +51,14 @@ class Generator(Protocol):
 
 
 def settle_generator(recipe: _R, world: World, resume: bool = False) -> _R:
-    """The recipe with a generator in place of "auto", which is told; with `resume` the one that the run has."""
-    if recipe.rollout.generator != "auto":
+    """The recipe with a generator in place of "auto", which is told; with `resume` the one that the run has. Raises
+    RecipeError for a transport of weights that is another generator's.
+    """
+    name, device = recipe.rollout.generator, world.device.type
+    if recipe.vllm.weight_transfer != "auto" and (name, device) != ("vllm_server", "cuda"):
+        wanted = f"vllm.weight_transfer = {recipe.vllm.weight_transfer} wants rollout.generator = vllm_server on CUDA"
+        raise RecipeError(f"{wanted}, found {name} on {device}")
+    if name != "auto":
         return recipe
     # One rank decides for all: they must not differ, and their machines may.
     name = world.on_main(lambda: begun_with(recipe, "rollout", "generator") if resume else None)

@@ -7,8 +7,8 @@ tensors themselves, one gathered at a time on the default stream, in the sampler
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from flashgrpo.model.sharding import full_tensors
 BUCKET_BYTES = 256 << 20  # what is sent at a time
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DIGEST_CHUNK = 1 << 24
+
+T = TypeVar("T")
 
 
 class TensorMeta(NamedTuple):
@@ -133,11 +135,11 @@ def shared_memory_parts(source: DecoderSource) -> Iterator[dict[str, Any]]:
     """Where a worker of vLLM's finds the weights: bucket by bucket in a file of memory, which is there until the next
     one is asked for.
     """
-    for bucket in _buckets(source):
+    for bucket in map(dict, in_buckets(source, lambda named: named[1].nbytes)):
         # A file without a name: no killed process leaves it behind, and a container's small /dev/shm is no limit.
         with open(os.memfd_create("flashgrpo_weights"), "wb") as file:
             for tensor in bucket.values():
-                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             file.flush()
             yield {
                 "file": f"/proc/{os.getpid()}/fd/{file.fileno()}",
@@ -147,14 +149,31 @@ def shared_memory_parts(source: DecoderSource) -> Iterator[dict[str, Any]]:
             }
 
 
-def _buckets(source: DecoderSource) -> Iterator[dict[str, Tensor]]:
-    bucket, num_bytes = {}, 0
+def changes(source: DecoderSource, sent: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, ...]]]:
+    """What of each tensor is not as it was sent before, which `sent` has, and is told: its name, the places in it, flat
+    and int32, the values there, and its shape. At first that is all of it.
+    """
     for name, tensor in source:
-        bucket[name] = tensor.cpu()
-        num_bytes += tensor.nbytes
-        if num_bytes >= BUCKET_BYTES:
+        flat = tensor.reshape(-1)
+        if name not in sent:
+            sent[name] = torch.full(flat.shape, math.nan, dtype=flat.dtype)
+        last = sent[name]
+        places = (flat != last.to(flat.device)).nonzero().view(-1)
+        if len(places):
+            values = flat[places]
+            last[places.cpu()] = values.cpu()
+            yield name, places.int(), values, tuple(tensor.shape)
+
+
+def in_buckets(items: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of them that come to BUCKET_BYTES, or a little more."""
+    bucket, filled = [], 0
+    for item in items:
+        bucket.append(item)
+        filled += num_bytes(item)
+        if filled >= BUCKET_BYTES:
             yield bucket
-            bucket, num_bytes = {}, 0
+            bucket, filled = [], 0
     if bucket:
         yield bucket
 

@@ -75,6 +75,7 @@ class ServedModel(TypedDict):
 
     weights: dict[str, list[int]]  # shape by name
     dtype: str
+    weight_transfer: str
     max_model_len: int
     tells_kept_sets: bool
 

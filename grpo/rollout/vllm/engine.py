@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
@@ -24,10 +25,11 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_producer
+from vllm.distributed.weight_transfer.sparse_nccl_engine import SparseNCCLTrainerInitInfo, SparseWeightPatch
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.sampling_params import RequestOutputKind
 
-from flashgrpo.grpo.rollout.sync import BUCKET_BYTES, DecoderSource, digest, weight_shapes
+from flashgrpo.grpo.rollout.sync import BUCKET_BYTES, DecoderSource, changes, digest, in_buckets, weight_shapes
 from flashgrpo.grpo.rollout.vllm.answers import ServedModel, sampled_rollout, sampling_fields
 from flashgrpo.grpo.rollout.vllm.launch import IPC, SHARED_MEMORY, EngineOptions
 from flashgrpo.grpo.types import Request, Rollout, Sampling
@@ -146,6 +148,7 @@ class Extension:
         return {
             "weights": weight_shapes(ModelConfig.from_dict(self.model_config.hf_config.to_dict())),
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "weight_transfer": self.weight_transfer_engine.config.backend,
             "max_model_len": self.model_config.max_model_len,
             "tells_kept_sets": self.model_config.return_sampling_mask,
         }
@@ -230,11 +233,22 @@ def ipc_parts(source: DecoderSource) -> Iterator[dict[str, Any]]:
 
 
 def open_nccl(
-    client: Any, source: DecoderSource, address: str, port: int, world_size: int
+    client: Any, source: DecoderSource, address: str, port: int, world_size: int, is_sparse: bool
 ) -> TrainerWeightTransferEngine:
     """The trainer's end of an NCCL group with all workers behind `client`, a `VLLMWeightSyncClient`."""
+    if is_sparse:
+        sparse = SparseNCCLTrainerInitInfo(address, port, world_size, rank=0)
+        return WeightTransferTrainerFactory.trainer_init(sparse, client=client)
     info = NCCLTrainerInitInfo(address, port, world_size, rank=0, packed_buffer_size_bytes=BUCKET_BYTES)
     return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)  # type: ignore[arg-type]
+
+
+def send_changes(group: Any, source: DecoderSource, sent: dict[str, Tensor]) -> None:
+    """Through an end that `is_sparse`: what is not as in `sent`, see `changes`."""
+    group.client.start_weight_update()
+    for bucket in in_buckets(changes(source, sent), lambda change: change[1].nbytes + change[2].nbytes):
+        group.send_weight_chunk([SparseWeightPatch(*change) for change in bucket])
+    group.client.finish_weight_update()
 
 
 def register() -> None:

@@ -17,7 +17,16 @@ from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RunInputError
 from flashgrpo.grpo.recipe.load import SamplingRecipe
 from flashgrpo.grpo.rollout.sync import DecoderSource, check_digests, shared_memory_parts, weight_shapes
 from flashgrpo.grpo.rollout.vllm.answers import DIGESTS, NOTHING, SERVED_MODELS
-from flashgrpo.grpo.rollout.vllm.launch import API_KEY, EngineOptions, OwnServers, check_gpu, check_length, require_vllm
+from flashgrpo.grpo.rollout.vllm.launch import (
+    API_KEY,
+    SHARED_MEMORY,
+    SPARSE_NCCL,
+    EngineOptions,
+    OwnServers,
+    check_gpu,
+    check_length,
+    require_vllm,
+)
 from flashgrpo.grpo.rollout.vllm.nccl import NcclSender
 from flashgrpo.grpo.rollout.vllm.servers import ServerRefusal, VllmServers
 from flashgrpo.grpo.run.child import Child, own_environment
@@ -202,16 +211,17 @@ class ServersGenerator:
         client = self.client
         if is_first:
             client.ask_workers("expect_weights", NOTHING)
-        if self.options.on_gpu:
-            if self._nccl is None or is_first:
-                self._close_nccl()
-                self._nccl = NcclSender(vllm_engine(), client, source, self.world.device, client.timeout_s)
-            self._nccl.send(source)
-        else:
+        if self.options.transport == SHARED_MEMORY:
             client.start_weight_update()
             for part in shared_memory_parts(source):
                 client.update_weights(part)
             client.finish_weight_update()
+        else:
+            if self._nccl is None or is_first:
+                self._close_nccl()
+                is_sparse = self.options.transport == SPARSE_NCCL
+                self._nccl = NcclSender(vllm_engine(), client, source, self.world.device, is_sparse)
+            self._nccl.send(source)
         if is_first:
             for workers in client.ask_workers("weight_digests", DIGESTS).values():
                 for received in workers:
@@ -240,7 +250,7 @@ class ServersGenerator:
 def _check_servers(
     client: VllmServers, policy: Policy, recipe: SamplingRecipe, options: EngineOptions, longest_prompt: int
 ) -> None:
-    """The servers are there, and have this run's model, type and room."""
+    """The servers are there, and have this run's model, type, transport and room."""
     try:
         found = client.ask_workers("served_model", SERVED_MODELS)
     except ServerRefusal as error:
@@ -253,9 +263,9 @@ def _check_servers(
         ) from error
     if client.lost:
         raise RunInputError(f"not reached: {'; '.join(f'{url}: {why}' for url, why in client.lost.items())}")
-    wanted = {"dtype": options.dtype, **weight_shapes(policy.model.config)}
+    wanted = {"dtype": options.dtype, "weight_transfer": options.transport, **weight_shapes(policy.model.config)}
     for url, (served, *_) in found.items():
-        has = {"dtype": served["dtype"], **served["weights"]}
+        has = {"dtype": served["dtype"], "weight_transfer": served["weight_transfer"], **served["weights"]}
         for name in {**has, **wanted}:
             theirs, ours = has.get(name, "missing"), wanted.get(name, "missing")
             if theirs != ours:

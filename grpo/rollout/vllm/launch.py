@@ -35,7 +35,8 @@ from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.types import Sampling
 from flashgrpo.model.hub import local_folder
 
-SHARED_MEMORY, NCCL, IPC = "flashgrpo_shared_memory", "nccl", "ipc"  # transports of weights; the latter are vLLM's
+# Transports of weights; all but the first are vLLM's.
+SHARED_MEMORY, NCCL, SPARSE_NCCL, IPC = "flashgrpo_shared_memory", "nccl", "sparse_nccl", "ipc"
 API_KEY = "VLLM_API_KEY"  # vLLM's own name for it; in the environment, where no list of processes shows it
 _SUPPORTED = "0.32"
 _CPU_KV_CACHE_GB = 1.0
@@ -105,6 +106,13 @@ class EngineOptions:
         kept_limit = min(sampling.kept_limit, self.kept_limit)
         return dataclasses.replace(sampling, top_k=sampling.top_k or self.kept_limit, kept_limit=kept_limit)
 
+    @property
+    def transport(self) -> str:
+        """How servers get weights."""
+        if not self.on_gpu:
+            return SHARED_MEMORY
+        return NCCL if self.vllm.weight_transfer == "auto" else SPARSE_NCCL
+
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments that `vllm.LLM` and `vllm serve` both take."""
         arguments = {
@@ -137,7 +145,7 @@ class EngineOptions:
             "tensor_parallel_size": len(devices.split(",")) if self.on_gpu else 1,
             "load_format": "dummy",  # the weights are a run's, which sends them
             "scheduling_policy": "priority",
-            "weight_transfer_config": {"backend": NCCL if self.on_gpu else SHARED_MEMORY},
+            "weight_transfer_config": {"backend": self.transport},
             "middleware": "flashgrpo.grpo.rollout.vllm.launch.Guard",
         }
         if not self.on_gpu:

@@ -5,9 +5,11 @@ import threading
 import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flashgrpo.grpo.errors import GeneratorFailure
 from flashgrpo.grpo.rollout.sync import DecoderSource
@@ -40,20 +42,24 @@ class NcclSender:
     group with it.
     """
 
-    def __init__(
-        self, engine: Any, servers: VllmServers, source: DecoderSource, device: torch.device, timeout_s: float
-    ):
-        self.device, self.timeout_s = device, timeout_s
+    def __init__(self, engine: Any, servers: VllmServers, source: DecoderSource, device: torch.device, is_sparse: bool):
+        self.device, self.timeout_s, self._engine = device, servers.timeout_s, engine
+        self._sent: dict[str, Tensor] | None = {} if is_sparse else None
         self._group: Any = None
         self._receivers = _Receivers(servers)
         address, port = _own_address(servers.urls)
         world_size = 1 + servers.num_workers
-        self._group = self._in_time(lambda: engine.open_nccl(self._receivers, source, address, port, world_size))
+        self._group = self._in_time(
+            lambda: engine.open_nccl(self._receivers, source, address, port, world_size, is_sparse)
+        )
 
     def send(self, source: DecoderSource) -> None:
-        """All weights, in one update of the servers'."""
-        self._group.source = source
-        self._in_time(self._group.send_weights)
+        """All weights, or what has changed of them, in one update of the servers'."""
+        if self._sent is None:
+            self._group.source = source
+            self._in_time(self._group.send_weights)
+        else:
+            self._in_time(partial(self._engine.send_changes, self._group, source, self._sent))
 
     def close(self) -> None:
         """Tear the group down, which ends whatever waits in it."""

@@ -2,6 +2,7 @@
 worker has the trainer's weights, and one that stops is not waited for without end.
 """
 
+import dataclasses
 import importlib.util
 import os
 import time
@@ -14,11 +15,14 @@ import pytest
 import torch
 
 from flashgrpo.grpo.errors import RecipeError, SyncError
+from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.recipe.schema import VllmSection
+from flashgrpo.grpo.rollout import sync
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.rollout.vllm import generator
 from flashgrpo.grpo.rollout.vllm.launch import EngineOptions, check_gpu
 from flashgrpo.grpo.run.world import World
+from flashgrpo.grpo.train import train
 from flashgrpo.model.checkpoint import init_decoder
 from flashgrpo.model.config import ModelConfig
 
@@ -62,18 +66,20 @@ def bucket(network, monkeypatch):
 
 @pytest.fixture
 def servers(transfers, network):
-    """servers(tensor parallel size of each) -> their generator, and the workers of all."""
+    """servers(tensor parallel size of each, transport) -> their generator, and the workers of all."""
     with ExitStack() as opened:
 
-        def make(*sizes: int, timeout_s: float = 20.0):
+        def make(*sizes: int, timeout_s: float = 20.0, transport: str = "nccl"):
             workers = {}
             for number, size in enumerate(sizes, start=1):
-                own = [transfers.Worker("nccl", rank, size) for rank in range(size)]
+                own = [transfers.Worker(transport, rank, size) for rank in range(size)]
                 workers[f"http://127.0.0.1:{number}"] = own
             client = transfers.ServersHere(workers, timeout_s)
             opened.callback(client.close)
             opened.callback(network.ended.set)  # before
-            made = generator.ServersGenerator(client, OPTIONS, world=WORLD, opened=ExitStack())
+            vllm = VllmSection(weight_transfer="auto" if transport == "nccl" else transport)
+            options = dataclasses.replace(OPTIONS, vllm=vllm)
+            made = generator.ServersGenerator(client, options, world=WORLD, opened=ExitStack())
             return made, [worker for own in workers.values() for worker in own]
 
         yield make
@@ -174,6 +180,36 @@ def test_an_engine_gets_the_weights_over_cuda_ipc(tied, size, engine, network, b
     once = ["empty_cache", "start_weight_update", *["update_weights"] * buckets, "empty_cache", "finish_weight_update"]
     assert calls == ["expect_weights", *once, "weight_digests", "sleep", *once, "sleep"]
     assert llm.slept == [2, ["weights"], ["kv_cache"], 2]
+
+
+@torch.no_grad()
+def test_servers_get_what_has_changed_over_sparse_nccl(servers, network, monkeypatch):
+    """At first all, then 6 bytes a weight; a group that is made anew begins anew."""
+    monkeypatch.setattr(sync, "BUCKET_BYTES", SMALL)
+    model, source = model_and_source(tied=True)
+    made, workers = servers(1, transport="sparse_nccl")
+    made.load_weights(source, 1)
+    check_that_all_have(workers, source)
+    assert network.num_bytes == 3 * source.num_bytes
+    first = network.num_bytes
+    for version, changed in ((2, 7), (3, 0)):
+        model.lm_head_weight.view(-1)[:changed].add_(1.0)  # as the embedding, which is sent under both names
+        made.load_weights(source, version)
+        check_that_all_have(workers, source)
+        assert network.num_bytes == first + 2 * 7 * 6
+    assert (made.weight_version, made.client.loaded) == (3, 3)
+    made._connected = []  # as after a server was lost
+    made.load_weights(source, 4)
+    assert network.num_bytes == 2 * first + 2 * 7 * 6
+
+
+@pytest.mark.parametrize("name", ["vllm_server", "native"])
+def test_sparse_nccl_is_refused_elsewhere(recipe_values, name):
+    """Before anything is loaded, or a server is asked."""
+    rollout = recipe_values["rollout"] | {"generator": name}
+    values = recipe_values | {"rollout": rollout, "vllm": {"weight_transfer": "sparse_nccl", "servers": ["http://x"]}}
+    with pytest.raises(RecipeError, match=f"sparse_nccl wants .*vllm_server on CUDA, found {name} on cpu"):
+        train(build_recipe(Recipe, values))
 
 
 def test_a_server_that_stops_in_the_middle_is_given_up(servers, network, bucket):

@@ -392,7 +392,7 @@ def test_an_nccl_group_that_has_lost_a_server_is_made_anew(serve, nccl, empty_so
     servers, client = serve(nothing, nothing)
     groups, sizes, lost = [], [], {}
 
-    def open_group(_, source, address, port, world_size):
+    def open_group(_, source, address, port, world_size, is_sparse):
         sizes.append(world_size)
         groups.append(Group())
         return groups[-1]
