@@ -112,7 +112,8 @@ def test_an_engine_that_tells_kept_sets_has_a_top_k_for_every_request():
 @pytest.mark.parametrize(("tells", "kept_limit"), [(True, 0), (False, 512)])
 def test_a_server_of_another_truncation_is_refused_before_the_start(model_path, recipe, tells, kept_limit):
     policy: Any = SimpleNamespace(model=SimpleNamespace(config=read_config(model_path)))
-    served = {"dtype": "bfloat16", "weights": weight_shapes(policy.model.config), "max_model_len": 64}
+    weights = weight_shapes(policy.model.config)
+    served = {"dtype": "bfloat16", "weight_transfer": "nccl", "weights": weights, "max_model_len": 64}
     client: Any = SimpleNamespace(lost={}, ask_workers=lambda *_: {"http://a": [served | {"tells_kept_sets": tells}]})
     with pytest.raises(RunInputError, match=r"http://a was started with other rollout\.top_p and top_k"):
         generator_module._check_servers(client, policy, recipe, options(True, kept_limit), longest_prompt=8)
