@@ -192,11 +192,12 @@ def test_a_step_by_the_weights_that_sampled_has_ratios_of_exactly_1(truncation, 
     requests = [Request(0, [5, 6], seeds)]
     sampling = Sampling(**{"max_new_tokens": 4, "temperature": 0.8, "kept_limit": 512} | truncation)
     rollouts = [*NativeGenerator(model, [0]).generate(requests, sampling)]
-    counts = np.concatenate([rollout.kept_counts for group in rollouts for rollout in group])
+    batch = build_batch([Group.of(group) for group in rollouts]).to(device)
+    assert batch.kept is not None
+    counts = batch.kept[1].diff()
     assert 1 < counts.max() < 61
     assert (counts == 0).any() == (sampling.kept_limit == 8)
 
-    batch = build_batch([Group.of(group) for group in rollouts]).to(device)
     with torch.no_grad():
         hidden = gather_predictors(model(batch), batch)
         options = {"temperature": 0.8, "kept": batch.kept}

@@ -82,6 +82,8 @@ def test_completions_end_as_they_say_and_their_logprobs_are_the_models_own(model
             logprobs, _ = linear_logprobs(hidden, model.lm_head_weight, batch.targets, **options)
         np.testing.assert_allclose(rollout.behavior_logprobs, logprobs.numpy(), atol=1e-4)
         if sampling.kept_limit:
+            assert rollout.kept_counts is not None
+            assert rollout.kept_ids is not None
             assert rollout.kept_counts.max() <= sampling.kept_limit
             assert len(rollout.kept_ids) == rollout.kept_counts.sum()
         else:
