@@ -35,6 +35,7 @@ _TOLD = (
     ("length/truncated", "truncated", ".1%"),
     ("entropy", "entropy", ".2f"),
     ("kl", "KL", ".2g"),
+    ("teacher/kl", "KL to the teacher", ".3f"),
     ("clip/low", "clipped low", ".2%"),
     ("clip/high", "high", ".2%"),
     ("grad_norm", "gradient", ".2g"),

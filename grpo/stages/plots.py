@@ -44,6 +44,7 @@ _COMPARED = (  # of runs beside each other: key, title, format, and whether it h
     ("loss", "loss", "{:.4f}", False),
     ("entropy", "entropy, nats a token", "{:.3f}", True),
     ("kl", "KL to the reference, nats a token", "{:.2g}", True),
+    ("teacher/kl", "KL to the teacher, nats a token", "{:.3f}", True),
     ("clip/low", "ratios clipped low", "{:.2%}", False),
     ("clip/high", "ratios clipped high", "{:.2%}", False),
     ("grad_norm", "gradient norm, before clipping", "{:.3g}", True),
@@ -224,6 +225,10 @@ def _charts(rows: Rows, steps: Rows) -> list[Chart]:
         "clip/low": {"color": "tab:green", "label": "ratios clipped low"},
         "clip/high": {"color": "tab:red", "label": "ratios clipped high"},
     }
+    nats = {
+        "entropy": {**_BLUE, "label": "entropy"},
+        "teacher/kl": {"color": "tab:orange", "label": "KL to the teacher"},
+    }
     interval = ("eval/pass@1/low", "eval/pass@1/high", "95% interval")
     reflections = ("reflection/per_1000_tokens", "reflections in 1,000")
     extremes = ("length/min", "length/max", "shortest to longest")
@@ -231,7 +236,7 @@ def _charts(rows: Rows, steps: Rows) -> list[Chart]:
         Chart("score", scores, _FROM_0_TO_1, is_share=True, band=interval),
         Chart("response length, tokens", lengths, band=extremes, right=reflections),
         Chart("mean reward", rewards, limits=_FREE),
-        Chart("entropy, nats a token", {"entropy": {**_BLUE, "label": "entropy"}}, right=("kl", "KL to the reference")),
+        Chart("entropy, nats a token", nats, right=("kl", "KL to the reference")),
         Chart("shares: of groups, completions, tokens", shares, is_share=True),
         norm,
         Chart("mismatch of sampler and trainer, nats a token", {"mismatch/mean": _BLUE}),
