@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -216,13 +216,16 @@ class Trainer(RunLoop):
         size = recipe.rollout.prompts_per_step // recipe.train.mini_batches
         updates = []
         for first in range(0, recipe.rollout.prompts_per_step, size):
-            groups, rewards = [], data.rewards[first : first + size]
-            for scored in data.groups[first : first + size]:
-                is_trained = scored.is_trained(recipe.rollout.mask_overlong, bounds)
+            part, rewards = data.groups[first : first + size], data.rewards[first : first + size]
+            groups = []
+            for scored in part:
+                is_trained = scored.is_trained(recipe.rollout.mask_overlong)
                 groups.append(Group.of(scored.rollouts, len(groups) * rewards.shape[1], is_trained))
             denominator = loss_denominator(groups, rewards, recipe.loss, recipe.rollout.max_new_tokens)
-            # A teacher makes a gradient for every token.
-            live = groups if self.teacher else live_groups(groups, rewards, recipe.loss)
+            # Groups beyond the bounds stay out, as those of equal rewards, but that a teacher has a gradient for these.
+            is_kept = [scored.is_kept(bounds) for scored in part]
+            live = [*compress(groups, is_kept)]
+            live = live if self.teacher else live_groups(live, rewards[is_kept], recipe.loss)
             plan = plan_packs(live, self.token_budget, self.world.size, self.flops)
             batches = [build_batch(pack).to(self.device) for pack in plan.packs[self.world.rank]]
             updates.append(Update(plan, batches, centred(rewards, recipe.loss).to(self.device), denominator))

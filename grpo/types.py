@@ -149,12 +149,12 @@ class ScoredGroup:
         known = self.scores.rewards[~np.isnan(self.scores.rewards)]
         return bounds is None or (known.size > 0 and bounds[0] <= known.mean() <= bounds[1])
 
-    def is_trained(self, mask_overlong: bool, bounds: tuple[float, float] | None = None) -> list[bool]:  # [group_size]
-        """Whether a completion has a reward, in a group within `bounds`, and, with `mask_overlong`, ended by itself."""
-        is_kept, known = self.is_kept(bounds), []
+    def is_trained(self, mask_overlong: bool) -> list[bool]:  # [group_size]
+        """Whether a completion has a reward and, with `mask_overlong`, ended by itself."""
+        known = []
         for rollout, reward in zip(self.rollouts, self.scores.rewards, strict=True):
             is_masked = mask_overlong and rollout.finish_reason == "length"
-            known.append(is_kept and not (np.isnan(reward) or is_masked))
+            known.append(not (np.isnan(reward) or is_masked))
         return known
 
 

@@ -207,6 +207,18 @@ def test_groups_that_are_too_hard_are_not_learnt_from(recipe, refill_limit, monk
     assert row["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("preset", ["dapo", "dr_grpo"])
+def test_groups_that_are_left_out_count_in_the_denominator(recipe, preset, tmp_path):
+    """As those of equal rewards: bounds that leave out these alone change nothing, whatever the loss is divided by."""
+    recipe = changed(changed(recipe, "rollout", max_new_tokens=2), "train", steps=1)
+    recipe = dataclasses.replace(recipe, loss=LossConfig.preset(preset))
+    (wanted,) = trained(recipe)
+    bounded = changed(changed(recipe, "rollout", keep_mean_reward=(1e-3, 1.0)), "run", output=str(tmp_path / "bounded"))
+    (found,) = trained(bounded)
+    assert found["groups/filtered"] == found["groups/dead"] == wanted["groups/dead"] > 0
+    assert (found["grad_norm"], found["loss"]) == (wanted["grad_norm"], wanted["loss"])
+
+
 def run_command(recipe_values: dict, custom_rewards: Path, tmp_path: Path, *flags: str, **options) -> subprocess.Popen:
     import tomli_w
 
