@@ -245,7 +245,7 @@ class SamplingSection:
 class RolloutSection(SamplingSection):
     max_staleness: _Count = 0
     """With servers: how many steps are sampled ahead of the one that trains, and so by how many versions of the weights
-    a token may be older than those that it trains. Above 0 set loss.behavior_cap or loss.off_policy_threshold."""
+    a token may be older than those that it trains. Above 1 set loss.behavior_cap or loss.off_policy_threshold."""
     prompts_per_step: _Positive = 32
     """Prompts of one rollout; a step is one rollout and the updates made from it."""
     refill_limit: _Count = 0
