@@ -1,18 +1,15 @@
 """Where a model is: in a folder of one's own, or, by its name on the Hugging Face hub, in the hub's cache."""
 
 import os
-import re
 import sys
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from flashgrpo.model.config import CheckpointError
 from flashgrpo.model.files import MODEL_FILES, recover
-
-_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def local_folder(path: str | os.PathLike, *, with_weights: bool = False) -> Path:
@@ -61,8 +58,13 @@ def cached_folder(path: str | os.PathLike, *, with_weights: bool = False) -> Pat
 
 
 def _is_name(path: str | os.PathLike) -> bool:
-    is_there = Path(path).exists() or Path(path).parent.exists()
-    return not is_there and re.fullmatch(_NAME, str(path)) is not None
+    if Path(path).exists() or Path(path).parent.exists():
+        return False
+    try:
+        validate_repo_id(str(path).partition("@")[0])
+    except HFValidationError:
+        return False
+    return True
 
 
 def _snapshot(name: str | os.PathLike, with_weights: bool, local_files_only: bool = False) -> Path:

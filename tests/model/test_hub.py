@@ -63,11 +63,11 @@ def test_a_folder_of_ones_own_wins_also_where_it_is_only_its_owner_s(cache, made
 
 
 def test_what_is_missing_is_told_with_the_command_that_downloads_it(cache):
-    with pytest.raises(CheckpointError) as fault:
-        read_config("models/of/mine")
-    assert str(fault.value) == (
-        "models/of/mine: no such folder; `hf download OWNER/mine --local-dir models/of/mine` makes one"
-    )
+    for path in ("models/of/mine", "runs/a--b", "runs/old..new", "runs/model.git", f"runs/{'x' * 97}"):  # no names
+        with pytest.raises(CheckpointError) as fault:
+            read_config(path)
+        command = f"`hf download OWNER/{Path(path).name} --local-dir {path}`"
+        assert str(fault.value) == f"{path}: no such folder; {command} makes one"
     with pytest.raises(CheckpointError) as fault:
         read_config(f"{NAME}@v1")
     assert f"{NAME}@v1: no such folder, and the Hugging Face hub does not give it (LocalEntryNotFou" in str(fault.value)
