@@ -182,23 +182,26 @@ def _print_report(run_folder: str) -> None:
 
 def _report_runs(options: argparse.Namespace) -> None:
     if len(options.run_folder) == 1:
-        return _print_report(options.run_folder[0])
+        _print_report(options.run_folder[0])
+        return
 
     from flashgrpo.grpo.stages.plots import compare_runs
 
     runs = {label: Path(path) for label, path in map(labelled, options.run_folder)}
     if len(runs) < len(options.run_folder):
         raise RunInputError(f"two runs are called {[*runs][-1]}; give each a label of its own, as A=runs/a B=runs/b")
-    print(f"picture: {compare_runs(runs, options.output)}")
-    return None
+    with word_for("drawing the report"):
+        picture = compare_runs(runs, options.output)
+    print(f"picture: {picture}")
 
 
 class _RecipeHelp(argparse.Action):
     """The help of a command, with every key of the recipe that it runs, or those that one looks for."""
 
     def __call__(self, parser: argparse.ArgumentParser, _: Any, looked_for: Any, *__: Any) -> NoReturn:
-        from flashgrpo.grpo.recipe.load import find_keys, recipe_keys
-        from flashgrpo.grpo.stages.kinds import KINDS
+        with word_for("importing the recipe's keys"):
+            from flashgrpo.grpo.recipe.load import find_keys, recipe_keys
+            from flashgrpo.grpo.stages.kinds import KINDS
 
         keys = [*recipe_keys(KINDS[parser.prog.split()[-1]].recipe)]
         if looked_for is None:
@@ -398,6 +401,8 @@ def _parser() -> argparse.ArgumentParser:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command; those that are for its recipe are `overrides`."""
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # by a shell's hook, `eval "$(register-python-argcomplete flashgrpo)"`
+        importlib.import_module("argcomplete").autocomplete(parser)
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not {_RECIPE, _PIPELINE} & {*COMMANDS[options.command]}:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")

@@ -152,6 +152,25 @@ def test_help_finds_keys(looked_for, found, capsys):
     assert "usage" not in printed
 
 
+@pytest.mark.parametrize(
+    ("typed", "completions"),
+    {
+        "re": ["recipes", "reward-model", "report"],
+        "train --re": ["--resume "],
+        "bench comp": ["compare "],
+        "sample m p --template ": ["r1", "chat", "none"],
+    }.items(),
+)
+def test_a_shell_completes_commands_and_options(typed, completions, tmp_path):
+    """By argcomplete's hook, which asks the command itself, at every press of the key."""
+    line, answer = f"flashgrpo {typed}", tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    program = "from flashgrpo.grpo.cli import main; main()"
+    subprocess.run([sys.executable, "-c", program], env=os.environ | asked, check=True)
+    assert answer.read_text().split("\n") == completions
+
+
 def test_a_word_comes_for_what_takes_long_alone(monkeypatch, capsys):
     monkeypatch.setattr(waits, "_PATIENCE_S", 0.05)
     with waits.word_for("drawing"):
@@ -181,7 +200,7 @@ def test_a_recipe_that_is_shipped_is_listed_and_copied_but_never_over_another(tm
     for name, line in zip(names, lines, strict=False):
         assert line.endswith("."), f"the first line of {name}.toml is not whole"
         assert main(["init", name]) == 0
-        command, file = re.search(r"then `flashgrpo (\S+) (\S+)`", capsys.readouterr().out).groups()
+        ((command, file),) = re.findall(r"then `flashgrpo (\S+) (\S+)`", capsys.readouterr().out)
         assert (tmp_path / file).read_bytes() == (FOLDER / file).read_bytes()
         load = load_pipeline if command == "pipeline" else partial(load_recipe, KINDS[command].recipe)
         assert load(file)
