@@ -5,7 +5,7 @@ Of an SFT run or a reward model's, the loss.
 """
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,10 @@ def compare_runs(runs: Mapping[str, Path], path: Path) -> Path:
     """
     rows_of = {label: _read_run(run)[0] for label, run in runs.items()}
     every = [row for rows in rows_of.values() for row in rows]
-    shown = [(key, title) for key, title, _, has_panel in _COMPARED if has_panel and any(map(_get(key), every))]
+    shown = []
+    for key, title, _, has_panel in _COMPARED:
+        if has_panel and any(row.get(key) for row in every):
+            shown.append((key, title))
     shown = shown or [("loss", "loss")]
     num_columns = min(3, len(shown))
     num_rows = -(-len(shown) // num_columns)
@@ -114,10 +117,6 @@ def compare_runs(runs: Mapping[str, Path], path: Path) -> Path:
     figure.legend(handles, runs, loc="outside upper left", ncols=len(runs), frameon=False)
     print_ends(rows_of)
     return _save(figure, path, dpi=100)
-
-
-def _get(key: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda row: row.get(key)
 
 
 def _finish(axes: np.ndarray, used: int, first: int, last: int) -> None:
@@ -222,8 +221,8 @@ def _charts(rows: Rows, steps: Rows) -> list[Chart]:
     shares = {
         "groups/dead": {"color": "0.6", "label": "groups without a gradient"},
         "length/truncated": {"color": "tab:blue", "label": "truncated"},
-        "clip/low": {"color": "tab:green", "label": "ratios clipped low"},
-        "clip/high": {"color": "tab:red", "label": "ratios clipped high"},
+        "clip/low": {"color": "tab:green", "label": "clipped low"},
+        "clip/high": {"color": "tab:red", "label": "clipped high"},
     }
     nats = {
         "entropy": {**_BLUE, "label": "entropy"},
@@ -237,7 +236,7 @@ def _charts(rows: Rows, steps: Rows) -> list[Chart]:
         Chart("response length, tokens", lengths, band=extremes, right=reflections),
         Chart("mean reward", rewards, limits=_FREE),
         Chart("entropy, nats a token", nats, right=("kl", "KL to the reference")),
-        Chart("shares: of groups, completions, tokens", shares, is_share=True),
+        Chart("shares of groups, completions, tokens", shares, is_share=True),
         norm,
         Chart("mismatch of sampler and trainer, nats a token", {"mismatch/mean": _BLUE}),
         Chart("seconds a step", times, is_stacked=True, right=("tokens_per_s", "sampled tokens/s")),

@@ -83,7 +83,7 @@ def test_a_run_is_seen_in_all_that_it_logs(drawn):
     axes = drawn(rows)
     assert [*axes][:4] == ["score", "response length, tokens", "mean reward", "entropy, nats a token"]
     assert labels(axes["mean reward"]) == ["format", "accuracy", "weighted sum"]
-    assert labels(axes["shares: of groups, completions, tokens"]) == ["truncated", "ratios clipped high"]
+    assert labels(axes["shares of groups, completions, tokens"]) == ["truncated", "clipped high"]
     assert labels(axes["entropy, nats a token"]) == ["entropy", "KL to the reference"]
     rollouts, smoothed, scores, votes = axes["score"].lines
     assert labels(axes["score"]) == ["accuracy of the rollouts", "held-out pass@1", "held-out cons@4"]
@@ -155,11 +155,11 @@ def test_a_number_between_missing_ones_is_seen(drawn):
 def test_only_what_has_values_is_drawn(drawn):
     without = drawn([step_row(1, **(LEARNED | {"kl": 0.0, "clip/high": 0.0}))])
     assert labels(without["entropy, nats a token"]) == ["entropy"]
-    assert labels(without["shares: of groups, completions, tokens"]) == ["truncated"]
+    assert labels(without["shares of groups, completions, tokens"]) == ["truncated"]
     without = drawn([step_row(1, **dict.fromkeys(REWARDS))])
     assert without.keys() - {""} == {
         "response length, tokens",
-        "shares: of groups, completions, tokens",
+        "shares of groups, completions, tokens",
         "seconds a step",
     }
     for rate, wanted in ((0.0, ["mean"]), (2.0, ["mean", "reflections in 1,000"])):
