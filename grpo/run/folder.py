@@ -80,12 +80,12 @@ class RunFolder:
             raise
 
     def _open(self, resume: bool) -> Path | None:
+        check_trackers(self.recipe)  # before gigabytes are downloaded and read
         self._stack.enter_context(hold_output(self.path, resume))
         return newest_checkpoint(self.path)
 
     def _compare(self) -> tuple[dict[str, Any], list[str], Inputs]:
         """The state of the checkpoint, what has changed since, and what the run is made from now."""
-        check_trackers(self.recipe)
         made_from, changed = compare_inputs(self.recipe)
         if self.checkpoint is None:
             return {}, [], made_from

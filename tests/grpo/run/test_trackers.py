@@ -200,7 +200,9 @@ def test_a_tracker_that_is_not_there_is_refused_before_the_start(
     for name in ("trackio", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe_values))
-    assert main(["train", str(tmp_path / "recipe.toml"), f'--run.loggers=["{logger}"]']) == 2
+    # Also before a model is downloaded.
+    overrides = f'--run.loggers=["{logger}"]', "--model.path=someone/no-model"
+    assert main(["train", str(tmp_path / "recipe.toml"), *overrides]) == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert message in told
     assert not any((tmp_path / "run").glob("*.*"))
