@@ -5,6 +5,7 @@ together; then what only one of them has, and how their machines, versions and c
 """
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,11 @@ def _measures(header: Row, rows: list[Row]) -> Iterator[tuple[str, Measure]]:
         if row.get("p50_ms") is not None:
             yield name, Measure(row["p50_ms"], _MS, row["spread"])
         elif "median_step_s" in row:
-            yield name, Measure(row["median_step_s"], _S, 0.0)
+            medians = []  # of the rounds
+            for run in header["runs"]:
+                if (run["name"], run["prompt_len"]) == (row["name"], row["prompt_len"]):
+                    medians.append(statistics.median(run["step_s"]))
+            yield name, Measure(row["median_step_s"], _S, max(medians) / min(medians) - 1)
     for key, unit in (("tokens_per_s", _RATE), ("seconds", _S)):
         for side, value in header.get(key, {}).items():
             yield side, Measure(value, unit, header["spread"][side])

@@ -69,6 +69,7 @@ def test_the_results_of_the_pages_can_be_compared(capsys):
         assert "1.000" in printed
         assert "faster" not in printed
         assert "only in" not in printed
+        assert " 0.0%" not in printed  # none was measured once alone
 
 
 @pytest.mark.parametrize(("busy", "warns"), [(0.0, False), (1.5, True)])
