@@ -286,7 +286,7 @@ def sample_tokens(
         return tokens, probs.gather(-1, places).squeeze(-1).log(), torch.zeros_like(tokens), places[:, :0]
     kept = (probs > 0).sum(-1)
     is_told = kept <= sampling.kept_limit
-    logprobs = torch.where(is_told[:, None], probs, whole).gather(-1, places).squeeze(-1).log()
+    logprobs = torch.where(is_told[:, None], probs.gather(-1, places), whole.gather(-1, places)).squeeze(-1).log()
     most = min(sampling.kept_limit, sampling.top_k or sampling.kept_limit)
     return order.gather(-1, places).squeeze(-1), logprobs, torch.where(is_told, kept, 0), order[:, :most]
 
@@ -299,6 +299,8 @@ def _truncate(sorted_probs: Tensor, sampling: Sampling) -> Tensor:
         sorted_probs = sorted_probs / sorted_probs.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1:
         before = sorted_probs.cumsum(dim=-1) - sorted_probs
-        sorted_probs = sorted_probs.masked_fill(before >= sampling.top_p, 0)
+        # By their number: a GPU sums in parallel, where `before` may fall, and what is kept are the first of a row.
+        kept = (before < sampling.top_p).sum(dim=-1, keepdim=True)
+        sorted_probs = sorted_probs.masked_fill(torch.arange(before.shape[1], device=before.device) >= kept, 0)
         sorted_probs = sorted_probs / sorted_probs.sum(dim=-1, keepdim=True)
     return sorted_probs

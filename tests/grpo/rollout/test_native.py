@@ -354,6 +354,25 @@ def test_truncated_sampling_renormalises_and_tells_what_it_kept(sampling, kept):
         assert kept_ids.shape[1] <= limit
 
 
+def test_a_token_is_of_its_set_where_sums_of_probabilities_do_not_rise():
+    """As of a GPU's, which are made in parallel. The log-prob of a token that its set lacks would be NaN."""
+
+    class Parallel(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            sums = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.cumsum and sums.dtype == torch.float32:
+                sums[:, 5::2] += 0.003
+            return sums
+
+    probs = torch.cat([torch.tensor([0.9]), torch.full((100,), 0.001)])
+    uniforms = torch.linspace(0, 1 - 1e-9, 4001, dtype=torch.float64)
+    with Parallel():
+        sampling = Sampling(1, top_p=0.95, kept_limit=100)
+        tokens, _, counts, kept_ids = sample_tokens(probs.log().expand(4001, -1), uniforms, sampling)
+    is_kept = torch.arange(kept_ids.shape[1]) < counts[:, None]
+    assert ((kept_ids == tokens[:, None]) & is_kept).any(1).all()
+
+
 def test_seeds_differ_in_every_argument():
     seeds = {int(s) for args in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)] for s in sample_seeds(*args, 16)}
     assert len(seeds) == 64
