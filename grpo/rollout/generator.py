@@ -52,12 +52,14 @@ class Generator(Protocol):
 
 def settle_generator(recipe: _R, world: World, resume: bool = False) -> _R:
     """The recipe with a generator in place of "auto", which is told; with `resume` the one that the run has. Raises
-    RecipeError for a transport of weights that is another generator's.
+    RecipeError for a transport of weights that is another generator's, and for kept sets that it does not tell.
     """
     name, device = recipe.rollout.generator, world.device.type
     if recipe.vllm.weight_transfer != "auto" and (name, device) != ("vllm_server", "cuda"):
         wanted = f"vllm.weight_transfer = {recipe.vllm.weight_transfer} wants rollout.generator = vllm_server on CUDA"
         raise RecipeError(f"{wanted}, found {name} on {device}")
+    if device == "cpu" and name in ("vllm", "vllm_server") and isinstance(recipe, Recipe):
+        recipe.check_kept_sets()  # vLLM has them by its Model Runner V2, on GPUs alone
     if name != "auto":
         return recipe
     # One rank decides for all: they must not differ, and their machines may.

@@ -87,14 +87,10 @@ class EngineOptions:
 
     @classmethod
     def of(cls, recipe: SamplingRecipe, device: torch.device, longest_prompt: int) -> "EngineOptions":
-        """Raises RecipeError where vllm.max_model_len is too small for a prompt of `longest_prompt` tokens, and where
-        the recipe needs kept sets on a CPU.
-        """
+        """Raises RecipeError where vllm.max_model_len is too small for a prompt of `longest_prompt` tokens."""
         on_gpu, kept_limit = device.type == "cuda", 0
-        if isinstance(recipe, Recipe) and recipe.rollout.is_truncated:
-            if not on_gpu:  # vLLM has them by its Model Runner V2 alone
-                recipe.check_kept_sets()
-            kept_limit = recipe.rollout.kept_limit if on_gpu else 0
+        if on_gpu and isinstance(recipe, Recipe) and recipe.rollout.is_truncated:
+            kept_limit = recipe.rollout.kept_limit
         max_model_len = recipe.vllm.max_model_len or longest_prompt + recipe.rollout.max_new_tokens
         check_length(max_model_len, longest_prompt, recipe)
         dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")

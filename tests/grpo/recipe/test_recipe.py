@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomli_w
@@ -19,6 +20,7 @@ from flashgrpo.grpo.recipe.load import (
     recipe_keys,
     recipe_to_toml,
 )
+from flashgrpo.grpo.rollout.generator import settle_generator
 from flashgrpo.grpo.rollout.vllm.launch import EngineOptions
 from flashgrpo.grpo.stages.pipeline import load_pipeline
 from flashgrpo.kernels.grpo_loss import LossConfig
@@ -86,19 +88,22 @@ def test_every_path_may_begin_with_the_home_folder(load, tmp_path, monkeypatch):
             {"rollout": {"max_staleness": 2, "generator": "vllm_server"}, "vllm": {"devices": ["cpu"]}},
             "max_staleness = 2",
         ),
-        ({"loss": {"behavior_cap": 2.0}}, r"loss.behavior_cap = 2"),
+        ({"loss": {"behavior_cap": 2.0}, "rollout": {"generator": "vllm"}}, r"loss.behavior_cap = 2"),
     ],
 )
 def test_ratios_to_a_truncated_samplers_log_probs_are_refused(load, truncation, more, key, model_path):
     """Where nobody tells what it kept, as vLLM's CPU build does not: every ratio would be the kept mass."""
     rollout, values = more.get("rollout", {}), {**VALUES, **more, "model": {"path": str(model_path)}}
     recipe = load({**values, "rollout": {**rollout, **truncation}})
-    assert EngineOptions.of(recipe, torch.device("cuda"), longest_prompt=8).kept_limit == 512
+    on_cpu, on_gpu = (SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert settle_generator(recipe, on_gpu) is recipe
+    assert EngineOptions.of(recipe, on_gpu.device, longest_prompt=8).kept_limit == 512
     with pytest.raises(RecipeError, match=f"{key} weighs tokens by the sampler's .*wanted top_p = 1 and top_k = 0"):
-        EngineOptions.of(recipe, torch.device("cpu"), longest_prompt=8)
+        settle_generator(recipe, on_cpu)
     recipe = load({**values, "rollout": rollout})
-    for device in ("cpu", "cuda"):
-        assert EngineOptions.of(recipe, torch.device(device), longest_prompt=8).kept_limit == 0
+    assert settle_generator(recipe, on_cpu) is recipe
+    for world in (on_cpu, on_gpu):
+        assert EngineOptions.of(recipe, world.device, longest_prompt=8).kept_limit == 0
 
 
 def test_a_top_k_above_the_limit_of_kept_sets_is_refused(load):
