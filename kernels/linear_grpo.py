@@ -409,9 +409,10 @@ _linear_loss_op = torch.library.custom_op("flashgrpo::linear_grpo_loss", _linear
 
 
 @_linear_loss_op.register_fake
-def _(hidden, weight, tensors, numbers, temperature, chunk_tokens, logits_dtype, kept, wanted):
-    head = Head(hidden, weight, tensors[0], temperature, chunk_tokens, logits_dtype, kept)
-    gradients, sums = Gradients.of(head, Wanted(*wanted)), empty_sums(hidden, LossInputs._make((*tensors, *numbers)))
+def _(hidden, weight, tensors, numbers, *settings):
+    head = Head(hidden, weight, tensors[0], *settings[:-1])
+    gradients = Gradients.of(head, Wanted(*settings[-1]))
+    sums = empty_sums(hidden, LossInputs._make((*tensors, *numbers)))
     return *sums, head.per_target(), head.per_target(), *gradients.or_nothing(hidden)
 
 
@@ -443,9 +444,9 @@ def _linear_logprobs_bwd(
 
 
 @_linear_logprobs_bwd.register_fake
-def _(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, kept, upstream, wanted):
-    head = Head(hidden, weight, targets, temperature, chunk_tokens, logits_dtype, kept)
-    return Gradients.of(head, Wanted(*wanted)).or_nothing(hidden)
+def _(hidden, *inputs):
+    *settings, _, wanted = inputs
+    return Gradients.of(Head(hidden, *settings), Wanted(*wanted)).or_nothing(hidden)
 
 
 def _keep_inputs(ctx, inputs, output):
