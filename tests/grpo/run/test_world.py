@@ -257,7 +257,8 @@ def test_two_nodes_go_on_without_a_rank_that_died_until_ctrl_c(recipe_file, cust
     folders = os.pathsep.join([str(custom_rewards), *filter(None, [os.environ.get("PYTHONPATH")])])
     job |= {"SLURM_JOB_ID": "7", "PYTHONPATH": folders, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = Path(__file__).parents[3] / "recipes/slurm.sh"
-    arguments = ["bash", str(script), recipe_file, "--train.steps=100000", "--train.shard_ranks=1"]
+    arguments = [recipe_file, "--train.steps=100000", "--train.shard_ranks=1"]
+    arguments[:0] = ["timeout", "480", "bash", str(script)]  # for where this test is killed
     rows = tmp_path / "run/metrics.jsonl"
     with (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen(
@@ -272,7 +273,7 @@ def test_two_nodes_go_on_without_a_rank_that_died_until_ctrl_c(recipe_file, cust
             process.wait(120)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks, which are in sessions of their own
         log.seek(0)
         told = log.read()
     assert rewards.with_suffix(".died").exists(), told
