@@ -224,7 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = option_parser("kernels", __doc__)
     parser.add_argument("--ops", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all")
     parser.add_argument("--providers", nargs="+", help="default: all", metavar="NAME")
-    parser.add_argument("--peer", action="append", default=[], help=PEERS, metavar="MODULE:PROVIDERS")
+    parser.add_argument(
+        "--peer", action="append", default=[], help=f"further peers: {PEERS}", metavar="MODULE:PROVIDERS"
+    )
     default = "full" if device.type == "cuda" else "small"
     parser.add_argument("--sizes", choices=_BUDGETS_S, default=default, help=f"default here: {default}")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"for all; default: {_BUDGETS_S[default]:.0f}")

@@ -72,8 +72,8 @@ class Provider:
 
 Peers = dict[str, list[Provider]]  # by operation
 PEERS = (
-    "further peers: a dictionary from operation to a list of flashgrpo.bench.peers.Provider, whose load(inputs) gives "
-    "the call that is timed; operations and inputs are those of flashgrpo.bench.cases"
+    "a dictionary from operation to a list of flashgrpo.bench.peers.Provider, whose load(inputs) gives the call that "
+    "is timed; operations and inputs are those of flashgrpo.bench.cases"
 )
 
 
