@@ -248,7 +248,13 @@ _RUN = (
     _RECIPE,
     _flag("--resume", help="continue the run in run.output, or start it if there is none"),
     _option(
-        "-h", "--help", action=_RecipeHelp, nargs="?", metavar="KEY", help="this and every key, or what is like KEY"
+        "-h",
+        "--help",
+        action=_RecipeHelp,
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="KEY",
+        help="this and every key, or what is like KEY",
     ),
 )
 _BENCHMARKS = {  # modules of bench/, each with a `main`

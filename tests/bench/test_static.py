@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from flashgrpo.bench import static
 from flashgrpo.bench.static import RESULTS, TARGETS, compile_row, launches
 from flashgrpo.kernels import attention, attention_plan, decode_attention, elementwise
+from flashgrpo.kernels import kept as kept_sets
 from flashgrpo.kernels.decode_attention import DecodeRows
 from flashgrpo.kernels.logprob import TritonRows
 from flashgrpo.kernels.loss_config import LossConfig, LossInputs
@@ -268,8 +269,9 @@ def draw_cu_seqlens(rng, total):
     return torch.tensor([0, *sorted(rng.choices(range(total + 1), k=rng.randint(0, 9))), total], dtype=torch.int32)
 
 
-def test_sizes_do_not_recompile(compiled_keys):
+def test_sizes_do_not_recompile(compiled_keys, monkeypatch):
     """Compiling takes seconds; were it done for every new length, a training step would never reach its speed."""
+    monkeypatch.setattr(kept_sets, "by_triton", lambda logits: True)
     rng = random.Random(0)
     for _ in range(200):
         n, vocab = rng.randint(1, 40), rng.choice([1, rng.randint(2, 5000), 16 * rng.randint(1, 300)])
@@ -291,6 +293,12 @@ def test_sizes_do_not_recompile(compiled_keys):
         inputs = inputs._replace(targets=torch.zeros(n, dtype=torch.int64))
         logits = torch.zeros(n, vocab, dtype=torch.bfloat16)
         RowLoss(inputs, values, rng.random()).take(logits, 0, logits)
+        first, kept = rng.randint(0, 40), (torch.zeros(2 * n, dtype=torch.int32), torch.arange(0, 2 * n + 1, 2).int())
+        rows = rng.choice([slice(0, n), torch.arange(n)])
+        if isinstance(rows, slice) and first:
+            padding = torch.zeros(first, dtype=torch.int32)
+            kept, rows = (kept[0], torch.cat([padding, kept[1]])), slice(first, first + n)
+        kept_sets.keep_only(logits, torch.zeros(n + first, dtype=torch.int64), kept, rows)
         live_rows(logits, (torch.arange(n) % 2).to(torch.int8), n // 2)
         scale_rows(logits, values[0])
 
@@ -323,4 +331,5 @@ def test_sizes_do_not_recompile(compiled_keys):
     # A vocabulary, and with it the rows' stride, of 1, a multiple of 16, and any other.
     expected = {kernel: 3 if re.search("logprob|row", kernel) else 1 for kernel in defined_kernels()}
     expected["_scale_kernel"], expected["_grpo_loss_kernel"] = 3, 2  # of one block, or of several
+    expected["_keep_kernel"] = 6  # as a row's, and of all rows or of chosen ones
     assert {kernel: len(keys) for kernel, keys in compiled_keys.items()} == expected

@@ -276,7 +276,9 @@ class Taste:
         self.is_closed = True
 
 
-def test_a_reward_model_counts_from_its_start_on(values, monkeypatch):
+def test_a_reward_model_counts_from_its_start_on(values, monkeypatch, tmp_path):
+    path = tmp_path / "taste"
+    path.mkdir()
     taste, opened, generators, held = Taste(), [], [], []
     open_generator, score = train_module.open_generator, taste.score
 
@@ -302,10 +304,10 @@ def test_a_reward_model_counts_from_its_start_on(values, monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     values["sources"]["chat"] |= {"rewards": [LETTERS, "taste"], "weights": [1, 0.5], "start": 0.0}
     values["rewards"] |= {"start": {"taste": 0.5}}
-    recipe = recipe_of(values | {"reward_models": {"taste": {"path": "models/taste"}}})
+    recipe = recipe_of(values | {"reward_models": {"taste": {"path": str(path)}}})
     train(recipe)
     rows = rows_of(recipe.run.output)
-    assert opened == [("models/taste", "<eos>", 1)]
+    assert opened == [(str(path), "<eos>", 1)]
     assert ["reward/taste" in row for row in rows] == [False] * 3 + [True] * 3
     for row in rows:
         wanted = row[f"reward/{LETTERS}"] + 0.5 * row.get("reward/taste", 0)
