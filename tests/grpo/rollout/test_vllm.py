@@ -222,7 +222,7 @@ def test_two_ranks_of_which_one_loses_its_engine_end_together(vllm_recipe):
     """Each has an engine with weights that both hold a part of. In lockstep to the end of the sync, then with the same
     error, after a checkpoint.
     """
-    first, second = ranks.run(train_with_a_dying_engine, 2, vllm_recipe)
+    first, second = ranks.run(train_with_a_dying_engine, 2, vllm_recipe, timeout_s=240)  # two engines start at once
     assert first == second
     assert "version 2 of the weights did not reach vLLM; the last tensor that the trainer gave is none: vLLM's" in first
     assert "exit code -9" in first
