@@ -54,6 +54,7 @@ def _measures(header: Row, rows: list[Row]) -> Iterator[tuple[str, Measure]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what two files have in common, and how they differ otherwise."""
     parser = option_parser("compare", __doc__)
     parser.add_argument("files", nargs=2, type=Path, metavar="FILE")
     paths = parser.parse_args(arguments).files

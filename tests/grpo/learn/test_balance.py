@@ -107,7 +107,7 @@ def test_one_rank_runs_no_more_micro_batches_and_costs_no_more_than_best_fit():
         assert plan.costs.sum() <= sum(forward_flops(build_batch(pack), QWEN_7B) for pack in fitted)
 
 
-def test_8192_rollouts_are_planned_in_100_ms():
+def test_8192_rollouts_are_planned_in_no_time():
     """On a free machine 70 ms, half of what it takes to count to 4 million: a processor that is shared is slower at
     both.
     """
