@@ -289,7 +289,7 @@ def test_a_peer_joins_without_a_change_of_the_source(bench, tmp_path, monkeypatc
         ("my_peers:MISSPELT", "unknown operation 'grpo_los'; did you mean grpo_loss?"),
         (
             "my_peers:load",
-            "wanted further peers: a dictionary from operation to a list of flashgrpo.bench.peers.Provider",
+            "wanted a dictionary from operation to a list of flashgrpo.bench.peers.Provider",
         ),
         ("no_such:PROVIDERS", "ModuleNotFoundError: No module named 'no_such'"),
     ]:
