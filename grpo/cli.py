@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from flashgrpo.grpo.errors import RecipeError, RewardError, RunInputError
 from flashgrpo.grpo.recipe.shipped import FOLDER, command_for, copy_recipe, shipped_recipes
 from flashgrpo.grpo.run.interrupts import Interrupts
-from flashgrpo.grpo.waits import word_for
+from flashgrpo.model.waits import word_for
 
 # For torch's threads on a CPU, read when it is imported: how long they wait for each other awake. It should be longer
 # than the Python between two operators of a decoding step, or each of them must wake a thread: sampling on 2 cores is

@@ -1,15 +1,15 @@
 """Where a model is: in a folder of one's own, or, by its name on the Hugging Face hub, in the hub's cache."""
 
 import os
-import sys
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from flashgrpo.model.config import CheckpointError
 from flashgrpo.model.files import MODEL_FILES, recover
+from flashgrpo.model.waits import word_for
 
 
 def local_folder(path: str | os.PathLike, *, with_weights: bool = False) -> Path:
@@ -31,10 +31,9 @@ def local_folder(path: str | os.PathLike, *, with_weights: bool = False) -> Path
         raise CheckpointError(f"{path}: no such folder; {to_folder} makes one")
     if os.environ.get("LOCAL_RANK", "0") != "0":
         disable_progress_bars()
-    elif not constants.HF_HUB_OFFLINE:
-        print(f"downloading {path} from the Hugging Face hub", file=sys.stderr, flush=True)
     try:
-        return _snapshot(path, with_weights)
+        with word_for(f"asking the Hugging Face hub for {path}"):
+            return _snapshot(path, with_weights)
     except Exception as error:  # the hub's client raises OSErrors, ValueErrors and those of its HTTP library
         why, command = str(error).strip().partition("\n")[0], f"hf download {name}"
         command += f" --revision {revision}" if revision else ""

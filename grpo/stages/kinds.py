@@ -13,7 +13,7 @@ from flashgrpo.grpo.recipe.load import (
     RewardModelRecipe,
     SftRecipe,
 )
-from flashgrpo.grpo.waits import word_for
+from flashgrpo.model.waits import word_for
 
 
 class Kind(NamedTuple):

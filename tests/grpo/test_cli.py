@@ -17,12 +17,12 @@ import pytest
 import tomli_w
 import torch
 
-from flashgrpo.grpo import waits
 from flashgrpo.grpo.cli import COMMANDS, main
 from flashgrpo.grpo.recipe.load import CollectRecipe, Recipe, SftRecipe, load_recipe, recipe_keys
 from flashgrpo.grpo.recipe.shipped import FOLDER
 from flashgrpo.grpo.stages.kinds import KINDS
 from flashgrpo.grpo.stages.pipeline import load_pipeline
+from flashgrpo.model import waits
 from flashgrpo.model.config import CheckpointError
 
 
@@ -45,7 +45,7 @@ def error_line(capsys) -> str:
     lines = [
         line
         for line in printed.err.splitlines()
-        if not line.startswith(("loading ", "evaluating ", "downloading ", "importing ", "this machine is busy"))
+        if not line.startswith(("loading ", "evaluating ", "importing ", "this machine is busy"))
     ]
     assert len(lines) == 1, printed.err
     assert lines[0].startswith("flashgrpo: ")

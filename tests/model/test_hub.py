@@ -1,13 +1,16 @@
 """Models by their names on the Hugging Face hub, without a network."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import hub_cache
-from flashgrpo.model import hub
+from flashgrpo.model import hub, waits
 from flashgrpo.model.checkpoint import (
     CheckpointError,
     init_decoder,
@@ -75,13 +78,14 @@ def test_what_is_missing_is_told_with_the_command_that_downloads_it(cache):
     assert "\n" not in str(fault.value)
 
 
-def test_only_what_is_needed_is_downloaded_and_once(cache, made, tmp_path, monkeypatch, capsys):
+def test_only_what_is_needed_is_downloaded_and_once(cache, made, tmp_path, monkeypatch):
     """A plan needs no weights, and a cache without them has no whole model."""
     (made[0] / "pytorch_model.bin").touch()
-    look_up, needed = hub.snapshot_download, tmp_path / "needed"
+    look_up, needed, downloads = hub.snapshot_download, tmp_path / "needed", []
 
     def download(name, *, allow_patterns, local_files_only, **options):
         if not local_files_only:
+            downloads.append(name)
             shutil.copytree(made[0], needed)
             for file in needed.iterdir():
                 if not any(file.match(pattern) for pattern in allow_patterns):
@@ -92,11 +96,28 @@ def test_only_what_is_needed_is_downloaded_and_once(cache, made, tmp_path, monke
         return look_up(name, allow_patterns=allow_patterns, local_files_only=True, **options)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     for _ in range(2):
         read_config(NAME)
     assert {file.name for file in local_folder(NAME).iterdir()} == {"config.json"}
     for _ in range(2):
         load_checkpoint(NAME)
     assert {file.name for file in local_folder(NAME).iterdir()} == {"config.json", "model.safetensors"}
-    assert capsys.readouterr().err == f"downloading {NAME} from the Hugging Face hub\n" * 2
+    assert downloads == [NAME, NAME]
+
+
+@pytest.mark.parametrize(("takes_s", "said"), [(0.0, ""), (1.0, f"asking the Hugging Face hub for {NAME}\n")])
+def test_only_a_hub_that_lets_wait_is_told_of(cache, takes_s, said, monkeypatch, capsys):
+    """Or a name that is wrong, or a network that is missing, were two lines in place of one."""
+
+    def fail(*_, local_files_only, **__):
+        if local_files_only:
+            raise LocalEntryNotFoundError("nothing there")
+        time.sleep(takes_s)
+        raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr(waits, "_PATIENCE_S", 0.3)
+    with pytest.raises(CheckpointError, match="does not give it"):
+        local_folder(NAME)
+    assert capsys.readouterr().err == said
