@@ -62,6 +62,10 @@ def _keep_kernel(logits, targets, chosen, ids, offsets, values, first_row, vocab
 
 def check_kept(kept: Kept, targets: Tensor, vocab: int) -> None:
     """Raises TypeError and ValueError unless `kept` has sets for `targets`; what it holds is read on the CPU only."""
+    pair = kept if isinstance(kept, tuple | list) else [kept]
+    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        found = ", ".join(type(part).__name__ for part in pair)
+        raise TypeError(f"kept is ({found}); wanted None, or a pair of tensors (ids, offsets)")
     ids, offsets = kept
     check_index("kept ids", ids, targets.device, ids.numel())
     check_index("kept offsets", offsets, targets.device, targets.numel() + 1)

@@ -220,7 +220,7 @@ def gather_logprobs(
     of which the largest logit over the temperature is not within 1e9 of 0 may give NaN.
 
     Raises ValueError for shapes that do not fit together, a temperature that is not above 0, and on a CPU kept ids
-    beyond the vocabulary; TypeError for wrong dtypes.
+    beyond the vocabulary; TypeError for wrong dtypes, and for kept sets that are no pair of tensors.
     """
     check_logits(logits, targets, temperature, kept)
     if kept is not None:

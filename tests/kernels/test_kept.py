@@ -148,6 +148,9 @@ def test_sets_of_no_rows(case):
         (lambda ids, offsets: (ids[1:], offsets), ValueError, "wanted them to rise from 0 to"),
         (lambda ids, offsets: (ids, offsets.flip(0)), ValueError, "wanted them to rise from 0 to"),
         (lambda ids, offsets: (ids.float(), offsets), TypeError, "kept ids is torch.float32; wanted int32 or int64"),
+        (lambda ids, offsets: (), TypeError, r"kept is \(\); wanted None, or a pair of tensors \(ids, offs"),
+        (lambda ids, offsets: (ids, 8), TypeError, r"kept is \(Tensor, int\); wanted None, or a pair"),
+        (lambda ids, offsets: offsets.repeat(2, 1), TypeError, r"kept is \(Tensor\); wanted None, or a pair"),
     ],
 )
 @pytest.mark.twin
@@ -158,6 +161,12 @@ def test_sets_that_do_not_fit_are_refused(case, change, error, message):
         linear_logprobs(case.hidden, case.weight, case.targets, kept=kept)
     with pytest.raises(error, match=message):
         gather_logprobs(case.hidden @ case.weight.T, case.targets, kept=kept)
+    ends = torch.tensor([0, len(case.targets)], dtype=torch.int32)
+    options = {"denominator": 1.0, "advantages": torch.ones(1), "kept": kept}
+    with pytest.raises(error, match=message):
+        linear_grpo_loss(case.hidden, case.weight, case.targets, ends, LossConfig(), **options)
+    with pytest.raises(error, match=message):
+        logits_grpo_loss(case.hidden @ case.weight.T, case.targets, ends, LossConfig(), **options)
 
 
 @pytest.mark.twin
