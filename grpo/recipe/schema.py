@@ -257,7 +257,8 @@ class RolloutSection(SamplingSection):
     """Completions cut at max_new_tokens give no gradient."""
     kept_limit: _Positive = 512
     """With top_p or top_k: most tokens of a kept set, over which training takes its log-probs, 4 bytes each on every
-    host. A token drawn from more is of the whole vocabulary to both sides (kept/whole); vLLM draws from no more."""
+    host and on the GPU that trains on it. A token drawn from more is of the whole vocabulary to both sides
+    (kept/whole); vLLM draws from no more."""
 
     def __post_init__(self) -> None:
         if self.top_k > self.kept_limit:

@@ -44,6 +44,7 @@ LINK_SHARE = 0.7  # of link bandwidth in collectives: assumed
 IMBALANCE = 1.08  # slowest rank's work over the mean: what packing promises
 # Bytes a weight that FSDP moves in the GPU's own memory for one gathering, and for one reduction: counted.
 GATHER_BYTES, REDUCE_BYTES = 4, 16
+SPARSE_BYTES = 20  # a weight of the largest tensor when changes are first sent: its places, values and a mask, counted
 DECODE_KERNELS = 11  # of the native generator, a layer and step: counted on a fake GPU
 KERNEL_S = 10e-6  # host time of one, which CUDA graphs would save: assumed
 ENGINE_STEP_S = 1.5e-3  # host time of a step of vLLM's, whose kernels are in CUDA graphs: assumed
@@ -284,9 +285,13 @@ class Costs(TrainCosts):
 
     def memory(self, token_budget: int) -> dict[str, Parts]:
         """As TrainCosts', and the moments of sampling and of a teacher."""
-        moments = self.training(token_budget) | self.sampling(token_budget)
+        moments = self.training(token_budget)
         if self.teacher_beside:
             moments["score"] = self.scoring(self.teacher_beside, token_budget)
+        if self.recipe.rollout.is_truncated:
+            for parts in moments.values():
+                parts["kept sets, at most"] = self.kept_bytes(token_budget)
+        moments |= self.sampling(token_budget)
         for parts in moments.values():
             self._add_losses(parts)
         return moments
@@ -319,6 +324,14 @@ class Costs(TrainCosts):
         """
         return self.itemsize * (3 * config.intermediate_size + 4 * config.hidden_size) + 8 * config.head_dim
 
+    def kept_bytes(self, token_budget: int) -> float:
+        """At most: the ids of the sets of a rank's targets, which it has until the step is over, and in the head logits
+        of those of a micro-batch.
+        """
+        rollout, rows = self.recipe.rollout, token_budget * self.target_share
+        targets = max(rows, self.targets) if self.foresees else rows
+        return (rollout.top_k or rollout.kept_limit) * (4 * targets + self.itemsize * rows)
+
     def sampling(self, token_budget: int) -> dict[str, Parts]:
         """The moments of sampling."""
         state, size, config = self.state(), self.itemsize, self.config
@@ -327,6 +340,8 @@ class Costs(TrainCosts):
             state["weights on their way"] = 3 * max(size * self.size.head, _BUCKET_BYTES)
             if self.generator == "vllm":
                 state[ENGINE] = self.engine_bytes + ASLEEP
+            elif self.recipe.vllm.weight_transfer == "sparse_nccl":
+                state["weights on their way"] += SPARSE_BYTES * self.size.head
             return {"rollout": state}
         prompts = self.groups_a_rank * self.lengths.prompt
         rows, room = self.rollout_peak()

@@ -112,6 +112,24 @@ def test_prefill_holds_one_part_of_the_prompts():
     assert short["activations"] == pytest.approx(whole["activations"] / 8)
 
 
+@pytest.mark.parametrize(("truncation", "largest"), [({"top_p": 0.9}, 512), ({"top_k": 20}, 20), ({}, 0)])
+def test_kept_sets_are_on_the_gpu_of_all_packs_at_once(truncation, largest):
+    """4 bytes an id; and in the head another copy of a pack's, as logits."""
+    run = costs_of(rollout={"generator": "native"} | truncation)
+    run.foresees = False
+    found = run.memory(8192)
+    in_pack = 8192 * run.target_share
+    assert {name: parts.get("kept sets, at most", 0.0) for name, parts in found.items()} == {
+        **dict.fromkeys(("loss", "backward", "reduction"), pytest.approx(largest * (4 + 2) * in_pack)),
+        **dict.fromkeys(("prefill", "rollout"), 0.0),
+    }
+    # A run does not know how many completions there will be; a plan is told.
+    run.foresees = True
+    assert run.targets > in_pack
+    found = run.memory(8192)["loss"].get("kept sets, at most", 0.0)
+    assert found == pytest.approx(largest * (4 * run.targets + 2 * in_pack))
+
+
 def test_flash_attn_keeps_a_prompts_keys_for_each_completion():
     by_flash, by_triton = (
         costs_of(model={"path": "none", "attention_backend": backend}).memory(16_384)["loss"]["activations"]
@@ -132,6 +150,15 @@ def test_an_engine_takes_its_share_of_the_card():
     assert by_engine["loss"]["vLLM, asleep"] == ASLEEP
     assert "vLLM, asleep" not in by_itself["loss"]
     assert "prefill" not in by_engine
+
+
+def test_sparse_syncs_take_20_bytes_more_for_each_weight_of_the_largest_tensor():
+    servers = {"servers": ["http://node:8000"]}
+    whole, sparse = (
+        costs_of(rollout={"generator": "vllm_server"}, vllm=servers | more).memory(8192)["rollout"]
+        for more in ({}, {"weight_transfer": "sparse_nccl"})
+    )
+    assert sparse["weights on their way"] - whole["weights on their way"] == 20 * 152_064 * 3584
 
 
 def test_servers_take_nothing_here():
