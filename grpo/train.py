@@ -35,6 +35,7 @@ from torch import Tensor
 from flashgrpo.grpo.data.mixture import Mixture, Position
 from flashgrpo.grpo.data.problems import load_problems
 from flashgrpo.grpo.data.prompts import render_prompts
+from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.learn.balance import PackPlan, plan_packs
 from flashgrpo.grpo.learn.learner import Stats, distillation_advantages, packed_loss
 from flashgrpo.grpo.learn.packing import Group, build_batch, centred, live_groups, loss_denominator
@@ -46,6 +47,7 @@ from flashgrpo.grpo.rollout.generator import open_generator, settle_generator
 from flashgrpo.grpo.rollout.sync import DecoderSource
 from flashgrpo.grpo.run.costs import Costs, Lengths, check_budget
 from flashgrpo.grpo.run.folder import RunFolder
+from flashgrpo.grpo.run.ledger import begun_with
 from flashgrpo.grpo.run.loop import RunLoop, as_begun
 from flashgrpo.grpo.run.policy import check_teacher, open_sharded_model, open_teacher
 from flashgrpo.grpo.run.progress import Clock, StepBar, console
@@ -114,7 +116,7 @@ class Trainer(RunLoop):
     ):
         super().__init__(recipe, folder, world)
         self._steps_without_signal = 0  # in a row, up to now
-        self.position = folder.stored("position", Position, Position({}, {}))
+        self.position = self._stored_position(recipe)
         prompts = {"data": render_prompts(problems, self.policy, recipe.data)}
         for name, source in recipe.sources.items():
             prompts[name] = render_prompts(others[name], self.policy, source, name)
@@ -155,6 +157,18 @@ class Trainer(RunLoop):
             )
         self.sampler = Sampler(recipe, world, self.policy, pool, generator, source, mixture, tests)
         self.ends.callback(self.sampler.close)
+
+    def _stored_position(self, recipe: Recipe) -> Position:
+        """Raises RunInputError where steps have been begun whose prompts would be others by this recipe."""
+        position = self.folder.stored("position", Position, Position({}, {}))
+        wanted = recipe.rollout.prompts_per_step
+        begun = self.world.on_main(lambda: begun_with(recipe, "rollout", "prompts_per_step"))
+        if position.begun and begun != wanted:
+            raise RunInputError(
+                f"rollout.prompts_per_step is {wanted}, and the run in {self.folder.path} has begun steps of {begun} "
+                "ahead; keep it, or choose another run.output"
+            )
+        return position
 
     def _open_reward_models(self, pool: RewardPool, prompts: Mapping[str, Sequence[Prompt]]) -> None:
         """Give the pool its scorers; each is shown the problems of all sources that it scores."""

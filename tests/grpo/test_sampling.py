@@ -11,7 +11,7 @@ import pytest
 
 from flashgrpo.grpo import sampling
 from flashgrpo.grpo import train as train_module
-from flashgrpo.grpo.errors import GeneratorFailure, RecipeError
+from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, build_recipe
 from flashgrpo.grpo.run.folder import read_rows
 from flashgrpo.grpo.sampling import Sampler
@@ -116,6 +116,11 @@ def test_what_fails_ahead_ends_the_run_at_its_step(recipe_ahead, monkeypatch):
         train(recipe)
     assert [row["step"] for row in rows_of(recipe.run.output)] == [1, 2]
     assert checkpoint_of(recipe.run.output).name == "step_2"
+    # Steps 3 and 4 have taken their prompts: with more or fewer a step some would come twice, or never.
+    with pytest.raises(
+        RunInputError, match=r"prompts_per_step is 2, and the run in .* has begun steps of 4 ahead; keep"
+    ):
+        train(changed(recipe, "rollout", prompts_per_step=2), resume=True)
 
 
 def test_completions_from_weights_beyond_the_bound_are_refused(recipe_ahead, monkeypatch):
