@@ -418,15 +418,21 @@ def test_ratios_are_exactly_1_at_equal_weights_whatever_the_sampler_kept(recipe,
 
 
 @pytest.mark.parametrize(
-    ("device", "generator", "step", "is_told"),
-    [("cuda", "vllm", 1, True), ("cuda", "vllm", 2, False), ("cuda", "native", 1, False), ("cpu", "vllm", 1, False)],
+    ("device", "generator", "step", "top_p", "is_told"),
+    [
+        ("cuda", "vllm", 1, 1.0, True),
+        ("cuda", "vllm", 1, 0.9, False),  # the other one does not tell what top_p kept
+        ("cuda", "vllm", 2, 1.0, False),
+        ("cuda", "native", 1, 1.0, False),
+        ("cpu", "vllm", 1, 1.0, False),
+    ],
 )
 def test_log_probs_of_vllms_that_are_off_on_a_gpu_may_be_its_model_runners(
-    device, generator, step, is_told, recipe, capsys
+    device, generator, step, top_p, is_told, recipe, capsys
 ):
     """On a CPU, where it is tested, vLLM has another one."""
     trainer: Any = Trainer.__new__(Trainer)
-    trainer.recipe, trainer.device = changed(recipe, "rollout", generator=generator), torch.device(device)
+    trainer.recipe, trainer.device = changed(recipe, "rollout", generator=generator, top_p=top_p), torch.device(device)
     trainer.step, trainer._steps_without_signal = step, 0
     trainer._warn(SimpleNamespace(rollouts=[]), {"mismatch/mean": 0.2, "grad_norm": 1.0, "groups/dead": 0.0})
     said = " ".join(capsys.readouterr().err.split())

@@ -110,7 +110,7 @@ class EngineOptions:
         return NCCL if self.vllm.weight_transfer == "auto" else SPARSE_NCCL
 
     def engine_arguments(self) -> dict[str, Any]:
-        """Arguments that `vllm.LLM` and `vllm serve` both take."""
+        """Arguments that `vllm.LLM` and `vllm serve` both take. Raises RecipeError where it would tell no kept sets."""
         arguments = {
             "runner": "generate",
             "dtype": self.dtype,
@@ -123,6 +123,11 @@ class EngineOptions:
             "worker_extension_cls": "flashgrpo.grpo.rollout.vllm.engine.Extension",
         }
         if self.kept_limit:
+            if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+                raise RecipeError(
+                    "VLLM_USE_V2_MODEL_RUNNER=0 takes vLLM's V1 model runner, which does not tell what rollout.top_p "
+                    "and top_k kept; unset it, or set top_p = 1 and top_k = 0"
+                )
             arguments["return_sampling_mask"] = True
         cache_gb = self.vllm.kv_cache_gb or (0.0 if self.on_gpu else _CPU_KV_CACHE_GB)
         if cache_gb:

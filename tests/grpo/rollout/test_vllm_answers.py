@@ -16,7 +16,7 @@ import pytest
 import torch
 from aiohttp import web
 
-from flashgrpo.grpo.errors import GeneratorFailure, RunInputError, SyncError
+from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RunInputError, SyncError
 from flashgrpo.grpo.recipe.schema import VllmSection
 from flashgrpo.grpo.rollout.sync import DecoderSource, weight_shapes
 from flashgrpo.grpo.rollout.vllm import generator as generator_module
@@ -107,6 +107,14 @@ def test_an_engine_that_tells_kept_sets_has_a_top_k_for_every_request():
     assert telling.limited(Sampling(3, top_p=0.95)) == Sampling(3, 1.0, 0.95, 512)  # an evaluation's
     assert "return_sampling_mask" not in options(True).engine_arguments()
     assert options(False).limited(Sampling(3, top_p=0.95, kept_limit=512)) == Sampling(3, top_p=0.95)
+
+
+def test_a_model_runner_that_tells_no_kept_sets_is_refused_where_they_are_wanted(monkeypatch):
+    """By vLLM minutes later, and without the recipe's keys."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    options(True).engine_arguments()
+    with pytest.raises(RecipeError, match=r"VLLM_USE_V2_MODEL_RUNNER=0 .* unset it, or set top_p = 1 and top_k = 0"):
+        options(True, kept_limit=512).engine_arguments()
 
 
 @pytest.mark.parametrize(("tells", "kept_limit"), [(True, 0), (False, 512)])
