@@ -70,7 +70,7 @@ class Trackers(contextlib.ExitStack):
             if name == "tensorboard":
                 opened = _tensorboard(folder / name, config, last_step + 1)
             elif name in TRACKERS:
-                opened = _client(name, folder, _number_of(folder), config)
+                opened = _client(name, folder, _tracker_id(folder), config)
             else:
                 opened = _function(name)
             self._trackers.append(_Tracker(name, opened))
@@ -152,7 +152,7 @@ def _tensorboard(folder: Path, config: Values, first_step: int) -> Iterator[Take
         yield take
 
 
-def _number_of(folder: Path) -> str:
+def _tracker_id(folder: Path) -> str:
     """By which trackio and wandb know a run that is resumed."""
     file = folder / "tracker_id"
     if not file.exists():
@@ -161,12 +161,12 @@ def _number_of(folder: Path) -> str:
 
 
 @contextmanager
-def _client(name: str, folder: Path, number: str, config: Values) -> Iterator[Take]:
+def _client(name: str, folder: Path, tracker_id: str, config: Values) -> Iterator[Take]:
     """trackio's or wandb's: their interfaces are alike."""
     client: Any = importlib.import_module(name)
-    options = {"project": os.environ.get(f"{name.upper()}_PROJECT", "flashgrpo"), "name": f"{folder.name}-{number}"}
+    options = {"project": os.environ.get(f"{name.upper()}_PROJECT", "flashgrpo"), "name": f"{folder.name}-{tracker_id}"}
     if name == "wandb":  # trackio knows a run by its name
-        options |= {"id": number, "dir": str(folder), "allow_val_change": True}
+        options |= {"id": tracker_id, "dir": str(folder), "allow_val_change": True}
     run = client.init(config=dict(config), resume="allow", **options)
     with contextlib.ExitStack() as stack:
         stack.callback(run.finish)
