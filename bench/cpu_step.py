@@ -157,11 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Found now, not after minutes of measuring the other side.
     if not PEER_PYTHON.exists():
         raise FileNotFoundError(f"{PEER_PYTHON} does not exist; make TRL's environment with `make .venv-trl/.done`")
-    runs = []
+    where, runs = machine(torch.device("cpu")), []
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
         for length in PROMPT_LENGTHS:
             runs += run_in_turns(length, make_inputs(Path(folder) / str(length), length), progress)
-    where = machine(torch.device("cpu"))
     found = {"machine": where, "threads": THREADS, "summary": summarize(runs), "runs": runs}
     busiest = max(run["load_average"] for run in runs)
     load = f"load average before a run: up to {busiest:.1f}, about {THREADS} if idle otherwise"

@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("runs/demo_seeds"), help="folder of the runs")
     options = parser.parse_args(arguments)
+    where = machine(torch.device("cpu"))
     runs = [run_seed(seed, options.output / str(seed)) for seed in options.seeds]
-    found = {"machine": machine(torch.device("cpu")), "runs": runs}
+    found = {"machine": where, "runs": runs}
     path = publish("demo.json", found, table(found))
     draw_demo(runs, path.with_suffix(".png"))
     return 0

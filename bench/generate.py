@@ -119,6 +119,7 @@ def sample_rates(options: argparse.Namespace, model: Path) -> Row:
     sides: dict[str, Callable[[], Any]] = {}
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(open_world(recipe_for(model, "native", longest, [])))
+        where = machine(world.device)
         engine = functools.cache(lambda: open_engine(model, world.device, longest, options.prompt_tokens))
         # vLLM's own processes start before there is an engine in this one.
         for name in sorted(options.generators, key=lambda name: name in ("bare", "wrapped")):
@@ -135,9 +136,8 @@ def sample_rates(options: argparse.Namespace, model: Path) -> Row:
                 sides[name] = functools.partial(sample, generator)
         sides = {name: sides[name] for name in GENERATORS if name in sides}
         found = time_turns(sides, world.device, rounds=-(-options.rounds // 2))
-        device = world.device
     sizes = {name: getattr(options, name) for name in ("model", "prompts", "group_size", "prompt_tokens")}
-    row: Row = {"machine": machine(device), **sizes, "max_new_tokens": longest, "tokens_per_s": {}, "spread": {}}
+    row: Row = {"machine": where, **sizes, "max_new_tokens": longest, "tokens_per_s": {}, "spread": {}}
     for name, times in found.items():
         row["tokens_per_s"][name] = 1e3 * num_samples * longest / times["p50_ms"]
         row["spread"][name] = times["spread"]

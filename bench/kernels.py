@@ -141,10 +141,8 @@ def run(
 ) -> list[Row]:
     """Measure the cases, and write what there is after each; the header, and a row a case and provider."""
     deadline = time.monotonic() + budget_s
-    limits = measure_limits(device)
-    lines: list[Row] = [
-        {"machine": machine(device), "limits": asdict(limits), "peers": _versions(), "budget_s": budget_s}
-    ]
+    where, limits = machine(device), measure_limits(device)
+    lines: list[Row] = [{"machine": where, "limits": asdict(limits), "peers": _versions(), "budget_s": budget_s}]
     path = Path()
     gates: dict[str, dict[str, Row]] = {}
     for number, case in enumerate(track(chosen, "measuring", console=console)):

@@ -22,6 +22,7 @@ def time_syncs(options: argparse.Namespace, model: Path) -> Row:
     """Seconds of each, one generator after another: an engine that idles holds memory, and on a CPU threads."""
     found, spread, size = {}, {}, 0
     with open_world(recipe_for(model, "native", 64, [])) as world:
+        where = machine(world.device)
         for name in options.generators:
             generator, source = opened(recipe_for(model, name, 64, options.devices), world, 64)
             try:
@@ -31,8 +32,7 @@ def time_syncs(options: argparse.Namespace, model: Path) -> Row:
                 # An engine that idles holds memory, and on a CPU threads.
                 generator.close()
             found[name], spread[name], size = times["p50_ms"] / 1e3, times["spread"], source.num_bytes
-        device = world.device
-    return {"machine": machine(device), "model": options.model, "gb": size / 1e9, "seconds": found, "spread": spread}
+    return {"machine": where, "model": options.model, "gb": size / 1e9, "seconds": found, "spread": spread}
 
 
 def table(found: Row) -> list[str]:

@@ -141,11 +141,9 @@ def _bench(options: argparse.Namespace) -> int:
     name = options.benchmark.replace("-", "_")
     module = importlib.import_module(f"flashgrpo.bench.{name}")
     if options.benchmark not in ("report", "compare"):
-        timing = importlib.import_module("flashgrpo.bench.timing")
-        timing.busy_cores()
         # Found now, not after minutes of measuring.
         try:
-            timing.results_folder()
+            importlib.import_module("flashgrpo.bench.timing").results_folder()
         except OSError as error:
             raise RunInputError(f"results cannot be written: {error}; OUT=FOLDER names another place") from error
     return module.main(options.arguments)

@@ -96,7 +96,7 @@ def test_a_module_of_the_project_or_of_a_user_is_no_missing_extra(monkeypatch, t
 def test_a_benchmark_finds_its_folder_before_it_measures(capsys, monkeypatch, tmp_path):
     from flashgrpo.bench import kernels, timing
 
-    started = []
+    started, looks = [], timing.busy_cores.cache_info().misses
     monkeypatch.setattr(kernels, "main", started.append)
     monkeypatch.setenv("OUT", str(tmp_path / "new" / "folder"))
     assert main(["bench", "kernels"]) == 0
@@ -107,6 +107,9 @@ def test_a_benchmark_finds_its_folder_before_it_measures(capsys, monkeypatch, tm
     assert "results cannot be written" in error_line(capsys)
     assert len(started) == 1
     monkeypatch.delenv("OUT")
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "static", "--help"])
+    assert timing.busy_cores.cache_info().misses == looks  # it takes half a second, and is of times alone
     monkeypatch.setattr(timing, "ROOT", tmp_path)  # as in an installed package
     assert timing.results_folder() == Path(".")
 
