@@ -440,7 +440,7 @@ def _report(error: Exception) -> int:
     from flashgrpo.grpo.run.progress import console
 
     line = " ".join(str(error).split())  # a library's error may have many
-    console.print(f"flashgrpo: {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"flashgrpo: {line}", soft_wrap=True)
     return getattr(error, "exit_code", 1)
 
 

@@ -122,7 +122,7 @@ class Mixture:
         planned = share * self.recipe.rollout.prompts_per_step
         if planned < size:
             told = f"{source}: the run takes about {planned:,.0f} of {size:,} problems, the easiest by its curriculum"
-            console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            console.print(told, style="yellow", soft_wrap=True)
 
 
 def interleaved(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:

@@ -68,7 +68,7 @@ def settle_generator(recipe: _R, world: World, resume: bool = False) -> _R:
     if name not in ("native", "vllm"):
         name, why = world.on_main(lambda: auto_generator(world.device))
     if world.device.type == "cuda":  # a CPU's run has no choice
-        console.print(f"generator: {name} ({why})", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"generator: {name} ({why})", soft_wrap=True)
     return dataclasses.replace(recipe, rollout=dataclasses.replace(recipe.rollout, generator=name))
 
 

@@ -116,7 +116,7 @@ class RunFolder:
             shutil.rmtree(leftover)
         write_made_from(self.recipe, self._made_from)
         if self._changes:
-            console.print("changed on resume:", ", ".join(self._changes), style="yellow", markup=False, soft_wrap=True)
+            console.print("changed on resume:", ", ".join(self._changes), style="yellow", soft_wrap=True)
         for path, rows in logs.items():
             _write_rows(path, [row for row in rows if row["step"] <= last_step])
         seen = {row["step"]: {*row, SAMPLES} for row in logs[self.path / "metrics.jsonl"] if row["step"] > last_step}

@@ -106,7 +106,7 @@ def tell_of_reading(path: Path, why: str) -> None:
     """Nobody should wait for it in silence."""
     size = sum(file.stat().st_size for file in content_files(path))
     if size > _SLOW_BYTES:
-        console.print(f"reading {path}, {size / 1e9:.0f} GB, {why}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"reading {path}, {size / 1e9:.0f} GB, {why}", soft_wrap=True)
 
 
 def compare_inputs(recipe: AnyRecipe) -> tuple[Inputs, dict[str, str]]:

@@ -103,7 +103,7 @@ def open_teacher(section: TeacherSection, policy: ModelSection, device: torch.de
     """The frozen model at section.path, which computes as the policy does: on the policy's `device` sharded over
     `mesh`, or whole on its own. Raises CheckpointError.
     """
-    console.print(f"loading {section.path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"loading {section.path}", soft_wrap=True)
     is_beside = section.device == "trainer"
     place = device if is_beside else torch.device(section.device)
     dtype = resolve_dtype(policy.dtype, place)
@@ -181,8 +181,6 @@ def warn_beyond_context(policy: Policy, longest: int) -> None:
             f"{policy.path}: sequences may come to {longest:,} tokens, and the model was made for {context:,} "
             "(max_position_embeddings in config.json): what it writes beyond may be nonsense",
             style="yellow",
-            markup=False,
-            highlight=False,
             soft_wrap=True,
         )
 

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, highlight=False, emoji=False)  # names and paths as they are
 _DAY_S = 86_400.0  # steps may be long, and rich forgets what is older than this when it estimates the rest
 
 

@@ -113,7 +113,7 @@ class _Tracker:
     def join(self, deadline: float) -> None:
         self._thread.join(_QUIET_S)
         if self._thread.is_alive() and not self._is_off:
-            console.print(f"waiting for {self.name}, {_CLOSE_S:.0f} s at most", markup=False, highlight=False)
+            console.print(f"waiting for {self.name}, {_CLOSE_S:.0f} s at most")
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._switch_off("has not ended in time; it may lack the last steps")
@@ -130,7 +130,7 @@ class _Tracker:
         if not self._is_off:
             self._is_off = True
             text = " ".join(f"run.loggers: {self.name} {why}".split())
-            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            console.print(text, style="yellow", soft_wrap=True)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
             store.set(_FAILED, str(error))
         elif is_lost or not _is_told(store):
             console.quiet = False
-            console.print(f"flashgrpo: rank {rank} of {size} on {socket.gethostname()}:", style="red", highlight=False)
+            console.print(f"flashgrpo: rank {rank} of {size} on {socket.gethostname()}:", style="red")
         if is_lost:
             raise RunError(
                 f"a rank let the others wait for longer than run.collective_timeout_s = {limit_s:g}; raise it, or look "

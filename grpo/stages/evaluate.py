@@ -291,7 +291,7 @@ def _read_rows(output: Path | None) -> Rows:
 
 
 def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _scores(texts: Sequence[CompletionGroup], pool: RewardPool) -> np.ndarray:

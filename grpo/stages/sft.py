@@ -86,7 +86,7 @@ class SupervisedTrainer(RunLoop, Generic[Row]):
     def begin(self) -> None:
         """The held-out score before training."""
         if self.held_out and self.step == 0 and not self.folder.has_logged(0, "eval/loss"):
-            console.print(f"evaluating {len(self.held_out)} rows before the first step", highlight=False)
+            console.print(f"evaluating {len(self.held_out)} rows before the first step")
             self.folder.log_more(0, self._evaluate())
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:

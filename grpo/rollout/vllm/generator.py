@@ -47,7 +47,7 @@ def open_engine(
     # What a restored checkpoint has left in torch's cache would not be free for the engine; nothing without CUDA.
     torch.cuda.empty_cache()
     world.everywhere(lambda: check_gpu(options, world.device))  # of all ranks, before the first engine loads
-    console.print("starting vLLM", highlight=False)
+    console.print("starting vLLM")
     try:
         world.everywhere(
             lambda: engines.append(EngineGenerator(options, policy.stop_token_ids, world, timeout_s, load_format))

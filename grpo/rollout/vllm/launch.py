@@ -186,8 +186,6 @@ def check_gpu(options: EngineOptions, device: torch.device) -> None:
                 f"{name} has expandable_segments: weights go to the engine by CUDA IPC, which opens such memory "
                 "slowly, and in a container without ptrace not at all; take it out where syncs are slow or fail",
                 style="yellow",
-                markup=False,
-                highlight=False,
                 soft_wrap=True,
             )
 
@@ -207,10 +205,10 @@ def become_server(options: EngineOptions, host: str, port: int, devices: str) ->
     key = os.environ.get(API_KEY)
     who = f"whoever has the key in {API_KEY}" if key else "whoever reaches the port, without a key,"
     what = "can replace the weights, sample and pause; no route writes files, runs code or sets the environment"
-    console.print(f"{host}:{port}: {who} {what}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{host}:{port}: {who} {what}", soft_wrap=True)
     if not (key or _is_loopback(host)):
         found = f"warning: other machines reach {host}; set {API_KEY} to a secret, here and for the runs"
-        console.print(found, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(found, style="yellow", soft_wrap=True)
     os.environ.update(_environment(devices))
     command = options.serve_command(host, port, devices)
     os.execv(command[0], command)
@@ -233,7 +231,7 @@ class OwnServers:
                 self._start(options, own, log)
             # All of them load at the same time.
             for number, own in enumerate(devices):
-                console.print(f"waiting for the vLLM server on {own}", highlight=False)
+                console.print(f"waiting for the vLLM server on {own}")
                 _await_server(self.urls[number], self.processes[number], files[number], deadline)
         except BaseException:  # nobody has them yet to close them
             self.close()
