@@ -32,11 +32,13 @@ from flashgrpo.model.waits import word_for
 _SPIN_COUNT = "50000"
 
 # What a command needs is imported by its function: --help must not wait for torch.
+_importing = partial(word_for, "importing what the command needs")
 
 
 def _run_recipe(options: argparse.Namespace) -> None:
-    from flashgrpo.grpo.recipe.load import load_recipe
-    from flashgrpo.grpo.stages.kinds import KINDS, run_recipe
+    with _importing():
+        from flashgrpo.grpo.recipe.load import load_recipe
+        from flashgrpo.grpo.stages.kinds import KINDS, run_recipe
 
     recipe = load_recipe(KINDS[options.command].recipe, options.recipe, options.overrides)
     with _named(options.recipe):
@@ -60,17 +62,19 @@ def _named(recipe_file: str) -> Iterator[None]:
 
 
 def _run_pipeline(options: argparse.Namespace) -> None:
-    from flashgrpo.grpo.stages.pipeline import run_pipeline
+    with _importing():
+        from flashgrpo.grpo.stages.pipeline import run_pipeline
 
     run_pipeline(options.recipe, options.overrides, options.until)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from rich.console import Console
+    with _importing():
+        from rich.console import Console
 
-    from flashgrpo.grpo.recipe.load import Recipe, load_recipe
-    from flashgrpo.grpo.stages.evaluate import evaluate_models, newest_model
-    from flashgrpo.grpo.stages.scores import table_of
+        from flashgrpo.grpo.recipe.load import Recipe, load_recipe
+        from flashgrpo.grpo.stages.evaluate import evaluate_models, newest_model
+        from flashgrpo.grpo.stages.scores import table_of
 
     if options.benchmark:
         options.overrides.append(f"--eval.benchmarks={json.dumps(options.benchmark, ensure_ascii=False)}")
@@ -96,8 +100,9 @@ def labelled(text: str) -> tuple[str, str]:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from flashgrpo.grpo.recipe.load import Recipe, load_recipe
-    from flashgrpo.grpo.stages.plan import plan_recipe, print_plan
+    with _importing():
+        from flashgrpo.grpo.recipe.load import Recipe, load_recipe
+        from flashgrpo.grpo.stages.plan import plan_recipe, print_plan
 
     recipe = load_recipe(Recipe, options.recipe, options.overrides)
     lengths = options.prompt_tokens, options.response_tokens
@@ -109,10 +114,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from flashgrpo.grpo.recipe.load import Recipe, load_recipe
-    from flashgrpo.grpo.rollout.vllm.launch import EngineOptions, become_server, require_vllm
-    from flashgrpo.grpo.run.machines import resolve_device
-    from flashgrpo.model.checkpoint import read_config
+    with _importing():
+        from flashgrpo.grpo.recipe.load import Recipe, load_recipe
+        from flashgrpo.grpo.rollout.vllm.launch import EngineOptions, become_server, require_vllm
+        from flashgrpo.grpo.run.machines import resolve_device
+        from flashgrpo.model.checkpoint import read_config
 
     recipe = load_recipe(Recipe, options.recipe, options.overrides)
     require_vllm()
@@ -129,8 +135,9 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from flashgrpo.grpo.stages.evaluate import sample_texts
-    from flashgrpo.grpo.types import Sampling
+    with _importing():
+        from flashgrpo.grpo.stages.evaluate import sample_texts
+        from flashgrpo.grpo.types import Sampling
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
     for text in sample_texts(options.model, options.prompt, options.template, options.n, sampling, options.seed):
@@ -150,7 +157,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from flashgrpo.grpo.stages.demo import demo
+    with _importing():
+        from flashgrpo.grpo.stages.demo import demo
 
     demo(options.recipe, options.output, options.seed)
 
@@ -170,9 +178,9 @@ def _list_recipes(_: argparse.Namespace) -> None:
 
 
 def _print_report(run_folder: str) -> None:
-    from flashgrpo.grpo.stages.plots import print_summary, write_report
-
     with word_for("drawing the report"):
+        from flashgrpo.grpo.stages.plots import print_summary, write_report
+
         picture = write_report(run_folder)
     print_summary(run_folder)
     print(f"picture: {picture}")
@@ -183,12 +191,12 @@ def _report_runs(options: argparse.Namespace) -> None:
         _print_report(options.run_folder[0])
         return
 
-    from flashgrpo.grpo.stages.plots import compare_runs
-
     runs = {label: Path(path) for label, path in map(labelled, options.run_folder)}
     if len(runs) < len(options.run_folder):
         raise RunInputError(f"two runs are called {[*runs][-1]}; give each a label of its own, as A=runs/a B=runs/b")
     with word_for("drawing the report"):
+        from flashgrpo.grpo.stages.plots import compare_runs
+
         picture = compare_runs(runs, options.output)
     print(f"picture: {picture}")
 
@@ -197,7 +205,7 @@ class _RecipeHelp(argparse.Action):
     """The help of a command, with every key of the recipe that it runs, or those that one looks for."""
 
     def __call__(self, parser: argparse.ArgumentParser, _: Any, looked_for: Any, *__: Any) -> NoReturn:
-        with word_for("importing the recipe's keys"):
+        with _importing():
             from flashgrpo.grpo.recipe.load import find_keys, recipe_keys
             from flashgrpo.grpo.stages.kinds import KINDS
 
@@ -348,19 +356,6 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
 }
 
 
-# What takes long to import; what runs a recipe imports the rest once that is read.
-_IMPORTS = {
-    **dict.fromkeys(("train", "sft", "reward-model", "collect"), "recipe.load"),
-    "pipeline": "stages.pipeline",
-    "eval": "stages.evaluate",
-    "plan": "stages.plan",
-    "serve": "rollout.vllm.launch",
-    "sample": "stages.evaluate",
-    "demo": "stages.demo",
-    "report": "stages.plots",
-}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Raises SystemExit for a command line that argparse refuses."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -379,9 +374,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         with interrupts, interrupts.allowed():
-            if module := _IMPORTS.get(options.command):
-                with word_for(f"importing what {options.command} needs"):
-                    importlib.import_module(f"flashgrpo.grpo.{module}")
             return options.run(options) or 0
     except KeyboardInterrupt as stop:
         return 128 + getattr(stop, "signum", signal.SIGINT)
