@@ -8,13 +8,14 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flashgrpo.bench.timing import Row, markdown, option_parser, show
 from flashgrpo.grpo.errors import RunInputError
+from flashgrpo.grpo.run.ledger import differing
 
 _NAMES = "case", "model", "provider", "side", "name", "prompt_len", "prompt_tokens", "checkpointing"  # of a row
-_MS, _S, _RATE = "ms", "s", "tokens/s"
+_RATE = "tokens/s"
 
 
 class Measure(NamedTuple):
@@ -41,14 +42,14 @@ def _measures(header: Row, rows: list[Row]) -> Iterator[tuple[str, Measure]]:
     for row in [*rows, *header.get("summary", [])]:
         name = " · ".join(str(row[key]) for key in _NAMES if key in row)
         if row.get("p50_ms") is not None:
-            yield name, Measure(row["p50_ms"], _MS, row["spread"])
+            yield name, Measure(row["p50_ms"], "ms", row["spread"])
         elif "median_step_s" in row:
             medians = []  # of the rounds
             for run in header["runs"]:
                 if (run["name"], run["prompt_len"]) == (row["name"], row["prompt_len"]):
                     medians.append(statistics.median(run["step_s"]))
-            yield name, Measure(row["median_step_s"], _S, max(medians) / min(medians) - 1)
-    for key, unit in (("tokens_per_s", _RATE), ("seconds", _S)):
+            yield name, Measure(row["median_step_s"], "s", max(medians) / min(medians) - 1)
+    for key, unit in (("tokens_per_s", _RATE), ("seconds", "s")):
         for side, value in header.get(key, {}).items():
             yield side, Measure(value, unit, header["spread"][side])
 
@@ -60,10 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = parser.parse_args(arguments).files
     (old_header, old), (new_header, new) = map(read, paths)
     cells = []
-    for name, a in old.items():
-        if name not in new:
-            continue
-        b = new[name]
+    for name in [name for name in old if name in new]:
+        a, b = old[name], new[name]
         times = b.value / a.value if a.unit == _RATE else a.value / b.value
         is_beyond = max(times, 1 / times) - 1 > a.spread + b.spread
         verdict = ("faster" if times > 1 else "slower") if is_beyond else "within the spread"
@@ -73,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, own, other in ((paths[0], old, new), (paths[1], new, old)):
         if missing := [name for name in own if name not in other]:
             notes.append(f"only in {path}: {', '.join(missing)}")
-    where: tuple[dict[str, Any], dict[str, Any]] = old_header["machine"], new_header["machine"]
-    for key in {**where[0], **where[1]}:
-        if where[0].get(key) != where[1].get(key):
-            notes.append(f"{key}: A {where[0].get(key)}, B {where[1].get(key)}")
+    for key, (a, b) in differing(old_header["machine"], new_header["machine"]).items():
+        notes.append(f"{key}: A {a}, B {b}")
     show(markdown(["", "A:", "B:", "unit", "B is x as fast:", "spreads", ""], cells), *notes)
     return 0

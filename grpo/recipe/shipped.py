@@ -19,10 +19,10 @@ def copy_recipe(name: str) -> Path:
     RunInputError where a file of that name is there.
     """
     names = [*shipped_recipes()]
-    meant = [each for each in names if each.startswith(name)]
-    if name not in names and len(meant) != 1:
+    meant = [name] if name in names else [each for each in names if each.startswith(name)]
+    if len(meant) != 1:
         raise RecipeError(f"no recipe {name!r}{nearest(name, meant or names)}")
-    copy = Path(f"{name if name in names else meant[0]}.toml")
+    copy = Path(f"{meant[0]}.toml")
     if copy.exists():
         raise RunInputError(f"{copy} is here already; move it away, or begin from it")
     shutil.copyfile(FOLDER / copy, copy)
