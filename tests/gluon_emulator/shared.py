@@ -1,0 +1,460 @@
+"""Shared memory and what reads and writes it beside the threads: mbarriers, copies by TMA, wgmmas.
+
+A read must have waited for the writes before it, a write for the reads and writes before it; vector clocks know. What
+threads have stored needs a fence before a wgmma or TMA reads it. Source: the PTX ISA's asynchronous operations and
+proxies, docs.nvidia.com/cuda/parallel-thread-execution.
+"""
+
+import linecache
+import math
+import operator
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gluon_emulator.schedule import Fault, Partition, Program, join, kernel_frame
+from gluon_emulator.tensors import Tensor, check_block, in_range
+
+SHARED_BYTES = 232_448  # what a program may have on sm_90
+Box = tuple[tuple[int, int], ...]  # start and stop along each axis of an allocation
+
+
+@dataclass(eq=False)
+class _Access:
+    """A read or write of a box. It is over for who has seen `count` events of `component`."""
+
+    box: Box
+    component: Any
+    count: int
+    what: str
+    is_fenced: bool = True
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return all(x[0] < y[1] and y[0] < x[1] for x, y in zip(a, b, strict=True))
+
+
+def _contains(a: Box, b: Box) -> bool:
+    return all(x[0] <= y[0] and y[1] <= x[1] for x, y in zip(a, b, strict=True))
+
+
+class _Allocation:
+    def __init__(self, dtype, shape, layout):
+        frame = kernel_frame(sys._getframe(2))
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        assigned = re.match(r"\s*(\w+)[:\w\s.]*=", line)
+        self.name = assigned[1] if assigned else "shared memory"
+        self.dtype, self.layout = dtype, layout
+        self.num_bytes = math.prod(shape) * dtype.primitive_bitwidth // 8
+        kind = np.float64 if dtype == gl.float64 else np.float32 if dtype.is_floating() else np.int64
+        self.data = np.full(shape, np.nan if dtype.is_floating() else 2**30 + 1, kind)
+        self.written = np.zeros(shape, bool)
+        self.reads: dict[Any, _Access] = {}
+        self.writes: dict[Box, _Access] = {}
+        self.barriers: dict[Box, _Barrier] = {}
+
+    def check_end(self, partition: Partition) -> None:
+        for access in self.writes.values():
+            if not partition.has_seen(access.component, access.count):
+                raise Fault(f"{access.what} is not waited for at the end")
+
+
+class Shared:
+    """A view of an allocation: a shared memory descriptor."""
+
+    def __init__(self, allocation, array, box, axes, layout, name):
+        self.allocation, self.array, self.box, self.axes = allocation, array, box, axes
+        self.layout, self.name = layout, name
+        self.slices = tuple(slice(*side) for side in box)
+
+    @property
+    def dtype(self):
+        return self.allocation.dtype
+
+    @property
+    def shape(self):
+        return list(self.array.shape)
+
+    def _narrowed(self, axis, start, stop):
+        """The box with one side of the view cut to start:stop."""
+        if axis >= len(self.axes):
+            raise Fault(f"{self.name} is reshaped; index and slice it before that")
+        low, high = self.box[self.axes[axis]]
+        if not 0 <= start < stop <= high - low:
+            raise Fault(f"{self.name} {self.shape} is cut to {start}:{stop} along axis {axis}")
+        box = list(self.box)
+        box[self.axes[axis]] = (low + start, low + stop)
+        return tuple(box)
+
+    def index(self, index):
+        i = operator.index(index)
+        box = self._narrowed(0, i, i + 1)
+        return Shared(self.allocation, self.array[i], box, self.axes[1:], self.layout, f"{self.name}[{i}]")
+
+    def slice(self, start, length, dim=0):
+        box = self._narrowed(dim, start, start + length)
+        array = self.array[(slice(None),) * dim + (slice(start, start + length),)]
+        return Shared(self.allocation, array, box, self.axes, self.layout, self.name)
+
+    def permute(self, order):
+        layout = self.layout
+        if tuple(order) == (1, 0) and isinstance(layout, gl.NVMMASharedLayout):
+            layout = gl.NVMMASharedLayout(
+                layout.swizzle_byte_width, layout.element_bitwidth, layout.rank, not layout.transposed
+            )
+        elif list(order) != sorted(order):
+            raise Fault(f"{self.name} is permuted by {order}; wanted (1, 0)")
+        axes = tuple(self.axes[i] for i in order)
+        return Shared(self.allocation, self.array.transpose(order), self.box, axes, layout, self.name)
+
+    def reshape(self, shape):
+        """Adds or drops sides of length 1."""
+        if [n for n in shape if n > 1] != [n for n in self.shape if n > 1]:
+            raise Fault(f"{self.name} {self.shape} is reshaped to {shape}; wanted other sides of length 1 alone")
+        layout = self.layout
+        if isinstance(layout, gl.NVMMASharedLayout):
+            layout = gl.NVMMASharedLayout(layout.swizzle_byte_width, layout.element_bitwidth, len(shape))
+        return Shared(self.allocation, self.array.reshape(shape), self.box, (), layout, self.name)
+
+    def load(self, layout):
+        partition = Program.current.pause()
+        check_block(self.shape, layout)
+        self.begin_read(partition, partition, partition.clock[partition], is_async=False)
+        return Tensor(self.array.copy(), self.dtype, layout)
+
+    def store(self, value):
+        partition = Program.current.pause()
+        if value.dtype != self.dtype or value.shape != self.shape:
+            raise Fault(f"{value.dtype} {value.shape} is stored in {self.name}, {self.dtype} {self.shape}")
+        self.begin_write(partition, partition, partition.clock[partition], "a store", is_async=False)
+        self.array[...] = value.data
+
+    def begin_read(self, partition, component, count, *, is_async):
+        allocation = self.allocation
+        for write in allocation.writes.values():
+            if _overlap(write.box, self.box):
+                self._check_seen(partition, write, "reads", is_async)
+        if not allocation.written[self.slices].all():
+            raise Fault(f"{partition.name} reads {self.name}, parts of which nobody has written")
+        what = f"a read of {self.name} by {partition.name}"
+        allocation.reads[self.box, component] = _Access(self.box, component, count, what)
+
+    def begin_write(self, partition, component, count, what, *, is_async):
+        allocation = self.allocation
+        for access in (*allocation.reads.values(), *allocation.writes.values()):
+            if _overlap(access.box, self.box):
+                self._check_seen(partition, access, "writes", is_async)
+        allocation.reads = {key: x for key, x in allocation.reads.items() if not _contains(self.box, x.box)}
+        allocation.writes = {key: x for key, x in allocation.writes.items() if not _contains(self.box, x.box)}
+        what = f"{what} to {self.name} by {partition.name}"
+        allocation.writes[self.box] = _Access(self.box, component, count, what, is_fenced=is_async)
+        allocation.written[self.slices] = True
+
+    def _check_seen(self, partition, access, verb, is_async):
+        if not partition.has_seen(access.component, access.count):
+            raise Fault(f"race: {partition.name} {verb} {self.name} and has not waited for {access.what}")
+        if is_async and not access.is_fenced:
+            raise Fault(f"a wgmma or TMA {verb} {self.name} after {access.what}; wanted fence_async_shared between")
+
+
+def allocate_shared_memory(element_ty, shape, layout, value=None):
+    program = Program.current
+    shape = [int(n) for n in shape]
+    if program.running is not program.partitions[0] or len(program.partitions) > 1:
+        raise Fault("shared memory is allocated in a partition; wanted in the kernel")
+    allocation = _Allocation(element_ty, shape, layout)
+    check_shared_layout(layout, shape, element_ty)
+    program.allocations.append(allocation)
+    total = sum(x.num_bytes for x in program.allocations)
+    if total > SHARED_BYTES:
+        raise Fault(f"{total} bytes of shared memory with {allocation.name}; wanted at most {SHARED_BYTES}")
+    box = tuple((0, n) for n in shape)
+    view = Shared(allocation, allocation.data, box, tuple(range(len(shape))), layout, allocation.name)
+    if value is not None:
+        view.store(value)
+    return view
+
+
+def check_shared_layout(layout, shape, dtype):
+    if not isinstance(layout, gl.NVMMASharedLayout):
+        return
+    bits, swizzle = dtype.primitive_bitwidth, layout.swizzle_byte_width
+    block = shape[-layout.rank :]
+    row = block[0 if layout.transposed else -1] * bits // 8
+    if layout.element_bitwidth != bits or len(block) != layout.rank:
+        raise Fault(f"{dtype} {shape} has layout {layout}; wanted its bits and rank")
+    if swizzle and (row % swizzle or math.prod(block) * bits // 8 % (8 * swizzle)):
+        raise Fault(f"a block {block} of {dtype} is swizzled by {swizzle} bytes; wanted 8 rows of that at least")
+
+
+def fence_async_shared(cluster=False):
+    partition = Program.current.running
+    for allocation in Program.current.allocations:
+        for write in allocation.writes.values():
+            write.is_fenced |= partition.has_seen(write.component, write.count)
+
+
+class _Barrier:
+    def __init__(self, name, count):
+        self.name, self.count, self.num_pending = name, count, count
+        self.num_bytes = self.num_complete = 0
+        self.clock: dict[Any, int] = {}  # what is known to be over once the last complete phase is
+        self.next_clock: dict[Any, int] = {}
+
+    def __str__(self):
+        come = self.count - self.num_pending
+        bytes_left = f" and {self.num_bytes} bytes to land" if self.num_bytes else ""
+        return f"phase {self.num_complete} of {self.name}, with {come} of {self.count} arrivals{bytes_left}"
+
+    def arrive(self, partition, count, num_bytes=0):
+        if count > self.num_pending:
+            raise Fault(f"{partition.name} arrives once too often in {self}")
+        partition.release(self.next_clock)
+        self.num_pending -= count
+        self.num_bytes += num_bytes
+        self._advance()
+
+    def land(self, num_bytes, phase):
+        self.num_bytes -= num_bytes
+        if phase != self.num_complete or (self.num_bytes < 0 and not self.num_pending):
+            raise Fault(f"{num_bytes} bytes land that phase {phase} of {self.name} does not expect")
+        self._advance()
+
+    def _advance(self):
+        if not self.num_pending and not self.num_bytes:
+            self.num_complete += 1
+            self.num_pending = self.count
+            join(self.clock, self.next_clock)
+            self.clock[self] = self.num_complete
+
+
+def _barrier(view) -> _Barrier:
+    barrier = view.allocation.barriers.get(view.box)
+    if barrier is None:
+        raise Fault(f"{view.name} is used as an mbarrier; wanted mbarrier.init before")
+    return barrier
+
+
+def init(mbarrier, count):
+    if mbarrier.dtype != gl.int64 or math.prod(mbarrier.shape) != 1 or mbarrier.box in mbarrier.allocation.barriers:
+        raise Fault(f"mbarrier.init of {mbarrier.name}, {mbarrier.dtype} {mbarrier.shape}; wanted one int64, once")
+    mbarrier.allocation.barriers[mbarrier.box] = _Barrier(mbarrier.name, count)
+
+
+def invalidate(mbarrier):
+    _barrier(mbarrier)
+    del mbarrier.allocation.barriers[mbarrier.box]
+
+
+def allocate_mbarrier(batch=None):
+    shape = [1] if batch is None else [batch, 1]
+    return allocate_shared_memory(gl.int64, shape, gl.nvidia.hopper.mbarrier.MBarrierLayout())
+
+
+def arrive(mbarrier, *, count=1, pred=True):
+    partition = Program.current.pause()
+    if pred:
+        _barrier(mbarrier).arrive(partition, count)
+
+
+def expect(mbarrier, bytes_per_cta, pred=True):
+    partition = Program.current.pause()
+    if pred:
+        _barrier(mbarrier).arrive(partition, 1, bytes_per_cta)
+
+
+def wait(mbarrier, phase, pred=True, deps=()):
+    barrier, phase = _barrier(mbarrier), operator.index(phase)
+    if phase not in (0, 1):
+        raise Fault(f"a wait for phase {phase} of {mbarrier.name}; wanted its parity, 0 or 1")
+    if pred:
+        partition = Program.current.pause(lambda: barrier.num_complete % 2 != phase, lambda: str(barrier))
+        join(partition.clock, barrier.clock)
+
+
+class Descriptor:
+    """A tensor that TMA reads and writes in blocks."""
+
+    def __init__(self, base, shape, strides, block_shape, layout, padding_option="zero"):
+        self.shape, self.strides, self.block_shape = ([int(n) for n in x] for x in (shape, strides, block_shape))
+        self.dtype, self.layout, self.span, self.start = base.dtype.element_ty, layout, base.span, base.data
+        self.block_type = gl.block_type(self.dtype, self.block_shape)
+        self.nbytes_per_cta = self.block_type.nbytes
+        self.padding = float("nan") if padding_option == "nan" else 0
+        self._check()
+        self.values, self.owners = (self._blocks(x) for x in (self.span.memory.values, self.span.memory.owners))
+
+    @classmethod
+    def of(cls, descriptor: TensorDescriptor, base: Tensor):
+        shapes = (descriptor.shape, descriptor.strides, descriptor.block_shape)
+        return cls(base, *shapes, descriptor.layout, descriptor.padding)
+
+    def _check(self):
+        size = self.dtype.primitive_bitwidth // 8
+        if len({len(self.shape), len(self.strides), len(self.block_shape)}) != 1 or self.strides[-1] != 1:
+            raise Fault(f"a descriptor of {self.shape} has strides {self.strides}; wanted as many, and the last 1")
+        if self.start * size % 16 or any(n * size % 16 for n in self.strides[:-1]):
+            raise Fault(
+                f"a descriptor starts at byte {self.start * size}, strides {self.strides}; wanted 16-byte steps"
+            )
+        if any(n > 256 for n in self.block_shape) or self.block_shape[-1] * size < 16:
+            raise Fault(f"TMA copies blocks {self.block_shape}; wanted at most 256 a side, and 16 bytes a row")
+        end = self.start + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)) + 1
+        if min(self.shape) < 1 or self.start < self.span.low or end > self.span.high:
+            raise Fault(f"a descriptor of {self.shape} ends {end - self.span.high} elements behind its tensor")
+        check_shared_layout(self.layout, self.block_shape, self.dtype)
+
+    def _blocks(self, values):
+        return as_strided(values[self.start :], self.shape, [n * values.itemsize for n in self.strides])
+
+    def _clip(self, coordinates):
+        """Slices of the tensor and of the block, of the part of a block that lies in the tensor."""
+        whole, part = [], []
+        for start, size, limit in zip(coordinates, self.block_shape, self.shape, strict=True):
+            low = min(max(start, 0), limit)
+            high = max(low, min(start + size, limit))
+            whole.append(slice(low, high))
+            part.append(slice(low - start, high - start))
+        return tuple(whole), tuple(part)
+
+    def read(self, coordinates, out):
+        whole, part = self._clip(coordinates)
+        self.span.memory.check(self.owners[whole], 0, "read")
+        out[...] = self.padding
+        out[part] = self.values[whole]
+
+    def write(self, coordinates, block, owner):
+        whole, part = self._clip(coordinates)
+        self.span.memory.check(self.owners[whole], owner, "written")
+        self.values[whole], self.owners[whole] = block[part], owner
+        self.span.memory.is_written = True
+
+    def place(self, coordinates, view):
+        """Coordinates as numbers, checked as the view is."""
+        place = [in_range(operator.index(n), gl.int32) for n in coordinates]
+        if len(place) != len(self.shape) or place[-1] * self.dtype.primitive_bitwidth % 128:
+            raise Fault(f"TMA at {place} of {self.shape}; wanted as many, and the last in steps of 16 bytes")
+        for name, wanted in (("shape", self.block_shape), ("dtype", self.dtype), ("layout", self.layout)):
+            if getattr(view, name) != wanted:
+                raise Fault(f"TMA of blocks of {name} {wanted} meets {view.name} of {name} {getattr(view, name)}")
+        return place
+
+
+@dataclass(eq=False)
+class _Copy:
+    """A load by TMA, which lands at any moment."""
+
+    descriptor: Descriptor
+    place: list[int]
+    view: Shared
+    barrier: _Barrier
+    phase: int
+
+    def land(self):
+        self.descriptor.read(self.place, self.view.array)
+        self.barrier.land(self.descriptor.block_type.nbytes, self.phase)
+
+
+@dataclass(eq=False)
+class _TmaStore:
+    descriptor: Descriptor
+    place: list[int]
+    view: Shared
+    owner: int
+
+    def land(self):
+        self.descriptor.write(self.place, self.view.array, self.owner)
+
+    def end(self):
+        pass
+
+
+def async_copy_global_to_shared(tensor_desc, coord, barrier, result, pred=True, multicast=False):
+    partition = Program.current.pause()
+    if not pred:
+        return
+    place, landing = tensor_desc.place(coord, result), _barrier(barrier)
+    # Over for whoever has seen the phase of the barrier complete in which the copy lands.
+    result.begin_write(partition, landing, landing.num_complete + 1, "a copy", is_async=True)
+    Program.current.copies.append(_Copy(tensor_desc, place, result, landing, landing.num_complete))
+
+
+def async_copy_shared_to_global(tensor_desc, coord, src):
+    partition = Program.current.pause()
+    number = partition.stores.issue(_TmaStore(tensor_desc, tensor_desc.place(coord, src), src, partition.owner))
+    src.begin_read(partition, partition.stores, number, is_async=True)
+
+
+def store_wait(pendings):
+    partition = Program.current.running
+    partition.wait(partition.stores, pendings)
+
+
+class Mma(Tensor):
+    """A wgmma under way. Its result is nobody's before a wait covers it."""
+
+    def __init__(self, a: Any, b: Shared, acc: Tensor, use_acc: bool):
+        super().__init__(np.broadcast_to(np.float32("nan"), acc.shape), gl.float32, acc.layout)
+        self.is_lent, self.number = True, 0
+        self.a, self.b, self.acc = a, b, acc if use_acc else None
+        if not isinstance(a, Shared):
+            self.a = a.data
+        if self.acc is not None and not isinstance(acc, Mma):
+            acc.data  # noqa: B018
+            acc.is_lent = True
+
+    def land(self):
+        a = self.a.array if isinstance(self.a, Shared) else self.a
+        self.value = a @ self.b.array
+        if self.acc is not None:
+            self.value += self.acc.value
+
+    def end(self):
+        if self.acc is not None and not isinstance(self.acc, Mma):
+            self.acc.is_lent = False
+
+
+def _check_mma(partition, a, b, acc):
+    layout = acc.layout
+    if partition.num_warps % 4 or not isinstance(layout, gl.NVMMADistributedLayout):
+        raise Fault(
+            f"wgmma of {partition.num_warps} warps into {layout}; wanted whole warpgroups, NVMMADistributedLayout"
+        )
+    if not isinstance(b, Shared) or not (isinstance(a, Shared) or a.layout == gl.DotOperandLayout(0, layout, 2)):
+        raise Fault(
+            f"wgmma of {a.layout} and {b.layout}; wanted shared memory, or for a DotOperandLayout(0, {layout}, 2)"
+        )
+    if a.dtype != b.dtype or a.dtype not in (gl.bfloat16, gl.float16) or acc.dtype != gl.float32:
+        raise Fault(f"wgmma of {a.dtype} and {b.dtype} into {acc.dtype}; wanted bfloat16 or float16 into float32")
+    (m, n), k = acc.shape, a.shape[1]
+    rows, columns = (16 * layout.warps_per_cta[0], layout.instr_shape[1] * layout.warps_per_cta[1])
+    if a.shape != [m, k] or b.shape != [k, n] or m % rows or n % columns or k % 16 or layout.instr_shape[2] != 16:
+        raise Fault(f"wgmma of {a.shape} and {b.shape} into {acc.shape} by {layout}")
+    for operand in (a, b):
+        if isinstance(operand, Shared) and not getattr(operand.layout, "swizzle_byte_width", 0):
+            raise Fault(f"wgmma reads {operand.name} of {operand.layout}; wanted a swizzled NVMMASharedLayout")
+
+
+def warpgroup_mma(a, b, acc, *, use_acc=True, precision=None, max_num_imprecise_acc=None, is_async=False):
+    partition = Program.current.pause()
+    _check_mma(partition, a, b, acc)
+    mma = Mma(a, b, acc, bool(use_acc))
+    mma.number = partition.mmas.issue(mma)
+    for operand in (a, b):
+        if isinstance(operand, Shared):
+            operand.begin_read(partition, partition.mmas, mma.number, is_async=True)
+    return mma if is_async else warpgroup_mma_wait(0, [mma])
+
+
+def warpgroup_mma_wait(num_outstanding=0, deps=()):
+    partition = Program.current.running
+    partition.wait(partition.mmas, num_outstanding)
+    over = partition.mmas.num_over
+    results = [Tensor(x.value, x.dtype, x.layout) if isinstance(x, Mma) and x.number <= over else x for x in deps]
+    return results[0] if len(results) == 1 else tuple(results)
