@@ -1,5 +1,6 @@
 """Where a model is: in a folder of one's own, or, by its name on the Hugging Face hub, in the hub's cache."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -46,13 +47,11 @@ def local_folder(path: str | os.PathLike, *, with_weights: bool = False) -> Path
 def cached_folder(path: str | os.PathLike, *, with_weights: bool = False) -> Path:
     """As `local_folder` without a download: of a name that the cache does not hold, `path`."""
     if _is_name(path):
-        try:
-            folder = _snapshot(path, with_weights, local_files_only=True)
-        except LocalEntryNotFoundError:
-            return Path(path)
-        # Older clients did not note what a whole snapshot has.
-        if not with_weights or any(folder.glob("*.safetensors")):
-            return folder
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = _snapshot(path, with_weights, cached=True)
+            # Older clients did not note what a whole snapshot has.
+            if not with_weights or any(folder.glob("*.safetensors")):
+                return folder
     return Path(path)
 
 
@@ -66,11 +65,7 @@ def _is_name(path: str | os.PathLike) -> bool:
     return True
 
 
-def _snapshot(name: str | os.PathLike, with_weights: bool, local_files_only: bool = False) -> Path:
+def _snapshot(name: str | os.PathLike, with_weights: bool, cached: bool = False) -> Path:
     repository, _, revision = str(name).partition("@")
     files = [pattern for pattern in MODEL_FILES if with_weights or pattern != "*.safetensors"]
-    return Path(
-        snapshot_download(
-            repository, revision=revision or None, allow_patterns=files, local_files_only=local_files_only
-        )
-    )
+    return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files, local_files_only=cached))

@@ -384,10 +384,8 @@ def find_keys(text: str, keys: Sequence[Key]) -> list[Key]:
     """The keys with `text` in their names or, at the beginning of a word, in their help; or else of nearly that name.
     Raises RecipeError where nothing is like it.
     """
-    found = []
-    for key in keys:
-        if text.lower() in key.name or re.search(rf"\b{re.escape(text.replace('_', ' '))}", key.meaning, re.IGNORECASE):
-            found.append(key)
+    word = re.compile(rf"\b{re.escape(text.replace('_', ' '))}", re.IGNORECASE)
+    found = [key for key in keys if text.lower() in key.name or word.search(key.meaning)]
     if not found:
         names = {key.name.rpartition(".")[2] for key in keys}
         near = difflib.get_close_matches(text.rpartition(".")[2], names, cutoff=NEAR)

@@ -4,7 +4,6 @@ Each tracker works in a thread of its own. One that fails, or that a network let
 more: a run neither ends nor stalls by it.
 """
 
-import contextlib
 import importlib
 import json
 import math
@@ -54,7 +53,7 @@ def check_trackers(recipe: AnyRecipe) -> None:
                 raise RecipeError(f"run.loggers: wandb: {error}; or set WANDB_MODE=offline") from error
 
 
-class Trackers(contextlib.ExitStack):
+class Trackers(AbstractContextManager["Trackers"]):
     """Those of run.loggers, opened for the steps after `last_step`.
 
     `seen` has the keys that were logged before and come again, after a stop beyond the checkpoint: TensorBoard draws
@@ -62,7 +61,6 @@ class Trackers(contextlib.ExitStack):
     """
 
     def __init__(self, recipe: AnyRecipe, last_step: int, seen: Seen):
-        super().__init__()
         folder, self._seen = Path(recipe.run.output), seen
         config = dict(_flat(parse_toml(recipe_to_toml(recipe))))
         self._trackers = []
@@ -74,7 +72,6 @@ class Trackers(contextlib.ExitStack):
             else:
                 opened = _function(name)
             self._trackers.append(_Tracker(name, opened))
-        self.callback(self._close)
 
     def log(self, step: int, values: Values) -> None:
         """Hand numbers, or samples, to every tracker; returns at once."""
@@ -84,7 +81,7 @@ class Trackers(contextlib.ExitStack):
             if own := values if tracker.name == "tensorboard" else new:
                 tracker.put((step, own))
 
-    def _close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for tracker in self._trackers:
             tracker.put(None)
         deadline = time.monotonic() + _CLOSE_S
@@ -168,17 +165,18 @@ def _client(name: str, folder: Path, tracker_id: str, config: Values) -> Iterato
     if name == "wandb":  # trackio knows a run by its name
         options |= {"id": tracker_id, "dir": str(folder), "allow_val_change": True}
     run = client.init(config=dict(config), resume="allow", **options)
-    with contextlib.ExitStack() as stack:
-        stack.callback(run.finish)
 
-        def take(step: int, values: Values) -> None:
-            row = {key: value for key, value in values.items() if value is not None}
-            if SAMPLES in row:
-                cells = [[_scalar(cell) for cell in sample.values()] for sample in row[SAMPLES]]
-                row[SAMPLES] = client.Table(columns=[*row[SAMPLES][0]], data=cells)
-            run.log(row, step=step)
+    def take(step: int, values: Values) -> None:
+        row = {key: value for key, value in values.items() if value is not None}
+        if SAMPLES in row:
+            cells = [[_scalar(cell) for cell in sample.values()] for sample in row[SAMPLES]]
+            row[SAMPLES] = client.Table(columns=[*row[SAMPLES][0]], data=cells)
+        run.log(row, step=step)
 
+    try:
         yield take
+    finally:
+        run.finish()
 
 
 @contextmanager
