@@ -61,8 +61,10 @@ class Recipe:
     def __post_init__(self) -> None:
         # What sections want of each other; what a section wants of itself is checked by now.
         _check_generator(self.rollout, self.vllm)
-        self._check_off_policy()
         self._check_rewards()
+        staleness, generator = self.rollout.max_staleness, self.rollout.generator
+        if staleness and generator != "vllm_server":
+            raise ValueError(f"rollout.max_staleness = {staleness} needs generator = vllm_server, found {generator}")
         if self.rollout.prompts_per_step % self.train.mini_batches:
             raise ValueError(
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} is not a multiple of "
@@ -82,11 +84,6 @@ class Recipe:
                 f"rollout.refill_limit = {self.rollout.refill_limit} replaces groups of equal rewards, and with a "
                 "[teacher] these teach as much as others; wanted 0"
             )
-
-    def _check_off_policy(self) -> None:
-        staleness, generator = self.rollout.max_staleness, self.rollout.generator
-        if staleness and generator != "vllm_server":
-            raise ValueError(f"rollout.max_staleness = {staleness} needs generator = vllm_server, found {generator}")
 
     def check_kept_sets(self) -> None:
         """For a sampler that does not tell what top_p and top_k kept. Raises RecipeError where tokens are weighed by

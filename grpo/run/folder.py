@@ -44,13 +44,7 @@ from flashgrpo.grpo.run.ledger import (
 from flashgrpo.grpo.run.progress import console
 from flashgrpo.grpo.run.trackers import SAMPLES, Trackers, check_trackers
 from flashgrpo.grpo.run.world import World
-from flashgrpo.model.files import (
-    LOCK,
-    locked,
-    parse_json,
-    whole_folder,
-    write_text,
-)
+from flashgrpo.model.files import LOCK, locked, parse_json, whole_folder, write_text
 from flashgrpo.model.hub import local_folder
 
 T = TypeVar("T")
