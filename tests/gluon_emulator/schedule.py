@@ -42,11 +42,9 @@ class Queue:
     def __init__(self, what: str):
         self.what = what
         self.num_issued = self.num_over = 0
-        self.pending: deque[Any] = deque()
         self.flying: deque[Any] = deque()
 
     def issue(self, operation: Any) -> int:
-        self.pending.append(operation)
         self.flying.append(operation)
         self.num_issued += 1
         return self.num_issued
@@ -57,8 +55,6 @@ class Queue:
     def wait(self, num_pending: int) -> None:
         while len(self.flying) > num_pending:
             self.land()
-        while len(self.pending) > num_pending:
-            self.pending.popleft().end()
         self.num_over = max(self.num_over, self.num_issued - num_pending)
 
 

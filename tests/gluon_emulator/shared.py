@@ -83,12 +83,9 @@ class Shared:
 
     def _narrowed(self, axis, start, stop):
         """The box with one side of the view cut to start:stop."""
-        if axis >= len(self.axes):
-            raise Fault(f"{self.name} is reshaped; index and slice it before that")
-        low, high = self.box[self.axes[axis]]
-        if not 0 <= start < stop <= high - low:
+        if self.axes[axis] is None or not 0 <= start < stop <= self.shape[axis]:
             raise Fault(f"{self.name} {self.shape} is cut to {start}:{stop} along axis {axis}")
-        box = list(self.box)
+        low, box = self.box[self.axes[axis]][0], list(self.box)
         box[self.axes[axis]] = (low + start, low + stop)
         return tuple(box)
 
@@ -120,7 +117,9 @@ class Shared:
         layout = self.layout
         if isinstance(layout, gl.NVMMASharedLayout):
             layout = gl.NVMMASharedLayout(layout.swizzle_byte_width, layout.element_bitwidth, len(shape))
-        return Shared(self.allocation, self.array.reshape(shape), self.box, (), layout, self.name)
+        long = iter([axis for axis, n in zip(self.axes, self.shape, strict=True) if n > 1])
+        axes = tuple(next(long) if n > 1 else None for n in shape)
+        return Shared(self.allocation, self.array.reshape(shape), self.box, axes, layout, self.name)
 
     def load(self, layout):
         partition = Program.current.pause()
@@ -288,7 +287,6 @@ class Descriptor:
         self.nbytes_per_cta = self.block_type.nbytes
         self.padding = float("nan") if padding_option == "nan" else 0
         self._check()
-        self.values, self.owners = (self._blocks(x) for x in (self.span.memory.values, self.span.memory.owners))
 
     @classmethod
     def of(cls, descriptor: TensorDescriptor, base: Tensor):
@@ -299,40 +297,45 @@ class Descriptor:
         size = self.dtype.primitive_bitwidth // 8
         if len({len(self.shape), len(self.strides), len(self.block_shape)}) != 1 or self.strides[-1] != 1:
             raise Fault(f"a descriptor of {self.shape} has strides {self.strides}; wanted as many, and the last 1")
-        if self.start * size % 16 or any(n * size % 16 for n in self.strides[:-1]):
+        if self.start * size % 16 or any(n * size % 16 or n * size >= 2**40 for n in self.strides[:-1]):
             raise Fault(
                 f"a descriptor starts at byte {self.start * size}, strides {self.strides}; wanted 16-byte steps"
             )
         if any(n > 256 for n in self.block_shape) or self.block_shape[-1] * size < 16:
             raise Fault(f"TMA copies blocks {self.block_shape}; wanted at most 256 a side, and 16 bytes a row")
-        end = self.start + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)) + 1
-        if min(self.shape) < 1 or self.start < self.span.low or end > self.span.high:
-            raise Fault(f"a descriptor of {self.shape} ends {end - self.span.high} elements behind its tensor")
         check_shared_layout(self.layout, self.block_shape, self.dtype)
 
-    def _blocks(self, values):
-        return as_strided(values[self.start :], self.shape, [n * values.itemsize for n in self.strides])
+    def _inside(self, place):
+        """Of the part of a block that lies in the tensor: slices of the block, and views of values and owners."""
+        (memory, low, high), first, part, sides = self.span, self.start, [], []
+        for start, size, limit, stride in zip(place, self.block_shape, self.shape, self.strides, strict=True):
+            begin = min(max(start, 0), limit)
+            end = max(begin, min(start + size, limit))
+            part.append(slice(begin - start, end - start))
+            sides.append((end - begin, stride if end - begin > 1 else 0))
+            first += begin * stride
+        first %= (
+            2**67 // self.dtype.primitive_bitwidth
+        )  # addresses wrap around 2^64 bytes: ragged descriptors rely on it
+        last = first + sum((n - 1) * stride for n, stride in sides)
+        if all(n for n, _ in sides) and not low <= first <= last < high:
+            raise Fault(f"TMA at {place} touches elements {first - low} to {last - low} of a tensor of {high - low}")
+        extents = [n for n, _ in sides]
+        views = [
+            as_strided(x[first:], extents, [n * x.itemsize for _, n in sides]) for x in (memory.values, memory.owners)
+        ]
+        return tuple(part), *views
 
-    def _clip(self, coordinates):
-        """Slices of the tensor and of the block, of the part of a block that lies in the tensor."""
-        whole, part = [], []
-        for start, size, limit in zip(coordinates, self.block_shape, self.shape, strict=True):
-            low = min(max(start, 0), limit)
-            high = max(low, min(start + size, limit))
-            whole.append(slice(low, high))
-            part.append(slice(low - start, high - start))
-        return tuple(whole), tuple(part)
-
-    def read(self, coordinates, out):
-        whole, part = self._clip(coordinates)
-        self.span.memory.check(self.owners[whole], 0, "read")
+    def read(self, place, out):
+        part, values, owners = self._inside(place)
+        self.span.memory.check(owners, 0, "read")
         out[...] = self.padding
-        out[part] = self.values[whole]
+        out[part] = values
 
-    def write(self, coordinates, block, owner):
-        whole, part = self._clip(coordinates)
-        self.span.memory.check(self.owners[whole], owner, "written")
-        self.values[whole], self.owners[whole] = block[part], owner
+    def write(self, place, block, owner):
+        part, values, owners = self._inside(place)
+        self.span.memory.check(owners, owner, "written")
+        values[...], owners[...] = block[part], owner
         self.span.memory.is_written = True
 
     def place(self, coordinates, view):
@@ -371,9 +374,6 @@ class _TmaStore:
     def land(self):
         self.descriptor.write(self.place, self.view.array, self.owner)
 
-    def end(self):
-        pass
-
 
 def async_copy_global_to_shared(tensor_desc, coord, barrier, result, pred=True, multicast=False):
     partition = Program.current.pause()
@@ -396,28 +396,29 @@ def store_wait(pendings):
     partition.wait(partition.stores, pendings)
 
 
-class Mma(Tensor):
-    """A wgmma under way. Its result is nobody's before a wait covers it."""
+class Mma:
+    """A wgmma under way, in place of its result until a wait has covered it."""
 
-    def __init__(self, a: Any, b: Shared, acc: Tensor, use_acc: bool):
-        super().__init__(np.broadcast_to(np.float32("nan"), acc.shape), gl.float32, acc.layout)
-        self.is_lent, self.number = True, 0
-        self.a, self.b, self.acc = a, b, acc if use_acc else None
-        if not isinstance(a, Shared):
-            self.a = a.data
-        if self.acc is not None and not isinstance(acc, Mma):
-            acc.data  # noqa: B018
-            acc.is_lent = True
+    def __init__(self, a: Any, b: Shared, acc: Any, use_acc: bool):
+        self.shape, self.layout, self.number = acc.shape, acc.layout, 0
+        self.a, self.b, self.acc = a if isinstance(a, Shared) else a.data, b, None
+        if use_acc:
+            self.acc = acc if isinstance(acc, Mma) else acc.data
+        self.result: Any = None
 
     def land(self):
-        a = self.a.array if isinstance(self.a, Shared) else self.a
-        self.value = a @ self.b.array
+        self.result = (self.a.array if isinstance(self.a, Shared) else self.a) @ self.b.array
         if self.acc is not None:
-            self.value += self.acc.value
+            self.result += self.acc.result if isinstance(self.acc, Mma) else self.acc
 
-    def end(self):
-        if self.acc is not None and not isinstance(self.acc, Mma):
-            self.acc.is_lent = False
+    def early(self, *_):
+        raise Fault("the result of a wgmma under way is read; wanted what a warpgroup_mma_wait that covers it returns")
+
+    __getattr__ = __bool__ = __getitem__ = __neg__ = early
+
+
+for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge"):
+    setattr(Mma, f"__{_name}__", Mma.early)
 
 
 def _check_mma(partition, a, b, acc):
@@ -430,8 +431,9 @@ def _check_mma(partition, a, b, acc):
         raise Fault(
             f"wgmma of {a.layout} and {b.layout}; wanted shared memory, or for a DotOperandLayout(0, {layout}, 2)"
         )
-    if a.dtype != b.dtype or a.dtype not in (gl.bfloat16, gl.float16) or acc.dtype != gl.float32:
-        raise Fault(f"wgmma of {a.dtype} and {b.dtype} into {acc.dtype}; wanted bfloat16 or float16 into float32")
+    of_fp32 = isinstance(acc, Mma) or acc.dtype == gl.float32
+    if a.dtype != b.dtype or a.dtype not in (gl.bfloat16, gl.float16) or not of_fp32:
+        raise Fault(f"wgmma of {a.dtype} and {b.dtype}; wanted bfloat16 or float16, into float32")
     (m, n), k = acc.shape, a.shape[1]
     rows, columns = (16 * layout.warps_per_cta[0], layout.instr_shape[1] * layout.warps_per_cta[1])
     if a.shape != [m, k] or b.shape != [k, n] or m % rows or n % columns or k % 16 or layout.instr_shape[2] != 16:
@@ -456,5 +458,5 @@ def warpgroup_mma_wait(num_outstanding=0, deps=()):
     partition = Program.current.running
     partition.wait(partition.mmas, num_outstanding)
     over = partition.mmas.num_over
-    results = [Tensor(x.value, x.dtype, x.layout) if isinstance(x, Mma) and x.number <= over else x for x in deps]
+    results = [Tensor(x.result, gl.float32, x.layout) if isinstance(x, Mma) and x.number <= over else x for x in deps]
     return results[0] if len(results) == 1 else tuple(results)

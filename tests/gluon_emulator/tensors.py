@@ -26,25 +26,18 @@ _SEMANTIC = object.__new__(TritonSemantic)  # for its rules of promotion, which 
 class Tensor:
     """A block with a layout, or a scalar whose `data` is a number and whose layout is None.
 
-    16-bit floats are held as float32 and integers as int64. A pointer's data are elements of `span`. What is lent is
-    an accumulator that a wgmma under way writes.
+    16-bit floats are held as float32 and integers as int64. A pointer's data are elements of `span`.
     """
 
-    __slots__ = ("dtype", "is_lent", "layout", "span", "value")
+    __slots__ = ("data", "dtype", "layout", "span")
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, value, dtype, layout=None, span=None):
-        self.value, self.dtype, self.layout, self.span, self.is_lent = value, dtype, layout, span, False
-
-    @property
-    def data(self):
-        if self.is_lent:
-            raise Fault("an accumulator is read of a wgmma under way; wanted what warpgroup_mma_wait returns")
-        return self.value
+    def __init__(self, data, dtype, layout=None, span=None):
+        self.data, self.dtype, self.layout, self.span = data, dtype, layout, span
 
     @property
     def shape(self):
-        return list(np.shape(self.value))
+        return list(np.shape(self.data))
 
     @property
     def type(self):
@@ -135,7 +128,7 @@ def _same_layout(*values):
     blocks = [x for x in values if isinstance(x, Tensor) and x.layout is not None]
     known = [x for x in blocks if not isinstance(x.layout, gl.AutoLayout)] or blocks
     for x in blocks:
-        if np.ndim(x.value) != np.ndim(blocks[0].value):
+        if np.ndim(x.data) != np.ndim(blocks[0].data):
             raise Fault(f"blocks of shapes {blocks[0].shape} and {x.shape} meet; expand_dims first")
     for x in known:
         if x.layout is not known[0].layout and x.layout != known[0].layout:
