@@ -62,14 +62,13 @@ def _on_device(x: Any, memories: dict[Any, Memory]) -> Any:
         return shared.Descriptor.of(x, _on_device(x.base, memories))
     if not isinstance(x, torch.Tensor):
         return x if x is None else Tensor(np.float32(x) if isinstance(x, float) else x, tensors.dtype_of(x))
-    x = x.detach()
     key = x.untyped_storage().data_ptr(), x.dtype
-    memory = memories.setdefault(key, memories.get(key) or Memory(x))
+    if key not in memories:
+        memories[key] = Memory(x)
     start = x.storage_offset()
-    stop = (
-        start + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else start
-    )
-    return Tensor(start, gl.pointer_type(tensors.DTYPES[x.dtype]), None, Span(memory, start, stop))
+    extent = x.numel() and 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    span = Span(memories[key], start, start + extent)
+    return Tensor(start, gl.pointer_type(tensors.DTYPES[x.dtype]), None, span)
 
 
 _globals: dict[int, dict[str, Any]] = {}
@@ -78,14 +77,12 @@ _globals: dict[int, dict[str, Any]] = {}
 @functools.cache
 def emulated(function: JITFunction) -> types.FunctionType:
     """The function's own code, with what stands for Gluon in place of its globals."""
-    plain = function.fn
-    if id(plain.__globals__) not in _globals:
-        ours = _globals[id(plain.__globals__)] = {"range": tensors.device_range, "__emulated__": plain.__globals__}
-        ours.update({name: _replacement(x) for name, x in plain.__globals__.items()})
+    plain, theirs = function.fn, function.fn.__globals__
+    if id(theirs) not in _globals:
+        ours = _globals[id(theirs)] = {"range": tensors.device_range, "__emulated__": theirs}
+        ours.update({name: _replacement(x) for name, x in theirs.items()})
     defaults = tuple(map(_replacement, plain.__defaults__ or ()))
-    body = types.FunctionType(
-        plain.__code__, _globals[id(plain.__globals__)], plain.__name__, defaults, plain.__closure__
-    )
+    body = types.FunctionType(plain.__code__, _globals[id(theirs)], plain.__name__, defaults, plain.__closure__)
     body.__kwdefaults__ = {name: _replacement(x) for name, x in (plain.__kwdefaults__ or {}).items()}
     return body
 

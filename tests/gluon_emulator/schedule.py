@@ -1,11 +1,11 @@
 """Who goes on next: partitions as threads, one at a time, and what is under way beside them.
 
-An order is drawn from a seed and repeats with it. Vector clocks tell what a partition knows to be over. A clock maps a
-partition, a queue or a barrier to a count of its events: what a partition has done, operations of a queue that it has
-waited for, phases of a barrier that it has seen complete. Source: Flanagan & Freund, FastTrack,
-doi.org/10.1145/1542476.1542490.
+An order is drawn from a seed and repeats with it. A vector clock is what a partition knows to be over, whatever the
+order was: how much of each partition, how many operations of each queue, how many phases of each barrier. Source:
+Flanagan & Freund, FastTrack, doi.org/10.1145/1542476.1542490.
 """
 
+import itertools
 import linecache
 import math
 import random
@@ -14,11 +14,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any, ClassVar
 
 import numpy as np
 
+Clock = dict[Any, int]
 _PACES = (1, 4, 16)  # how much more often one goes on than another
 
 
@@ -30,7 +32,7 @@ class _Stopped(BaseException):
     """Ends a partition where another has failed."""
 
 
-def join(clock: dict[Any, int], other: dict[Any, int]) -> None:
+def join(clock: Clock, other: Clock) -> None:
     for component, count in other.items():
         if clock.get(component, 0) < count:
             clock[component] = count
@@ -61,12 +63,12 @@ class Queue:
 class Partition:
     """The warps that run one function of gl.warp_specialize, or the kernel."""
 
-    def __init__(self, program: "Program", name: str, num_warps: int, clock: dict[Any, int]):
+    def __init__(self, program: "Program", name: str, num_warps: int, clock: Clock):
         self.program, self.name, self.num_warps = program, name, num_warps
         self.owner = program.index * 64 + len(program.partitions) + 1  # of what it writes to global memory
         self.clock = {**clock, self: 1}
         self.mmas, self.stores = Queue("wgmmas"), Queue("stores by TMA")
-        self.baton = threading.Lock()  # held by nobody but whoever runs
+        self.baton = threading.Lock()  # released whenever the partition may go on
         self.baton.acquire()
         self.pace = program.random.choice(_PACES)
         self.until: Callable[[], bool] | None = None
@@ -77,7 +79,7 @@ class Partition:
     def has_seen(self, component: Any, count: int) -> bool:
         return self.clock.get(component, 0) >= count
 
-    def release(self, clock: dict[Any, int]) -> None:
+    def release(self, clock: Clock) -> None:
         """Whoever reads `clock` afterwards knows what this partition has done so far."""
         join(clock, self.clock)
         self.clock[self] += 1
@@ -206,31 +208,22 @@ class Program:
             error = self.error or raised
             if not isinstance(error, Fault):
                 raise error from None
-            raise Fault(f"{error} ({_line(error)}; {self.running.name} of program {self.place})") from error
+            where = _lines(reversed(list(traceback.walk_tb(error.__traceback__))))
+            raise Fault(f"{error} ({self.running.name} of program {self.place}, {where})") from error
 
 
-def kernel_frame(frame: Any) -> Any:
-    """The innermost frame that is a kernel's."""
-    while frame and "__emulated__" not in frame.f_globals:
-        frame = frame.f_back
-    return frame
+def is_kernel(frame: FrameType) -> bool:
+    return "__emulated__" in frame.f_globals
 
 
-def _line(error: BaseException) -> str:
-    """The kernel's innermost line on the way to an error."""
-    trace = [
-        (frame, number) for frame, number in traceback.walk_tb(error.__traceback__) if kernel_frame(frame) is frame
-    ]
-    return _text(*trace[-1]) if trace else "at the end"
-
-
-def _text(frame: Any, number: int) -> str:
-    return f"line {number}: {linecache.getline(frame.f_code.co_filename, number).strip()}"
+def _lines(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """Where in its source a partition is, by its frames from the innermost on."""
+    own = itertools.takewhile(lambda x: x[0].f_code is not Program.specialize.__code__, frames)
+    lines = [(f.f_code.co_filename, number) for f, number in own if is_kernel(f)]
+    return " in ".join(f"line {n}: {linecache.getline(file, n).strip()}" for file, n in lines) or "at the end"
 
 
 def _blocked(partition: Partition) -> str:
     if partition.is_done:
         return f"{partition.name} has ended"
-    frame = kernel_frame(partition.frame)
-    place = f" at {_text(frame, frame.f_lineno)}" if frame else ""
-    return f"{partition.name} waits for {partition.waits_for()}{place}"
+    return f"{partition.name} waits for {partition.waits_for()} at {_lines(traceback.walk_stack(partition.frame))}"

@@ -9,8 +9,8 @@ import linecache
 import math
 import operator
 import re
-import sys
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gluon_emulator.schedule import Fault, Partition, Program, join, kernel_frame
+from gluon_emulator.schedule import Clock, Fault, Partition, Program, is_kernel, join
 from gluon_emulator.tensors import Tensor, check_block, in_range
 
 SHARED_BYTES = 232_448  # what a program may have on sm_90
@@ -44,16 +44,19 @@ def _contains(a: Box, b: Box) -> bool:
     return all(x[0] <= y[0] and y[1] <= x[1] for x, y in zip(a, b, strict=True))
 
 
+def _assigned_name() -> str:
+    """What the kernel's line that allocates shared memory assigns it to."""
+    frame = next(frame for frame, _ in traceback.walk_stack(None) if is_kernel(frame))
+    assigned = re.match(r"\s*(\w+)(:.*?)? =", linecache.getline(frame.f_code.co_filename, frame.f_lineno))
+    return assigned[1] if assigned else "shared memory"
+
+
 class _Allocation:
     def __init__(self, dtype, shape, layout):
-        frame = kernel_frame(sys._getframe(2))
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        assigned = re.match(r"\s*(\w+)[:\w\s.]*=", line)
-        self.name = assigned[1] if assigned else "shared memory"
-        self.dtype, self.layout = dtype, layout
+        self.name, self.dtype, self.layout = _assigned_name(), dtype, layout
         self.num_bytes = math.prod(shape) * dtype.primitive_bitwidth // 8
         kind = np.float64 if dtype == gl.float64 else np.float32 if dtype.is_floating() else np.int64
-        self.data = np.full(shape, np.nan if dtype.is_floating() else 2**30 + 1, kind)
+        self.data = np.full(shape, np.nan if dtype.is_floating() else 99, kind)
         self.written = np.zeros(shape, bool)
         self.reads: dict[Any, _Access] = {}
         self.writes: dict[Box, _Access] = {}
@@ -102,9 +105,7 @@ class Shared:
     def permute(self, order):
         layout = self.layout
         if tuple(order) == (1, 0) and isinstance(layout, gl.NVMMASharedLayout):
-            layout = gl.NVMMASharedLayout(
-                layout.swizzle_byte_width, layout.element_bitwidth, layout.rank, not layout.transposed
-            )
+            layout = replace(layout, transposed=not layout.transposed)
         elif list(order) != sorted(order):
             raise Fault(f"{self.name} is permuted by {order}; wanted (1, 0)")
         axes = tuple(self.axes[i] for i in order)
@@ -116,7 +117,7 @@ class Shared:
             raise Fault(f"{self.name} {self.shape} is reshaped to {shape}; wanted other sides of length 1 alone")
         layout = self.layout
         if isinstance(layout, gl.NVMMASharedLayout):
-            layout = gl.NVMMASharedLayout(layout.swizzle_byte_width, layout.element_bitwidth, len(shape))
+            layout = replace(layout, rank=len(shape))
         long = iter([axis for axis, n in zip(self.axes, self.shape, strict=True) if n > 1])
         axes = tuple(next(long) if n > 1 else None for n in shape)
         return Shared(self.allocation, self.array.reshape(shape), self.box, axes, layout, self.name)
@@ -203,8 +204,8 @@ class _Barrier:
     def __init__(self, name, count):
         self.name, self.count, self.num_pending = name, count, count
         self.num_bytes = self.num_complete = 0
-        self.clock: dict[Any, int] = {}  # what is known to be over once the last complete phase is
-        self.next_clock: dict[Any, int] = {}
+        self.clock: Clock = {}  # what is known to be over once the last complete phase is
+        self.next_clock: Clock = {}
 
     def __str__(self):
         come = self.count - self.num_pending

@@ -7,7 +7,7 @@ of global memory is written by one partition of one program, and is read by nobo
 import functools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,12 +57,6 @@ class Tensor:
 
     def __getitem__(self, key):
         return expand_dims(self, key.index(None))
-
-    def __neg__(self):
-        return 0 - self
-
-    def __invert__(self):
-        return self ^ (True if self.dtype == gl.int1 else -1)
 
 
 def dtype_of(x):
@@ -182,6 +176,12 @@ def _define_operators():
     for name, apply in operators.items():
         setattr(Tensor, f"__{name}__", apply)
         setattr(Tensor, f"__r{name}__", lambda x, y, apply=apply: apply(y, x))
+    unary = {
+        "neg": lambda x: operators["sub"](0, x),
+        "invert": lambda x: operators["xor"](x, True if x.dtype == gl.int1 else -1),
+    }
+    for name, apply in unary.items():
+        setattr(Tensor, f"__{name}__", apply)
     for name in ("lt", "le", "gt", "ge", "eq", "ne"):
         setattr(Tensor, f"__{name}__", binary(getattr(operator, name), compares=True))
 
@@ -201,7 +201,7 @@ def elementwise(function, *, wide=False):
 
 
 def reduction(function):
-    def reduce(x, axis=None, keep_dims=False):
+    def reduce(x, axis: Any = None, keep_dims=False):
         dtype = gl.float32 if x.dtype == gl.bfloat16 else x.dtype
         data = _fitted(function.reduce(x.data, axis=axis), dtype)
         if np.ndim(data) == 0:
@@ -343,6 +343,8 @@ def store(pointer, value, mask=None, **_):
     _same_layout(pointer, value)
     memory, owner = pointer.span.memory, Program.current.running.owner
     memory.check(memory.owners[touched], owner, "written")
-    memory.values[touched] = np.broadcast_to(_data(value, pointer.dtype.element_ty), mask.shape)[mask]
-    memory.owners[touched] = owner
+    data = np.broadcast_to(_data(value, pointer.dtype.element_ty), mask.shape)[mask]
+    memory.values[touched], memory.owners[touched] = data, owner
+    if not np.array_equal(memory.values[touched], data, equal_nan=data.dtype.kind == "f"):
+        raise Fault("race: one store writes several values to one element")
     memory.is_written = True

@@ -180,6 +180,8 @@ def _wrong(out_ptr, block, n, CASE: gl.constexpr):
         gl.store(out_ptr + n, 1)
     elif CASE == "shared element":
         gl.store(out_ptr, 1)
+    elif CASE == "element twice":
+        gl.store(out_ptr + lanes // 2, lanes)
     elif CASE == "layouts":
         gl.store(out_ptr + lanes, lanes + gl.arange(0, 128, layout=gl.BlockedLayout([4], [32], [4], [0])))
     elif CASE == "warps":
@@ -209,11 +211,11 @@ def _wrong(out_ptr, block, n, CASE: gl.constexpr):
     ("case", "said"),
     [
         ("overflow", "int32 overflows: 4900000000"), ("far", "elements 70000 to 70000 of a tensor of 128"),
-        ("shared element", "race: global memory is written"), ("layouts", "convert_layout first"),
-        ("warps", "of 8 warps; the partition has 4"), ("axis", r"wanted SliceLayout\(1, ..\)"),
-        ("branch", "decides a branch"), ("endless", "out of time"), ("unknown", "histogram is not emulated"),
-        ("shared bytes", "262144 bytes of shared memory"), ("swizzle", "swizzled by 128 bytes"),
-        ("never written", "nobody has written"), ("column", "steps of 16 bytes"),
+        ("shared element", "race: global memory is written"), ("element twice", "race: one store writes"),
+        ("layouts", "convert_layout first"), ("warps", "of 8 warps; the partition has 4"),
+        ("axis", r"wanted SliceLayout\(1, ..\)"), ("branch", "decides a branch"), ("endless", "out of time"),
+        ("unknown", "histogram is not emulated"), ("shared bytes", "262144 bytes of shared memory"),
+        ("swizzle", "swizzled by 128 bytes"), ("never written", "nobody has written"), ("column", "steps of 16 bytes"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused(case, said):
