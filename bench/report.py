@@ -39,7 +39,9 @@ def by_machine(benchmark: str, table: Callable[[Any], list[str]]) -> list[str]:
 def headline_table() -> list[str]:
     """The measured numbers that matter most."""
     scores = {row["model"]: f"{row['pass@1']:.0%}" for row in _read("r1_tiny.json")}
-    r1 = f"base {scores['base']}, last stage {scores['final RL']}, distilled student {scores['distilled student']}"
+    students = "distilled student", "student, on-policy distillation", "student, RL alone"
+    base, last, sft, on_policy, rl = (scores[name] for name in ("base", "final RL", *students))
+    r1 = f"base {base}, last stage {last}; a student a third its size, by samples {sft}, on-policy {on_policy}, RL {rl}"
     rows = [
         cpu_step.headline(_read("cpu_step.json")),
         step.headline(_read("step_amd_epyc.jsonl")),

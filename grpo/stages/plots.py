@@ -381,8 +381,9 @@ def draw_pipeline(stages: dict[str, Path], scores: Rows, path: Path) -> Path:
     panels = figure.subplots(2, 3).ravel()
     for axis, chart in zip(panels, _OF_STAGES, strict=False):
         _draw_stages(axis, runs, [*chart.curves])
-        axis.set_title(chart.title, loc="left", fontweight="bold", pad=20)
+        axis.set_title(chart.title, loc="left", fontweight="bold")
         _scale(axis, chart)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     _draw_models(panels[-1], scores)
     return _save(figure, path, dpi=110)
 
@@ -397,7 +398,7 @@ def _draw_stages(axis: Axes, runs: dict[str, Rows], patterns: list[str]) -> None
             style = {"markersize": 3, "color": color, "alpha": 0.35 if number else 1}
             axis.plot(start + np.array(steps), values, "o-" if is_sparse else "-", **style)
         end = start + (rows[-1]["step"] if rows else 0)
-        axis.text((start + end) / 2, 1.01, name, color=color, transform=axis.get_xaxis_transform(), ha="center")
+        axis.plot([], [], color=color, label=name)
         axis.axvline(end, color="0.85", linewidth=0.8)
         start = end
     axis.set_xlim(0, max(start, 1))
@@ -426,12 +427,12 @@ def _draw_models(axis: Axes, rows: Rows) -> None:
     axis.barh(places, scores, xerr=ends, color="tab:blue", alpha=0.75, label="pass@1, 95% interval")
     if rows:
         axis.plot(votes, places, "s", color="tab:green", label=f"cons@{rows[0]['k']:.0f}")
-        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=2, fontsize="small")
+        axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize="small")
     axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_title("held-out", loc="left", fontweight="bold", pad=20)
+    axis.set_title("held-out", loc="left", fontweight="bold")
     _open_corner(axis)
 
 
