@@ -25,7 +25,7 @@ SHARED_BYTES = 232_448  # what a program may have on sm_90
 Box = tuple[tuple[int, int], ...]  # start and stop along each axis of an allocation
 
 
-@dataclass(eq=False)
+@dataclass
 class _Access:
     """A read or write of a box. It is over for who has seen `count` events of `component`."""
 
@@ -315,16 +315,15 @@ class Descriptor:
             part.append(slice(begin - start, end - start))
             sides.append((end - begin, stride if end - begin > 1 else 0))
             first += begin * stride
-        first %= (
-            2**67 // self.dtype.primitive_bitwidth
-        )  # addresses wrap around 2^64 bytes: ragged descriptors rely on it
+        # Addresses wrap around 2^64 bytes, which ragged descriptors rely on.
+        first %= 2**67 // self.dtype.primitive_bitwidth
         last = first + sum((n - 1) * stride for n, stride in sides)
         if all(n for n, _ in sides) and not low <= first <= last < high:
             raise Fault(f"TMA at {place} touches elements {first - low} to {last - low} of a tensor of {high - low}")
-        extents = [n for n, _ in sides]
-        views = [
-            as_strided(x[first:], extents, [n * x.itemsize for _, n in sides]) for x in (memory.values, memory.owners)
-        ]
+        extents, strides = zip(*sides, strict=True)
+        views = (
+            as_strided(x[first:], extents, np.multiply(strides, x.itemsize)) for x in (memory.values, memory.owners)
+        )
         return tuple(part), *views
 
     def read(self, place, out):
@@ -365,8 +364,8 @@ class _Copy:
         self.barrier.land(self.descriptor.block_type.nbytes, self.phase)
 
 
-@dataclass(eq=False)
-class _TmaStore:
+@dataclass
+class _Store:
     descriptor: Descriptor
     place: list[int]
     view: Shared
@@ -388,7 +387,7 @@ def async_copy_global_to_shared(tensor_desc, coord, barrier, result, pred=True, 
 
 def async_copy_shared_to_global(tensor_desc, coord, src):
     partition = Program.current.pause()
-    number = partition.stores.issue(_TmaStore(tensor_desc, tensor_desc.place(coord, src), src, partition.owner))
+    number = partition.stores.issue(_Store(tensor_desc, tensor_desc.place(coord, src), src, partition.owner))
     src.begin_read(partition, partition.stores, number, is_async=True)
 
 

@@ -22,9 +22,9 @@ SEEDS = 5  # within which a fault must be found
 HEAD_DIM = 64
 LENGTHS = 128, 65, 200  # of segments: without a tail, with one of one row, with one
 FAULTS = [  # what, text of the ring kernel, text in its place, what is said of it
-    ("wait for k dropped", "        mbarrier.wait(k_full.index(slot), phase)\n", "", "race: _consume"),
-    ("wait for the last v dropped", "    mbarrier.wait(v_full.index(slot), phase)\n    acc", "    acc", "race: _consu"),
-    ("wait for q dropped", "    mbarrier.wait(q_full, 0)\n", "", "race: _consume"),
+    ("wait for k dropped", "        mbarrier.wait(k_full.index(slot), phase)\n", "", "race|nobody"),
+    ("wait for the last v dropped", "    mbarrier.wait(v_full.index(slot), phase)\n    acc", "    acc", "race|nobody"),
+    ("wait for q dropped", "    mbarrier.wait(q_full, 0)\n", "", "race|nobody"),
     ("wait for a free slot dropped", "        mbarrier.wait(v_empty.index(slot), phase ^ 1)\n", "", "race: _produce"),
     ("wait for the tail dropped", "            mbarrier.wait(tail_full, 0)\n", "", "race: _produce"),
     ("producer's phase flipped", "k_empty.index(slot), phase ^ 1)", "k_empty.index(slot), phase)", "deadlock"),
@@ -36,10 +36,12 @@ FAULTS = [  # what, text of the ring kernel, text in its place, what is said of 
      "mbarrier.arrive(v_empty.index(v_slot))\n        acc = warpgroup_mma_wait(0, [total])\n", "race: _produce"),
     ("one of two arrivals frees a slot", "(v_empty.index(i), count=2)", "(v_empty.index(i), count=1)", "race|deadlock"),
     ("three arrivals free a slot", "(v_empty.index(i), count=2)", "(v_empty.index(i), count=3)", "deadlock"),
-    ("too few bytes expected", "expect(q_full, 2 * q", "expect(q_full, q", "race|does not expect"),
+    ("a consumer arrives thrice", "arrive(k_empty.index(slot))", "arrive(k_empty.index(slot), count=3)", "too often"),
+    ("one of two copies expected", "expect(q_full, 2 * q", "expect(q_full, q", "race|does not expect"),
+    ("too few bytes expected", "k_full.index(slot), k.block", "k_full.index(slot), 8 + 0 * k.block", "does not expect"),
     ("too many bytes expected", "expect(q_full, 2 * q", "expect(q_full, 3 * q", "deadlock"),
     ("barrier not begun", "    mbarrier.init(tail_full, count=1)\n", "", "wanted mbarrier.init"),
-    ("product read while under way", "wait(1, [product])", "wait(2, [product])", "under way"),
+    ("product read while under way", "wait(1, [product])", "wait(2, [product]).to(gl.float32)", "under way"),
     ("product with a slot not yet there", "v_s.index(v_slot), acc, is", "v_s.index(slot), acc, is", "race|nobody"),
     ("sum read while under way", "weights = _weights(scores, start + j * ROWS,",
      "total *= 2\n        weights = _weights(scores, start + j * ROWS,", "under way"),
@@ -131,12 +133,13 @@ def _numbers(x_ptr, i_ptr, sixteen_ptr, floats_ptr, ints_ptr):
     gl.store(ints_ptr + lanes, i // 7)
     gl.store(ints_ptr + 128 + lanes, i % 7)
     gl.store(ints_ptr + 256 + lanes, x.to(gl.int32))
+    gl.store(ints_ptr + 384, gl.load(i_ptr) // 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_are_those_of_torch(dtype):
     x, i = torch.linspace(-9, 9, 128), torch.arange(-64, 64, dtype=torch.int32)
-    sixteen, floats, ints = torch.zeros(256, dtype=dtype), torch.zeros(257), torch.zeros(384, dtype=torch.int32)
+    sixteen, floats, ints = torch.zeros(256, dtype=dtype), torch.zeros(257), torch.zeros(385, dtype=torch.int32)
     run(_numbers, (1,), x, i, sixteen, floats, ints)
     x[100:] = -1.5
     half = x.to(dtype)
@@ -144,30 +147,56 @@ def test_numbers_are_those_of_torch(dtype):
     assert torch.equal(floats[:128], half.float() * x - (i.double() / 3).float())
     torch.testing.assert_close(floats[128:256], torch.where(x > 0, x.clamp(min=0.5), x.exp2()))
     assert floats[256] == x.max() + i.sum()
-    assert torch.equal(ints, torch.cat([i.div(7, rounding_mode="trunc"), i.fmod(7), x.int()]))
+    assert torch.equal(ints, torch.cat([i.div(7, rounding_mode="trunc"), i.fmod(7), x.int(), torch.tensor([-9])]))
 
 
 @gluon.jit
-def _move(source, target, row, column):
+def _move(source, place, target, to):
     block = gl.allocate_shared_memory(gl.float32, source.block_shape, source.layout)
     landed = mbarrier.allocate_mbarrier()
     mbarrier.init(landed, count=1)
     mbarrier.expect(landed, source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [row, column], landed, block)
+    tma.async_copy_global_to_shared(source, place, landed, block)
     mbarrier.wait(landed, 0)
-    tma.async_copy_shared_to_global(target, [row, column], block)
+    tma.async_copy_shared_to_global(target, to, block.reshape(target.block_shape))
     tma.store_wait(0)
+
+
+@gluon.jit
+def _move_block(source, row, column, target, to_row, to_column):
+    _move(source, [row, column], target, [to_row, to_column])
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (-3, 0), (9, 8), (2, -4), (50, 0)])
 def test_tma_reads_0_and_writes_nothing_outside(row, column):
-    layout = gl.NVMMASharedLayout(0, 32, 2)
-    source, target = torch.rand(12, 12) + 1, torch.zeros(12, 12)
-    blocks = [TensorDescriptor.from_tensor(x, [8, 8], layout) for x in (source, target)]
-    run(_move, (1,), *blocks, row, column)
-    inside = torch.zeros(12, 12, dtype=torch.bool)
-    inside[max(row, 0) : max(row + 8, 0), max(column, 0) : max(column + 8, 0)] = True
-    assert torch.equal(target, source * inside)
+    def blocks(x):
+        return TensorDescriptor.from_tensor(x, [8, 8], gl.NVMMASharedLayout(0, 32, 2))
+
+    wide = torch.zeros(80, 80)  # x, with room on all sides
+    x, block, target = torch.rand(12, 12) + 1, torch.ones(8, 8), torch.zeros(12, 12)
+    wide[10:22, 10:22] = x
+    run(_move_block, (1,), blocks(x), row, column, blocks(block), 0, 0)
+    assert torch.equal(block, wide[10 + row : 18 + row, 10 + column : 18 + column])
+    run(_move_block, (1,), blocks(x), 0, 0, blocks(target), row, column)
+    wide[:] = 0
+    wide[10 + row : 18 + row, 10 + column : 18 + column] = x[:8, :8]
+    assert torch.equal(target, wide[10:22, 10:22])
+
+
+@gluon.jit
+def _move_ragged(source, target, row, stop):
+    _move(source, [1 << 30, stop, (1 << 30) - stop + row, 0], target, [0, 0])
+
+
+def test_rows_behind_the_end_of_a_ragged_descriptor_are_0():
+    """Addresses wrap around 2^64 bytes, as in triton.tools.ragged_tma."""
+    x, block = torch.rand(20, 8), torch.ones(8, 8)
+    shape, strides = [0x7FFF0000, 0x7FFF0000, 1 << 30, 8], [2**34 - 8, 8, 8, 1]
+    source = TensorDescriptor(x, shape, strides, [1, 1, 8, 8], gl.NVMMASharedLayout(0, 32, 4))
+    target = TensorDescriptor.from_tensor(block, [8, 8], gl.NVMMASharedLayout(0, 32, 2))
+    run(_move_ragged, (1,), source, target, 7, 12)
+    assert torch.equal(block[:5], x[7:12])
+    assert not block[5:].any()
 
 
 @gluon.jit
@@ -186,6 +215,8 @@ def _wrong(out_ptr, block, n, CASE: gl.constexpr):
         gl.store(out_ptr + lanes, lanes + gl.arange(0, 128, layout=gl.BlockedLayout([4], [32], [4], [0])))
     elif CASE == "warps":
         gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [8], [0]))
+    elif CASE == "warps of a slice":
+        gl.arange(0, 128, layout=gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [8, 1], [1, 0])))
     elif CASE == "axis":
         gl.store(out_ptr + lanes[:, None], 1)
     elif CASE == "branch":
@@ -202,9 +233,12 @@ def _wrong(out_ptr, block, n, CASE: gl.constexpr):
         gl.allocate_shared_memory(gl.float32, [8, 16], gl.NVMMASharedLayout(128, 32, 2))
     elif CASE == "never written":
         gl.allocate_shared_memory(gl.int32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(LAYOUT)
-    elif CASE == "column":
+    else:
         shared = gl.allocate_shared_memory(gl.float32, block.block_shape, block.layout)
-        tma.async_copy_shared_to_global(block, [0, 2], shared)
+        landed = mbarrier.allocate_mbarrier()
+        mbarrier.init(landed, count=1)
+        mbarrier.expect(landed, block.block_type.nbytes)
+        tma.async_copy_global_to_shared(block, [0, 2 if CASE == "column" else 0], landed, shared)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +250,7 @@ def _wrong(out_ptr, block, n, CASE: gl.constexpr):
         ("axis", r"wanted SliceLayout\(1, ..\)"), ("branch", "decides a branch"), ("endless", "out of time"),
         ("unknown", "histogram is not emulated"), ("shared bytes", "262144 bytes of shared memory"),
         ("swizzle", "swizzled by 128 bytes"), ("never written", "nobody has written"), ("column", "steps of 16 bytes"),
+        ("copy", "a copy to shared by the kernel is not waited for"), ("warps of a slice", "of 8 warps; the"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused(case, said):
