@@ -65,8 +65,8 @@ def _on_device(x: Any, memories: dict[Any, Memory]) -> Any:
     key = x.untyped_storage().data_ptr(), x.dtype
     if key not in memories:
         memories[key] = Memory(x)
-    start = x.storage_offset()
-    extent = x.numel() and 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    start = int(x.storage_offset())
+    extent = int(x.numel() and 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
     span = Span(memories[key], start, start + extent)
     return Tensor(start, gl.pointer_type(tensors.DTYPES[x.dtype]), None, span)
 
@@ -106,7 +106,9 @@ class _Module:
         x = getattr(self._module, name)
         if id(x) not in _REPLACEMENTS and (hasattr(x, "__triton_builtin__") or isinstance(x, JITFunction)):
             raise Fault(f"{self._module.__name__}.{name} is not emulated; add it to tests/gluon_emulator")
-        return _Module(x) if isinstance(x, types.ModuleType) and id(x) not in _REPLACEMENTS else _replacement(x)
+        x = _Module(x) if isinstance(x, types.ModuleType) and id(x) not in _REPLACEMENTS else _replacement(x)
+        setattr(self, name, x)  # so that the next look-up is short
+        return x
 
 
 def _warp_specialize(functions_and_args, worker_num_warps, worker_num_regs=None):

@@ -341,6 +341,7 @@ class Descriptor:
     def place(self, coordinates, view):
         """Coordinates as numbers, checked as the view is."""
         place = [in_range(operator.index(n), gl.int32) for n in coordinates]
+        # Triton's sanitizer of illegal instructions wants the last coordinate so, too.
         if len(place) != len(self.shape) or place[-1] * self.dtype.primitive_bitwidth % 128:
             raise Fault(f"TMA at {place} of {self.shape}; wanted as many, and the last in steps of 16 bytes")
         for name, wanted in (("shape", self.block_shape), ("dtype", self.dtype), ("layout", self.layout)):

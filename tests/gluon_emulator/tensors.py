@@ -68,7 +68,7 @@ def dtype_of(x):
 
 
 def _cast(data, old, new):
-    if old == new:
+    if old is new or old == new:
         return data
     block = isinstance(data, np.ndarray)
     if new == gl.int1:
@@ -132,7 +132,7 @@ def _same_layout(*values):
 
 def binary(function, divides=False, compares=False):
     def apply(x, y):
-        if any(isinstance(a, Tensor) and a.span is not None for a in (x, y)):
+        if _is_pointer(x) or _is_pointer(y):
             return _moved(function, x, y)
         dtype = _promote(x, y, divides)
         if function is operator.truediv and not dtype.is_floating():
@@ -143,9 +143,13 @@ def binary(function, divides=False, compares=False):
     return apply
 
 
+def _is_pointer(x):
+    return isinstance(x, Tensor) and x.span is not None
+
+
 def _moved(function, x, y):
     """A pointer plus or minus elements."""
-    pointer, offset = (x, y) if isinstance(x, Tensor) and x.span is not None else (y, x)
+    pointer, offset = (x, y) if _is_pointer(x) else (y, x)
     moved_by = dtype_of(offset)
     if function not in (operator.add, operator.sub) or not moved_by.is_int():
         raise Fault(f"a pointer and {moved_by} meet in {function.__name__}; wanted + or - of integers")
@@ -315,7 +319,7 @@ class Span(NamedTuple):
 
 def _touched(pointer, mask):
     """The elements that a load or store touches, and where among the pointers they are."""
-    if pointer.span is None:
+    if not _is_pointer(pointer):
         raise Fault(f"{pointer.dtype} is used as a pointer")
     _same_layout(pointer, mask)
     indices = np.asarray(pointer.data)
