@@ -37,9 +37,11 @@ from flashgrpo.kernels import attention_plan
 from flashgrpo.kernels.attention_flash import check_flash, flash_attention, gathered_keys
 from flashgrpo.kernels.attention_torch import check_tensors, segments_on_host, torch_attention
 from flashgrpo.kernels.common import backward_once, by_triton, check_index, tl, triton
+from flashgrpo.kernels.qualified import is_qualified
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
-BACKENDS = ("triton", "torch", "flash_attn")
+BACKENDS = ("triton", "torch", "flash_attn", "gluon", "auto")
+GLUON_HEAD_DIMS = (64, 128)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -275,8 +277,19 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> list[Any]:
     return [*strides, q.shape[0], q.shape[1], q.shape[1] // k.shape[1]]
 
 
+def _kernels(by_gluon: bool) -> tuple[Any, Any, Any]:
+    """Forward, d_q, and d_k with d_v."""
+    if by_gluon:
+        from flashgrpo.kernels import attention_gluon  # wants a Triton that has Gluon
+
+        return attention_gluon.LAUNCHERS
+    return _attention_fwd_kernel, _attention_bwd_dq_kernel, _attention_bwd_dkv_kernel
+
+
 @torch.library.custom_op("flashgrpo::packed_attention", mutates_args=())
-def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+def _attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], scale: float, by_gluon: bool
+) -> tuple[Tensor, Tensor]:
     """out as q; lse [num_heads, total_tokens] fp32, of base 2. `tiles` are those of `attention_tiles`."""
     q, k, v = _with_rows(q, k, v)
     total_tokens, num_heads, _ = q.shape
@@ -286,12 +299,15 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], sca
     sizes = _sizes(q, k, v)
     options, _, _ = attention_plan.tile_options(q)
     with torch.cuda.device_of(q):
-        _attention_fwd_kernel[(tiles[0].shape[0] * num_heads,)](q, k, v, out, lse, tiles[0], scale, *sizes, **options)
+        fwd, _, _ = _kernels(by_gluon)
+        fwd[(tiles[0].shape[0] * num_heads,)](q, k, v, out, lse, tiles[0], scale, *sizes, **options)
     return out, lse
 
 
 @torch.library.custom_op("flashgrpo::packed_attention_backward", mutates_args=())
-def _attention_bwd(d_out: Tensor, saved: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_bwd(
+    d_out: Tensor, saved: Sequence[Tensor], scale: float, by_gluon: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """`saved` is q, k, v, what the forward operator has returned, and its tiles."""
     q, k, v, out, lse, _, query_tiles, key_tiles, cut_tiles = saved
     d_out, (q, k, v) = d_out.contiguous(), _with_rows(q, k, v)  # its strides would cost a loop its registers
@@ -305,10 +321,11 @@ def _attention_bwd(d_out: Tensor, saved: Sequence[Tensor], scale: float) -> tupl
     num_slots = attention_plan.count_slots(total_tokens, num_kv_heads, block_n)
     pieces = q.new_empty(2, num_slots, num_kv_heads, block_n, head_dim, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _attention_bwd_dq_kernel[(len(query_tiles) * num_heads,)](
+        _, bwd_dq, bwd_dkv = _kernels(by_gluon)
+        bwd_dq[(len(query_tiles) * num_heads,)](
             q, k, v, out, d_out, lse, delta, dq, query_tiles, scale, *sizes, **options
         )
-        _attention_bwd_dkv_kernel[(len(key_tiles) * num_kv_heads,)](
+        bwd_dkv[(len(key_tiles) * num_kv_heads,)](
             q, k, v, d_out, lse, delta, dk, dv, pieces[0], pieces[1], key_tiles, scale, *sizes, **key_options
         )
         del key_options["BLOCK_M"]
@@ -330,14 +347,14 @@ def _(d_out, saved, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, tiles, ctx.scale = inputs
+    q, k, v, tiles, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, *tiles)
 
 
 @backward_once
 def _backward(ctx, d_out, _):
     saved = ctx.saved_tensors  # once: a checkpoint recomputes them
-    return *_attention_bwd(d_out, saved, ctx.scale), [None] * (len(saved) - 5), None
+    return *_attention_bwd(d_out, saved, *ctx.options), [None] * (len(saved) - 5), None, None
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_save)
@@ -349,6 +366,23 @@ class AttentionPlan(NamedTuple):
     backend: str  # "torch" also where "triton" means the twin
     inputs: tuple[int, int, int, int, torch.dtype, torch.device]  # total_tokens, num_heads, num_kv_heads, head_dim, ..
     keys: Any  # the kernels' tables of tiles, flash-attn's gathered keys or the twin's segments
+
+
+def _by_gluon(backend: str, like: Tensor) -> str:
+    """`backend`, but "auto" as the one of "gluon" and "triton" that won on this machine.
+
+    Raises ValueError for "gluon" where its kernels lack chip, head_dim or dtype.
+    """
+    arch, head_dim = attention_plan.architecture(like), like.shape[2]
+    has = arch == "sm_90" and head_dim in GLUON_HEAD_DIMS and like.dtype in (torch.bfloat16, torch.float16)
+    if backend == "gluon" and not has:
+        raise ValueError(
+            f"backend 'gluon' has head_dim {GLUON_HEAD_DIMS} in bfloat16 and float16 on sm_90; found {head_dim}, "
+            f"{like.dtype} and {like.device} ({arch}): choose 'triton'"
+        )
+    if backend == "auto":
+        return "gluon" if has and is_qualified(head_dim, like.dtype, like.device) else "triton"
+    return backend
 
 
 def plan_attention(
@@ -377,6 +411,7 @@ def plan_attention(
         check_index("prefix", prefix, like.device, cu_seqlens.shape[0] - 1)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
+    backend = _by_gluon(backend, like)
     if backend == "torch" or (backend == "triton" and not by_triton(like)):
         backend, keys = "torch", segments_on_host(cu_seqlens, prefix, total_tokens, max_seqlen)
     elif backend == "flash_attn":
@@ -417,7 +452,7 @@ def planned_attention(
         return flash_attention(q, k, v, plan.keys, scale)
     if len(plan.keys) == 1 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("the plan was made without gradients, and q, k or v wants one: make it where they are on")
-    return _attention_fwd(q, k, v, plan.keys, scale)[0]
+    return _attention_fwd(q, k, v, plan.keys, scale, plan.backend == "gluon")[0]
 
 
 def packed_attention(
@@ -439,7 +474,9 @@ def packed_attention(
     cu_seqlens[-1] on belong to no segment: their output and gradients are 0, whatever they hold.
     `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64;
-    under "torch" a prefix may stand anywhere; "flash_attn" is described in attention_flash.py.
+    under "torch" a prefix may stand anywhere; "flash_attn" is described in attention_flash.py, and "gluon", the kernels
+    for Hopper, in attention_gluon.py; "auto" is "gluon" where `flashgrpo bench attention --qualify` says so, else
+    "triton".
     Views are read in place, as of [1, heads, tokens, head_dim] transposed, if head_dim is contiguous.
     The layers of a model share the work on the offsets by `plan_attention`.
 

@@ -63,8 +63,9 @@ class ModelSection:
     Qwen/Qwen2.5-1.5B@REVISION, which is downloaded into the hub's cache at its first use."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; bfloat16 keeps fp32 master weights. auto: bfloat16 on CUDA, float32 on a CPU."""
-    attention_backend: Literal["triton", "torch", "flash_attn"] = "triton"
-    """Implementation of the packed attention; flash_attn, flash-attn's or torch's, needs CUDA and bfloat16."""
+    attention_backend: Literal["triton", "torch", "flash_attn", "gluon", "auto"] = "triton"
+    """Implementation of the packed attention. flash_attn, flash-attn's or torch's, needs CUDA and bfloat16; gluon, a
+    Hopper; auto: gluon where `flashgrpo bench attention --qualify` has found it right and faster, else triton."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes instead of keeping: nothing, all but matrix products, or whole blocks."""
     compile: _Bool = False
