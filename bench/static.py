@@ -8,13 +8,15 @@ hot loops, in program order: the innermost ones with tensor-core instructions, e
 16-byte loads, else those with loads, else the whole kernel. Of each loop:
 
     instructions      of a pass that takes all branches
-    shortest_pass     of a pass that has all loads and products and jumps over what else it can: the
-                      mask of a diagonal, the block of a row that has the target
+    shortest_pass     of a pass that has all loads, products and exponentials and jumps over what else it
+                      can: the mask of a diagonal, the block of a row that has the target
     spills            loads and stores of registers that did not fit
     copies_in_flight  of asynchronous copies to shared memory, how many groups a pass leaves under
                       way when it waits: with 0 it waits for what it has just asked for; None where
                       there are none
     global_loads      and of these `global_loads_16_byte`
+    schedule          of Hopper's asynchronous products: these, what waits until so many of them are under way, and the
+                      exponentials, in program order
 
 A row kernel's pass has 32 logits a thread, so its instructions are those of 32 logits.
 """
@@ -33,11 +35,21 @@ from rich.progress import track
 from triton import __version__, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
 from flashgrpo.bench.timing import ROOT, Row, markdown, option_parser, publish
 from flashgrpo.grpo.run.progress import console
-from flashgrpo.kernels import attention, attention_plan, decode_attention, elementwise, kept, logprob, loss_triton
+from flashgrpo.kernels import (
+    attention,
+    attention_gluon,
+    attention_plan,
+    decode_attention,
+    elementwise,
+    kept,
+    logprob,
+    loss_triton,
+)
 from flashgrpo.kernels.loss_config import LossInputs
 
 RESULTS = ROOT / "bench" / "results" / "static.json"
@@ -49,6 +61,7 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
 HEADS, HIDDEN_SIZE = 36, 4096  # of a decoder of 7 or 8 billion weights
 _MATRIX = re.compile(r"[HQ]GMMA|HMMA|UTC\w*MMA|v_mfma")
+_EXP = re.compile(r"MUFU\.EX2|v_exp_f32")
 _LOAD = re.compile(r"\b(LDG|LDGSTS|UTMALDG)\.|\b(global|buffer)_load_")
 _WIDE = re.compile(r"\bLDG\w*\..*\.128|\bUTMALDG|(global|buffer)_load_dwordx4")
 # A pass on Nvidia waits until so many groups of copies are under way; what never goes on to the next line.
@@ -103,7 +116,8 @@ class Launch(NamedTuple):
 
     def compile(self) -> Any:
         options, *source = self.specialise()
-        return compile(ASTSource(self.kernel, *source), target=TARGETS[self.target], options=options.__dict__)
+        made = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(self.kernel, *source)
+        return compile(made, target=TARGETS[self.target], options=options.__dict__)
 
 
 def launches(target: str) -> Iterator[Launch]:
@@ -118,6 +132,11 @@ def launches(target: str) -> Iterator[Launch]:
             yield Launch(kernel, target, dim, options | dict(zip(names, tile, strict=True)))
         options |= zip(names[1:], tiles[2][1:], strict=True)
         yield Launch(attention._attention_bwd_sum_kernel, target, dim, options)
+    for dim in attention.GLUON_HEAD_DIMS if target == "sm_90" else ():
+        tensor = torch.empty(16, 16, dim, dtype=torch.bfloat16, device="meta")
+        for launcher, tile in zip(attention_gluon.LAUNCHERS, attention_plan.TILES[chip, dim], strict=True):
+            tensors = dict.fromkeys(launcher.kernel.arg_names, tensor)
+            yield Launch(launcher.kernel, target, dim, {"num_warps": 4} | launcher.descriptors(tensors, *tile[:2]))
     for dim in (64, 128, 256):
         block_m, block_n, num_warps, num_stages = decode_attention.TILES[chip, dim]
         shared = {"HEADS": _HEADS, "HEAD_DIM": dim, "BLOCK_D": dim, "SPLIT": decode_attention.SPLIT}
@@ -188,18 +207,18 @@ def _count(pattern: re.Pattern[str], code: list[str]) -> int:
 
 
 def _shortest(code: list[str], jumps: list[tuple[int, int]], low: int, high: int) -> int | None:
-    """How many instructions a way forwards from `low` to `high` has: of the ways with the most loads and products the
-    shortest. None, if there is no way.
+    """How many instructions a way forwards from `low` to `high` has: of the ways with the most loads, products and
+    exponentials the shortest. None, if there is no way.
     """
     targets = dict(jumps)
-    steps = {low: (0, 1)}  # loads and products, negative; instructions
+    steps = {low: (0, 1)}  # those, negative; instructions
     for place in range(low, high):
         after = [targets[place]] if place in targets else []
         if not _ALWAYS.fullmatch(code[place]):
             after.append(place + 1)
         for to in after if place in steps else ():
             work, count = steps[place]
-            step = work - bool(_LOAD.search(code[place]) or _MATRIX.search(code[place])), count + 1
+            step = work - any(x.search(code[place]) for x in (_LOAD, _MATRIX, _EXP)), count + 1
             steps[to] = min(steps.get(to, step), step)
     return steps[high][1] if high in steps else None
 
@@ -216,6 +235,15 @@ def _hot_loops(code: list[str], jumps: list[tuple[int, int]]) -> list[tuple[int,
         if found := [(low, high) for low, high in loops if _count(pattern, code[low : high + 1])]:
             return found
     return [(0, len(code) - 1)]
+
+
+def _schedule(loop: list[str]) -> list[str]:
+    """The first of each run of the same; empty without a wait for products."""
+    names = {"HGMMA": "products", "MUFU.EX2": "exponentials"}
+    steps = re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x(?:[0-9a-f]+)", "\n".join(loop))
+    steps = [names.get(step) or f"wait {int(step.rpartition('x')[2], 16)}" for step in steps]
+    kept = [step for before, step in zip(["", *steps], steps, strict=False) if step != before]
+    return kept if any(step.startswith("wait") for step in kept) else []
 
 
 def compile_row(launch: Launch) -> Row:
@@ -235,6 +263,8 @@ def compile_row(launch: Launch) -> Row:
                 "global_loads_16_byte": _count(_WIDE, loop),
             }
         )
+        if schedule := _schedule(loop):
+            loops[-1]["schedule"] = schedule
     return {
         "kernel": launch.kernel.__name__,
         "target": launch.target,

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from flashgrpo.bench import static
 from flashgrpo.bench.static import RESULTS, TARGETS, compile_row, launches
-from flashgrpo.kernels import attention, attention_plan, decode_attention, elementwise
+from flashgrpo.kernels import attention, attention_gluon, attention_plan, decode_attention, elementwise
 from flashgrpo.kernels import kept as kept_sets
 from flashgrpo.kernels.decode_attention import DecodeRows
 from flashgrpo.kernels.logprob import TritonRows
@@ -49,12 +49,23 @@ WORST = [
     ("_attention_bwd_dq_kernel", 128),
     ("_attention_bwd_dkv_kernel", 128),
     ("_attention_bwd_dkv_kernel", 256),
+    ("_attention_fwd_gluon", 128),
+    ("_attention_bwd_dq_gluon", 128),
+    ("_attention_bwd_dkv_gluon", 128),
     ("_decode_split_kernel", 128),
     *((kernel, None) for kernel in (*ROW_KERNELS, "_grpo_loss_kernel")),
     ("_rope_bwd_kernel", 128),
     ("_rms_norm_bwd_kernel", None),
     ("_swiglu_bwd_kernel", None),
 ]
+
+
+# ptxas moves a wait up where it can, and waits for every single product where it lacks registers.
+SCHEDULES = {
+    "_attention_fwd_gluon": ["products", "wait 1", "exponentials", "wait 0"],
+    "_attention_bwd_dq_gluon": ["products", "wait 1", "exponentials", "wait 0", "products", "wait 0"],
+    "_attention_bwd_dkv_gluon": ["products", "wait 1", "exponentials", "wait 0", "products", "wait 1", "wait 0"],
+}
 
 
 def find_launch(kernel, head_dim):
@@ -73,7 +84,7 @@ def defined_kernels():
 def test_a_chip_runs_every_kernel(target):
     """A kernel that nobody compiles may spill, or need more shared memory than there is, until a GPU says so."""
     rows = {key: row for key, row in ROWS.items() if key[1] == target}
-    assert {kernel for kernel, _, _ in rows} == set(defined_kernels())
+    assert {kernel for kernel, _, _ in rows} == {*defined_kernels(), *(SCHEDULES if target == "sm_90" else ())}
     assert [(x.kernel.__name__, x.target, x.head_dim) for x in launches(target)] == [*rows]
     # Triton compiles what needs more shared memory than there is; it fails at the first launch.
     assert {key: row for key, row in rows.items() if row["shared_bytes"] > SHARED_LIMITS[target]} == {}
@@ -121,6 +132,23 @@ def test_exponentials_run_beneath_the_product_of_d_out_and_v():
     assert order[scores_wait:last].count("HGMMA") >= 4
 
 
+@pytest.mark.parametrize("kernel", SCHEDULES)
+def test_a_second_product_is_under_way_beneath_the_exponentials(kernel):
+    for dim in attention.GLUON_HEAD_DIMS:
+        row = ROWS[kernel, "sm_90", dim]
+        assert {tuple(loop["schedule"]) for loop in row["loops"]} == {tuple(SCHEDULES[kernel])}
+        ptx = find_launch(kernel, dim).compile().asm["ptx"]
+        threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
+        assert threads * row["registers"] <= 65_536
+        # Two consumers, of which one has what the kernel began with, and the producer.
+        consumer, producer = (int(n) for n in attention_gluon._REGISTERS.value)
+        assert {int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32 \t?(\d+)", ptx)} >= {
+            consumer,
+            producer,
+        }
+        assert 128 * (2 * consumer + producer) <= threads * row["registers"]
+
+
 def test_a_chip_that_no_table_knows_takes_the_smallest_tiles():
     """sm_86, sm_89 and sm_120 have 99 KB of shared memory."""
     chips = {attention_plan.of_capability(chip) for chip in ((8, 6), (8, 9), (12, 0), (12, 1), (13, 0))}
@@ -138,6 +166,7 @@ def test_kernels_compile_no_worse_than_recorded(kernel, head_dim):
     for loop, before in zip(now["loops"], recorded["loops"], strict=True):
         for name in ("instructions", "shortest_pass", "spills"):
             assert loop[name] <= before[name], name
+        assert loop.get("schedule") == before.get("schedule")
         assert loop["global_loads_16_byte"] >= before["global_loads_16_byte"]
         assert (loop["copies_in_flight"] or 0) >= (before["copies_in_flight"] or 0)
     assert now["tensor_core"].keys() == recorded["tensor_core"].keys()
@@ -320,14 +349,14 @@ def test_sizes_do_not_recompile(compiled_keys, monkeypatch):
         cu_seqlens = draw_cu_seqlens(rng, total)
         blocks = [64, 32, 32, 32]
         tiles = attention_plan.attention_tiles(cu_seqlens, None, total, (kv_heads * ratio, kv_heads), blocks)
-        out, _ = attention._attention_fwd(q, kv, kv, tiles, rng.choice([1.0, 0.125]))
+        out, _ = attention._attention_fwd(q, kv, kv, tiles, rng.choice([1.0, 0.125]), False)
         out.sum().backward()
 
         q, k = torch.zeros(n, kv_heads * 4, 64), torch.zeros(n, kv_heads, 64)  # the ratio is a model's own
         prompts, own = [(x, x) for x in (kv, torch.zeros(n, rng.randint(1, 200), kv_heads, 64))]
         index = torch.zeros(n, dtype=torch.int32)
         decode_rows = DecodeRows(torch.zeros(n + 1, dtype=torch.int32), *[index] * 5, rng.randint(1, 90), total)
-        decode_attention._by_kernels(q, k, k, prompts, own, decode_rows, rng.choice([1.0, 0.125]))
+        decode_attention._by_kernels(q, k, k, prompts, own, decode_rows, rng.choice([1.0, 0.125]), False)
     # A vocabulary, and with it the rows' stride, of 1, a multiple of 16, and any other.
     expected = {kernel: 3 if re.search("logprob|row", kernel) else 1 for kernel in defined_kernels()}
     expected["_scale_kernel"], expected["_grpo_loss_kernel"] = 3, 2  # of one block, or of several
