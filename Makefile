@@ -75,8 +75,9 @@ gpu-test:
 RESULTS := $(or $(OUT),bench/results)
 WHEELS_S := 30
 TESTS_S := 180
-KERNELS_S := 180
-STEP_S := 135
+KERNELS_S := 110
+STEP_S := 115
+ATTENTION_S := 90
 
 gpu:
 	$(WITH_TORCH)
@@ -100,8 +101,12 @@ gpu:
 	$(if $(WHEELS),part wheels $(WHEELS_S) \
 		python3 -m pip install -q --no-index --no-deps --upgrade --target .wheels $(WHEELS)/*.whl;) \
 	part tests $(TESTS_S) make gpu-test; \
-	part kernels $(KERNELS_S) python3 -m flashgrpo.grpo.cli bench kernels; \
+	part kernels $(KERNELS_S) python3 -m flashgrpo.grpo.cli bench kernels --budget 95; \
 	part step $(STEP_S) python3 -m flashgrpo.grpo.cli bench step; \
+	if python3 -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability() != (9, 0))'; then \
+		part attention $(ATTENTION_S) \
+			python3 -m flashgrpo.grpo.cli bench attention --qualify --dtypes bfloat16 --limit 40; \
+	fi; \
 	echo "results and logs: $(RESULTS)"; \
 	exit $$failed
 

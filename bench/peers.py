@@ -115,7 +115,7 @@ def _peer(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _own_attention(x: Inputs, backend: str = "triton") -> Tensor:
+def own_attention(x: Inputs, backend: str = "triton") -> Tensor:
     own = {"max_seqlen": x["max_seqlen"], "backend": backend}
     return packed_attention(x["q"], x["k"], x["v"], x["cu_seqlens"], x["prefix"], **own)
 
@@ -267,9 +267,9 @@ def _three_gemms(inputs: Inputs) -> Callable[[], Results]:
 
 
 _ATTENTION = [
-    Provider("flashgrpo", "out", _calls(_own_attention)),
-    Provider("flashgrpo, prompt repeated", "out", _calls(_own_attention), is_repeated=True),
-    Provider("flash-attn, prompt shared", "out", _calls(functools.partial(_own_attention, backend="flash_attn"))),
+    Provider("flashgrpo", "out", _calls(own_attention)),
+    Provider("flashgrpo, prompt repeated", "out", _calls(own_attention), is_repeated=True),
+    Provider("flash-attn, prompt shared", "out", _calls(functools.partial(own_attention, backend="flash_attn"))),
     Provider("torch SDPA", "out", _calls(_sdpa), is_repeated=True),
     Provider("torch varlen_attn", "out", _varlen, is_repeated=True),
     Provider("torch FlexAttention", "out", _flex),

@@ -265,6 +265,7 @@ _RUN = (
 )
 _BENCHMARKS = {  # modules of bench/, each with a `main`
     "kernels": "each kernel against every peer that is installed, beside the machine's limits",
+    "attention": 'which kernels attention\'s "auto" takes here; --qualify runs both',
     "step": "a training step of a random model of real shape, against transformers",
     "generate": "tokens a second of each generator",
     "sync": "seconds of a weight sync to each generator",
