@@ -56,6 +56,7 @@ soak: setup
 	KILLS=5 $(BIN)/pytest --timeout 0 -k all_of_r1 tests/grpo/stages/test_pipeline.py
 	FULL_DEPTH=1 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 tests/fake_gpu/test_memory.py
 	EXAMPLES=1000 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --numprocesses 2 --timeout 0 -m hypothesis tests/kernels
+	EXAMPLES=1000 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest --timeout 0 -k any_schedule tests/kernels
 
 # Needs nothing but a GPU and a python3 with torch, triton and pytest.
 WITH_TORCH = @python3 -c 'import importlib.util as u, sys; \

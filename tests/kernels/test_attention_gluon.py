@@ -10,7 +10,7 @@ import torch
 import gluon_emulator
 from flashgrpo.kernels import attention_gluon, attention_plan
 from flashgrpo.kernels.attention import packed_attention, plan_attention
-from packs import ALONE, FAMILIES, SMALL, check, index, make_qkv, run
+from packs import ALONE, FAMILIES, SMALL, assert_as_accurate_as_torch, check, dense, index, make_qkv, run
 
 on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.kernels
@@ -70,6 +70,43 @@ def test_as_accurate_as_torch(layout, dtype, head_dim, device):
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (4, 2), (7, 1)])
 def test_every_ratio_of_query_to_kv_heads(num_heads, num_kv_heads, device):
     check(device, *SMALL, torch.bfloat16, "gluon", num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+
+def test_a_longer_pack(device):
+    check(device, [300, 150, 1, 130, 129, 70], [-1, 0, 0, 0, -1, -1], torch.bfloat16, "gluon", head_dim=128)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scores_far_below_and_far_above_zero(sign, device):
+    """At -128 every power underflows that is not measured from a maximum below 0."""
+    qkv, d_out = make_qkv(62, device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        qkv[0].add_(4 * sign)
+        qkv[1].add_(4)
+    exact = dense([x.detach().double().requires_grad_() for x in qkv], d_out.double(), *SMALL)
+    assert_as_accurate_as_torch(run(qkv, d_out, *SMALL, backend="gluon"), dense(qkv, d_out, *SMALL), exact)
+
+
+def test_without_prefix_and_with_a_scale_equals_the_twin(device):
+    qkv, d_out = make_qkv(103, device, dtype=torch.float16)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    ours, twin = (
+        run(x, d, [70, 33], None, scale=0.3, backend=backend)
+        for x, d, backend in ((qkv, d_out, "gluon"), (exact, d_out.double(), "torch"))
+    )
+    for actual, expected in zip(ours, twin, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=4e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("total_tokens", "lengths"), [(0, []), (0, [0, 0]), (3, []), (3, [0]), (1, [1])])
+def test_next_to_nothing(total_tokens, lengths, device):
+    qkv, d_out = make_qkv(total_tokens, device, dtype=torch.bfloat16)
+    out, d_q, d_k, d_v = run(qkv, d_out, lengths, [-1] * len(lengths), backend="gluon")
+    alone = total_tokens == sum(lengths)  # a token that sees itself only returns its value
+    assert torch.equal(out, qkv[2].detach().expand_as(out) if alone else torch.zeros_like(out))
+    assert torch.equal(d_v, d_out.float().sum(1, keepdim=True).to(d_v.dtype) if alone else torch.zeros_like(d_v))
+    for gradient in (d_q, d_k):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-5)
 
 
 def test_rows_beyond_the_last_offset_are_zero_and_touch_nothing(device):
