@@ -55,7 +55,7 @@ def _measures(header: Row, rows: list[Row]) -> Iterator[tuple[str, Measure]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what two files have in common, and how they differ otherwise."""
+    """Print what two files have in common, and how they differ otherwise. Raises RunInputError where that is all."""
     parser = option_parser("compare", __doc__)
     parser.add_argument("files", nargs=2, type=Path, metavar="FILE")
     paths = parser.parse_args(arguments).files
@@ -68,10 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verdict = ("faster" if times > 1 else "slower") if is_beyond else "within the spread"
         spreads = f"{a.spread:.1%}, {b.spread:.1%}"
         cells.append([name, f"{a.value:.4g}", f"{b.value:.4g}", a.unit, f"{times:.3f}", spreads, verdict])
+    if not cells:
+        raise RunInputError(f"{paths[0]} and {paths[1]} have no case in common; wanted two files of one benchmark")
     notes = []
     for path, own, other in ((paths[0], old, new), (paths[1], new, old)):
-        if missing := [name for name in own if name not in other]:
-            notes.append(f"only in {path}: {', '.join(missing)}")
+        notes += [f"only in {path}: {name}" for name in own if name not in other]
     for key, (a, b) in differing(old_header["machine"], new_header["machine"]).items():
         notes.append(f"{key}: A {a}, B {b}")
     show(markdown(["", "A:", "B:", "unit", "B is x as fast:", "spreads", ""], cells), *notes)

@@ -47,22 +47,21 @@ from flashgrpo.bench.timing import (
     write_results,
 )
 from flashgrpo.grpo.run.progress import console
+from flashgrpo.model.waits import word_for
 
 _PACKAGES = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "trl", "flash-attn", "flash-attn-3", "flash-attn-4")
 _ROOM, _FLOOR = 1.1, 1e-6  # of plain torch's error; of the values
 _FAULTS = "wrong", "failed", "out of memory"
 _BUDGETS_S = {"small": 150.0, "full": 165.0}
-_COLUMNS = {  # of the terminal's table, from a row's values
-    "p20 ms:": ("p20_ms", "{:.4g}"),
-    "p50:": ("p50_ms", "{:.4g}"),
-    "p80:": ("p80_ms", "{:.4g}"),
-    "spread:": ("spread", "{:.1%}"),
+_COLUMNS = {  # of the terminal's table, from a row's values; they fit 80 characters
+    "ms:": ("p50_ms", "{:.4g}"),
+    "spread:": ("spread", "{:.0%}"),
     "peak MiB:": ("peak_mib", "{:.0f}"),
     "TFLOP/s:": ("tflops_per_s", "{:.4g}"),
     "GB/s:": ("gb_per_s", "{:.4g}"),
     "limit:": ("share_of_limit", "{:.0%}"),
     "x ours:": ("ratio", "{:.2f}"),
-    "error:": ("error", "{:.1e}"),
+    "error:": ("error", "{:.0e}"),
 }
 
 
@@ -165,7 +164,8 @@ def run(
     print(f"results: {path}")
     # A bare machine may lack matplotlib, and has its numbers all the same.
     try:
-        importlib.import_module("flashgrpo.bench.plots").draw(path, path.with_suffix(".png"))
+        with word_for("drawing the plot"):
+            importlib.import_module("flashgrpo.bench.plots").draw(path, path.with_suffix(".png"))
     except ImportError as error:
         print(f"no plot: {error}")
     return lines
@@ -192,28 +192,31 @@ def table(found: Sequence[Row]) -> list[str]:
 
 
 def listing(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """A table a case of all that was measured; and a line for each provider that was not, with the reason."""
-    measured = {(row["op"], row["provider"]) for row in rows if "peak_mib" in row}
+    """A table a case of all that was measured; and a line for each reason why something was not, or is wrong."""
+    measured, cases_measured = set(), set()
+    for row in rows:
+        if "peak_mib" in row:
+            measured.add((row["op"], row["provider"]))
+            cases_measured.add(row["case"])
     # A CPU's would be thousandths.
     is_slow = all(row.get("tflops_per_s", 0) < 1 for row in rows)
     by_case: dict[str, list[list[str]]] = {}
-    notes: dict[str, dict[str, None]] = {}  # operations
+    notes: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # providers and operations
     for row in rows:
-        key = row["op"], row["provider"]
-        note = row["note"] if row["status"] == "ok" else f"{row['status']}: {row['note']}"
-        if key in measured:
-            cells = [row["provider"]]
+        if row["status"] != "ok":
+            providers, ops = notes.setdefault(f"{row['status']}: {row['note']}", ({}, {}))
+            providers[row["provider"]] = ops[row["op"]] = None
+        if (row["op"], row["provider"]) in measured and row["case"] in cases_measured:
+            cells = [row["provider"] if row["status"] == "ok" else f"{row['provider']}: {row['status']}"]
             for name, form in _COLUMNS.values():
                 scale = 1e3 if is_slow and name == "tflops_per_s" else 1
                 cells.append("" if row.get(name) is None else form.format(scale * row[name]))
-            by_case.setdefault(row["case"], []).append([*cells, note])
-        else:
-            notes.setdefault(f"{row['provider']}: {note}", {})[row["op"]] = None
+            by_case.setdefault(row["case"], []).append(cells)
     lines = []
     for case, cells in by_case.items():
         columns = [name.replace("TFLOP", "GFLOP") if is_slow else name for name in _COLUMNS]
-        lines += [f"`{case}`", "", *markdown(["", *columns, "note"], cells), ""]
-    return lines, [f"{note} ({', '.join(ops)})" for note, ops in notes.items()]
+        lines += [f"`{case}`", "", *markdown(["", *columns], cells), ""]
+    return lines, [f"{' · '.join(who)}: {note} ({', '.join(ops)})" for note, (who, ops) in notes.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

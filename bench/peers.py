@@ -15,7 +15,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from flashgrpo.kernels.linear_grpo import linear_grpo_loss, linear_logprobs
 from flashgrpo.kernels.logprob import gather_logprobs
 
 Load = Callable[[Inputs], Callable[[], Any]]
+Gives = Literal["out", "logprobs", "loss", "results"]
 _CONFIG = LossConfig.preset("dapo", clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
 
 
@@ -47,7 +48,7 @@ class Provider:
     """`load` raises ImportError where the package is missing, and whatever the package raises."""
 
     name: str
-    gives: str  # what the loaded call gives: "out", "logprobs", "loss", or all "results"
+    gives: Gives  # what the loaded call gives; "results" are all, gradients too
     load: Load
     is_repeated: bool = False  # takes the inputs of `repeat_prompts`
     is_bound: bool = False  # not the operation: nothing to check
@@ -89,6 +90,9 @@ def load_peers(name: str) -> Peers:
             for provider in offered:
                 if not isinstance(provider, Provider) or provider.is_ours:
                     raise TypeError(f"{op}: found {provider!r:.80}, wanted a Provider whose name is not flashgrpo's")
+                if provider.gives not in get_args(Gives):
+                    wanted = ", ".join(get_args(Gives))
+                    raise ValueError(f"{op}: {provider.name} gives {provider.gives!r}, wanted one of {wanted}")
     except Exception as error:  # a person's module may raise anything
         raise RunInputError(f"--peer {name}: {type(error).__name__}: {error}; wanted {PEERS}") from error
     return found

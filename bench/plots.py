@@ -58,7 +58,7 @@ def _draw_operation(panel: Axes, op: str, lines: dict[str, Points], limits: Poin
         panel.plot(*zip(*sorted(points.items()), strict=True), "o-", **style)
     if op != "memory":
         limit = zip(*sorted(limits.items()), strict=True)
-        panel.plot(*limit, "k--", lw=1, label="limit of the machine")
+        panel.plot(*limit, "k_--", lw=1, label="limit of the machine")  # a mark where a line has one point
     panel.set(xscale="log", yscale="log", xlabel="targets" if op == "memory" else "tokens")
     ticks = sorted(limits)
     panel.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks])

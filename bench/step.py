@@ -23,6 +23,7 @@ micro-batches are sized for what is left.
 import argparse
 import gc
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -250,6 +251,7 @@ def headline(found: Sequence[Row]) -> tuple[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes into the progress bar
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     defaults = {"groups": 4, "group_size": 16, "prompt_tokens": 512, "mean": 2048, "cap": 16_384, "steps": 1}

@@ -131,6 +131,8 @@ def noted(*rows: Row) -> Iterator[None]:
         kinds = {ImportError: "not installed", TimeoutError: "not measured", torch.OutOfMemoryError: "out of memory"}
         status = next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
         text = str(error).strip().partition("\n")[0][:_NOTE_LENGTH]
+        if text.startswith("0 active drivers"):  # Triton's words
+            text = "it needs a GPU"
         for row in rows:
             row |= {"status": status, "note": text if status != "failed" else f"{type(error).__name__}: {text}"}
         if status == "out of memory":

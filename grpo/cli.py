@@ -146,7 +146,8 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> int:
     name = options.benchmark.replace("-", "_")
-    module = importlib.import_module(f"flashgrpo.bench.{name}")
+    with _importing():
+        module = importlib.import_module(f"flashgrpo.bench.{name}")
     if options.benchmark not in ("report", "compare"):
         # Found now, not after minutes of measuring.
         try:

@@ -413,7 +413,9 @@ def plan_attention(
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
     backend = _by_gluon(backend, like)
     if backend == "torch" or (backend == "triton" and not by_triton(like)):
-        backend, keys = "torch", segments_on_host(cu_seqlens, prefix, total_tokens, max_seqlen)
+        # What would stop a GPU is told where a program is tried, on a CPU.
+        keys = segments_on_host(cu_seqlens, prefix, total_tokens, max_seqlen, in_order=backend == "triton")
+        backend = "torch"
     elif backend == "flash_attn":
         check_flash(like)
         keys = gathered_keys(cu_seqlens, prefix, total_tokens, head_dim)
@@ -443,10 +445,10 @@ def planned_attention(
     found = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.dtype, q.device)
     if found != plan.inputs:
         raise ValueError(f"tokens, heads, kv heads, head_dim, .. are {found}; the plan is of {plan.inputs}")
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale}; wanted a finite number above 0")
     if plan.backend == "torch":
         return torch_attention(q, k, v, plan.keys, scale)
-    if scale is not None and not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale is {scale}; wanted a finite number above 0, or backend='torch'")
     scale = float(q.shape[2] ** -0.5) if scale is None else scale
     if plan.backend == "flash_attn":
         return flash_attention(q, k, v, plan.keys, scale)
@@ -470,8 +472,9 @@ def packed_attention(
 
     prefix[s] is the segment whose tokens all of segment s sees, or -1. A segment that is a prefix
     has none itself, and those that have it follow it one after another. Without `prefix` every
-    segment stands alone. Query head h uses kv head h // (num_heads // num_kv_heads). Rows from
-    cu_seqlens[-1] on belong to no segment: their output and gradients are 0, whatever they hold.
+    segment stands alone. Query head h uses kv head h // (num_heads // num_kv_heads). The kernels
+    have a head_dim of 16, 32, 64, 80, 96, 128 or 256, the twin any. Rows from cu_seqlens[-1] on
+    belong to no segment: their output and gradients are 0, whatever they hold.
     `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64;
     under "torch" a prefix may stand anywhere; "flash_attn" is described in attention_flash.py, and "gluon", the kernels
@@ -480,11 +483,11 @@ def packed_attention(
     Views are read in place, as of [1, heads, tokens, head_dim] transposed, if head_dim is contiguous.
     The layers of a model share the work on the offsets by `plan_attention`.
 
-    Raises ValueError for shapes that do not fit together, an unknown backend, a head_dim, scale or,
-    by flash-attn, dtype that the kernels do not have, and, under "torch", for offsets that decrease
-    or leave the tensor and a prefix that is no segment or has one itself; the others then stop the
-    device. TypeError for wrong dtypes; ImportError where no flash-attn or torch's varlen_attn has
-    this chip and head_dim.
+    Raises ValueError for shapes that do not fit together, an unknown backend, a scale that is not
+    above 0, a head_dim or, by flash-attn, dtype that the kernels do not have, and, by the twin, for
+    offsets that decrease or leave the tensor and a prefix that is no segment, has one itself or is
+    not followed by those that have it; the others then stop the device. TypeError for wrong dtypes;
+    ImportError where no flash-attn or torch's varlen_attn has this chip and head_dim.
     """
     check_tensors(q, k, v)
     if cu_seqlens.device != q.device:

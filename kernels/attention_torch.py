@@ -58,8 +58,12 @@ def segments_on_host(
     prefix: Tensor | None,  # [num_segments]
     total_tokens: int,
     max_seqlen: int | None,
+    *,
+    in_order: bool,
 ) -> Keys:
-    """The segments that have tokens. Raises ValueError for offsets and prefixes that are no segments."""
+    """The segments that have tokens. Raises ValueError for offsets and prefixes that are no segments, and with
+    `in_order` for a segment that follows neither its prefix nor another segment that has it.
+    """
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] > total_tokens or any(start > stop for start, stop in pairwise(offsets)):
         raise ValueError(f"cu_seqlens is {offsets}; wanted offsets that rise from 0 to at most {total_tokens}")
@@ -73,6 +77,11 @@ def segments_on_host(
             raise ValueError(f"prefix[{segment}] is {parent}; wanted -1 or another of the {len(lengths)} segments")
         if parent >= 0 and prefixes[parent] >= 0:
             raise ValueError(f"prefix[{segment}] is {parent}, which has a prefix itself; wanted one level")
+        if in_order and parent >= 0 and parent not in (segment - 1, *prefixes[segment - 1 : segment]):
+            raise ValueError(
+                f"prefix[{segment}] is {parent}; wanted segment {segment} right behind that one, or behind another "
+                "that has it; or backend='torch'"
+            )
         if length:
             shared = (offsets[parent], lengths[parent]) if parent >= 0 else (0, 0)
             segments.append(Segment(offsets[segment], length, *shared))

@@ -52,6 +52,8 @@ def backward_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_index(name: str, index: Tensor, device: torch.device, length: int | None = None) -> None:
     """Raises unless `index` is an int32 or int64 tensor [length] on `device`; None: of any length above 0."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} is {type(index).__name__}; wanted a tensor of int32 or int64")
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {index.dtype}; wanted int32 or int64")
     if index.dim() != 1 or (not index.shape[0] if length is None else index.shape[0] != length):

@@ -128,6 +128,10 @@ def logits_grpo_loss(
     come before this call. A leaf, or a view of one, keeps its values, and with `kept`, as in
     `gather_logprobs`, so do all. Raises what `grpo_loss` and `gather_logprobs` raise.
     """
+    if logits.dim() != 2:
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}; wanted [num_targets, vocab], as rows of `pack_padded`"
+        )
     check_logits(logits, targets, temperature, kept)
     if kept is not None:
         logits = only_kept(logits, targets, *kept)

@@ -259,6 +259,8 @@ def _check_tensors(tensors: dict[str, Tensor | None], like: Tensor) -> None:
     for name, x in tensors.items():
         if x is None or name in ("sequence_ids", "targets"):
             continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}; wanted a tensor")
         if x.device != like.device:
             raise ValueError(f"{name} is on {x.device}; wanted {like.device}")
         if name != "rewards" and not x.is_floating_point():

@@ -17,10 +17,12 @@ from flashgrpo.grpo.errors import DataError, nearest
 from flashgrpo.grpo.recipe.schema import DataSection, SourceSection
 from flashgrpo.grpo.types import Problem
 from flashgrpo.model.files import is_local, parse_json
+from flashgrpo.model.waits import word_for
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors, and its columns
 
 
+@word_for("reading the problems")
 def load_problems(data: DataSection, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Training problems in the order of the data, and `data.held_out` other ones drawn by `seed`.
 

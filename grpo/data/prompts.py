@@ -12,6 +12,7 @@ from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.recipe.schema import DataSection, Template
 from flashgrpo.grpo.run.policy import Policy
 from flashgrpo.grpo.types import Problem, Prompt, PromptText
+from flashgrpo.model.waits import word_for
 
 # arXiv 2501.12948, table 1
 _R1_TEMPLATE = (
@@ -121,6 +122,7 @@ def _render_chat(prompt: PromptText, how: Rendering, tokenizer: PreTrainedTokeni
     return str(text)
 
 
+@word_for("tokenizing the prompts")
 def render_prompts(
     problems: Sequence[Problem], policy: Policy, data: DataSection, source: str = "data"
 ) -> list[Prompt]:

@@ -30,6 +30,7 @@ from flashgrpo.grpo.recipe.schema import ProgramsSection, first_step
 from flashgrpo.grpo.rewards.rules import resolve_reward
 from flashgrpo.grpo.rewards.worker import WARM_UP, Outcome, Worker
 from flashgrpo.grpo.types import CompletionGroup, Problem, Scores, given_scores
+from flashgrpo.model.waits import word_for
 
 if TYPE_CHECKING:  # it imports torch
     from flashgrpo.grpo.recipe.load import Recipe
@@ -234,7 +235,8 @@ class RewardPool:
 
 
 def _check_signature(name: str, arguments: dict[str, Any]) -> None:
-    function = resolve_reward(name)
+    with word_for(f"importing reward {name}"):
+        function = resolve_reward(name)
     try:
         inspect.signature(function).bind(**arguments)
     except (TypeError, ValueError) as error:

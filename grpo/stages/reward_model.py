@@ -28,6 +28,7 @@ from flashgrpo.grpo.rewards.models import CARD, Card, scored_group, scored_ids
 from flashgrpo.grpo.run.policy import Policy, end_token_id, warn_beyond_context
 from flashgrpo.grpo.stages.sft import SupervisedTrainer, check_length, supervise
 from flashgrpo.model.batch import PackedBatch
+from flashgrpo.model.waits import word_for
 
 
 def reward_model(recipe: RewardModelRecipe, resume: bool = False) -> Path:
@@ -87,6 +88,7 @@ class RewardModelTrainer(SupervisedTrainer[Row]):
         }
 
 
+@word_for("tokenizing the examples")
 def load_rows(recipe: RewardModelRecipe, policy: Policy) -> tuple[list[Row], list[Row]]:
     """Training rows in the order of the data, and data.held_out other ones with other prompts.
 

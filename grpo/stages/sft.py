@@ -32,6 +32,7 @@ from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.batch import PackedBatch
 from flashgrpo.model.cost import ModelFlops
 from flashgrpo.model.sharding import free_gathered
+from flashgrpo.model.waits import word_for
 
 _CROSS_ENTROPY = LossConfig.preset("bnpo")
 
@@ -174,6 +175,7 @@ class SftTrainer(SupervisedTrainer[Group]):
         return {"loss": self.world.gather_tensor(own.float()).sum().item()}
 
 
+@word_for("tokenizing the examples")
 def load_examples(recipe: SftRecipe, policy: Policy) -> list[Group]:
     """Prompt and completion of every row; the end-of-sequence token closes the completion.
 

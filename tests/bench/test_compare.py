@@ -46,6 +46,15 @@ def test_times_are_compared_case_by_case(compare):
     assert notes == ["only in a.jsonl: gone · flashgrpo", "commit: A a, B b", "busy_cores: A None, B 1.5"]
 
 
+def test_each_case_of_one_file_alone_has_a_line_and_files_without_a_common_case_are_refused(compare):
+    header = {"machine": MACHINE}
+    _, printed = compare(".jsonl", [header, *(kernel(case, 1.0) for case in "xyz")], [header, kernel("x", 1.0)])
+    assert printed.splitlines()[-2:] == ["only in a.jsonl: y · flashgrpo", "only in a.jsonl: z · flashgrpo"]
+    code, printed = compare(".jsonl", [header, kernel("x", 1.0)], [header, kernel("y", 1.0)])
+    assert code == 2
+    assert printed == "flashgrpo: a.jsonl and b.jsonl have no case in common; wanted two files of one benchmark\n"
+
+
 def test_of_rates_more_is_faster(compare):
     rates = {"tokens_per_s": {"native": 100.0}, "spread": {"native": 0.01}, "machine": MACHINE}
     code, printed = compare(".json", rates, rates | {"tokens_per_s": {"native": 50.0}})

@@ -1,5 +1,6 @@
 """`flashgrpo bench kernels`: what its table says is true, and it survives whatever a peer does."""
 
+import io
 import json
 import re
 import sys
@@ -8,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
+from rich.markdown import Markdown
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashgrpo.bench import kernels, peers
@@ -201,8 +204,27 @@ def test_a_peer_that_is_wrong_missing_or_raises_is_a_row_and_ends_nothing(bench,
     assert found["large", 24]["p50_ms"] > 0
     assert found["large", 48]["status"] == "out of memory"
     out = capsys.readouterr().out
-    assert "absent: not installed: No module named 'peer'" in out
-    assert "RuntimeError: no kernel" in out
+    assert "absent: not installed: No module named 'peer' (grpo_loss)" in out
+    assert "broken: failed: RuntimeError: no kernel (grpo_loss)" in out
+    assert re.search(r"wrong: wrong: \w+ [\d.]+x as wrong as torch's \(grpo_loss\)", out)
+    assert "large: out of memory" in out
+
+
+def test_tables_fit_a_terminal_of_80_characters_and_a_reason_is_said_once():
+    case = {"op": "attention", "case": "attention length=512", "status": "ok", "note": "", "peak_mib": 1234.5}
+    times = {"p50_ms": 12.3456, "spread": 0.1234, "tflops_per_s": 123.456, "gb_per_s": 1234.5}
+    measured = case | times | {"share_of_limit": 0.5, "ratio": 12.34, "error": 1.2e-3}
+    failed = {"op": "attention", "case": "attention length=9", "status": "not measured", "note": "the budget is spent"}
+    names = "flashgrpo, prompt repeated", "torch.compile"
+    lines, notes = kernels.listing([row | {"provider": name} for row in (measured, failed) for name in names])
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(Markdown("\n".join(lines)))
+    shown = console.export_text()
+    assert "…" not in shown
+    for text in ("torch.compile", "12.35", "12%", "1234", "123.5", "50%", "12.34", "1e-03"):
+        assert text in shown
+    assert "length=9" not in shown
+    assert notes == ["flashgrpo, prompt repeated · torch.compile: not measured: the budget is spent (attention)"]
 
 
 @pytest.mark.parametrize("load", [doubled, failing], ids=["wrong", "raises"])
@@ -272,6 +294,7 @@ def test_a_peer_joins_without_a_change_of_the_source(bench, tmp_path, monkeypatc
         "PROVIDERS = {'grpo_loss': [Provider('mine', 'loss', load)]}\n"
         "OURS = {'grpo_loss': [Provider('flashgrpo 2', 'loss', load)]}\n"
         "MISSPELT = {'grpo_los': []}\n"
+        "NOTHING = {'grpo_loss': [Provider('mine', 'logprob', load)]}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     code, (_, *rows) = bench([OURS, Provider("absent", "loss", missing)], "--peer", "my_peers:PROVIDERS")
@@ -287,6 +310,7 @@ def test_a_peer_joins_without_a_change_of_the_source(bench, tmp_path, monkeypatc
     for name, message in [
         ("my_peers:OURS", "wanted a Provider whose name is not flashgrpo's"),
         ("my_peers:MISSPELT", "unknown operation 'grpo_los'; did you mean grpo_loss?"),
+        ("my_peers:NOTHING", "grpo_loss: mine gives 'logprob', wanted one of out, logprobs, loss, results"),
         (
             "my_peers:load",
             "wanted a dictionary from operation to a list of flashgrpo.bench.peers.Provider",

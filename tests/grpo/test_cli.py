@@ -12,6 +12,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomli_w
@@ -187,6 +188,14 @@ def test_a_word_comes_for_what_takes_long_alone(monkeypatch, capsys):
     with waits.word_for("drawing"):
         time.sleep(0.2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_word_comes_for_imports_of_a_benchmark_that_take_long(monkeypatch, capsys):
+    monkeypatch.setattr(waits, "_PATIENCE_S", 0.05)
+    benchmark = SimpleNamespace(main=lambda arguments: 0)
+    monkeypatch.setattr(importlib, "import_module", lambda name: time.sleep(0.5) or benchmark)
+    assert main(["bench", "compare", "a", "b"]) == 0
+    assert capsys.readouterr().err == "importing what the command needs\n"
 
 
 def test_help_for_what_no_key_is_like(capsys):

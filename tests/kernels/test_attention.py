@@ -88,7 +88,7 @@ def test_lengths_too_different_to_share_a_padded_batch():
 def test_a_prefix_may_follow_its_segment_and_scale_is_used():
     lengths, prefix = [4, 3, 5], [1, -1, 1]
     qkv = make_qkv(12)
-    actual = run(qkv, lengths, prefix, scale=0.3)
+    actual = run(qkv, lengths, prefix, scale=0.3, backend="torch")
     assert_same_with_gradients(actual, naive_attention(*qkv, lengths, prefix, scale=0.3), qkv, 1e-10)
 
 
@@ -184,7 +184,16 @@ OFFSETS = torch.tensor([0, 2, 4])
         ((Q, KV, KV, OFFSETS, torch.tensor([-2, 0])), {}, ValueError, r"prefix\[0\] is -2"),
         ((Q, KV, KV, OFFSETS, torch.tensor([-1, 1])), {}, ValueError, "another"),
         ((Q, KV, KV, OFFSETS, torch.tensor([1, 0])), {}, ValueError, "one level"),
+        (
+            (Q, KV, KV, OFFSETS, torch.tensor([1, -1])),
+            {},
+            ValueError,
+            r"prefix\[0\] is 1; wanted segment 0 right behind",
+        ),
+        ((Q, KV, KV, torch.tensor([0, 1, 2, 3]), torch.tensor([-1, -1, 0])), {}, ValueError, "or backend='torch'"),
         ((Q, KV, KV, OFFSETS, torch.tensor([-1.0, 0.0])), {}, TypeError, "prefix is torch.float32"),
+        ((Q, KV, KV, OFFSETS, [-1, 0]), {}, TypeError, "prefix is list; wanted a tensor"),
+        ((Q, KV, KV, OFFSETS), {"scale": 0.0}, ValueError, "scale is 0.0; wanted a finite number above 0"),
         ((Q, KV, KV, OFFSETS), {"max_seqlen": 1}, ValueError, "max_seqlen is 1"),
         ((Q, KV, KV, OFFSETS), {"backend": "cudnn"}, ValueError, "known backends: triton, torch"),
     ],

@@ -642,12 +642,20 @@ def test_bad_arguments_are_named(config, options, message):
         ({"old_logprobs": LP.int()}, "old_logprobs is torch.int32"),
         ({"ref_logprobs": LP.long()}, "ref_logprobs is torch.int64"),
         ({"behavior_logprobs": LP.bool()}, "behavior_logprobs is torch.bool"),
+        ({"target_cu_seqlens": CU.tolist()}, "target_cu_seqlens is list; wanted a tensor of int32 or int64"),
+        ({"advantages": None, "rewards": A[None].tolist()}, "rewards is list; wanted a tensor"),
+        ({"advantages": A.numpy()}, "advantages is ndarray; wanted a tensor"),
     ],
 )
 def test_wrong_dtypes_are_named(options, message):
     arguments = {"logprobs": LP, "target_cu_seqlens": CU, "advantages": A, "denominator": 1} | options
     with pytest.raises(TypeError, match=message):
         grpo_loss(config=LossConfig(), **arguments)
+
+
+def test_padded_logits_are_refused_by_their_name():
+    with pytest.raises(ValueError, match=r"logits has shape \(1, 3, 5\); wanted \[num_targets, vocab\]"):
+        logits_grpo_loss(torch.zeros(1, 3, 5), torch.zeros(1, 3).long(), CU, LossConfig(), denominator=1, advantages=A)
 
 
 def test_an_unknown_advantage_scale_is_named():

@@ -1,7 +1,9 @@
 """Data: every fault is named with its place, and no held-out question is ever trained on."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +11,13 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from flashgrpo.grpo.data import problems, prompts
 from flashgrpo.grpo.data.problems import load_problems, split_problems
 from flashgrpo.grpo.data.prompts import located, render_prompt, render_text
 from flashgrpo.grpo.errors import DataError
 from flashgrpo.grpo.recipe.schema import DataSection, SourceSection
 from flashgrpo.grpo.types import Problem, PromptText
+from flashgrpo.model import waits
 
 ROWS = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1), "level": i} for i in range(8)]
 TASK = "reasoning_gym:chain_sum"
@@ -48,6 +52,17 @@ def test_task_questions_are_distinct_and_disjoint_and_depend_on_the_seed():
     first, second = (load(seed, task=TASK, size=50)[0] for seed in (1, 2))
     shared = {p.question for p in first} & {p.question for p in second}
     assert len(shared) < 10  # items i + 1 and i would coincide if the seed were passed on as it is
+
+
+def test_data_that_takes_long_has_a_word_of_what_is_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(waits, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(problems, "_task_problems", lambda *task: time.sleep(0.5) or [Problem("1 + 1", {}, "row 1")])
+    monkeypatch.setattr(prompts, "render_prompt", lambda *how: time.sleep(0.5) or [1])
+    found, _ = load(task=TASK)
+    assert capsys.readouterr().err == "reading the problems\n"
+    policy: Any = SimpleNamespace(tokenizer=None, decode=str)
+    assert [prompt.token_ids for prompt in prompts.render_prompts(found, policy, DataSection(task=TASK))] == [[1]]
+    assert capsys.readouterr().err == "tokenizing the prompts\n"
 
 
 @pytest.mark.parametrize(

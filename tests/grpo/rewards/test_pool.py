@@ -16,6 +16,7 @@ import pytest
 from flashgrpo.grpo.errors import RewardError, RewardFailure
 from flashgrpo.grpo.rewards.pool import RewardPool
 from flashgrpo.grpo.types import CompletionGroup, Problem, Scores, given_scores
+from flashgrpo.model import waits
 
 # What each function does is told by the text of a completion.
 FUNCTIONS = """
@@ -130,6 +131,14 @@ def functions(tmp_path_factory) -> Iterator[str]:
     sys.path.append(str(folder))
     yield str(folder)
     sys.path.remove(str(folder))
+
+
+def test_a_reward_that_takes_long_to_import_has_a_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(waits, "_PATIENCE_S", 0.05)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "slow_rewards.py").write_text("import time; time.sleep(0.5)\ndef zero(prompts, completions, **_): ...")
+    open_pool(["slow_rewards:zero"]).close()
+    assert capsys.readouterr().err == "importing reward slow_rewards:zero\n"
 
 
 @pytest.fixture(scope="module")
