@@ -195,7 +195,11 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
 def show(lines: Sequence[str], *notes: str) -> None:
     """Print tables of Markdown, as wide as they need where there is no terminal, and notes below them."""
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(Markdown("\n".join(lines)))
+    with console.capture() as shown:
+        console.print(Markdown("\n".join(lines)))
+    print(shown.get(), end="")
+    if "…" in shown.get():
+        notes = *notes, "what ends in … is cut: a wider terminal, or `| less -S`, shows all of it"
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
 

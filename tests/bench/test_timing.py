@@ -6,8 +6,10 @@ from unittest.mock import create_autospec
 
 import torch
 import triton
+from rich.console import Console
 
-from flashgrpo.bench.timing import in_turns, markdown, sample_ms, time_turns
+from flashgrpo.bench import timing
+from flashgrpo.bench.timing import in_turns, markdown, noted, sample_ms, show, time_turns
 
 CPU = torch.device("cpu")
 
@@ -30,6 +32,23 @@ def test_a_side_that_failed_has_no_second_turn():
     turns = in_turns({"a": failing, "b": lambda: [2.0]}, lambda name: contextlib.suppress(ValueError))
     assert [(name, times["p50_ms"], times["rounds"]) for name, times in turns] == [("b", 2.0, 1), ("b", 2.0, 2)]
     assert called == [1]
+
+
+def test_a_peer_of_triton_alone_says_that_it_needs_a_gpu():
+    row = {}
+    with noted(row):
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+    assert row == {"status": "failed", "note": "RuntimeError: it needs a GPU"}
+
+
+def test_a_table_that_a_terminal_cuts_says_how_to_see_it(monkeypatch, capsys):
+    lines = markdown(["operation", "ms:"], [["attention", "123456789"]])
+    for width, is_cut in ((14, True), (40, False)):
+        monkeypatch.setattr(timing, "Console", lambda chars=width, **_: Console(width=chars))
+        show(lines, "a note")
+        printed = capsys.readouterr().out
+        assert ("less -S" in printed) == is_cut == ("123456789" not in printed)
+        assert "a note" in printed
 
 
 def test_a_budget_is_spent_and_not_more():
