@@ -8,7 +8,7 @@ so that a hang or a crash costs that entry alone. There output and gradients of 
 that others must not read, are compared with float64: the RMS error may be 1.1 times that of plain torch in the same
 dtype, the largest 1.5 times, and the size of the whole 0.05% off. Then Gluon's must repeat a larger pack 1,000 times,
 forward and backward, bit for bit. Then both are timed at the shapes of `flashgrpo bench kernels`, and Gluon's win if
-they take less time for all of them, forward and backward.
+they take less time for all of these together, forward and backward.
 
 Writes the winners, after each entry, to the file that "auto" reads (kernels/qualified.py), and in the end
 attention_DEVICE.json into bench/results, or $OUT.

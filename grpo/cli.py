@@ -431,10 +431,10 @@ def _report(error: Exception) -> int:
     if not (hasattr(error, "exit_code") or isinstance(error, OSError)):
         raise error
     # It is quiet on a rank whose error another one tells.
-    from flashgrpo.grpo.run.progress import console
+    from flashgrpo.grpo.run.progress import say
 
     line = " ".join(str(error).split())  # a library's error may have many
-    console.print(f"flashgrpo: {line}", soft_wrap=True)
+    say(f"flashgrpo: {line}")
     return getattr(error, "exit_code", 1)
 
 

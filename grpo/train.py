@@ -50,7 +50,7 @@ from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.ledger import begun_with
 from flashgrpo.grpo.run.loop import RunLoop, as_begun
 from flashgrpo.grpo.run.policy import check_teacher, open_sharded_model, open_teacher
-from flashgrpo.grpo.run.progress import Clock, StepBar, console
+from flashgrpo.grpo.run.progress import Clock, StepBar, say
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.sampling import Sampler
 from flashgrpo.grpo.types import Problem, Prompt, Rollout, StepData
@@ -150,7 +150,7 @@ class Trainer(RunLoop):
         tells_kept_sets = recipe.rollout.generator == "native" or world.device.type == "cuda"
         self.has_comparable_logprobs = tells_kept_sets or not recipe.rollout.is_truncated
         if not self.has_comparable_logprobs:
-            console.print(
+            say(
                 "vLLM's CPU build gives log-probs of what top_p and top_k kept, and does not tell what that "
                 "was: the trainer's are of the whole vocabulary, and whether the two fit cannot be checked "
                 "(train.mismatch_alarm); rollout.generator = native tells it",
@@ -187,7 +187,7 @@ class Trainer(RunLoop):
         if self._evaluates_at(self.step) and not self.folder.has_logged(self.step, "eval/pass@1"):
             when = f"after step {self.step}" if self.step else "before the first step"
             size = f"{len(self.sampler.held_out)} x {self.recipe.eval.samples}"
-            console.print(f"evaluating {size} {when}")
+            say(f"evaluating {size} {when}")
             self._evaluate()
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:
@@ -382,13 +382,13 @@ class Trainer(RunLoop):
             rollout, on_gpu = self.recipe.rollout, self.device.type == "cuda"
             has_other = on_gpu and rollout.generator.startswith("vllm") and not rollout.is_truncated
             hint = "; does VLLM_USE_V2_MODEL_RUNNER=0 mend it?" if has_other and self.step == 1 else ""
-            console.print(f"step {self.step}: the sampler's log-probs are {fault}{hint}", style="yellow")
+            say(f"step {self.step}: the sampler's log-probs are {fault}{hint}", style="yellow")
 
         has_signal = metrics["grad_norm"] != 0 and metrics["groups/dead"] < 1
         self._steps_without_signal = 0 if has_signal else self._steps_without_signal + 1
         if self._steps_without_signal == _STEPS_WITHOUT_SIGNAL:
             means = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("reward/"))
-            console.print(
+            say(
                 f"step {self.step}: {_STEPS_WITHOUT_SIGNAL} steps in a row had nothing to learn from: in each "
                 f"group all rewards are equal or missing, their mean is outside of rollout.keep_mean_reward, or all "
                 f"completions are masked ({means}). Look at samples.jsonl: are problems all too hard or too easy, is "

@@ -14,7 +14,7 @@ import numpy as np
 from flashgrpo.grpo.data.problems import level_of
 from flashgrpo.grpo.recipe.load import Recipe
 from flashgrpo.grpo.recipe.schema import first_step
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import say
 from flashgrpo.grpo.types import Prompt, ScoredGroup
 
 
@@ -122,7 +122,7 @@ class Mixture:
         planned = share * self.recipe.rollout.prompts_per_step
         if planned < size:
             told = f"{source}: the run takes about {planned:,.0f} of {size:,} problems, the easiest by its curriculum"
-            console.print(told, style="yellow", soft_wrap=True)
+            say(told, style="yellow")
 
 
 def interleaved(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:

@@ -19,7 +19,7 @@ from flashgrpo.grpo.rollout.vllm.launch import auto_generator
 from flashgrpo.grpo.run.ledger import begun_with
 from flashgrpo.grpo.run.machines import resolve_dtype
 from flashgrpo.grpo.run.policy import Policy, open_sharded_model, warn_beyond_context
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import say
 from flashgrpo.grpo.run.world import World
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 from flashgrpo.model.checkpoint import empty_decoder
@@ -68,7 +68,7 @@ def settle_generator(recipe: _R, world: World, resume: bool = False) -> _R:
     if name not in ("native", "vllm"):
         name, why = world.on_main(lambda: auto_generator(world.device))
     if world.device.type == "cuda":  # a CPU's run has no choice
-        console.print(f"generator: {name} ({why})", soft_wrap=True)
+        say(f"generator: {name} ({why})")
     return dataclasses.replace(recipe, rollout=dataclasses.replace(recipe.rollout, generator=name))
 
 

@@ -41,7 +41,7 @@ from flashgrpo.grpo.run.ledger import (
     tell_of_reading,
     write_made_from,
 )
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import say
 from flashgrpo.grpo.run.trackers import SAMPLES, Trackers, check_trackers
 from flashgrpo.grpo.run.world import World
 from flashgrpo.model.files import LOCK, locked, parse_json, whole_folder, write_text
@@ -110,7 +110,7 @@ class RunFolder:
             shutil.rmtree(leftover)
         write_made_from(self.recipe, self._made_from)
         if self._changes:
-            console.print("changed on resume:", ", ".join(self._changes), style="yellow", soft_wrap=True)
+            say(f"changed on resume: {', '.join(self._changes)}", style="yellow")
         for path, rows in logs.items():
             _write_rows(path, [row for row in rows if row["step"] <= last_step])
         seen = {row["step"]: {*row, SAMPLES} for row in logs[self.path / "metrics.jsonl"] if row["step"] > last_step}

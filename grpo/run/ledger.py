@@ -15,7 +15,7 @@ from typing import Any
 from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
 from flashgrpo.grpo.recipe.schema import SourceSection
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import say
 from flashgrpo.model.files import content_files, content_hash, is_local, parse_json, parse_toml, write_text
 from flashgrpo.model.hub import cached_folder
 
@@ -106,7 +106,7 @@ def tell_of_reading(path: Path, why: str) -> None:
     """Nobody should wait for it in silence."""
     size = sum(file.stat().st_size for file in content_files(path))
     if size > _SLOW_BYTES:
-        console.print(f"reading {path}, {size / 1e9:.0f} GB, {why}", soft_wrap=True)
+        say(f"reading {path}, {size / 1e9:.0f} GB, {why}")
 
 
 def compare_inputs(recipe: AnyRecipe) -> tuple[Inputs, dict[str, str]]:

@@ -20,7 +20,7 @@ from flashgrpo.grpo.run.interrupts import Stopped
 from flashgrpo.grpo.run.ledger import begun_with
 from flashgrpo.grpo.run.machines import hold_reserve, machine_of, resolve_dtype
 from flashgrpo.grpo.run.policy import open_policy, open_sharded_model
-from flashgrpo.grpo.run.progress import StepBar, console, step_bar
+from flashgrpo.grpo.run.progress import StepBar, say, step_bar
 from flashgrpo.grpo.run.world import World
 from flashgrpo.model.checkpoint import read_config, save_checkpoint
 from flashgrpo.model.decoder import Decoder
@@ -41,7 +41,7 @@ class RunLoop(abc.ABC):
         self.folder, self.world, self.settings = folder, world, recipe.train
         self.device = world.device
         self._check_room(recipe)
-        console.print(f"loading {recipe.model.path}", soft_wrap=True)
+        say(f"loading {recipe.model.path}")
         opened: list[Decoder] = []
         load = partial(
             open_sharded_model,
@@ -95,7 +95,7 @@ class RunLoop(abc.ABC):
         budget = settle_budget(costs, wanted, needed)
         if wanted == "auto":
             why = "enough for a CPU" if costs.machine.is_cpu else "the most that fit"
-            console.print(f"train.token_budget = {budget} (auto: {why})")
+            say(f"train.token_budget = {budget} (auto: {why})")
         self.folder.recipe = settled = _with_budget(recipe, budget)
         return settled
 
@@ -158,7 +158,7 @@ class RunLoop(abc.ABC):
             by = ""
             if isinstance(error, Stopped) and self.world.size > 1:
                 by = f" ({signal.Signals(error.signum).name} on rank {error.rank})"
-            console.print(f"stopped after step {self.step}; continue with --resume{by}", style="yellow")
+            say(f"stopped after step {self.step}; continue with --resume{by}", style="yellow")
             # All ranks wait for the slowest end here: one that ended sooner would be taken for one that has died.
             self.world.everywhere(self.ends.close)
             raise
@@ -190,7 +190,7 @@ class RunLoop(abc.ABC):
     def _raise_alarms(self, metrics: dict[str, float]) -> None:
         if metrics["update/skipped"]:
             skipped = f"{metrics['update/skipped']:.0f} updates skipped"
-            console.print(f"step {self.step}: {skipped}: gradient not finite", style="yellow")
+            say(f"step {self.step}: {skipped}: gradient not finite", style="yellow")
         if metrics["update/skipped_in_a_row"] >= _MOST_SKIPPED:
             kept = self.folder.checkpoint
             raise RunError(

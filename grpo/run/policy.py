@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from flashgrpo.grpo.errors import RecipeError
 from flashgrpo.grpo.recipe.schema import ModelSection, TeacherSection
 from flashgrpo.grpo.run.machines import resolve_dtype
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import say
+from flashgrpo.kernels.attention import plan_attention
 from flashgrpo.model.checkpoint import (
     CONFIG,
     GENERATION_CONFIG,
@@ -62,10 +63,12 @@ class Policy:
 
 
 def open_policy(section: ModelSection, device: torch.device, model: Decoder | None = None) -> Policy:
-    """The model at section.path, loaded for sampling unless it is given, and its tokenizer. Raises CheckpointError."""
+    """The model at section.path, loaded for sampling unless it is given, and its tokenizer. Raises CheckpointError, and
+    RecipeError for an attention_backend that is not for it.
+    """
     if model is None:
         model = load_checkpoint(section.path, dtype=resolve_dtype(section.dtype, device), device=device)
-        model.attention_backend = section.attention_backend
+        _choose_attention(model, section, device)
     tokenizer = open_tokenizer(section.path)
     stops = stop_token_ids(section.path, tokenizer)
     check_vocabulary(section.path, tokenizer, model.config.vocab_size, stops)
@@ -84,12 +87,12 @@ def open_sharded_model(
 ) -> Decoder:
     """The model at section.path, sharded over `mesh`: it computes in section.dtype and keeps its
     shards in `stored`. No rank ever holds more than its shard and the rows being read. With
-    `new_score` it becomes a reward model (`load_weights`). Raises CheckpointError.
+    `new_score` it becomes a reward model (`load_weights`). Raises as `open_policy`.
     """
     config = read_config(section.path)
     model = empty_decoder(config.as_reward_model() if new_score else config, stored, device)
     model.activation_checkpointing = section.activation_checkpointing
-    model.attention_backend = section.attention_backend
+    _choose_attention(model, section, device)
     if section.compile:
         model.compile_blocks()
     shard(model, mesh, resolve_dtype(section.dtype, device), reshard_after_forward)
@@ -99,11 +102,22 @@ def open_sharded_model(
     return model
 
 
+def _choose_attention(model: Decoder, section: ModelSection, device: torch.device) -> None:
+    """Raises RecipeError for a backend that lacks the device, the dtype or the head_dim."""
+    offsets, dtype = torch.tensor([0, 1], dtype=torch.int32, device=device), resolve_dtype(section.dtype, device)
+    heads = model.config.num_heads, model.config.num_kv_heads, model.config.head_dim
+    try:
+        plan_attention(offsets, None, 1, heads, dtype, max_seqlen=1, backend=section.attention_backend)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"model.attention_backend: {error}") from error
+    model.attention_backend = section.attention_backend
+
+
 def open_teacher(section: TeacherSection, policy: ModelSection, device: torch.device, mesh: DeviceMesh) -> Decoder:
     """The frozen model at section.path, which computes as the policy does: on the policy's `device` sharded over
     `mesh`, or whole on its own. Raises CheckpointError.
     """
-    console.print(f"loading {section.path}", soft_wrap=True)
+    say(f"loading {section.path}")
     is_beside = section.device == "trainer"
     place = device if is_beside else torch.device(section.device)
     dtype = resolve_dtype(policy.dtype, place)
@@ -177,11 +191,10 @@ def check_vocabulary(path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab
 def warn_beyond_context(policy: Policy, longest: int) -> None:
     """Say so where a run's `longest` sequence of tokens is longer than any that the model was made for."""
     if longest > (context := policy.model.config.context):
-        console.print(
+        say(
             f"{policy.path}: sequences may come to {longest:,} tokens, and the model was made for {context:,} "
             "(max_position_embeddings in config.json): what it writes beyond may be nonsense",
             style="yellow",
-            soft_wrap=True,
         )
 
 

@@ -26,6 +26,11 @@ console = Console(stderr=True, markup=False, highlight=False, emoji=False)  # na
 _DAY_S = 86_400.0  # steps may be long, and rich forgets what is older than this when it estimates the rest
 
 
+def say(text: str, style: str = "") -> None:
+    """A line on the first rank's screen, which a terminal wraps and a log keeps whole, to be searched for."""
+    console.print(text, style=style, soft_wrap=True)
+
+
 class Clock:
     """Wall seconds by phase. A phase on a GPU ends when its work is done there, not when the host has queued it: what
     scoring left on the queue would be the time of training.

@@ -20,7 +20,7 @@ from typing import Any
 from flashgrpo.grpo.errors import RecipeError, resolve_function
 from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
 from flashgrpo.grpo.recipe.schema import TRACKERS
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import say
 from flashgrpo.model.files import parse_toml, write_text
 
 Values = Mapping[str, Any]  # numbers of a step, None where they are not finite; under SAMPLES a list of completions
@@ -110,7 +110,7 @@ class _Tracker:
     def join(self, deadline: float) -> None:
         self._thread.join(_QUIET_S)
         if self._thread.is_alive() and not self._is_off:
-            console.print(f"waiting for {self.name}, {_CLOSE_S:.0f} s at most")
+            say(f"waiting for {self.name}, {_CLOSE_S:.0f} s at most")
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._switch_off("has not ended in time; it may lack the last steps")
@@ -127,7 +127,7 @@ class _Tracker:
         if not self._is_off:
             self._is_off = True
             text = " ".join(f"run.loggers: {self.name} {why}".split())
-            console.print(text, style="yellow", soft_wrap=True)
+            say(text, style="yellow")
 
 
 @contextmanager

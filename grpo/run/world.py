@@ -31,7 +31,7 @@ from flashgrpo.grpo.errors import GeneratorFailure, RecipeError, RewardFailure, 
 from flashgrpo.grpo.recipe.load import AnyRecipe, recipe_to_toml
 from flashgrpo.grpo.run.interrupts import Interrupts
 from flashgrpo.grpo.run.machines import resolve_device
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import console, say
 
 GRACE_S = 5.0  # for this rank to find the same error, and for torchrun to end the ranks beside one that died
 NOTICE_S = 5.0  # more than it takes until all know of a rank that is lost
@@ -157,7 +157,7 @@ def open_world(recipe: AnyRecipe) -> Iterator[World]:
             store.set(_FAILED, str(error))
         elif is_lost or not _is_told(store):
             console.quiet = False
-            console.print(f"flashgrpo: rank {rank} of {size} on {socket.gethostname()}:", style="red")
+            say(f"flashgrpo: rank {rank} of {size} on {socket.gethostname()}:", style="red")
         if is_lost:
             raise RunError(
                 f"a rank let the others wait for longer than run.collective_timeout_s = {limit_s:g}; raise it, or look "

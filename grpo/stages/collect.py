@@ -34,7 +34,7 @@ from flashgrpo.grpo.rollout.generator import Generator, open_generator, sample_s
 from flashgrpo.grpo.run.folder import hold_output
 from flashgrpo.grpo.run.ledger import Inputs, changed_keys, compare_inputs, write_made_from
 from flashgrpo.grpo.run.policy import Policy
-from flashgrpo.grpo.run.progress import Clock, StepBar, console, step_bar
+from flashgrpo.grpo.run.progress import Clock, StepBar, console, say, step_bar
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.stages.evaluate import open_for_sampling
 from flashgrpo.grpo.stages.filters import FILTERS, Sample, Selection
@@ -91,7 +91,7 @@ def collect(recipe: CollectRecipe, resume: bool = False) -> Path:
         inputs = world.on_main(lambda: _compare(recipe, output))
         # By names, shapes and bytes: the same however the weights are split into files.
         sha256 = world.on_main(lambda: weights_sha256(recipe.model.path) if problems else None)
-        console.print(f"loading {recipe.model.path}", soft_wrap=True)
+        say(f"loading {recipe.model.path}")
         policy = open_for_sampling(recipe, world.device, has_prompts=bool(problems))
         prompts = render_prompts(problems, policy, recipe.data)
         example = problems[0] if problems else next(iter(given.values()))[0][0]
@@ -140,7 +140,7 @@ class _Parts:
                     done += 1
                     bar.advance(done, rates)
         except (KeyboardInterrupt, RewardFailure, GeneratorFailure):
-            console.print(f"stopped after {done} of {total} parts; continue with --resume", style="yellow")
+            say(f"stopped after {done} of {total} parts; continue with --resume", style="yellow")
             raise
 
     def read(self) -> Iterator[Sample]:
@@ -276,7 +276,7 @@ def _write(recipe: CollectRecipe, output: Path, sources: Mapping[str, Iterable[S
 def _drawn(found: list[Sample], name: str, wanted: int, seed: list[int]) -> list[Sample]:
     """As many as a ratio asks for, in their order; all, where there are no more."""
     if wanted > len(found):
-        console.print(f"given.{name} has {len(found)} rows for the {wanted} that its ratio asks for", style="yellow")
+        say(f"given.{name} has {len(found)} rows for the {wanted} that its ratio asks for", style="yellow")
     drawn = np.random.default_rng(seed).permutation(len(found))[:wanted]
     return [found[i] for i in sorted(drawn)]
 
@@ -382,4 +382,4 @@ def _print_report(report: dict[str, dict[str, Any]]) -> None:
         if "prompts_by_kept" in each:
             histogram = ", ".join(f"{kept}: {number:,}" for kept, number in each["prompts_by_kept"].items())
             none = f"{each['prompts_with_none']:.1%} with none"
-            console.print(f"{name}: {each['prompts']:,} prompts, {none}; by completions kept: {histogram}")
+            say(f"{name}: {each['prompts']:,} prompts, {none}; by completions kept: {histogram}")

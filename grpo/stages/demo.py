@@ -17,7 +17,7 @@ from flashgrpo.grpo.errors import RunInputError
 from flashgrpo.grpo.recipe.load import Recipe, SftRecipe, load_recipe
 from flashgrpo.grpo.recipe.shipped import FOLDER
 from flashgrpo.grpo.run.folder import read_rows
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import say
 from flashgrpo.grpo.stages.plots import print_summary, write_report
 from flashgrpo.grpo.stages.sft import sft
 from flashgrpo.grpo.stages.toy import Author, make_model, write_jsonl
@@ -47,7 +47,7 @@ def demo(recipe_file: str, output: Path, seed: int) -> None:
     ]
     recipe = load_recipe(Recipe, recipe_file, overrides)
     problems, held_out = load_problems(recipe.data, seed)
-    console.print(f"{len(problems):,} problems to train on, {len(held_out):,} held out; seed {seed}")
+    say(f"{len(problems):,} problems to train on, {len(held_out):,} held out; seed {seed}")
 
     # The tokenizer learns from prompts as they will be read: what all of them repeat becomes one token.
     texts = [render_text(problem.prompt, recipe.data.template) for problem in problems[:500]]

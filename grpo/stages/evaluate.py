@@ -36,7 +36,7 @@ from flashgrpo.grpo.run.folder import newest_checkpoint
 from flashgrpo.grpo.run.ledger import changed, differing, identify
 from flashgrpo.grpo.run.machines import resolve_device
 from flashgrpo.grpo.run.policy import Policy, open_policy
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import console, say
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.grpo.stages.scores import Graded, scores_of, solved_by
 from flashgrpo.grpo.types import CompletionGroup, Problem, Prompt, Request, Sampling
@@ -227,7 +227,7 @@ def _settings(recipe: Recipe, problems: Sequence[Problem]) -> dict[str, Any]:
 def _score(what: str, recipe: Recipe, problems: list[Problem], pool: RewardPool, world: World) -> dict[str, float]:
     """The scores of recipe.model on problems; tells them as those of `what`."""
     start = time.perf_counter()
-    _say(f"evaluating {what}: {len(problems)} x {recipe.eval.samples}")
+    say(f"evaluating {what}: {len(problems)} x {recipe.eval.samples}")
     scores = scores_of(world.everywhere(lambda: _evaluate_share(recipe, problems, pool, world)))
     if "pass@1" not in scores:
         raise RewardFailure(
@@ -236,7 +236,7 @@ def _score(what: str, recipe: Recipe, problems: list[Problem], pool: RewardPool,
     seconds = time.perf_counter() - start
     num_samples = scores["num_problems"] * scores["k"]
     rates = f"{num_samples / seconds:,.1f} samples/s, {num_samples * scores['length'] / seconds:,.0f} tokens/s"
-    _say(f"{what}: pass@1 {scores['pass@1']:.1%}, {rates}, {seconds:,.0f} s in all")
+    say(f"{what}: pass@1 {scores['pass@1']:.1%}, {rates}, {seconds:,.0f} s in all")
     return scores
 
 
@@ -288,10 +288,6 @@ def _read_rows(output: Path | None) -> Rows:
         raise RunInputError(
             f"{output}: not a file that an evaluation has written ({error!r}); choose another output"
         ) from error
-
-
-def _say(text: str) -> None:
-    console.print(text, soft_wrap=True)
 
 
 def _scores(texts: Sequence[CompletionGroup], pool: RewardPool) -> np.ndarray:

@@ -26,7 +26,7 @@ from flashgrpo.grpo.run.costs import TrainCosts
 from flashgrpo.grpo.run.folder import RunFolder
 from flashgrpo.grpo.run.loop import RunLoop, as_begun
 from flashgrpo.grpo.run.policy import Policy, end_token_id, warn_beyond_context
-from flashgrpo.grpo.run.progress import Clock, StepBar, console, peak_memory_mb
+from flashgrpo.grpo.run.progress import Clock, StepBar, peak_memory_mb, say
 from flashgrpo.grpo.run.world import World, open_world
 from flashgrpo.kernels.grpo_loss import LossConfig
 from flashgrpo.model.batch import PackedBatch
@@ -87,7 +87,7 @@ class SupervisedTrainer(RunLoop, Generic[Row]):
     def begin(self) -> None:
         """The held-out score before training."""
         if self.held_out and self.step == 0 and not self.folder.has_logged(0, "eval/loss"):
-            console.print(f"evaluating {len(self.held_out)} rows before the first step")
+            say(f"evaluating {len(self.held_out)} rows before the first step")
             self.folder.log_more(0, self._evaluate())
 
     def run_step(self, step: int, bar: StepBar) -> tuple[dict[str, float], str]:

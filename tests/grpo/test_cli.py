@@ -462,6 +462,18 @@ def test_a_bad_checkpoint_is_one_line_and_exit_2(command, case, write_recipe, mo
     assert str(folder) in line
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [("gluon", "backend 'gluon' has head_dim (64, 128)"), ("flash_attn", "q is torch.float32; wanted bfloat16")],
+)
+def test_an_attention_that_is_not_for_this_machine_is_one_line_and_exit_2(
+    command, backend, message, write_recipe, capsys
+):
+    assert main([command, write_recipe(), f"--model.attention_backend={backend}"]) == 2
+    assert f"recipe.toml: model.attention_backend: {message}" in error_line(capsys)
+
+
 def test_sft_from_the_command_line(model_path, tmp_path, capsys):
     (tmp_path / "sft.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 3)
     data = {"path": str(tmp_path / "sft.jsonl"), "template": "none"}

@@ -31,7 +31,7 @@ from flashgrpo.grpo.rollout.vllm.nccl import NcclSender
 from flashgrpo.grpo.rollout.vllm.servers import ServerRefusal, VllmServers
 from flashgrpo.grpo.run.child import Child, own_environment
 from flashgrpo.grpo.run.policy import Policy
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import say
 from flashgrpo.grpo.run.world import World
 from flashgrpo.grpo.types import Request, Rollout, Sampling
 
@@ -47,7 +47,7 @@ def open_engine(
     # What a restored checkpoint has left in torch's cache would not be free for the engine; nothing without CUDA.
     torch.cuda.empty_cache()
     world.everywhere(lambda: check_gpu(options, world.device))  # of all ranks, before the first engine loads
-    console.print("starting vLLM")
+    say("starting vLLM")
     try:
         world.everywhere(
             lambda: engines.append(EngineGenerator(options, policy.stop_token_ids, world, timeout_s, load_format))

@@ -31,7 +31,7 @@ from flashgrpo.grpo.recipe.load import Recipe, SamplingRecipe
 from flashgrpo.grpo.recipe.schema import VllmSection
 from flashgrpo.grpo.run.child import own_environment
 from flashgrpo.grpo.run.machines import allocator_settings, resolve_dtype
-from flashgrpo.grpo.run.progress import console
+from flashgrpo.grpo.run.progress import say
 from flashgrpo.grpo.types import Sampling
 from flashgrpo.model.hub import local_folder
 
@@ -182,11 +182,10 @@ def check_gpu(options: EngineOptions, device: torch.device) -> None:
         )
     for name, settings in allocator_settings().items():
         if "expandable_segments:true" in settings.lower():
-            console.print(
+            say(
                 f"{name} has expandable_segments: weights go to the engine by CUDA IPC, which opens such memory "
                 "slowly, and in a container without ptrace not at all; take it out where syncs are slow or fail",
                 style="yellow",
-                soft_wrap=True,
             )
 
 
@@ -205,10 +204,10 @@ def become_server(options: EngineOptions, host: str, port: int, devices: str) ->
     key = os.environ.get(API_KEY)
     who = f"whoever has the key in {API_KEY}" if key else "whoever reaches the port, without a key,"
     what = "can replace the weights, sample and pause; no route writes files, runs code or sets the environment"
-    console.print(f"{host}:{port}: {who} {what}", soft_wrap=True)
+    say(f"{host}:{port}: {who} {what}")
     if not (key or _is_loopback(host)):
         found = f"warning: other machines reach {host}; set {API_KEY} to a secret, here and for the runs"
-        console.print(found, style="yellow", soft_wrap=True)
+        say(found, style="yellow")
     os.environ.update(_environment(devices))
     command = options.serve_command(host, port, devices)
     os.execv(command[0], command)
@@ -231,7 +230,7 @@ class OwnServers:
                 self._start(options, own, log)
             # All of them load at the same time.
             for number, own in enumerate(devices):
-                console.print(f"waiting for the vLLM server on {own}")
+                say(f"waiting for the vLLM server on {own}")
                 _await_server(self.urls[number], self.processes[number], files[number], deadline)
         except BaseException:  # nobody has them yet to close them
             self.close()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flashgrpo.grpo.cli import main
 from flashgrpo.grpo.run import progress
-from flashgrpo.grpo.run.progress import step_bar
+from flashgrpo.grpo.run.progress import say, step_bar
 
 VALUES = "reward 0.125, accuracy 0.250, held-out 0.300, length 24, 976 tokens/s"
 
@@ -22,6 +22,13 @@ def test_a_run_without_a_terminal_has_a_line_a_step(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["sft 4/7", "sft 5/7", "sft 6/7", "sft 7/7"]
     assert all(VALUES in line and line.endswith("0:00:00 elapsed, 0:00:00 left") for line in lines)
+
+
+def test_what_is_said_is_one_line_of_a_log(capsys):
+    """Or nobody finds there what the page of troubleshooting quotes."""
+    text = "step 1: [/data] :smile: " + 30 * "is long "
+    say(text, "yellow")
+    assert capsys.readouterr().err == f"{text}\n"
 
 
 @pytest.mark.parametrize("width", [60, 80, 110])
