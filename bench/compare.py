@@ -29,8 +29,9 @@ def read(path: Path) -> tuple[Row, dict[str, Measure]]:
     try:
         text = path.read_text(encoding="utf-8")
         header, *rows = map(json.loads, text.splitlines()) if path.suffix == ".jsonl" else [json.loads(text)]
-        found = dict(_measures(header, rows))
-        if not found or not isinstance(header.get("machine"), dict):
+        is_whole = isinstance(header, dict) and isinstance(header.get("machine"), dict)
+        found = dict(_measures(header, rows)) if is_whole else {}
+        if not found:
             raise ValueError("it has no machine and times")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = getattr(error, "strerror", None) or error

@@ -66,7 +66,8 @@ def test_of_rates_more_is_faster(compare):
 def test_what_is_no_results_file_is_one_line_and_exit_2(compare, found):
     code, printed = compare(".json", found, found)
     assert code == 2
-    assert printed.startswith("flashgrpo: a.json: not a results file of kernels, step, generate, sync or cpu-step: ")
+    kinds = "kernels, step, generate, sync or cpu-step"
+    assert f"flashgrpo: a.json: not a results file of {kinds}: it has no machine and times\n" in printed
     assert len(printed.splitlines()) == 1
 
 
