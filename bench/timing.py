@@ -34,6 +34,7 @@ from flashgrpo.grpo.run.progress import peak_memory_mb
 from flashgrpo.kernels.common import HAS_TRITON, triton
 from flashgrpo.model.cpu import product
 from flashgrpo.model.files import write_text
+from flashgrpo.model.waits import word_for
 
 Made = TypeVar("Made")
 Row = dict[str, Any]  # of results, as JSON has it
@@ -116,10 +117,11 @@ def time_turns(
     sides: dict[str, Side] = {}
     for name, call in calls.items():
         # It compiles, and fills the allocator's cache.
-        call()
+        with word_for(f"warming up {name}"):
+            call()
         sides[name] = functools.partial(sample_ms, call, device, budget_s=budget_s, rounds=rounds)
     # Of each side the last row is that of both passes.
-    return dict(in_turns(sides))
+    return dict(in_turns(sides, lambda name: word_for(f"measuring {name}")))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from flashgrpo.bench import timing
 from flashgrpo.bench.timing import in_turns, markdown, noted, sample_ms, show, time_turns
+from flashgrpo.model import waits
 
 CPU = torch.device("cpu")
 
@@ -20,6 +21,12 @@ def test_sides_take_turns_in_two_passes_after_a_call_that_does_not_count():
     assert "".join(order) == "ab" + 2 * "aabb"
     assert found["a"]["rounds"] == 4
     assert found["a"]["p20_ms"] <= found["a"]["p50_ms"] <= found["a"]["p80_ms"]
+
+
+def test_what_takes_long_is_named_while_it_runs(monkeypatch, capsys):
+    monkeypatch.setattr(waits, "_PATIENCE_S", 0.05)
+    time_turns({"slow": lambda: time.sleep(0.2), "quick": lambda: None}, CPU)
+    assert capsys.readouterr().err.splitlines() == ["warming up slow", "measuring slow", "measuring slow"]
 
 
 def test_a_side_that_failed_has_no_second_turn():
