@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_beyond = max(times, 1 / times) - 1 > a.spread + b.spread
         verdict = ("faster" if times > 1 else "slower") if is_beyond else "within the spread"
         spreads = f"{a.spread:.1%}, {b.spread:.1%}"
-        cells.append([name, f"{a.value:.4g}", f"{b.value:.4g}", a.unit, f"{times:.3f}", spreads, verdict])
+        cells.append([name, f"{a.value:.4g}", f"{b.value:.4g} {a.unit}", f"{times:.3f}", spreads, verdict])
     if not cells:
         raise RunInputError(f"{paths[0]} and {paths[1]} have no case in common; wanted two files of one benchmark")
     notes = []
@@ -76,5 +76,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         notes += [f"only in {path}: {name}" for name in own if name not in other]
     for key, (a, b) in differing(old_header["machine"], new_header["machine"]).items():
         notes.append(f"{key}: A {a}, B {b}")
-    show(markdown(["", "A:", "B:", "unit", "B is x as fast:", "spreads", ""], cells), *notes)
+    show(markdown(["", "A:", "B:", "B is x as fast:", "spreads", ""], cells), *notes)
     return 0
