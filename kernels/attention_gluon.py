@@ -191,12 +191,14 @@ def _fwd_consumer(work, CONSUMER: gl.constexpr):
             _free(keys, i)
             if MASKED:
                 scores = gl.where(_visible(i, tile, counts, rows, columns), scores, float("-inf"))
-            rescale, new_probs = row_max, probs
-            if i < total_tokens:  # always, which ptxas cannot know: it would move the wait for `summed` up here
-                weights, rescale, row_max, row_sum = _softmax(scores, row_max, row_sum, log2_scale)
-                new_probs = _operand(weights, acc, keys[0].dtype)
+            rescale = row_max
+            # Both conditions always hold, which ptxas cannot know: without the first it moves the wait for `summed`
+            # above the softmax, without the second it reuses the registers of `probs` while `summed` reads them.
+            if i < total_tokens:
+                scores, rescale, row_max, row_sum = _softmax(scores, row_max, row_sum, log2_scale)
             acc = warpgroup_mma_wait(0, [summed])
-            probs = new_probs
+            if total_tokens > 0:
+                probs = _operand(scores, acc, keys[0].dtype)
             _free(values, i - 1)
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
     acc = warpgroup_mma(probs, _wait(values, counts[3] - 1), acc)

@@ -149,6 +149,37 @@ def test_a_second_product_is_under_way_beneath_the_exponentials(kernel):
         assert 128 * (2 * consumer + producer) <= threads * row["registers"]
 
 
+def written_while_read(loop):
+    """Instructions that write a register which a product that no wait has ended yet may still read."""
+    group, under_way, found = set(), [], []
+    for instruction in [*loop, *loop]:  # a product may be under way into the next pass
+        name, *operands = re.sub(r"^@\S+ |,|\.reuse", "", instruction).split()
+        first = [int(x[1:]) for x in operands[:2] if re.fullmatch(r"R\d+", x)]
+        if name.startswith("HGMMA"):  # 4 registers a thread are 16 columns of the left operand
+            group |= {first[1] + i for i in range(4)} if first[1:] else set()
+            if operands[-1] == "gsb0":
+                under_way, group = [*under_way, group], set()
+        elif name == "WARPGROUP.DEPBAR.LE":
+            under_way = under_way[len(under_way) - int(operands[-1], 16) :]
+        elif first and re.match(r"R|PT?\d*", operands[0]) and not name.startswith(("ST", "BAR")):
+            width = 4 if ".128" in name else 2 if re.search(r"\.64|WIDE", name) else 1
+            found += [instruction] * (not group.union(*under_way).isdisjoint(range(first[0], first[0] + width)))
+    return found
+
+
+@pytest.mark.parametrize("kernel", [*MATMULS, *SCHEDULES])
+def test_no_register_is_written_that_a_product_under_way_reads(kernel):
+    """ptxas before CUDA 13.3 gives them away once the product is issued (github.com/triton-lang/triton/pull/11781)."""
+    planted = ["HGMMA.64x64x16.F32.BF16 R24, R60, gdesc[UR4], R24, gsb0", "IADD3 R63, R1, R2, RZ"]
+    assert written_while_read(planted) == [planted[1]] * 2
+    assert not written_while_read([planted[0], "WARPGROUP.DEPBAR.LE gsb0, 0x0", planted[1]])
+    for dim in attention.GLUON_HEAD_DIMS:
+        _, code, jumps = static._read(find_launch(kernel, dim).compile().asm)
+        assert any(re.search(r"HGMMA.* R\d+, R\d+, gdesc", line) for line in code)
+        for low, high in static._hot_loops(code, jumps):
+            assert not written_while_read(code[low : high + 1])
+
+
 def test_a_chip_that_no_table_knows_takes_the_smallest_tiles():
     """sm_86, sm_89 and sm_120 have 99 KB of shared memory."""
     chips = {attention_plan.of_capability(chip) for chip in ((8, 6), (8, 9), (12, 0), (12, 1), (13, 0))}
