@@ -37,7 +37,7 @@ from flashgrpo.kernels import attention_plan
 from flashgrpo.kernels.attention_flash import check_flash, flash_attention, gathered_keys
 from flashgrpo.kernels.attention_torch import check_tensors, segments_on_host, torch_attention
 from flashgrpo.kernels.common import backward_once, by_triton, check_index, tl, triton
-from flashgrpo.kernels.qualified import is_qualified
+from flashgrpo.kernels.qualified import gluon_wins, input_key
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 BACKENDS = ("triton", "torch", "flash_attn", "gluon", "auto")
@@ -381,7 +381,7 @@ def _by_gluon(backend: str, like: Tensor) -> str:
             f"{like.dtype} and {like.device} ({arch}): choose 'triton'"
         )
     if backend == "auto":
-        return "gluon" if has and is_qualified(head_dim, like.dtype, like.device) else "triton"
+        return "gluon" if has and input_key(head_dim, like.dtype) in gluon_wins(like.device) else "triton"
     return backend
 
 

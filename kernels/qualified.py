@@ -46,8 +46,13 @@ def read_winners() -> dict[str, dict[str, str]]:
     return {machine: winners for machine, winners in entries if isinstance(winners, dict)}
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def is_qualified(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether "gluon" has won for this input on this machine."""
-    return read_winners().get(machine_key(device), {}).get(input_key(head_dim, dtype)) == "gluon"
+def _winners(device: torch.device) -> tuple[str, ...]:
+    winners = read_winners().get(machine_key(device), {})
+    return tuple(key for key, winner in winners.items() if winner == "gluon")
+
+
+@torch.compiler.assume_constant_result  # of a function without a cache: torch.compile would look through that
+def gluon_wins(device: torch.device) -> tuple[str, ...]:
+    """By `input_key`, what "gluon" has won on this machine."""
+    return _winners(device)

@@ -177,9 +177,9 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(attention_plan, "architecture", lambda like: "sm_90")
-    qualified.is_qualified.cache_clear()
+    qualified._winners.cache_clear()
     yield qualified.cache_path()
-    qualified.is_qualified.cache_clear()
+    qualified._winners.cache_clear()
 
 
 def auto(head_dim, dtype=torch.bfloat16):
@@ -199,7 +199,7 @@ def run_qualify(monkeypatch, *options):
         return {"winner": "triton", "status": "failed", "note": f"hung after {limit_s:g} s"}
 
     monkeypatch.setattr(bench, "attempt", attempt)
-    qualified.is_qualified.cache_clear()
+    qualified._winners.cache_clear()
     return main(["bench", "attention", "--qualify", *options])
 
 
@@ -231,6 +231,14 @@ def test_the_file_keeps_what_is_of_others(hopper, monkeypatch):
     assert found[here] == own | {"head_dim 128, bfloat16": "gluon", "head_dim 64, bfloat16": "triton"}
 
 
+def test_auto_is_a_constant_to_torch_compile(hopper, monkeypatch):
+    """A plan that a user's compiled function makes must not break its graph where it reads the file."""
+    run_qualify(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # which torch.compile would believe
+    taken = torch.compile(lambda like: _by_gluon("auto", like) == "gluon", fullgraph=True, backend="eager")
+    assert [taken(torch.empty(1, 4, dim, dtype=torch.bfloat16)) for dim in (128, 64)] == [True, False]
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", "7", '{"KEY": 3}', '{"KEY": {"head_dim 128, bfloat16": 1}}', "[" * 9999]
 )
@@ -251,7 +259,7 @@ def test_an_interrupted_qualification_has_triton_for_what_is_not_done(hopper, mo
     monkeypatch.setattr(bench, "attempt", attempt)
     with pytest.raises(KeyboardInterrupt):
         bench.main(["--qualify"])
-    qualified.is_qualified.cache_clear()
+    qualified._winners.cache_clear()
     assert auto(128) == "triton"
 
 
