@@ -63,6 +63,7 @@ class VllmServers:
         self._loop = asyncio.new_event_loop()
         servers = [_Server(url.rstrip("/"), self._loop.create_future()) for url in urls]
         self._live = {server.url: server for server in servers}
+        self._is_closed, self._closing = False, threading.Lock()
         threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True).start()
         self._run(self._open(key))
 
@@ -132,9 +133,14 @@ class VllmServers:
             self._loop.call_soon_threadsafe(server.dropped.set_result, None)
 
     def close(self) -> None:
-        """Break off what runs."""
-        self._run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Break off what runs, and refuse what is asked for later. No thread is left waiting: Python would not exit
+        before those of vLLM's NCCL sender.
+        """
+        with self._closing:
+            was_closed, self._is_closed = self._is_closed, True
+        if not was_closed:
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _call(self, path: str, body: Any = None, read: Callable[[str], T] = str) -> list[tuple[_Server, T]]:
         """Every live server's answer to the same body, as `read` has it."""
@@ -142,7 +148,11 @@ class VllmServers:
         return self._run(self._all(path, bodies, read))
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._closing:  # a call that came between `_close` and the loop's end would never be answered
+            if not self._is_closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise GeneratorFailure("the generator over vLLM servers was closed; open another one")
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._submit(work).result()
@@ -158,8 +168,11 @@ class VllmServers:
         self._watchers = [asyncio.create_task(self._watch(server)) for server in self._live.values()]
 
     async def _close(self) -> None:
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        running = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in running:
             task.cancel()
+        # A thread that waits for one wakes when it has ended, some rounds of the loop later.
+        await asyncio.gather(*running, return_exceptions=True)
         await self._session.close()
 
     async def _all(

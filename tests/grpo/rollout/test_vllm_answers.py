@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -318,6 +318,41 @@ def test_a_trainer_that_was_stopped_itself_drops_no_server(serve):
         ctypes.PyDLL(None).usleep(4_000_000)  # no thread of this process runs meanwhile
         assert len(groups.result()) == 1
         paused.result()
+
+
+def test_no_thread_waits_for_servers_that_are_closed(monkeypatch):
+    """Python would not exit: it joins the threads in which vLLM's NCCL sender asks."""
+    asked, refused = threading.Semaphore(0), []
+
+    async def silent(self, method: str, address: str, body: Any = None) -> str:
+        """As where a machine is gone: there is no connection yet."""
+        asked.release()
+        await asyncio.sleep(1000)
+        return ""
+
+    def update() -> None:
+        try:
+            client.update_weights({})
+        except (CancelledError, GeneratorFailure) as error:
+            refused.append(type(error))
+
+    def begin() -> threading.Thread:
+        thread = threading.Thread(target=update, daemon=True)
+        thread.start()
+        return thread
+
+    monkeypatch.setattr(VllmServers, "_text", silent)
+    client = VllmServers(["http://gone"], [1], timeout_s=30.0, vocab_size=10, key="")
+    waiting = [begin() for _ in range(5)]
+    for _ in waiting:
+        assert asked.acquire(timeout=30)
+    client.close()
+    for thread in waiting:
+        thread.join(5)
+    assert refused == [CancelledError] * 5
+    begin().join(5)  # as one that comes late
+    assert refused[5:] == [GeneratorFailure]
+    client.close()  # again, which costs nothing
 
 
 @pytest.fixture
