@@ -103,7 +103,8 @@ def content_hash(path: Path) -> str:
     states = [file.stat() for file in files]
     with ThreadPoolExecutor() as pool:
         kept = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in states]
-        hashes = pool.map(_known_hash, files, kept)
+        # Taken here: at the pool's end it would read all that is left first, also after an error or Ctrl-C.
+        hashes = [*pool.map(_known_hash, files, kept)]
     for file, state, found in zip(files, states, hashes, strict=True):
         digest.update(f"{file.relative_to(path)}\n{state.st_size}\n".encode())
         digest.update(bytes.fromhex(found))

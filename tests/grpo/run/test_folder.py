@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -266,6 +267,25 @@ def test_what_is_not_read_may_change(recipe, tmp_path):
         (path / name).write_text((path / name).read_text("latin-1") + " " if (path / name).exists() else "")
         before, now = content_hash(path), before
         assert before != now, name
+
+
+def test_an_interrupt_does_not_wait_for_all_files_to_be_read(tmp_path, monkeypatch):
+    """Of a model they are hundreds of GB; it comes where the first one is waited for."""
+    read: list[Path] = []
+
+    def hash_slowly(file: Path) -> str:
+        read.append(file)
+        if file.name == "000":
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        return "00" * 32
+
+    for number in range(200):
+        (tmp_path / f"{number:03}").touch()
+    monkeypatch.setattr("flashgrpo.model.files._hash", hash_slowly)
+    with pytest.raises(KeyboardInterrupt):
+        content_hash(tmp_path)
+    assert len(read) < 100
 
 
 def test_what_takes_long_to_read_is_told_before(trained, run, monkeypatch, capsys):
