@@ -29,7 +29,6 @@ def time_syncs(options: argparse.Namespace, model: Path) -> Row:
                 sync = partial(generator.load_weights, source, 1)
                 times = time_turns({name: sync}, world.device, rounds=-(-options.rounds // 2))[name]
             finally:
-                # An engine that idles holds memory, and on a CPU threads.
                 generator.close()
             found[name], spread[name], size = times["p50_ms"] / 1e3, times["spread"], source.num_bytes
     return {"machine": where, "model": options.model, "gb": size / 1e9, "seconds": found, "spread": spread}

@@ -97,17 +97,18 @@ def build_batch(groups: list[Group]) -> PackedBatch:
     behavior = _of_all("behavior_logprobs", completions)
     counts, kept_ids = _of_all("kept_counts", completions), _of_all("kept_ids", completions)
     return PackedBatch(
-        input_ids=_int64(segments),
-        position_ids=_int64(positions),
+        input_ids=_joined(segments, np.int64),
+        position_ids=_joined(positions, np.int64),
         cu_seqlens=_offsets([len(segment) for segment in segments]),
         prefix=torch.tensor(prefix, dtype=torch.int32),
         max_seqlen=max(map(len, segments), default=0),
-        targets=_int64([c.token_ids for c in completions]),
-        predictors=_int64(predictors),
+        targets=_joined([c.token_ids for c in completions], np.int64),
+        predictors=_joined(predictors, np.int64),
         target_cu_seqlens=_offsets([len(c.token_ids) for c in completions]),
         sequence_ids=torch.tensor([c.sequence_id for c in completions], dtype=torch.int64),
         completions_per_prompt=torch.tensor([len(group.completions) for group in groups], dtype=torch.int64),
-        behavior_logprobs=_float32(behavior) if len(behavior) == len(completions) else None,  # an empty pack has them
+        # An empty pack has them.
+        behavior_logprobs=_joined(behavior, np.float32) if len(behavior) == len(completions) else None,
         kept_ids=torch.from_numpy(np.concatenate(kept_ids)) if kept_ids else None,
         kept_offsets=_offsets(np.concatenate(counts)) if counts else None,
     )
@@ -213,9 +214,5 @@ def _offsets(lengths: Sequence[int] | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
-def _float32(parts: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.float32)) if parts else torch.zeros(0)
-
-
-def _int64(parts: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.zeros(0, dtype=torch.int64)
+def _joined(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts], dtype=dtype))

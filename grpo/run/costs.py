@@ -132,7 +132,7 @@ class TrainCosts:
 
     def memory(self, token_budget: int) -> dict[str, Parts]:
         """The parts of a GPU's memory at each moment of the docstring above, with micro-batches of `token_budget`."""
-        moments = self.training(token_budget)
+        moments = self.moments(token_budget)
         for parts in moments.values():
             self._add_losses(parts)
         return moments
@@ -142,8 +142,8 @@ class TrainCosts:
         shard = self.size.total / self.shard_ranks
         return {"parameters (fp32 shard)": 4 * shard, "optimizer (2 fp32 shards)": 8 * shard}
 
-    def training(self, token_budget: int) -> dict[str, Parts]:
-        """The tensors of the moments `loss`, `backward` and `reduction`."""
+    def moments(self, token_budget: int) -> dict[str, Parts]:
+        """Their tensors: of training `loss`, `backward` and `reduction`."""
         size, config, shard = self.itemsize, self.config, self.size.total / self.shard_ranks
         rows, blocks = token_budget * self.target_share, config.num_layers
         block = BlockActivations.of(config, self.model.activation_checkpointing, size, self.attention, self.group)
@@ -283,18 +283,15 @@ class Costs(TrainCosts):
             return len(vllm.devices), len(vllm.devices[0].split(","))
         return len(vllm.servers), 1
 
-    def memory(self, token_budget: int) -> dict[str, Parts]:
+    def moments(self, token_budget: int) -> dict[str, Parts]:
         """As TrainCosts', and the moments of sampling and of a teacher."""
-        moments = self.training(token_budget)
+        moments = super().moments(token_budget)
         if self.teacher_beside:
             moments["score"] = self.scoring(self.teacher_beside, token_budget)
         if self.recipe.rollout.is_truncated:
             for parts in moments.values():
                 parts["kept sets, at most"] = self.kept_bytes(token_budget)
-        moments |= self.sampling(token_budget)
-        for parts in moments.values():
-            self._add_losses(parts)
-        return moments
+        return moments | self.sampling(token_budget)
 
     def state(self) -> Parts:
         """With the reference."""

@@ -27,6 +27,7 @@ from flashgrpo.model.checkpoint import (
     read_config,
     read_json,
 )
+from flashgrpo.model.config import ModelConfig
 from flashgrpo.model.decoder import Decoder
 from flashgrpo.model.hub import local_folder
 from flashgrpo.model.sharding import shard
@@ -67,8 +68,9 @@ def open_policy(section: ModelSection, device: torch.device, model: Decoder | No
     RecipeError for an attention_backend that is not for it.
     """
     if model is None:
+        backend = _attention_backend(section, read_config(section.path), device)
         model = load_checkpoint(section.path, dtype=resolve_dtype(section.dtype, device), device=device)
-        _choose_attention(model, section, device)
+        model.attention_backend = backend
     tokenizer = open_tokenizer(section.path)
     stops = stop_token_ids(section.path, tokenizer)
     check_vocabulary(section.path, tokenizer, model.config.vocab_size, stops)
@@ -92,7 +94,7 @@ def open_sharded_model(
     config = read_config(section.path)
     model = empty_decoder(config.as_reward_model() if new_score else config, stored, device)
     model.activation_checkpointing = section.activation_checkpointing
-    _choose_attention(model, section, device)
+    model.attention_backend = _attention_backend(section, config, device)
     if section.compile:
         model.compile_blocks()
     shard(model, mesh, resolve_dtype(section.dtype, device), reshard_after_forward)
@@ -102,15 +104,15 @@ def open_sharded_model(
     return model
 
 
-def _choose_attention(model: Decoder, section: ModelSection, device: torch.device) -> None:
-    """Raises RecipeError for a backend that lacks the device, the dtype or the head_dim."""
+def _attention_backend(section: ModelSection, config: ModelConfig, device: torch.device) -> str:
+    """The section's. Raises RecipeError for one that lacks the device, the dtype or the head_dim."""
     offsets, dtype = torch.tensor([0, 1], dtype=torch.int32, device=device), resolve_dtype(section.dtype, device)
-    heads = model.config.num_heads, model.config.num_kv_heads, model.config.head_dim
+    heads = config.num_heads, config.num_kv_heads, config.head_dim
     try:
         plan_attention(offsets, None, 1, heads, dtype, max_seqlen=1, backend=section.attention_backend)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"model.attention_backend: {error}") from error
-    model.attention_backend = section.attention_backend
+    return section.attention_backend
 
 
 def open_teacher(section: TeacherSection, policy: ModelSection, device: torch.device, mesh: DeviceMesh) -> Decoder:

@@ -126,8 +126,7 @@ class _Tracker:
     def _switch_off(self, why: str) -> None:
         if not self._is_off:
             self._is_off = True
-            text = " ".join(f"run.loggers: {self.name} {why}".split())
-            say(text, style="yellow")
+            say(" ".join(f"run.loggers: {self.name} {why}".split()), style="yellow")
 
 
 @contextmanager
