@@ -41,14 +41,14 @@ _LOG2_E = gl.constexpr(math.log2(math.e))
 
 
 @gluon.jit
-def _ring(desc, SLOTS: gl.constexpr, READERS: gl.constexpr):
-    """Slots of a block each, and of each slot the barriers `full` and `empty`."""
+def _ring(desc, SLOTS: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
+    """Slots of a block each, and of each slot the barriers `full` and `empty`, by how many arrive at each."""
     BLOCK: gl.constexpr = desc.block_type.shape
     slots = gl.allocate_shared_memory(desc.dtype, [SLOTS, 1, 1, BLOCK[2], 1, BLOCK[4]], desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(full.index(slot), count=WRITERS)
         mbarrier.init(empty.index(slot), count=READERS)
     return slots, full, empty
 
@@ -145,13 +145,19 @@ def _operand(x, like, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _load_own(own, descs, start, stop, head):
+    """The producer's first: of each tensor a consumer's rows, which are half of the tile's."""
+    for consumer in gl.static_range(2):
+        for i in gl.static_range(len(own)):
+            _load(own[i], consumer, descs[i], start + consumer * own[i][0].shape[3], stop, head)
+
+
+@gluon.jit
 def _load_for_queries(work, own_descs, k_desc, v_desc, head, kv_head):
     """The producer of a tile of queries: their rows, then blocks of keys and values."""
     own, keys, values, tile, counts, _ = work
     start, stop, _, _, prefix_stop = tile
-    for consumer in gl.static_range(2):
-        for i in gl.static_range(len(own)):
-            _load(own[i], consumer, own_descs[i], start + consumer * own[i][0].shape[3], stop, head)
+    _load_own(own, own_descs, start, stop, head)
     for i in range(counts[3]):
         key, in_prefix = _key_block(i, tile, counts, keys[0].shape[3])
         end = gl.where(in_prefix, prefix_stop, stop)
@@ -203,9 +209,8 @@ def _fwd_consumer(work, CONSUMER: gl.constexpr):
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
     acc = warpgroup_mma(probs, _wait(values, counts[3] - 1), acc)
     lse = gl.where(own_start < 0, float("-inf"), row_max * log2_scale + gl.log2(row_sum))
-    gl.store(
-        lse_ptr + rows, lse, mask=rows < stop
-    )  # kept over the store of out it would make ptxas wait at each product
+    # Kept over the store of out it would make ptxas wait at each product.
+    gl.store(lse_ptr + rows, lse, mask=rows < stop)
     out = acc / gl.convert_layout(row_sum, gl.SliceLayout(1, acc.type.layout))[:, None]
     out = gl.where(own_start < 0, 0.0, out).to(keys[0].dtype)
     _store(out_ptr, out, CONSUMER * zero.shape[0], stop - start, stride)
@@ -235,17 +240,14 @@ def _attention_fwd_gluon(
 @gluon.jit
 def _dq_consumer(work, CONSUMER: gl.constexpr):
     own, keys, values, tile, counts, outputs = work
-    out_ptr, dq_ptr, lse_ptr, delta_ptr, stride, scale, total_tokens = outputs
+    dq_ptr, lse_ptr, delta_ptr, stride, scale, total_tokens = outputs
     start, stop, own_start, _, _ = tile
     rows, columns, zero, dq = _start(own, start, keys[0].shape[3], CONSUMER)
     HEAD_DIM: gl.constexpr = dq.shape[1]
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])  # 16 bytes a thread
     lse = gl.load(lse_ptr + rows, mask=rows < stop, other=float("inf"))
-    out_rows = CONSUMER * dq.shape[0] + gl.arange(0, dq.shape[0], gl.SliceLayout(1, WIDE))
-    places = out_rows[:, None] * stride + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WIDE))[None, :]
-    out = gl.load(out_ptr + places, mask=(out_rows < stop - start)[:, None], other=0.0)
-    q, d_out = _wait(own[0], CONSUMER), _wait(own[1], CONSUMER)
-    delta = gl.sum(out.to(gl.float32) * d_out.load(WIDE).to(gl.float32), 1)
+    q, d_out, out = _wait(own[0], CONSUMER), _wait(own[1], CONSUMER), _wait(own[2], CONSUMER)
+    delta = gl.sum(out.load(WIDE).to(gl.float32) * d_out.load(WIDE).to(gl.float32), 1)
     delta = gl.convert_layout(delta, rows.type.layout)
     gl.store(delta_ptr + rows, delta, mask=rows < stop)
     for MASKED in gl.static_range(1, -1, -1):
@@ -268,23 +270,23 @@ def _dq_consumer(work, CONSUMER: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["total_tokens", "num_heads", "group_size"])
 def _attention_bwd_dq_gluon(
-    q_desc, k_desc, v_desc, out_ptr, d_out_desc, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
+    q_desc, k_desc, v_desc, out_desc, d_out_desc, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
     scale, total_tokens, num_heads, group_size,
 ):  # fmt: skip
     """Writes delta = rowsum(out * d_out) too, which the other kernel needs."""
     tile, head = _tile(tiles_ptr, num_heads)
     if tile[0] >= tile[1]:
         return
-    own = _ring(q_desc, 2, 1), _ring(d_out_desc, 2, 1)
+    own = _ring(q_desc, 2, 1), _ring(d_out_desc, 2, 1), _ring(out_desc, 2, 1)
     keys, values = _ring(k_desc, _STAGES, 2), _ring(v_desc, _STAGES, 2)
     hopper.fence_async_shared()
     counts = _key_blocks(tile, 2 * q_desc.block_type.shape[2], k_desc.block_type.shape[2])
     stride = num_heads * q_desc.block_type.shape[4]
     place = tile[0].to(gl.int64) * stride + head * q_desc.block_type.shape[4]
     row = head.to(gl.int64) * total_tokens
-    outputs = out_ptr + place, dq_ptr + place, lse_ptr + row, delta_ptr + row, stride, scale, total_tokens
+    outputs = dq_ptr + place, lse_ptr + row, delta_ptr + row, stride, scale, total_tokens
     work = own, keys, values, tile, counts, outputs
-    load = work, (q_desc, d_out_desc), k_desc, v_desc, head, head // group_size
+    load = work, (q_desc, d_out_desc, out_desc), k_desc, v_desc, head, head // group_size
     gl.warp_specialize(
         [(_dq_consumer, (work, 0)), (_dq_consumer, (work, 1)), (_load_for_queries, load)], [4, 1], _REGISTERS
     )
@@ -303,9 +305,7 @@ def _load_for_keys(work, own_descs, q_desc, d_out_desc, inputs, head, kv_head):
     own, queries, grads, sums, tile, num_blocks, _ = work
     start, stop, query, query_stop, _ = tile
     lse_ptr, delta_ptr, total_tokens = inputs
-    for consumer in gl.static_range(2):
-        for i in gl.static_range(2):
-            _load(own[i], consumer, own_descs[i], start + consumer * own[i][0].shape[3], stop, kv_head)
+    _load_own(own, own_descs, start, stop, kv_head)
     rows = gl.arange(0, queries[0].shape[3], gl.BlockedLayout([1], [32], [1], [0]))
     for i in range(num_blocks):
         place = head.to(gl.int64) * total_tokens + query + rows
@@ -313,10 +313,10 @@ def _load_for_keys(work, own_descs, q_desc, d_out_desc, inputs, head, kv_head):
         delta = gl.load(delta_ptr + place, mask=rows < query_stop - query, other=0.0)
         _load(queries, i, q_desc, query, query_stop, head)
         _load(grads, i, d_out_desc, query, query_stop, head)
-        slot = i % _STAGES  # of `sums`, which its readers free with the queries
-        sums[0].index(2 * slot).store(lse)
-        sums[0].index(2 * slot + 1).store(delta)
-        mbarrier.arrive(sums[1].index(slot), count=1)
+        slot = i % _STAGES  # of `sums`, which come and are freed with the queries
+        sums.index(2 * slot).store(lse)
+        sums.index(2 * slot + 1).store(delta)
+        mbarrier.arrive(queries[1].index(slot), count=1)
         query, head = _next_block(query, head, tile, queries[0].shape[3])
 
 
@@ -336,13 +336,13 @@ def _dkv_consumer(work, CONSUMER: gl.constexpr):
         coming = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         d_out = _wait(grads, i)
         coming_dp = warpgroup_mma(v, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
-        slot = i % _STAGES
-        mbarrier.wait(sums[1].index(slot), i // _STAGES & 1)
-        lse = sums[0].index(2 * slot).load(columns.type.layout)
+        lse = sums.index(i % _STAGES * 2).load(columns.type.layout)
         p = gl.exp2(warpgroup_mma_wait(1, [coming]) * (scale * _LOG2_E) - lse[None, :])
         if query < start + BLOCK_N:  # the diagonal
             p = gl.where((query + columns)[None, :] >= keys[:, None], p, 0.0)
-        delta = sums[0].index(2 * slot + 1).load(columns.type.layout)  # earlier it would take registers that p needs
+        delta = sums.index(i % _STAGES * 2 + 1).load(
+            columns.type.layout
+        )  # earlier it would take registers that p needs
         ds = p * (warpgroup_mma_wait(0, [coming_dp]) - delta[None, :])
         summed_dv = warpgroup_mma(_operand(p, dv, DTYPE), d_out, dv, is_async=True)
         summed_dk = warpgroup_mma(_operand(ds, dk, DTYPE), q, dk, is_async=True)
@@ -373,18 +373,15 @@ def _attention_bwd_dkv_gluon(
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[2]
     HEAD_DIM: gl.constexpr = k_desc.block_type.shape[4]
     own = _ring(k_desc, 2, 1), _ring(v_desc, 2, 1)
-    queries, grads = _ring(q_desc, _STAGES, 2), _ring(d_out_desc, _STAGES, 2)
-    rows = gl.allocate_shared_memory(gl.float32, [2 * _STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(_STAGES):
-        mbarrier.init(full.index(slot), count=1)
+    queries, grads = _ring(q_desc, _STAGES, 2, 2), _ring(d_out_desc, _STAGES, 2)  # a query comes with its sums
+    sums = gl.allocate_shared_memory(gl.float32, [2 * _STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     hopper.fence_async_shared()
     stride = num_kv_heads * HEAD_DIM
     place = start.to(gl.int64) * stride + kv_head * HEAD_DIM
     pieces = (piece.to(gl.int64) * num_kv_heads + kv_head) * 2 * k_desc.block_type.shape[2] * HEAD_DIM
     outputs = dk_ptr + place, dv_ptr + place, dk_pieces_ptr + pieces, dv_pieces_ptr + pieces, stride, scale
     num_blocks = gl.cdiv(query_stop - query_start, BLOCK_M) * group_size
-    work = own, queries, grads, (rows, full), tile, num_blocks, outputs
+    work = own, queries, grads, sums, tile, num_blocks, outputs
     inputs = lse_ptr, delta_ptr, total_tokens
     load = work, (k_desc, v_desc), q_desc, d_out_desc, inputs, kv_head * group_size, kv_head
     gl.warp_specialize(
@@ -410,7 +407,7 @@ class Launcher:
 
     def descriptors(self, tensors: dict[str, Any], BLOCK_M: int, BLOCK_N: int) -> dict[str, TensorDescriptor]:
         """Of those tensors of which the kernel takes one, by its name."""
-        rows = {"q_desc": BLOCK_M, "d_out_desc": BLOCK_M, "k_desc": BLOCK_N, "v_desc": BLOCK_N}
+        rows = dict.fromkeys(("q_desc", "out_desc", "d_out_desc"), BLOCK_M) | {"k_desc": BLOCK_N, "v_desc": BLOCK_N}
         rows |= {name: rows[name] // 2 for name in self.own}
         return {name: _descriptor(tensors[name], rows[name]) for name in rows if name in self.kernel.arg_names}
 
@@ -425,6 +422,6 @@ class Launcher:
 # Forward, d_q, and d_k with d_v.
 LAUNCHERS = (
     Launcher(_attention_fwd_gluon, ("q_desc",)),
-    Launcher(_attention_bwd_dq_gluon, ("q_desc", "d_out_desc")),
+    Launcher(_attention_bwd_dq_gluon, ("q_desc", "out_desc", "d_out_desc")),
     Launcher(_attention_bwd_dkv_gluon, ("k_desc", "v_desc")),
 )
