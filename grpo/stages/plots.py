@@ -360,7 +360,7 @@ def _known(rows: Rows, key: str) -> Rows:
 # Curves by patterns of keys; the first of two, measured at times, is drawn strong.
 _OF_STAGES = (
     Chart(
-        "score: held-out pass@1, accuracy of the rollouts",
+        "held-out pass@1, accuracy of rollouts",
         {"eval/pass@1": {}, "reward/accuracy": {}},
         _FROM_0_TO_1,
         True,
