@@ -216,7 +216,7 @@ def test_what_no_kernel_takes_is_left_to_torch(model, head_dim, backend, kind, m
     assert type(kv_cache.open_cache(decoder, [3], np.zeros(2, int), 5)) is kind
 
 
-IN_THE_INTERPRETER = """
+SAMPLES = """
 import json
 
 import numpy as np
@@ -236,19 +236,17 @@ for group in sorted(generator.generate(asked, Sampling(10)), key=lambda group: g
 """
 
 
-def test_the_kernels_sample_what_torch_samples():
-    """The whole generator once by its kernels, in Triton's interpreter, and once by torch's operators."""
+def test_the_kernels_sample_what_torch_samples(capsys):
+    """The whole generator once by torch's operators, and once by its kernels, in Triton's interpreter."""
     config = {
         "model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2,
     }  # fmt: skip
-    by_torch, ours = [], []
-    for interpreted, samples in (("0", by_torch), ("1", ours)):
-        code = IN_THE_INTERPRETER.format(config=config, is_kernel=interpreted == "1")
-        env = os.environ | {"TRITON_INTERPRET": interpreted}
-        ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        assert not ran.returncode, ran.stderr
-        samples += map(json.loads, ran.stdout.splitlines())
+    exec(SAMPLES.format(config=config, is_kernel=False), {})
+    code, env = SAMPLES.format(config=config, is_kernel=True), os.environ | {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert not ran.returncode, ran.stderr
+    by_torch, ours = ([*map(json.loads, text.splitlines())] for text in (capsys.readouterr().out, ran.stdout))
     assert len(by_torch) == 6
     for (tokens, logprobs), (our_tokens, our_logprobs) in zip(by_torch, ours, strict=True):
         assert our_tokens == tokens
