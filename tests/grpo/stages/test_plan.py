@@ -131,7 +131,7 @@ def test_sizes_are_those_of_the_decoder(name):
     assert size.root == size.total - size.block * model.config.num_layers
 
 
-DEEP = SHAPE | {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10} | {
+DEEP = SHAPE | {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6} | {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "eos_token_id": 0
 }  # fmt: skip
 WIDE_HEAD = DEEP | {"model_type": "qwen2", "vocab_size": 50_000, "num_hidden_layers": 2}
