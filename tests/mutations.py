@@ -250,7 +250,7 @@ def run_tests(test: str, expression: str, module="", old="", new="") -> Run:
 
 def main() -> None:
     os.environ |= ENVIRONMENT
-    FORKS.set_forkserver_preload(["__main__", "torch", "triton", "numpy"])
+    FORKS.set_forkserver_preload(["__main__", "torch._dynamo", "triton", "numpy"])
     faults = [(*modules, *fault) for modules, several in FAULTS.items() for fault in several]
     for module, _, name, old, *_ in faults:
         if (times := (ROOT / "kernels" / f"{module}.py").read_text().count(old)) != 1:
