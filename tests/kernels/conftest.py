@@ -133,13 +133,15 @@ def mend_interpreter():
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
     InterpreterBuilder.create_fma = create_fma
-    patch_once_a_kernel()
+    hasten_interpreter()
 
 
-def patch_once_a_kernel():
+def hasten_interpreter():
     """The interpreter puts its own functions into triton.language at every call of a device function, which takes
-    longer than what the function does. Those that its caller has put there stay there.
+    longer than what the function does: those that its caller has put there stay there. It computes whether integers
+    overflow, a third of its time, and looks at it under `debug` alone; and makes a table of types for every result.
     """
+    import dataclasses
     import inspect
     from functools import cache
 
@@ -158,6 +160,10 @@ def patch_once_a_kernel():
             raise interpreter.InterpreterError(repr(error)) from error
 
     interpreter.InterpretedFunction.__call__ = call
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    of_scalar = cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda type: of_scalar(tl.uint64 if type.scalar.is_ptr() else type.scalar)
 
 
 if INTERPRETED:
