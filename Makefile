@@ -138,7 +138,7 @@ format: setup
 	.venv-trl/bin/pip install --quiet --no-deps --upgrade --target $@ peft==0.21.2
 	touch $@
 
-# That every benchmark runs, small, and that the README says what the results say; a minute.
+# That every benchmark runs, small, and that the README says what the results say; two to three minutes.
 bench-check: setup
 	mkdir -p runs/bench
 	OUT=runs/bench $(BIN)/flashgrpo bench kernels
