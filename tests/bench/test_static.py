@@ -387,7 +387,7 @@ def test_sizes_do_not_recompile(compiled_keys, monkeypatch):
         prompts, own = [(x, x) for x in (kv, torch.zeros(n, rng.randint(1, 200), kv_heads, 64))]
         index = torch.zeros(n, dtype=torch.int32)
         decode_rows = DecodeRows(torch.zeros(n + 1, dtype=torch.int32), *[index] * 5, rng.randint(1, 90), total)
-        decode_attention._by_kernels(q, k, k, prompts, own, decode_rows, rng.choice([1.0, 0.125]), False)
+        decode_attention._by_kernels(q, k, k, prompts, own, decode_rows, rng.choice([1.0, 0.125]))
     # A vocabulary, and with it the rows' stride, of 1, a multiple of 16, and any other.
     expected = {kernel: 3 if re.search("logprob|row", kernel) else 1 for kernel in defined_kernels()}
     expected["_scale_kernel"], expected["_grpo_loss_kernel"] = 3, 2  # of one block, or of several
