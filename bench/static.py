@@ -240,7 +240,7 @@ def _hot_loops(code: list[str], jumps: list[tuple[int, int]]) -> list[tuple[int,
 def _schedule(loop: list[str]) -> list[str]:
     """The first of each run of the same; empty without a wait for products."""
     names = {"HGMMA": "products", "MUFU.EX2": "exponentials"}
-    steps = re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x(?:[0-9a-f]+)", "\n".join(loop))
+    steps = re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[0-9a-f]+", "\n".join(loop))
     steps = [names.get(step) or f"wait {int(step.rpartition('x')[2], 16)}" for step in steps]
     kept = [step for before, step in zip(["", *steps], steps, strict=False) if step != before]
     return kept if any(step.startswith("wait") for step in kept) else []

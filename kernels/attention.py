@@ -368,7 +368,7 @@ class AttentionPlan(NamedTuple):
     keys: Any  # the kernels' tables of tiles, flash-attn's gathered keys or the twin's segments
 
 
-def _by_gluon(backend: str, like: Tensor) -> str:
+def _resolved(backend: str, like: Tensor) -> str:
     """`backend`, but "auto" as the one of "gluon" and "triton" that won on this machine.
 
     Raises ValueError for "gluon" where its kernels lack chip, head_dim or dtype.
@@ -411,7 +411,7 @@ def plan_attention(
         check_index("prefix", prefix, like.device, cu_seqlens.shape[0] - 1)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends: {', '.join(BACKENDS)}")
-    backend = _by_gluon(backend, like)
+    backend = _resolved(backend, like)
     if backend == "torch" or (backend == "triton" and not by_triton(like)):
         # What would stop a GPU is told where a program is tried, on a CPU.
         keys = segments_on_host(cu_seqlens, prefix, total_tokens, max_seqlen, in_order=backend == "triton")
@@ -477,9 +477,9 @@ def packed_attention(
     belong to no segment: their output and gradients are 0, whatever they hold.
     `max_seqlen` is the length of the longest segment or above, `scale` defaults to
     1/sqrt(head_dim). Differentiable once. "triton" means the torch twin on a CPU and for float64;
-    under "torch" a prefix may stand anywhere; "flash_attn" is described in attention_flash.py, and "gluon", the kernels
-    for Hopper, in attention_gluon.py; "auto" is "gluon" where `flashgrpo bench attention --qualify` says so, else
-    "triton".
+    under "torch" a prefix may stand anywhere; "flash_attn" is described in attention_flash.py, and
+    "gluon", the kernels for Hopper, in attention_gluon.py; "auto" is "gluon" where `flashgrpo bench
+    attention --qualify` has found it right and faster, else "triton".
     Views are read in place, as of [1, heads, tokens, head_dim] transposed, if head_dim is contiguous.
     The layers of a model share the work on the offsets by `plan_attention`.
 

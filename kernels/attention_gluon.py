@@ -340,9 +340,8 @@ def _dkv_consumer(work, CONSUMER: gl.constexpr):
         p = gl.exp2(warpgroup_mma_wait(1, [coming]) * (scale * _LOG2_E) - lse[None, :])
         if query < start + BLOCK_N:  # the diagonal
             p = gl.where((query + columns)[None, :] >= keys[:, None], p, 0.0)
-        delta = sums.index(i % _STAGES * 2 + 1).load(
-            columns.type.layout
-        )  # earlier it would take registers that p needs
+        # Loaded earlier it would take registers that p needs.
+        delta = sums.index(i % _STAGES * 2 + 1).load(columns.type.layout)
         ds = p * (warpgroup_mma_wait(0, [coming_dp]) - delta[None, :])
         summed_dv = warpgroup_mma(_operand(p, dv, DTYPE), d_out, dv, is_async=True)
         summed_dk = warpgroup_mma(_operand(ds, dk, DTYPE), q, dk, is_async=True)

@@ -12,7 +12,7 @@ from flashgrpo.bench.cases import attention_mask
 from flashgrpo.bench.peers import own_attention
 from flashgrpo.grpo.cli import main
 from flashgrpo.kernels import attention_plan, qualified
-from flashgrpo.kernels.attention import _by_gluon, plan_attention
+from flashgrpo.kernels.attention import _resolved, plan_attention
 
 CPU, HEAD_DIM = torch.device("cpu"), 64
 both_dtypes = pytest.mark.parametrize("dtype", bench.DTYPES.values(), ids=bench.DTYPES)
@@ -183,7 +183,7 @@ def hopper(monkeypatch, tmp_path):
 
 
 def auto(head_dim, dtype=torch.bfloat16):
-    return _by_gluon("auto", torch.empty(0, 4, head_dim, dtype=dtype))
+    return _resolved("auto", torch.empty(0, 4, head_dim, dtype=dtype))
 
 
 TIMES = {"forward_ms": {"triton": 2.0, "gluon": 1.0}, "backward_ms": {"triton": 5.0, "gluon": 4.0}, "spread": 0.01}
@@ -235,7 +235,7 @@ def test_auto_is_a_constant_to_torch_compile(hopper, monkeypatch):
     """A plan that a user's compiled function makes must not break its graph where it reads the file."""
     run_qualify(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # which torch.compile would believe
-    taken = torch.compile(lambda like: _by_gluon("auto", like) == "gluon", fullgraph=True, backend="eager")
+    taken = torch.compile(lambda like: _resolved("auto", like) == "gluon", fullgraph=True, backend="eager")
     assert [taken(torch.empty(1, 4, dim, dtype=torch.bfloat16)) for dim in (128, 64)] == [True, False]
 
 
